@@ -1,0 +1,272 @@
+"""Reading LoRA adapters from folders or the Hub, and putting them into a base model as experts.
+
+Everything is read and checked before the base model is touched: an adapter is either wholly in or not at all. Only
+safetensors files are read, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from weft.errors import AdapterError, CheckpointError, bullet_list
+
+KEY_PREFIX = "base_model.model."
+# Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
+_UNMIXABLE = {
+    "modules_to_save": "trains whole modules of its own",
+    "layer_replication": "replicates layers of the base model",
+    "target_parameters": "adapts bare parameters",
+    "trainable_token_indices": "trains embeddings of its own",
+    "alora_invocation_tokens": "acts on a part of the text only",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter as read from its folder."""
+
+    name: str
+    folder: Path
+    config: LoraConfig
+    weights: dict[str, Tensor]
+
+
+def read_adapters(paths: dict[str, str]) -> list[Adapter]:
+    """Read the adapters of one base model.
+
+    Args:
+        paths: name -> folder or Hub id, in the order of the gate's outputs.
+
+    Raises:
+        AdapterError: files are missing or unreadable, an adapter is no plain LoRA, or they are of different base
+            models; all problems at once.
+    """
+    adapters: list[Adapter] = []
+    problems: list[str] = []
+    for name, path in paths.items():
+        try:
+            adapters.append(_read_adapter(name, path))
+        except AdapterError as err:
+            problems.append(str(err))
+    problems += _base_model_problems(adapters)
+    if problems:
+        raise AdapterError(f"the adapters cannot be experts of one model:{bullet_list(problems)}")
+    return adapters
+
+
+def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
+    """Put the adapters into the base model's layers, in float32 where they would be in half precision.
+
+    The parameters are cast before they are filled, so that float32 files lose nothing in a bfloat16 model.
+
+    Raises:
+        AdapterError: an adapter's targets or tensors do not fit this base model. The caller restores the base model.
+    """
+    lora_model: LoraModel | None = None
+    for adapter in adapters:
+        config = adapter.config
+        config.inference_mode = False
+        try:
+            if lora_model is None:
+                lora_model = LoraModel(base, {adapter.name: config}, adapter.name)
+            else:
+                lora_model.peft_config[adapter.name] = config
+                lora_model.inject_adapter(base, adapter.name)
+        except ValueError as err:
+            raise AdapterError(f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}") from err
+        lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
+        _fill(base, adapter)
+    assert lora_model is not None
+    return lora_model
+
+
+def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(key in an adapter file, parameter) of everything adapter `name` has in the base model."""
+    for layer_name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for attribute in ("lora_A", "lora_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                for parameter_name, parameter in factors[name].named_parameters():
+                    yield f"{KEY_PREFIX}{layer_name}.{attribute}.{parameter_name}", parameter
+        for attribute in ("lora_embedding_A", "lora_embedding_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                yield f"{KEY_PREFIX}{layer_name}.{attribute}", factors[name]
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is truncated or no safetensors file.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as err:
+        raise CheckpointError(f"{file} is no whole safetensors file ({err}): copy it again") from err
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds something else.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise CheckpointError(f"{file} is no valid JSON ({err})") from err
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def local_folder(path: str, what: str) -> Path:
+    """The folder itself, or a snapshot of the Hub id of that name.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
+        reason = str(err).splitlines()[0]
+        raise CheckpointError(f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {reason}") from err
+
+
+def _read_adapter(name: str, path: str) -> Adapter:
+    try:
+        folder = local_folder(path, f"adapter {name!r}")
+        values = read_json(folder / CONFIG_NAME)
+        if values.get("peft_type") != "LORA":
+            raise AdapterError(f"adapter {name!r} ({path}) is of type {values.get('peft_type')}, not LORA")
+        config = LoraConfig.from_pretrained(str(folder))
+        if not (folder / SAFETENSORS_WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
+                "save it again with peft, which writes safetensors"
+            )
+        weights = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+    except CheckpointError as err:
+        raise AdapterError(f"adapter {name!r}: {err}") from err
+    _refuse_unmixable(name, config)
+    return Adapter(name, folder, config, weights)
+
+
+def _refuse_unmixable(name: str, config: LoraConfig) -> None:
+    if config.use_dora:
+        raise AdapterError(
+            f"adapter {name!r} uses DoRA, which X-LoRA does not support: leave it out, or turn it into a plain LoRA "
+            "with peft's convert_to_lora"
+        )
+    for option, what in _UNMIXABLE.items():
+        value = getattr(config, option, None)
+        if value:
+            raise AdapterError(f"adapter {name!r} has {option} ({value!r}): it {what}, which cannot be mixed")
+    if config.bias != "none":
+        raise AdapterError(
+            f"adapter {name!r} has bias ({config.bias!r}): it changes the base model's biases, which cannot be mixed; "
+            "expected 'none'"
+        )
+
+
+def _base_model_problems(adapters: list[Adapter]) -> list[str]:
+    """Adapters name their base model by a path or a Hub id; mirrors and moved folders keep the last part."""
+    names = {adapter.name: adapter.config.base_model_name_or_path for adapter in adapters}
+    by_base: dict[str, list[str]] = {}
+    for name, base in names.items():
+        if base:
+            by_base.setdefault(Path(base).name.lower(), []).append(name)
+    if len(by_base) < 2:
+        return []
+    described = "; ".join(f"{name!r} of {names[name]}" for group in by_base.values() for name in group)
+    return [f"they are of different base models ({described}): expected one base model for all"]
+
+
+def _fill(base: nn.Module, adapter: Adapter) -> None:
+    """Copy an adapter's tensors into its parameters, all of them or none."""
+    parameters = dict(adapter_parameters(base, adapter.name))
+    weights = adapter.weights
+    if weights.keys() != parameters.keys():
+        weights = _without_base_weights(base, adapter, _converted(base, adapter, parameters))
+    problems = key_problems(weights, parameters)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        problems.append("its parameters are on the meta device: load with low_cpu_mem_usage=False")
+    if problems:
+        file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
+        raise AdapterError(f"adapter {adapter.name!r} ({file}) does not fit the base model:{bullet_list(problems)}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(weights[key])
+
+
+def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[str]:
+    """Missing keys, unexpected keys and wrong shapes, apart and sorted; empty where the tensors fit."""
+    missing = sorted(parameters.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - parameters.keys())
+    problems = []
+    if missing:
+        problems.append(f"missing keys ({len(missing)}): {_preview(missing)}")
+    if unexpected:
+        problems.append(f"unexpected keys ({len(unexpected)}): {_preview(unexpected)}")
+    for key in sorted(weights.keys() & parameters.keys()):
+        if weights[key].shape != parameters[key].shape:
+            found, expected = list(weights[key].shape), list(parameters[key].shape)
+            problems.append(f"{key} has shape {found}, expected {expected}")
+    return problems
+
+
+def _preview(keys: list[str], most: int = 8) -> str:
+    shown = ", ".join(keys[:most])
+    return shown if len(keys) <= most else f"{shown}, and {len(keys) - most} more"
+
+
+def _converted(base: nn.Module, adapter: Adapter, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of today's transformers, where the base model's layers were renamed since."""
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return adapter.weights
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    converted = convert_peft_adapter_state_dict_for_transformers(
+        model=base, peft_config=adapter.config, adapter_state_dict=dict(adapter.weights), adapter_name=adapter.name
+    )
+    fitting = {key if key in parameters else KEY_PREFIX + key: value for key, value in converted.items()}
+    return fitting if fitting.keys() & parameters.keys() else adapter.weights
+
+
+def _without_base_weights(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop copies of the base model's own embeddings, which peft adds to adapters that target them."""
+    base_weights = dict(base.named_parameters())
+    kept = {}
+    for key, value in weights.items():
+        own = base_weights.get(key.removeprefix(KEY_PREFIX))
+        if own is None:
+            kept[key] = value
+        elif own.shape != value.shape or not torch.equal(own.to(value.dtype).cpu(), value.cpu()):
+            raise AdapterError(
+                f"adapter {adapter.name!r} carries its own {key}, which differs from the base model's: an adapter with "
+                "retrained or resized embeddings cannot be mixed"
+            )
+    return kept

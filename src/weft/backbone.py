@@ -1,0 +1,99 @@
+"""What weft needs to know of a base model: its backbone, its last hidden state, its width.
+
+The scaling pass needs the last hidden state alone, so it runs the backbone: no LM head, no logits, no list of hidden
+states, no cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Outputs the scaling pass does not want, whoever asked for them.
+_OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", "past_key_values"}
+# Arguments of the loss, which models take through **kwargs.
+_LOSS_OPTIONS = {"num_items_in_batch"}
+
+
+class Backbone:
+    """The base model without its head.
+
+    Args:
+        base: a transformers model.
+
+    Raises:
+        ValueError: `base` is no transformers model, or an encoder-decoder.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        config = getattr(base, "config", None)
+        if config is None or not hasattr(base, "base_model_prefix"):
+            raise ValueError(f"the base model ({type(base).__name__}) must be a transformers PreTrainedModel")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"the base model ({type(base).__name__}) is an encoder-decoder, which weft does not support yet: "
+                "expected a decoder or an encoder"
+            )
+        self.base = base
+        self._positional = [
+            name
+            for name, parameter in inspect.signature(base.forward).parameters.items()
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ]
+        parameters = inspect.signature(self.module.forward).parameters
+        self._accepted = set(parameters)
+        self._open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        # What the head names in its own signature and the backbone does not is the head's business: labels,
+        # logits_to_keep, ...
+        self._heads_own = set(self._positional) - self._accepted
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that runs the layers; the base model itself where it has no head."""
+        return getattr(self.base, self.base.base_model_prefix, self.base)
+
+    def named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the base model, by name."""
+        return {**dict(zip(self._positional, args, strict=False)), **kwargs}
+
+    def takes(self, name: str) -> bool:
+        """Whether the base model's forward names this argument."""
+        return name in self._positional
+
+    def last_hidden_state(self, arguments: dict[str, Any]) -> Tensor:
+        """Run the backbone on the arguments of a call of the base model: `[batch, seq, hidden]`.
+
+        A vision model's last feature map `[batch, hidden, height, width]` becomes a sequence of its cells.
+        """
+        call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
+        if "use_cache" in self._accepted:
+            call["use_cache"] = False
+        output = self.module(**call, return_dict=True)
+        hidden = output.last_hidden_state
+        return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+    def _is_backbones(self, name: str) -> bool:
+        if name in _OUTPUT_OPTIONS:
+            return False
+        return name in self._accepted or (self._open and name not in self._heads_own | _LOSS_OPTIONS)
+
+    def hidden_size(self) -> int:
+        """The width of the last hidden state (of the text model, where there are several).
+
+        Raises:
+            ValueError: the base model's config does not tell.
+        """
+        config = self.base.config.get_text_config()
+        # OPT projects its last hidden state to the width of its embeddings.
+        for name in ("word_embed_proj_dim", "hidden_size", "hidden_sizes"):
+            value = getattr(config, name, None)
+            if value:
+                return int(value[-1] if isinstance(value, (list, tuple)) else value)
+        raise ValueError(f"hidden_size (None) must be given: the config of {type(self.base).__name__} does not tell it")
+
+    def dtype(self) -> torch.dtype:
+        """Of the base model's first floating parameter."""
+        return next(p.dtype for p in self.base.parameters() if p.is_floating_point())

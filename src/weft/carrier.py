@@ -1,0 +1,121 @@
+"""What carries the scalings from the model to its layers: one object per model, no globals, no hooks per call.
+
+The model's pass puts a `Routing` into its `ScalingsCarrier`, the layers read it, the pass takes it out again. The
+carrier knows nothing of gates or layers, and what it holds is of the moment: copies and pickles of a model start empty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The scalings of one adapted pass, top-k applied.
+
+    Attributes:
+        scalings: λ per token, layer and expert; a layer axis of 1 is shared by all layers.
+        padding: the pass's attention mask, or None: which tokens count in a mean over the sequence.
+        output_layer: number of the LoRA layer that sees only `output_positions` of the sequence (an adapted LM head
+            under `logits_to_keep`), or None.
+        output_positions: index into the sequence axis for that layer.
+    """
+
+    scalings: Float[Tensor, "batch seq layer expert"]
+    padding: Shaped[Tensor, "batch total"] | None = None
+    output_layer: int | None = None
+    output_positions: slice | Tensor | None = None
+
+    @cached_property
+    def _per_layer(self) -> tuple[Tensor, ...]:
+        # One unbind for all layers: its backward is one stack, where a slice per layer would each time fill a zero
+        # tensor of the full size.
+        return self.scalings.unbind(2)
+
+    def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
+        """λ for one LoRA layer."""
+        shared = len(self._per_layer) == 1
+        scalings = self._per_layer[0 if shared else layer_number]
+        if layer_number == self.output_layer and self.output_positions is not None and scalings.shape[1] > 1:
+            return scalings[:, self.output_positions]
+        return scalings
+
+
+class ScalingsCarrier:
+    """Holds what the layers of one model need to know about the pass in progress.
+
+    Attributes:
+        routing: the scalings of the pass, or None outside an adapted pass (then every expert has weight 1).
+        experts_off: True while the experts must not act at all (the scaling pass with `scaling_pass_value` 0).
+        in_scaling_pass: True while the model reads the text for the gate.
+    """
+
+    routing: Routing | None
+    experts_off: bool
+    in_scaling_pass: bool
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the pass in progress."""
+        self.routing = None
+        self.experts_off = False
+        self.in_scaling_pass = False
+
+    @contextmanager
+    def scaling_pass(self, routing: Routing | None) -> Iterator[None]:
+        """The layers follow `routing`, or leave the experts out where it is None, until the block ends."""
+        before = self.routing, self.experts_off, self.in_scaling_pass
+        self.routing, self.experts_off, self.in_scaling_pass = routing, routing is None, True
+        try:
+            yield
+        finally:
+            self.routing, self.experts_off, self.in_scaling_pass = before
+
+    @contextmanager
+    def following(self, routing: Routing) -> Iterator[None]:
+        """The layers follow `routing` until the block ends."""
+        before, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.clear()
+
+
+class CheckpointedWithScalings:
+    """A gradient checkpointing function whose recomputation sees the scalings of its own forward.
+
+    Backward recomputes a block long after its pass has ended, perhaps after another one; so the block takes its
+    scalings with it. They travel as an explicit tensor argument, because reentrant checkpointing gives gradients to
+    arguments only.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], carrier: ScalingsCarrier) -> None:
+        self.checkpoint = checkpoint
+        self.carrier = carrier
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        routing = self.carrier.routing
+        if routing is None or not torch.is_grad_enabled():
+            return self.checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)
+
+        def recomputable(scalings: Tensor, *inputs: Any) -> Any:
+            with self.carrier.following(dataclasses.replace(routing, scalings=scalings)):
+                return function(*inputs)
+
+        return self.checkpoint(recomputable, routing.scalings, *args)

@@ -1,0 +1,182 @@
+"""The self-contained folder: gate, experts and options of one mixture.
+
+    adapter_config.json          the options (peft's X-LoRA config): names in order, layers in order, relative paths
+    adapter_model.safetensors    the gate, under peft's keys
+    weft_manifest.json           digests of every tensor below, and of the experts' configs
+    math/adapter_config.json     each expert, an ordinary peft adapter
+    math/adapter_model.safetensors
+
+Folders that peft's X-LoRA wrote are read too: they have no manifest, and their experts lie wherever their config says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weft.adapters import adapter_parameters, key_problems, local_folder, read_json, read_tensors
+from weft.config import XLoraConfig, config_json, unknown_option_problems
+from weft.errors import CheckpointError, ConfigError, bullet_list
+
+MANIFEST_NAME = "weft_manifest.json"
+FORMAT_VERSION = 1
+# Arguments of peft's own loading that are about fetching, not about the options.
+_FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
+
+
+def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str] | None = None) -> None:
+    """Write the options, and the experts of the config's model beside the gate that peft has just written there.
+
+    Raises:
+        CheckpointError: the gate was written as a pickle.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replaced: dict[str, Any] = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
+    gate_file = folder / SAFETENSORS_WEIGHTS_NAME
+    if config.model is not None and not gate_file.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError("safe_serialization (False) must be True: weft reads and writes safetensors only")
+    if config.model is not None and gate_file.exists():
+        assert config.expert_names is not None
+        for name in config.expert_names:
+            _write_expert(config, name, folder / name)
+        manifest = {"format_version": FORMAT_VERSION, **_digests(folder, config.expert_names)}
+        _replace(folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
+        replaced |= {"adapters": {name: name for name in config.expert_names}, "format_version": FORMAT_VERSION}
+    text = config_json(config, **replaced)
+    _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_config(path: str, subfolder: str | None = None, **kwargs: Any) -> XLoraConfig:
+    """Read and verify a saved folder (see `XLoraConfig.from_pretrained`)."""
+    folder = local_folder(os.fspath(path), "the X-LoRA model")
+    folder = folder / subfolder if subfolder else folder
+    adapters = kwargs.pop("adapters", None)
+    values = read_json(folder / CONFIG_NAME)
+    if values.get("peft_type") != "XLORA":
+        raise CheckpointError(f"{folder / CONFIG_NAME} is of type {values.get('peft_type')}, expected XLORA")
+    problems = unknown_option_problems(values)
+    if problems:
+        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read:{bullet_list(problems)}")
+    version = values.get("format_version")
+    if version is not None and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: format_version ({version}) must be at most {FORMAT_VERSION}: upgrade weft"
+        )
+    if version is not None and adapters is None:
+        verify(folder, values.get("expert_names") or [])
+    saved = values.get("adapters") or {}
+    values["adapters"] = adapters if adapters is not None else {name: _resolve(folder, at) for name, at in saved.items()}
+    values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
+    return XLoraConfig(**values)
+
+
+def verify(folder: Path, expert_names: list[str]) -> None:
+    """Compare a saved folder with its manifest.
+
+    Raises:
+        CheckpointError: files or tensors are missing, unexpected or changed; all of them are named.
+    """
+    manifest = read_json(folder / MANIFEST_NAME)
+    found = _digests(folder, expert_names)
+    problems = []
+    for kind in ("files", "tensors"):
+        for file, saved in manifest.get(kind, {}).items():
+            present = found[kind].get(file)
+            if present is None:
+                problems.append(f"{file} is not among the files of the experts {expert_names}")
+            elif kind == "files" and present != saved:
+                problems.append(f"{file} was changed after it was saved")
+            elif kind == "tensors":
+                problems += [f"{file}: {problem}" for problem in _tensor_problems(saved, present)]
+    if problems:
+        raise CheckpointError(f"{folder} is not as it was saved:{bullet_list(problems)}")
+
+
+def load_gate(model: torch.nn.Module, folder: Path) -> None:
+    """Load the gate's tensors into a PeftModel, all of them or none.
+
+    Raises:
+        CheckpointError: the file is missing, broken, or of another gate.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{folder} holds the gate as a pickle (adapter_model.bin), which weft does not open: save it again with "
+            "peft's safe_serialization=True"
+        )
+    weights = read_tensors(file)
+    own = {key: value for key, value in model.state_dict().items() if "internal_xlora_classifier." in key}
+    problems = key_problems(weights, own)
+    if problems:
+        raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(weights[key])
+
+
+def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:
+    model: Any = config.model
+    folder.mkdir(exist_ok=True)
+    tensors = {
+        key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model.lora_model.model, name)
+    }
+    _replace(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    expert: LoraConfig = model.lora_model.peft_config[name]
+    trainable = expert.inference_mode
+    expert.inference_mode = True
+    try:
+        expert.save_pretrained(str(folder))
+    finally:
+        expert.inference_mode = trainable
+
+
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside the old one and put it in its place when it is whole."""
+    unfinished = file.with_name(file.name + ".part")
+    write(unfinished)
+    os.replace(unfinished, file)
+
+
+def _resolve(folder: Path, path: str) -> str:
+    """An adapter's saved path: inside the folder where it is relative and there, else as it stands."""
+    inside = folder / path
+    return str(inside) if not os.path.isabs(path) and inside.is_dir() else path
+
+
+def _digests(folder: Path, expert_names: list[str]) -> dict[str, dict[str, Any]]:
+    tensor_files = [SAFETENSORS_WEIGHTS_NAME, *(f"{name}/{SAFETENSORS_WEIGHTS_NAME}" for name in expert_names)]
+    tensors = {
+        file: {key: _digest(tensor) for key, tensor in sorted(read_tensors(folder / file).items())}
+        for file in tensor_files
+    }
+    files = {}
+    for name in expert_names:
+        file = f"{name}/{CONFIG_NAME}"
+        text = json.dumps(read_json(folder / file), sort_keys=True)
+        files[file] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return {"files": files, "tensors": tensors}
+
+
+def _digest(tensor: Tensor) -> str:
+    header = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(header + data.tobytes(), digest_size=16).hexdigest()
+
+
+def _tensor_problems(saved: dict[str, str], present: dict[str, str]) -> list[str]:
+    groups = {
+        "missing keys": sorted(saved.keys() - present.keys()),
+        "unexpected keys": sorted(present.keys() - saved.keys()),
+        "changed tensors": sorted(key for key in saved.keys() & present.keys() if saved[key] != present[key]),
+    }
+    return [f"{what} ({len(keys)}): {', '.join(keys[:8])}" for what, keys in groups.items() if keys]

@@ -1,0 +1,271 @@
+"""Every option of an X-LoRA model: its meaning, its range, and one error that lists all that is wrong.
+
+`XLoraConfig` has peft's field names and defaults, so that a peft script and a peft checkpoint mean the same here.
+What weft adds stands below peft's fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+from torch import nn
+
+from weft.errors import ConfigError, bullet_list
+
+# peft's XLoraConfig puts this in place of a missing hidden_size, whatever the model.
+PEFT_PLACEHOLDER_HIDDEN_SIZE = 4096
+
+
+@dataclasses.dataclass
+class XLoraConfig(PeftConfig):
+    """Options of an X-LoRA model.
+
+    Args:
+        hidden_size: width of the hidden states the gate reads; None takes it from the base model.
+        adapters: the experts, name -> folder or Hub id of a LoRA adapter. Their order is the order of the gate's
+            outputs.
+        enable_softmax: softmax over the experts, so that a token's scalings sum to one.
+        enable_softmax_topk: a softmax over the kept experts only; needs `top_k_lora`, excludes `enable_softmax`.
+        layerwise_scalings: one set of scalings per LoRA layer; otherwise all layers share one.
+        xlora_depth: number of linear layers of the gate, 1 or more.
+        xlora_size: width of the gate's hidden layers, 1 or more; without effect at depth 1.
+        xlora_dropout_p: dropout between the gate's layers, in [0, 1); without effect at depth 1.
+        use_trainable_adapters: train (and save) the experts together with the gate.
+        softmax_temperature: divides the gate's logits, above 0; lower is sharper.
+        top_k_lora: how many experts each token keeps, 1 to the number of adapters; None keeps all.
+        scaling_pass_value: weight of every expert while the gate's input is computed; 0 leaves the experts out.
+        global_scaling_weight: weight of the whole mixture, beside the gate's.
+        scalings_log_size: how many passes the scalings log keeps, 1 or more; older ones are dropped.
+        expert_names: written by `save_pretrained`: the experts in the order of the gate's outputs.
+        layer_names: written by `save_pretrained`: the LoRA layers in the order of the gate's outputs.
+        format_version: of the saved folder; None for one that weft did not write.
+
+    Raises:
+        ConfigError: a value out of its range, options that exclude each other, unknown options; all at once.
+
+    Example:
+        >>> config = XLoraConfig(adapters={"math": "adapters/math", "code": "adapters/code"}, layerwise_scalings=True)
+        >>> config.xlora_depth
+        1
+    """
+
+    hidden_size: int | None = None
+    adapters: dict[str, str] | None = None
+    enable_softmax: bool = True
+    enable_softmax_topk: bool = False
+    layerwise_scalings: bool = False
+    xlora_depth: int = 1
+    xlora_size: int = 2048
+    xlora_dropout_p: float = 0.2
+    use_trainable_adapters: bool = False
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    scaling_pass_value: float = 0.0
+    global_scaling_weight: float = 1.0
+    # weft's own
+    scalings_log_size: int = 256
+    expert_names: list[str] | None = None
+    layer_names: list[str] | None = None
+    format_version: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.XLORA
+        problems = self.problems()
+        if problems:
+            raise ConfigError(f"XLoraConfig cannot work:{bullet_list(problems)}")
+        assert self.adapters is not None
+        # JSON written by peft sorts the adapters by name; their true order is kept beside them.
+        if self.expert_names is not None:
+            self.adapters = {name: self.adapters[name] for name in self.expert_names}
+        else:
+            self.adapters = {name: os.fspath(path) for name, path in self.adapters.items()}
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the present values, a sentence each."""
+        return [
+            *_adapter_problems(self.adapters, self.expert_names),
+            *_range_problems(self),
+            *_routing_problems(self),
+        ]
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts the gate chooses among."""
+        assert self.adapters is not None
+        return len(self.adapters)
+
+    @classmethod
+    def from_peft(cls, config: PeftConfig, adapters: dict[str, str] | None = None) -> XLoraConfig:
+        """The same options from peft's own `XLoraConfig` (or from weft's: returned as it is)."""
+        if isinstance(config, cls):
+            return config
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+        if values.get("hidden_size") == PEFT_PLACEHOLDER_HIDDEN_SIZE:
+            values["hidden_size"] = None
+        if adapters is not None:
+            values["adapters"] = adapters
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> XLoraConfig:
+        """Read the config of a saved X-LoRA folder or Hub id, and verify the folder's files.
+
+        Relative adapter paths become paths inside that folder. `adapters={name: path}` replaces the saved paths (for a
+        checkpoint of peft's, which holds paths only).
+
+        Raises:
+            CheckpointError: a file is missing or was altered after it was saved.
+            ConfigError: the saved options cannot work.
+        """
+        from weft.checkpoint import read_config
+
+        return read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; and, when the config belongs to a model, its experts beside it.
+
+        peft calls this for every model it saves, right after it has written the gate.
+        """
+        from weft.checkpoint import write_config
+
+        write_config(self, Path(save_directory), auto_mapping=kwargs.get("auto_mapping_dict"))
+
+    def bind_model(self, model: nn.Module | None) -> None:
+        """Remember the model whose options these are, so that saving the config saves its experts."""
+        # Not a field: it is no option, and equality, printing and JSON should not see it.
+        self._model = model
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The X-LoRA model whose options these are."""
+        return getattr(self, "_model", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> XLoraConfig:
+        # A copy belongs to the copy of the model where that is being copied too, else to none: copying options must
+        # never copy a model.
+        import copy
+
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        values = {key: value for key, value in self.__dict__.items() if key != "_model"}
+        twin.__dict__.update(copy.deepcopy(values, memo))
+        twin.bind_model(memo.get(id(self.model)))
+        return twin
+
+
+def _accept_known_options_only(config_class: type[XLoraConfig]) -> None:
+    """Let the constructor report unknown options as this library reports everything: all of them, with a way out."""
+    plain_init = config_class.__init__
+
+    @functools.wraps(plain_init)
+    def checked_init(self: XLoraConfig, *args: Any, **kwargs: Any) -> None:
+        problems = unknown_option_problems(kwargs)
+        if problems:
+            raise ConfigError(f"XLoraConfig cannot work:{bullet_list(problems)}")
+        plain_init(self, *args, **kwargs)
+
+    config_class.__init__ = checked_init  # type: ignore[method-assign]
+
+
+def unknown_option_problems(names: Iterable[str]) -> list[str]:
+    """A sentence for each name that is no option, with the nearest one."""
+    known = [field.name for field in dataclasses.fields(XLoraConfig) if field.init]
+    problems = []
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(sorted(known))}"
+            problems.append(f"{name} is not an option: {hint}")
+    return problems
+
+
+def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
+    if not adapters:
+        return [f"adapters ({adapters!r}) must name at least one expert: {{name: folder or Hub id}}"]
+    problems = []
+    for name in adapters:
+        # Names become folders of a checkpoint and attributes of a torch.nn.ModuleDict.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", str(name)):
+            problems.append(f"adapters has the name {name!r}: names are letters, digits, '_' and '-'")
+        elif hasattr(nn.ModuleDict, str(name)):
+            problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
+    if expert_names is not None and sorted(expert_names) != sorted(adapters):
+        problems.append(f"expert_names ({expert_names}) must be the names in adapters ({list(adapters)})")
+    return problems
+
+
+def _range_problems(config: XLoraConfig) -> list[str]:
+    problems = []
+    for name in ("xlora_depth", "xlora_size", "scalings_log_size", "hidden_size"):
+        value = getattr(config, name)
+        if name == "hidden_size" and value is None:
+            continue
+        if not _is_int(value) or value < 1:
+            problems.append(f"{name} ({value!r}) must be a whole number of at least 1")
+    if not _is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
+        problems.append(f"xlora_dropout_p ({config.xlora_dropout_p!r}) must be in [0, 1)")
+    if not _is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
+        problems.append(f"softmax_temperature ({config.softmax_temperature!r}) must be above 0")
+    for name in ("scaling_pass_value", "global_scaling_weight"):
+        value = getattr(config, name)
+        if not _is_number(value):
+            problems.append(f"{name} ({value!r}) must be a finite number")
+    for name in ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters"):
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            problems.append(f"{name} ({value!r}) must be True or False")
+    return problems
+
+
+def _routing_problems(config: XLoraConfig) -> list[str]:
+    problems = []
+    num_adapters = len(config.adapters or {})
+    if config.top_k_lora is not None:
+        problems += top_k_problems(config.top_k_lora, num_adapters)
+    elif config.enable_softmax_topk is True:
+        problems.append("enable_softmax_topk (True) needs top_k_lora (None): set how many experts a token keeps")
+    if config.enable_softmax is True and config.enable_softmax_topk is True:
+        problems.append("enable_softmax (True) and enable_softmax_topk (True) exclude each other: switch one off")
+    return problems
+
+
+def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
+    """What is wrong with `top_k` for this many adapters (which may be 0 when that is a problem of its own)."""
+    if not _is_int(top_k) or top_k < 1 or (num_adapters and top_k > num_adapters):
+        upper = f"the number of adapters ({num_adapters})" if num_adapters else "the number of adapters"
+        return [f"top_k_lora ({top_k!r}) must be between 1 and {upper}"]
+    return []
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def config_json(config: XLoraConfig, **replaced: Any) -> str:
+    """The config as the JSON text that peft and weft read."""
+    values = {**config.to_dict(), **replaced}
+    values["peft_type"] = PeftType.XLORA.value
+    return json.dumps(values, indent=2, sort_keys=True)
+
+
+_accept_known_options_only(XLoraConfig)
+
+__all__ = ["CONFIG_NAME", "XLoraConfig"]

@@ -1,0 +1,38 @@
+"""The errors weft raises on purpose, so that a command line can print them without a traceback.
+
+Each is also the built-in error a Python caller would expect (`ValueError`), and its message says what is wrong
+(name = value), what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class WeftError(Exception):
+    """Base class: something the user can mend."""
+
+
+class ConfigError(WeftError, ValueError):
+    """An option, or a combination of options, that cannot work."""
+
+
+class AdapterError(WeftError, ValueError):
+    """A LoRA adapter that cannot be an expert of this model."""
+
+
+class CheckpointError(WeftError, ValueError):
+    """A saved folder that is incomplete, altered, or of another model."""
+
+
+class DataError(WeftError, ValueError):
+    """A data file that cannot be read or holds nothing to learn from."""
+
+
+class CacheError(WeftError, ValueError):
+    """A key/value cache was asked for where weft does not support one."""
+
+
+def bullet_list(problems: Iterable[str]) -> str:
+    """Join problems into one message, a line each."""
+    return "".join(f"\n  - {problem}" for problem in problems)

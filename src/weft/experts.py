@@ -1,0 +1,229 @@
+"""The experts of one LoRA layer, stacked along their ranks, so that N experts cost two matrix products.
+
+With A = [A_1; ...; A_N] ([rank, in]) and B = [B_1, ..., B_N] ([out, rank]), the sum of all experts is B (A x), and a
+weight per expert acts on its block of the rank axis. The stack takes over the adapters' storage: peft's parameters
+become views of it, so nothing is held twice, and what changes a parameter in place (loading, an optimizer) changes the
+stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed at the next forward, which stacks
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from weft.errors import AdapterError
+
+_Rows = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a kind of LoRA layer keeps one of its two factors, and how that looks with the rank as its first axis.
+
+    Attributes:
+        attribute: name of the layer's `ModuleDict` or `ParameterDict` of adapters.
+        to_rows: parameter -> view with the rank first.
+        from_rows: that view -> the parameter's own shape.
+    """
+
+    attribute: str
+    to_rows: _Rows
+    from_rows: _Rows
+
+    def find(self, target: LoraLayer, name: str) -> nn.Parameter:
+        """The parameter of adapter `name`; KeyError where the layer has none."""
+        container = getattr(target, self.attribute)
+        # The private dicts: this runs for every expert in every forward, and the public access is ten times slower.
+        module = container._modules.get(name)
+        return container._parameters[name] if module is None else module._parameters["weight"]
+
+
+class StorageLayout(Protocol):
+    """The two factors of a kind of LoRA layer."""
+
+    down: Storage
+    up: Storage
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Some experts of one layer (those of one dtype and device), stacked.
+
+    Attributes:
+        names: the active experts, in the order of their blocks.
+        columns: each one's place among the layer's active adapters, which is its column in the scalings.
+        ranks: each one's rank.
+        down: A, the rank first, then the input axes.
+        up: B transposed. A grouped convolution has `rank / groups` rows.
+        scales: peft's `scaling` of each.
+        rank_expert: for each rank, the expert it belongs to; None where all ranks are equal.
+        column_index: `columns` as a tensor; None where they are all columns in order.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
+    ranks: tuple[int, ...]
+    down: Float[Tensor, "rank ..."]
+    up: Float[Tensor, "rank_per_group out"]
+    scales: Float[Tensor, " expert"]
+    rank_expert: Tensor | None
+    column_index: Tensor | None
+
+
+class _ViewsOfStack(torch.autograd.Function):
+    """The stack, seen by autograd as made of its experts' parameters: their gradients are slices of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stack: tuple[Tensor], from_rows: _Rows, sizes: Sequence[int], *parameters: Tensor
+    ) -> Tensor:
+        ctx.from_rows, ctx.sizes = from_rows, sizes
+        return stack[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None, None, *(ctx.from_rows(block) for block in grads[0].split(ctx.sizes))
+
+
+class StackedExperts:
+    """The experts of one LoRA layer as stacks, one per dtype and device, made on first use.
+
+    Args:
+        target: peft's LoRA layer.
+        layout: where this kind of layer keeps its factors.
+    """
+
+    def __init__(self, target: LoraLayer, layout: StorageLayout) -> None:
+        self.target = target
+        self.layout = layout
+        self._stacks: tuple[Stack, ...] = ()
+        self._active: list[str] | None = None
+        self._addresses: list[tuple[str, int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's parameters are copies of their own: it stacks them again.
+        return {"target": self.target, "layout": self.layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of the active experts that this layer has; empty where it has none of them.
+
+        Raises:
+            AdapterError: an active adapter is no plain LoRA (DoRA, for one).
+        """
+        if not torch.compiler.is_compiling() and not self._still_ours():
+            self._build()
+        return self._stacks
+
+    def differentiable(self, stack: Stack) -> tuple[Tensor, Tensor]:
+        """The stack's (down, up) as autograd should see them: leaves where the experts are frozen."""
+        if not torch.is_grad_enabled():
+            return stack.down, stack.up
+        factors = []
+        for storage, values in ((self.layout.down, stack.down), (self.layout.up, stack.up)):
+            parameters = [storage.find(self.target, name) for name in stack.names]
+            if any(parameter.requires_grad for parameter in parameters):
+                sizes = [storage.to_rows(parameter).shape[0] for parameter in parameters]
+                values = _ViewsOfStack.apply((values,), storage.from_rows, sizes, *parameters)
+            factors.append(values)
+        return factors[0], factors[1]
+
+    def _still_ours(self) -> bool:
+        if self._active != self.target.active_adapters:
+            return False
+        down, up, target = self.layout.down, self.layout.up, self.target
+        try:
+            return all(
+                down.find(target, name).data_ptr() == down_address and up.find(target, name).data_ptr() == up_address
+                for name, down_address, up_address in self._addresses
+            )
+        except KeyError:  # an adapter was deleted
+            return False
+
+    def _build(self) -> None:
+        target, layout = self.target, self.layout
+        active = list(target.active_adapters)
+        present = list(getattr(target, layout.down.attribute).keys())
+        for name in active:
+            if name in present:
+                refuse_variant(target, name)
+        # Inactive experts move along, or they would keep the storage of an earlier stack alive.
+        ordered = [name for name in active if name in present] + [name for name in present if name not in active]
+        by_kind: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        for name in ordered:
+            parameter = layout.down.find(target, name)
+            by_kind.setdefault((parameter.dtype, parameter.device), []).append(name)
+
+        stacks = []
+        with torch.no_grad():
+            for names in by_kind.values():
+                down = _take_over(target, layout.down, names)
+                up = _take_over(target, layout.up, names)
+                names = [name for name in names if name in active]
+                if names:
+                    stacks.append(_stack(target, layout, names, active, down, up))
+        self._stacks = tuple(stacks)
+        self._active = active
+        self._addresses = [
+            (name, layout.down.find(target, name).data_ptr(), layout.up.find(target, name).data_ptr())
+            for name in ordered
+        ]
+
+
+def refuse_variant(target: LoraLayer, name: str) -> None:
+    """Raise where adapter `name` computes something else than B A x, as DoRA does."""
+    if target.use_dora.get(name, False):
+        raise AdapterError(
+            f"adapter {name!r} uses DoRA, which X-LoRA does not support: its norm depends on the whole weight, so it "
+            "cannot be scaled token by token. Leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
+        )
+    variant = target.lora_variant.get(name)
+    if variant is not None:
+        raise AdapterError(
+            f"adapter {name!r} uses the LoRA variant {type(variant).__name__}, which X-LoRA does not support: "
+            "leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
+        )
+
+
+def _take_over(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
+    """Copy the parameters into one new tensor, rank first, and make them views of it."""
+    parameters = [storage.find(target, name) for name in names]
+    rows = [storage.to_rows(parameter) for parameter in parameters]
+    stack = torch.cat(rows)
+    for parameter, block in zip(parameters, stack.split([row.shape[0] for row in rows]), strict=True):
+        parameter.data = storage.from_rows(block)
+    return stack
+
+
+def _stack(
+    target: LoraLayer, layout: StorageLayout, names: list[str], active: list[str], down: Tensor, up: Tensor
+) -> Stack:
+    """The stack of the leading `names` of (down, up); what follows them belongs to inactive experts."""
+    ranks = [layout.down.to_rows(layout.down.find(target, name)).shape[0] for name in names]
+    up_rows = sum(layout.up.to_rows(layout.up.find(target, name)).shape[0] for name in names)
+    columns = [active.index(name) for name in names]
+    device = down.device
+    wide = torch.promote_types(down.dtype, torch.float32)
+    uniform = len(set(ranks)) == 1
+    all_columns = columns == list(range(len(active)))
+    return Stack(
+        names=tuple(names),
+        columns=tuple(columns),
+        ranks=tuple(ranks),
+        down=down[: sum(ranks)],
+        up=up[:up_rows],
+        scales=torch.tensor([float(target.scaling[name]) for name in names], dtype=wide, device=device),
+        rank_expert=None if uniform else torch.arange(len(ranks), device=device).repeat_interleave(
+            torch.tensor(ranks, device=device)
+        ),
+        column_index=None if all_columns else torch.tensor(columns, device=device),
+    )

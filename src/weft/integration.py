@@ -1,0 +1,170 @@
+"""How weft's model gets into peft's `PeftModel`, and the two functions most users start with.
+
+peft finds the class of a model in a table by its type. `register_with_peft` puts weft's classes there for X-LoRA;
+without it, peft's table stays as it is, and `from_adapters` and `from_pretrained` build the same object.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType, TaskType
+from torch import nn
+
+from weft.adapters import local_folder
+from weft.checkpoint import load_gate
+from weft.config import XLoraConfig, unknown_option_problems
+from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.model import XLoraModel
+
+_peft_own: dict[str, Any] = {}
+
+
+def register_with_peft() -> None:
+    """Let peft's `get_peft_model` and `PeftModel.from_pretrained` build weft's X-LoRA, also from peft's `XLoraConfig`.
+
+    Idempotent; `unregister_from_peft` undoes it. Models that exist already stay what they are.
+
+    Example:
+        >>> weft.register_with_peft()
+        >>> model = peft.get_peft_model(base, peft.XLoraConfig(...))  # an existing script, as it was
+    """
+    if not _peft_own:
+        _peft_own["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA]
+        _peft_own["model"] = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA]
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = XLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = XLoraModel
+
+
+def unregister_from_peft() -> None:
+    """Give peft its own X-LoRA back. Idempotent."""
+    if _peft_own:
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = _peft_own["config"]
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = _peft_own["model"]
+        _peft_own.clear()
+
+
+def from_adapters(
+    base: nn.Module | str | os.PathLike[str], adapters: dict[str, str], **config: Any
+) -> PeftModel:
+    """Make one model of a base model and several LoRA adapters of it. The gate is new: train it.
+
+    Args:
+        base: a transformers model (changed in place), or the name or path of a causal language model.
+        adapters: expert name -> folder or Hub id, in the order of the gate's outputs.
+        **config: options of `XLoraConfig`.
+
+    Returns:
+        peft's `PeftModel`, with the gate (and, with `use_trainable_adapters`, the experts) trainable.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        AdapterError: an adapter cannot be read, or does not fit.
+
+    Example:
+        >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"}, layerwise_scalings=True)
+        >>> model.print_trainable_parameters()
+    """
+    problems = unknown_option_problems(config)
+    if problems:
+        raise ConfigError(f"from_adapters cannot work:{bullet_list(problems)}")
+    options = XLoraConfig(adapters=adapters, **config)
+    model = _load_base(base, None)
+    if options.base_model_name_or_path is None:
+        options.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    if options.task_type is None and _can_generate(model):
+        options.task_type = TaskType.CAUSAL_LM
+    return _build_peft_model(model, options)
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    base: nn.Module | str | os.PathLike[str] | None = None,
+    *,
+    adapters: dict[str, str] | None = None,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load a saved mixture: a folder of weft's, or one of peft's X-LoRA.
+
+    Args:
+        path: folder or Hub id.
+        base: the base model, or its name or path; None takes the one that the folder names.
+        adapters: where the experts are, if not where the folder says.
+        is_trainable: leave the gate trainable; otherwise it is frozen and the model in evaluation mode.
+
+    Raises:
+        CheckpointError: files are missing, broken, altered, or of another model. Nothing is loaded then, and a base
+            model that was passed in is as it was.
+
+    Example:
+        >>> model = weft.from_pretrained("my-mixture")
+        >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
+    """
+    folder = local_folder(os.fspath(path), "the X-LoRA model")
+    options = XLoraConfig.from_pretrained(str(folder), **({} if adapters is None else {"adapters": adapters}))
+    options.inference_mode = not is_trainable
+    model = _load_base(base, options)
+    if options.task_type is None and _can_generate(model):
+        options.task_type = TaskType.CAUSAL_LM
+    was_training = model.training
+    peft_model = _build_peft_model(model, options)
+    try:
+        load_gate(peft_model, folder)
+    except CheckpointError:
+        peft_model.base_model.unload()
+        model.train(was_training)
+        raise
+    return peft_model if is_trainable else peft_model.eval()
+
+
+def _build_peft_model(model: nn.Module, options: XLoraConfig) -> PeftModel:
+    """peft's model class for the task, with weft's X-LoRA in it whether or not weft is registered."""
+    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(options.task_type or "", PeftModel)
+    with _private_type(options):
+        peft_model = wrapper(model, options)
+    peft_model.peft_type = options.peft_type
+    return peft_model
+
+
+@contextmanager
+def _private_type(options: XLoraConfig) -> Iterator[None]:
+    """Give the config a type of its own in peft's table, so that no other user of peft's X-LoRA sees weft's."""
+    own_type: Any = f"WEFT_{uuid.uuid4().hex}"
+    PEFT_TYPE_TO_TUNER_MAPPING[own_type] = XLoraModel
+    options.peft_type = own_type
+    try:
+        yield
+    finally:
+        options.peft_type = PeftType.XLORA
+        del PEFT_TYPE_TO_TUNER_MAPPING[own_type]
+
+
+def _load_base(base: nn.Module | str | os.PathLike[str] | None, options: XLoraConfig | None) -> nn.Module:
+    if isinstance(base, nn.Module):
+        return base
+    name = base
+    loader: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_pretrained
+    if options is not None:
+        name = base if base is not None else options.base_model_name_or_path
+        saved_class = (options.auto_mapping or {}).get("base_model_class")
+        if saved_class is not None and hasattr(transformers, saved_class):
+            loader = getattr(transformers, saved_class).from_pretrained
+    if name is None:
+        raise CheckpointError("base (None) must be given: the folder does not name its base model")
+    try:
+        return loader(os.fspath(name))
+    except OSError as err:
+        reason = str(err).splitlines()[0]
+        raise CheckpointError(f"base ({name}) cannot be loaded: {reason}. Pass the base model or its path") from err
+
+
+def _can_generate(model: nn.Module) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)())

@@ -1,0 +1,194 @@
+"""The mixture of experts in one LoRA layer, written once.
+
+    y_t = W x_t + Σ_e  s_e · g · B_e( A_e( dropout( λ_{t,e} · x_t ) ) )
+
+with s_e peft's `scaling`, λ the scalings and g the global weight (arXiv 2402.07148, equation 3; without scalings
+λ = g = 1). A linear map commutes with a number, so λ is applied in rank space to h = A x, where it costs one
+multiplication per rank: all experts take two products, A stacked and B stacked. The concrete layers say only what A
+and B are for them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from weft.carrier import ScalingsCarrier
+from weft.config import XLoraConfig
+from weft.experts import Stack, StackedExperts, StorageLayout
+from weft.routing import align_to_cells, keep_top_k
+
+
+class XLoraLayer(ABC):
+    """Wraps one LoRA layer of peft; its `forward` replaces the layer's own.
+
+    Args:
+        model: the X-LoRA model; its `carrier` brings the scalings of the pass in progress.
+        target: peft's LoRA layer.
+        target_forward: the layer's own forward, kept for reference.
+        layer_number: place of this layer in the layer axis of the scalings.
+        config: options; `top_k_lora`, `enable_softmax_topk` and `global_scaling_weight` are read at every forward.
+
+    Dtypes: the input is cast to each expert's dtype, the two products run in it, the sum with the base layer's output
+    runs in the wider of the two, and the result has the input's dtype (for embeddings, the base layer's).
+
+    Example:
+        >>> layer = XLoraLinearLayer(model, target, target.forward, layer_number=0, config=config)
+        >>> y = layer.forward(x, scalings=scalings)  # scalings: [batch, seq, layer, expert]
+    """
+
+    layout: StorageLayout
+    # The axis of h and of the output that holds ranks and channels.
+    channel_axis = -1
+
+    def __init__(
+        self,
+        model: Any,
+        target: LoraLayer,
+        target_forward: Callable[..., Any],
+        layer_number: int,
+        config: XLoraConfig,
+    ) -> None:
+        self.model = model
+        self.target = target
+        self.target_forward = target_forward
+        self.layer_number = layer_number
+        self.config = config
+        carrier = getattr(model, "carrier", None)
+        self.carrier = carrier if isinstance(carrier, ScalingsCarrier) else ScalingsCarrier()
+        self.experts = StackedExperts(target, self.layout)
+
+    @staticmethod
+    def apply_scalings_to_x(
+        x: Float[Tensor, "*cells channel"], scalings_layer: Float[Tensor, "*#cells expert"], adapter: int
+    ) -> Float[Tensor, "*cells channel"]:
+        """x times one expert's column of a layer's scalings."""
+        return x * scalings_layer[..., adapter].unsqueeze(-1)
+
+    def get_maybe_topk_scalings(
+        self, scalings: Float[Tensor, "batch seq layer expert"]
+    ) -> Float[Tensor, "batch seq expert"]:
+        """This layer's scalings, with top-k and its softmax applied token by token where they are configured."""
+        return keep_top_k(
+            scalings[:, :, self.layer_number],
+            self.config.top_k_lora,
+            renormalise=self.config.enable_softmax_topk,
+        )
+
+    def forward(self, x: Tensor, *args: Any, scalings: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the mixture of the active experts.
+
+        Args:
+            x: the layer's input.
+            *args: passed on to the base layer.
+            scalings: the gate's output `[batch, seq, layer, expert]`, the expert axis being the active adapters in
+                their order. None takes what the model's pass carries; outside of a pass every expert has weight 1.
+            **kwargs: passed on to the base layer.
+
+        Raises:
+            AdapterError: an active adapter uses DoRA or another variant of LoRA.
+            ValueError: the scalings fit neither the batch nor the tokens of `x`.
+        """
+        if self.target.disable_adapters and self.target.merged:
+            self.target.unmerge()  # as peft does: disabled means the base layer as it was
+        result = self.target.base_layer(x, *args, **kwargs)
+        dtype = self.output_dtype(x, result)
+        if self.target.disable_adapters or self.target.merged:
+            return result.to(dtype)
+        padding = None
+        if scalings is not None:
+            weights = self.get_maybe_topk_scalings(scalings)
+        elif self.carrier.routing is not None:
+            weights = self.carrier.routing.of_layer(self.layer_number)
+            padding = self.carrier.routing.padding
+        elif self.carrier.experts_off:
+            return result.to(dtype)
+        else:
+            weights = None
+        for stack in self.experts.stacks():
+            result = self._add_mixture(result, x, stack, weights, padding)
+        return result.to(dtype)
+
+    def _add_mixture(
+        self, result: Tensor, x: Tensor, stack: Stack, weights: Tensor | None, padding: Tensor | None
+    ) -> Tensor:
+        """result + Σ_e s_e · g · B_e(A_e(dropout(λ_e · x))) over the experts of one stack."""
+        down, up = self.experts.differentiable(stack)
+        h = self._down_with_dropout(x, stack, down)  # [batch, *cells, rank], the rank at channel_axis
+        rank_axis = self.channel_axis % h.dim()
+        scales = stack.scales.to(h.dtype)
+        if weights is not None:
+            if stack.column_index is not None:
+                weights = weights.index_select(-1, stack.column_index.to(weights.device))
+            cells = tuple(size for axis, size in enumerate(h.shape) if axis not in (0, rank_axis))
+            weights = align_to_cells(weights, h.shape[0], cells, padding)  # [batch, *cells, expert]
+            scales = weights.to(device=h.device, dtype=h.dtype) * (scales * self.config.global_scaling_weight)
+            scales = scales.movedim(-1, rank_axis)
+        else:
+            scales = scales.view(-1, *(1 for _ in range(rank_axis + 1, h.dim())))
+        h = _scale_blocks(h, scales, stack, rank_axis)
+        result = self.add_up(result, h, up, stack)
+        return self._add_biases(result, stack, self.config.global_scaling_weight if weights is not None else 1.0)
+
+    def _down_with_dropout(self, x: Tensor, stack: Stack, down: Tensor) -> Tensor:
+        """h = A x for all experts at once, or expert by expert where each has a dropout mask of its own."""
+        x = self.prepare_input(x, down.dtype)
+        # λ·dropout(x) = dropout(λ·x), so only the masks, never the scalings, need the expert's own product.
+        dropouts = [self.target.lora_dropout[name] for name in stack.names] if self.target.training else []
+        if not any(isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 for dropout in dropouts):
+            return self.down(x, down)
+        return self.down_per_expert(x, list(zip(dropouts, down.split(stack.ranks), strict=True)))
+
+    def _add_biases(self, result: Tensor, stack: Stack, global_weight: float) -> Tensor:
+        """Add the `lora_bias` of the experts that have one.
+
+        In the formula the bias stands outside of λ: B_e(z) = B z + b, so s_e · g · b is added unscaled by λ.
+        """
+        for name in stack.names:
+            if self.target.lora_bias[name]:
+                bias = self.target.lora_B[name].bias * (self.target.scaling[name] * global_weight)
+                result = result + bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
+        return result
+
+    def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
+        """The dtype that the layer's output must have."""
+        return x.dtype
+
+    def prepare_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input as the experts take it."""
+        return x.to(dtype)
+
+    @abstractmethod
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A x, for A with the rank as its first axis; the ranks come out at `channel_axis`."""
+
+    def down_per_expert(self, x: Tensor, experts: list[tuple[nn.Module, Tensor]]) -> Tensor:
+        """[A_1 dropout_1(x); ...; A_N dropout_N(x)]."""
+        return torch.cat([self.down(dropout(x), weight) for dropout, weight in experts], dim=self.channel_axis)
+
+    @abstractmethod
+    def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
+        """result + B h, for B transposed; in the wider dtype of the two."""
+
+
+def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int) -> Tensor:
+    """Multiply each expert's block of the rank axis by its scale; `scales` has the experts at that axis."""
+    if stack.rank_expert is not None:
+        expert_axis = scales.dim() - (h.dim() - rank_axis)
+        return h * scales.index_select(expert_axis, stack.rank_expert)
+    blocks = h.unflatten(rank_axis, (len(stack.ranks), -1))  # [..., expert, rank of one, ...]
+    return (blocks * scales.unsqueeze(scales.dim() - (h.dim() - rank_axis) + 1)).flatten(rank_axis, rank_axis + 1)
+
+
+def add_product(result: Tensor, h: Float[Tensor, "*cells rank"], up: Float[Tensor, "rank out"]) -> Tensor:
+    """result + h @ up, fused where the dtypes allow it."""
+    if result.dtype == h.dtype == up.dtype and result.shape[:-1] == h.shape[:-1]:
+        flat = torch.addmm(result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1]), up)
+        return flat.view(result.shape)
+    return result + h @ up

@@ -1,0 +1,46 @@
+"""The mixture of experts around an embedding: the lookup takes the place of A x."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.experts import Stack, Storage
+from weft.layers.base import XLoraLayer, add_product
+
+
+class EmbeddingLayout:
+    """A: [rank, vocabulary], B: [out, rank], both plain parameters."""
+
+    down = Storage("lora_embedding_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows)
+    up = Storage("lora_embedding_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T)
+
+
+class XLoraEmbeddingLayer(XLoraLayer):
+    """X-LoRA around peft's `lora.Embedding`.
+
+    The scalings act after the lookup. A base layer that multiplies its output by an `embed_scale` (Gemma) does so to
+    the experts' part too. As in peft, the experts' dropout does not act on token ids.
+    """
+
+    layout = EmbeddingLayout()
+
+    def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
+        return result.dtype
+
+    def prepare_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x
+
+    def down(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = self.target.get_base_layer()
+        return F.embedding(x, weight.T, padding_idx=base.padding_idx)  # [batch, seq, rank]
+
+    def down_per_expert(self, x: Tensor, experts: list) -> Tensor:
+        return torch.cat([self.down(x, weight) for _, weight in experts], dim=-1)
+
+    def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
+        embed_scale = self.target._get_embed_scale()
+        if embed_scale is not None:
+            h = h * embed_scale.to(h.dtype)
+        return add_product(result, h, up)

@@ -1,0 +1,474 @@
+"""The X-LoRA model: a base model with its experts, a gate, and the two passes.
+
+Every call of the base model runs twice. The **scaling pass** runs the backbone without a head (and, at the default
+`scaling_pass_value` of 0, without any LoRA arithmetic); the gate turns its last hidden state into scalings λ. The
+**adapted pass** is the call itself, whose LoRA layers mix the experts by λ. Both are started by one pair of forward
+hooks on the base model, registered once; what the layers need reaches them through the model's carrier.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.config import PeftConfig
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from weft.adapters import inject_adapters, key_problems, read_adapters
+from weft.backbone import Backbone
+from weft.carrier import CheckpointedWithScalings, Routing, ScalingsCarrier
+from weft.config import XLoraConfig, top_k_problems
+from weft.errors import AdapterError, CacheError, CheckpointError, ConfigError, bullet_list
+from weft.experts import refuse_variant
+from weft.gate import XLoraClassifier
+from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
+from weft.routing import keep_top_k
+from weft.scalings_log import ScalingsLog
+
+GATE_KEY = "internal_xlora_classifier."
+_LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
+    lora.Linear: XLoraLinearLayer,
+    lora.Embedding: XLoraEmbeddingLayer,
+    lora.Conv2d: XLoraConv2dLayer,
+}
+
+
+def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLoraConfig) -> int:
+    """Let every LoRA layer of the base model mix its experts by scalings.
+
+    Layers are numbered in the order of `base.modules()`, which is the order of the layer axis of the scalings.
+
+    Args:
+        base: a model with peft's LoRA layers in it.
+        xloramodel: the X-LoRA model, whose `carrier` the layers read.
+        config: its options.
+
+    Returns:
+        How many layers were converted.
+
+    Raises:
+        AdapterError: a LoRA layer is of a class that X-LoRA does not support, or an adapter is no plain LoRA; nothing
+            is converted then.
+    """
+    layers: list[XLoraLayer] = []
+    for name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer_class = _LAYER_CLASSES.get(type(module))
+        if layer_class is None:
+            kinds = ", ".join(f"lora.{kind.__name__}" for kind in _LAYER_CLASSES)
+            raise AdapterError(
+                f"layer {name!r} is adapted as {type(module).__module__}.{type(module).__name__}, which X-LoRA does not "
+                f"support: expected one of {kinds}"
+            )
+        for adapter in module.active_adapters:
+            refuse_variant(module, adapter)
+        layers.append(layer_class(xloramodel, module, module.forward, len(layers), config))
+    for layer in layers:
+        layer.target.forward = layer.forward  # type: ignore[method-assign]
+    return len(layers)
+
+
+class XLoraModel(BaseTuner):
+    """A base model with several LoRA experts and a gate that mixes them per token and layer (arXiv 2402.07148).
+
+    Use `weft.from_adapters` or, after `weft.register_with_peft()`, peft's `get_peft_model` to make one; both give a
+    peft `PeftModel` around it, which forwards the methods below.
+
+    Args:
+        model: the base model. Its LoRA layers are added in place; `unload()` takes them out again.
+        config: the options, or {adapter_name: options}; peft's own `XLoraConfig` is accepted.
+        adapter_name: peft's name for the mixture as a whole; the experts have their own names.
+
+    Attributes:
+        xlora_config: the options in force.
+        lora_model: peft's `LoraModel` with the experts.
+        internal_xlora_classifier: the gate.
+
+    Raises:
+        AdapterError, ConfigError: the experts, the options and the base model do not fit together. The base model is
+            then as it was before.
+
+    Example:
+        >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"})
+        >>> model(input_ids).logits
+        >>> model.get_latest_scalings().shape  # [batch, seq, layer, expert]
+    """
+
+    prefix = "xlora_"
+    tuner_layer_cls = LoraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, PeftConfig] | PeftConfig,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        options = XLoraConfig.from_peft(config[adapter_name] if isinstance(config, dict) else config)
+        assert options.adapters is not None
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise AdapterError("the base model already has peft adapters: call its unload() first")
+        if adapter_name in options.adapters:
+            raise ConfigError(
+                f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
+            )
+        self.backbone = Backbone(model)
+        _settle_hidden_size(options, self.backbone)
+        adapters = read_adapters(options.adapters)
+
+        self.xlora_config = options
+        self.peft_config = {adapter_name: options}
+        self.active_adapter = adapter_name
+        self.carrier = ScalingsCarrier()
+        self._disabled = False
+        self.scalings_log = ScalingsLog(options.scalings_log_size)
+        self._latest_scalings: Tensor | None = None
+        # peft freezes the base model when it adds adapters; `unload` gives the flags back.
+        self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        base_peft_config = getattr(model, "peft_config", None)
+        try:
+            self.lora_model = inject_adapters(model, adapters)
+            self._finish(options, model)
+        except BaseException:
+            _strip(model)
+            if base_peft_config is not None:
+                model.peft_config = base_peft_config
+            self._restore_requires_grad(model)
+            raise
+
+    def _finish(self, options: XLoraConfig, model: nn.Module) -> None:
+        """Everything that needs the LoRA layers in place."""
+        names = list(options.adapters or {})
+        self.lora_model.set_adapter(names, inference_mode=not options.use_trainable_adapters)
+        num_layers = convert_layers_to_xlora(model, self, options)
+        if num_layers == 0:
+            raise AdapterError("no LoRA layer was found in the base model: the adapters have no targets in it")
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+        layer_names = [name for name, _ in layers]
+        if options.layer_names is not None and options.layer_names != layer_names:
+            raise CheckpointError(_layer_mismatch(options.layer_names, layer_names))
+        options.layer_names, options.expert_names = layer_names, names
+        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self._output_layer = next((number for number, (_, layer) in enumerate(layers) if layer is output), None)
+
+        first = next(p for p in layers[0][1].parameters() if p.is_floating_point() and p is not None)
+        self.internal_xlora_classifier = XLoraClassifier(
+            options,
+            num_experts=len(names),
+            num_layers=num_layers,
+            device=first.device,
+            dtype=torch.promote_types(self.backbone.dtype(), torch.float32),
+        )
+        self.internal_xlora_classifier.requires_grad_(not options.inference_mode)
+        self.internal_xlora_classifier.train(model.training)
+        options.bind_model(self)
+        model.register_forward_pre_hook(self._before_base, with_kwargs=True)
+        model.register_forward_hook(self._after_base, always_call=True)
+
+    # ------------------------------------------------------------------ the two passes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model; its hooks run the scaling pass first."""
+        try:
+            return self.lora_model.model(*args, **kwargs)
+        finally:
+            self.carrier.clear()  # also after an interrupt, which the forward hook does not see
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, without a key/value cache (each new token re-reads the text, in both passes).
+
+        Raises:
+            CacheError: a cache was asked for explicitly.
+        """
+        if not self.disabled:
+            self._refuse_cache(kwargs)
+            kwargs["use_cache"] = False
+        try:
+            return self.lora_model.model.generate(*args, **kwargs)
+        finally:
+            self.carrier.clear()
+
+    def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.disabled or self.carrier.in_scaling_pass:
+            return None
+        self.carrier.clear()
+        arguments = self.backbone.named_arguments(args, kwargs)
+        self._refuse_cache(arguments)
+        scalings = self._predict_scalings(arguments)
+        self._latest_scalings = scalings
+        self.scalings_log.record(scalings)
+        if torch.is_grad_enabled() and base.training:
+            self._carry_scalings_through_checkpoints(base)
+        self.carrier.routing = self._routing(scalings, arguments)
+        if self.backbone.takes("use_cache"):
+            arguments["use_cache"] = False
+        return (), arguments
+
+    def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
+        if not self.carrier.in_scaling_pass:
+            self.carrier.clear()
+
+    def _predict_scalings(self, arguments: dict[str, Any]) -> Float[Tensor, "batch seq layer expert"]:
+        """The scaling pass and the gate: λ for the arguments of a call of the base model.
+
+        The pass runs in the mode (training or evaluation) that the model is in, and without gradients: the gate is
+        what learns.
+        """
+        value = self.xlora_config.scaling_pass_value
+        constant = None
+        if value != 0:
+            # One position and one layer for all: every expert acts with the same weight everywhere.
+            constant = Routing(torch.full((1, 1, 1, self.xlora_config.num_experts), float(value)))
+        with torch.no_grad(), self.carrier.scaling_pass(constant):
+            hidden = self.backbone.last_hidden_state(arguments)
+        gate = self.internal_xlora_classifier
+        return gate(hidden.to(gate.layers[0].weight.device))
+
+    def _routing(self, scalings: Tensor, arguments: dict[str, Any]) -> Routing:
+        config = self.xlora_config
+        if not config.layerwise_scalings:
+            scalings = scalings[:, :, :1]  # one computation for all layers
+        padding = arguments.get("attention_mask")
+        keep = arguments.get("logits_to_keep")
+        if isinstance(keep, int):
+            keep = slice(-keep, None) if keep else None
+        return Routing(
+            keep_top_k(scalings, config.top_k_lora, renormalise=config.enable_softmax_topk),
+            padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
+            output_layer=self._output_layer,
+            output_positions=keep,
+        )
+
+    def _refuse_cache(self, arguments: dict[str, Any]) -> None:
+        for name in ("use_cache", "past_key_values"):
+            value = arguments.get(name)
+            if value is not None and value is not False:
+                shown = value if isinstance(value, bool) else type(value).__name__
+                raise CacheError(
+                    f"{name} ({shown}) is not supported by X-LoRA yet: the two passes would share one cache and give "
+                    "wrong text. Leave it out, or pass use_cache=False"
+                )
+
+    def _carry_scalings_through_checkpoints(self, base: nn.Module) -> None:
+        # At every call, because `gradient_checkpointing_enable` puts plain functions in at any time.
+        for module in base.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, CheckpointedWithScalings):
+                module._gradient_checkpointing_func = CheckpointedWithScalings(function, self.carrier)
+
+    # ------------------------------------------------------------------ on, off and out
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the experts are switched off, as inside `disable_adapter()`."""
+        return self._disabled
+
+    def enable_adapter_layers(self) -> None:
+        """Let the experts act again."""
+        self._switch_layers(enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Leave the experts out: the output is exactly the base model's."""
+        self._switch_layers(enabled=False)
+
+    def _switch_layers(self, *, enabled: bool) -> None:
+        self._disabled = not enabled
+        for module in self.lora_model.model.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                # The flag alone: peft's own switch also changes what is trainable, which is the user's to say.
+                module._disable_adapters = not enabled
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """peft's switch between adapters: there is one, the mixture.
+
+        Raises:
+            ValueError: another name.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if names != [self.active_adapter]:
+            raise ValueError(
+                f"adapter_name ({adapter_name!r}) must be {self.active_adapter!r}, the mixture: its experts "
+                f"{self.xlora_config.expert_names} act together"
+            )
+        self.internal_xlora_classifier.requires_grad_(not inference_mode)
+
+    def unload(self) -> nn.Module:
+        """Take the experts, the gate and the hooks out, and return the base model as it was."""
+        model = self.lora_model.model
+        self.carrier.clear()
+        _strip(model)
+        self._restore_requires_grad(model)
+        self.xlora_config.bind_model(None)
+        return model
+
+    def _restore_requires_grad(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._base_requires_grad.get(name, parameter.requires_grad))
+
+    def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: a mixture cannot be merged into the base weights."""
+        raise ValueError(
+            "an X-LoRA model cannot be merged: its weights depend on the token. Use unload() to get the base model back"
+        )
+
+    merge_and_unload = merge_adapter = _cannot_merge
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Raises: the experts of a mixture are fixed when it is made."""
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` when it is made"
+        )
+
+    # ------------------------------------------------------------------ peft's X-LoRA methods
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Keep `value` experts per token, 1 to the number of experts; None keeps all. Written to the config.
+
+        Raises:
+            ConfigError: out of that range.
+        """
+        problems = [] if value is None else top_k_problems(value, self.xlora_config.num_experts)
+        if problems:
+            raise ConfigError(problems[0])
+        self.xlora_config.top_k_lora = value
+
+    def get_global_scaling_weight(self) -> float:
+        """The weight of the whole mixture."""
+        return self.xlora_config.global_scaling_weight
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """Set the weight of the whole mixture; written to the config."""
+        self._set_option("global_scaling_weight", weight)
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Set every expert's weight in the scaling pass; None means 1/N. Written to the config."""
+        self._set_option("scaling_pass_value", 1 / self.xlora_config.num_experts if value is None else value)
+
+    def _set_option(self, name: str, value: Any) -> None:
+        before = getattr(self.xlora_config, name)
+        setattr(self.xlora_config, name, value)
+        problems = self.xlora_config.problems()
+        if problems:
+            setattr(self.xlora_config, name, before)
+            raise ConfigError(problems[0])
+
+    def get_latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
+        """The scalings of the last pass as the gate gave them, gradients included; None before the first."""
+        return self._latest_scalings
+
+    def enable_scalings_logging(self) -> None:
+        """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
+        self.scalings_log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop recording; what is recorded stays."""
+        self.scalings_log.enabled = False
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
+        return self.scalings_log.entries()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Sequence length -> (places in the log, scalings)."""
+        return self.scalings_log.by_sequence_length()
+
+    def clear_scalings_log(self) -> None:
+        """Forget the recorded scalings."""
+        self.scalings_log.clear()
+
+    # ------------------------------------------------------------------ peft's machinery
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """peft's request for the adapters' dtype: float32 (how they were loaded), or each layer's own."""
+        if autocast_adapter_dtype:
+            return
+        for module in self.lora_model.model.modules():
+            if isinstance(module, LoraLayer):
+                for name in self.xlora_config.expert_names or ():
+                    module._move_adapter_to_device_of_base_layer(name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        return {key: value for key, value in state_dict.items() if GATE_KEY in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
+        parameters = {key: value for key, value in model.state_dict().items() if GATE_KEY in key}
+        problems = key_problems(state_dict, parameters)
+        if problems:
+            raise CheckpointError(f"the gate's tensors do not fit this model:{bullet_list(problems)}")
+        return state_dict
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the experts are injected by their own LoraModel")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name in ("lora_model", "xlora_config"):  # not there yet
+                raise
+            return getattr(self.lora_model, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_latest_scalings"] = None  # part of a graph, which neither copies nor pickles
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.xlora_config.bind_model(self)
+
+
+def _settle_hidden_size(options: XLoraConfig, backbone: Backbone) -> None:
+    if options.hidden_size is None:
+        options.hidden_size = backbone.hidden_size()
+    else:
+        with_base = backbone.hidden_size()
+        if options.hidden_size != with_base:
+            raise ConfigError(
+                f"hidden_size ({options.hidden_size}) must be the base model's ({with_base}): leave it out to infer it"
+            )
+
+
+def _strip(model: nn.Module) -> None:
+    """Take LoRA layers, hooks and checkpointing wrappers out of a base model."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), XLoraModel):
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+                model._forward_hooks_always_called.pop(key, None)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, CheckpointedWithScalings):
+            module._gradient_checkpointing_func = function.checkpoint
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _layer_mismatch(saved: list[str], found: list[str]) -> str:
+    missing = sorted(set(saved) - set(found))
+    unexpected = sorted(set(found) - set(saved))
+    return (
+        f"the gate was saved for {len(saved)} LoRA layers, the experts have {len(found)} in this base model; "
+        f"missing: {missing[:5] or 'none'}, unexpected: {unexpected[:5] or 'none'}"
+        + ("" if missing or unexpected else " (same layers in another order)")
+    )

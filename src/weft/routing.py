@@ -1,0 +1,111 @@
+"""The mathematics of routing, as pure functions over tensors.
+
+Nothing here knows about modules, models or peft: scalings go in, scalings come out. Softmaxes run in float32 (or the
+input's dtype where that is wider).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+# One class token and up to seven register or distillation tokens may precede the cells of a vision model.
+MAX_LEADING_TOKENS = 8
+
+
+def softmax_with_temperature(
+    logits: Float[Tensor, "*batch expert"], temperature: float
+) -> Float[Tensor, "*batch expert"]:
+    """softmax(logits / temperature) over the experts (arXiv 2402.07148, section 2.1)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits.to(wide) / temperature, dim=-1)
+
+
+def keep_top_k(
+    scalings: Float[Tensor, "*batch expert"], top_k: int | None, *, renormalise: bool = False
+) -> Float[Tensor, "*batch expert"]:
+    """Keep each token's `top_k` largest scalings and set the others to exactly zero.
+
+    Args:
+        scalings: the gate's output, any leading axes.
+        top_k: how many experts each token keeps; None keeps all of them.
+        renormalise: replace the kept values by a softmax over them, token by token (`enable_softmax_topk`).
+
+    Returns:
+        A tensor of the same shape. Which experts are kept is decided by their rank alone, so a kept value that
+        happens to be zero stays kept.
+    """
+    num_experts = scalings.shape[-1]
+    if top_k is None or top_k >= num_experts:
+        return softmax_with_temperature(scalings, 1.0).to(scalings.dtype) if renormalise else scalings
+    kept, indices = torch.topk(scalings, k=top_k, dim=-1)  # [*batch, top_k]
+    if renormalise:
+        kept = softmax_with_temperature(kept, 1.0).to(scalings.dtype)
+    return torch.zeros_like(scalings).scatter(-1, indices, kept)
+
+
+def mean_over_tokens(
+    scalings: Float[Tensor, "batch seq expert"], padding: Shaped[Tensor, "batch total"] | None
+) -> Float[Tensor, "batch 1 expert"]:
+    """Each sample's mean scalings over its unpadded tokens.
+
+    Args:
+        scalings: one layer's scalings.
+        padding: attention mask, non-zero where there is a token; its last `seq` columns belong to these tokens.
+    """
+    if padding is None:
+        return scalings.mean(dim=1, keepdim=True)
+    seq = scalings.shape[1]
+    present = (padding[:, -seq:, None] != 0).to(scalings.dtype)  # [batch, seq, 1]
+    return (scalings * present).sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def align_to_cells(
+    scalings: Float[Tensor, "samples seq expert"],
+    batch: int,
+    cells: tuple[int, ...],
+    padding: Shaped[Tensor, "samples total"] | None = None,
+) -> Float[Tensor, "..."]:
+    """Give scalings over tokens the axes of activations `[batch, *cells, channel]`.
+
+    A layer does not always see the sequence as the gate saw it: a convolution sees an image, a pooling head one vector
+    a sample, some models flatten batch and sequence. The rules, first match wins:
+
+    1. scalings of a single position hold for all of a sample's cells;
+    2. as many positions as cells: one each; with up to eight positions more, the leading ones are class or register
+       tokens and are left out (only where the activations have more than one cell axis);
+    3. batch and sequence flattened into one axis: the same order, flattened;
+    4. anything else: the mean over each sample's unpadded tokens.
+
+    Args:
+        scalings: one layer's scalings; `samples` is the batch size, or 1 for scalings shared by all.
+        batch: size of the activations' first axis.
+        cells: the activations' axes between the first and the channels; empty for `[batch, channel]`.
+        padding: attention mask of the tokens, for the mean.
+
+    Returns:
+        Scalings that broadcast against `[batch, *cells, expert]`.
+
+    Raises:
+        ValueError: neither the samples nor the tokens can be matched with the activations' first axis.
+    """
+    samples, seq, num_experts = scalings.shape
+    if samples in (1, batch):
+        if seq == 1:
+            return scalings.view(samples, *(1 for _ in cells), num_experts)
+        num_cells = 1
+        for size in cells:
+            num_cells *= size
+        extra = seq - num_cells
+        if extra == 0 or (len(cells) > 1 and 0 < extra <= MAX_LEADING_TOKENS and extra < num_cells):
+            return scalings[:, extra:].reshape(samples, *cells, num_experts)
+        if cells or batch == samples:
+            return mean_over_tokens(scalings, padding).view(samples, *(1 for _ in cells), num_experts)
+    if not cells and batch == samples * seq:
+        return scalings.reshape(batch, num_experts)
+    raise ValueError(
+        f"scalings of {samples} samples x {seq} tokens do not fit activations of shape [{batch}, "
+        + "".join(f"{size}, " for size in cells)
+        + "channels]: their first axis must be the batch, or batch x tokens flattened"
+    )
