@@ -83,7 +83,9 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
                 lora_model.peft_config[adapter.name] = config
                 lora_model.inject_adapter(base, adapter.name)
         except ValueError as err:
-            raise AdapterError(f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}") from err
+            raise AdapterError(
+                f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
+            ) from err
         lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
         _fill(base, adapter)
     assert lora_model is not None
@@ -153,7 +155,9 @@ def local_folder(path: str, what: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
         reason = str(err).splitlines()[0]
-        raise CheckpointError(f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {reason}") from err
+        raise CheckpointError(
+            f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {reason}"
+        ) from err
 
 
 def _read_adapter(name: str, path: str) -> Adapter:

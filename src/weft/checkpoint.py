@@ -75,7 +75,9 @@ def read_config(path: str, subfolder: str | None = None, **kwargs: Any) -> XLora
     if version is not None and adapters is None:
         verify(folder, values.get("expert_names") or [])
     saved = values.get("adapters") or {}
-    values["adapters"] = adapters if adapters is not None else {name: _resolve(folder, at) for name, at in saved.items()}
+    values["adapters"] = (
+        adapters if adapters is not None else {name: _resolve(folder, at) for name, at in saved.items()}
+    )
     values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
     return XLoraConfig(**values)
 
@@ -122,6 +124,25 @@ def load_gate(model: torch.nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(weights[key])
+
+
+def load_experts(model: torch.nn.Module, folder: Path) -> None:
+    """Load trained experts back into a PeftModel from a folder that weft saved, all of them or none.
+
+    Raises:
+        CheckpointError: a file is missing, broken, or of other experts.
+    """
+    pairs = []
+    for name in model.xlora_config.expert_names:
+        file = folder / name / SAFETENSORS_WEIGHTS_NAME
+        weights, own = read_tensors(file), dict(adapter_parameters(model.get_base_model(), name))
+        problems = key_problems(weights, own)
+        if problems:
+            raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
+        pairs += [(own[key], weights[key]) for key in own]
+    with torch.no_grad():
+        for parameter, value in pairs:
+            parameter.copy_(value)
 
 
 def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:

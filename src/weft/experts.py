@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,8 +45,9 @@ class Storage:
         return container._parameters[name] if module is None else module._parameters["weight"]
 
 
-class StorageLayout(Protocol):
-    """The two factors of a kind of LoRA layer."""
+@dataclass(frozen=True)
+class StorageLayout:
+    """The two factors of a kind of LoRA layer: A (down to the rank) and B (up from it)."""
 
     down: Storage
     up: Storage
@@ -81,9 +82,7 @@ class _ViewsOfStack(torch.autograd.Function):
     """The stack, seen by autograd as made of its experts' parameters: their gradients are slices of its own."""
 
     @staticmethod
-    def forward(
-        ctx: Any, stack: tuple[Tensor], from_rows: _Rows, sizes: Sequence[int], *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, stack: tuple[Tensor], from_rows: _Rows, sizes: Sequence[int], *parameters: Tensor) -> Tensor:
         ctx.from_rows, ctx.sizes = from_rows, sizes
         return stack[0].detach()
 
@@ -222,8 +221,8 @@ def _stack(
         down=down[: sum(ranks)],
         up=up[:up_rows],
         scales=torch.tensor([float(target.scaling[name]) for name in names], dtype=wide, device=device),
-        rank_expert=None if uniform else torch.arange(len(ranks), device=device).repeat_interleave(
-            torch.tensor(ranks, device=device)
-        ),
+        rank_expert=None
+        if uniform
+        else torch.arange(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device)),
         column_index=None if all_columns else torch.tensor(columns, device=device),
     )

@@ -52,9 +52,7 @@ def unregister_from_peft() -> None:
         _peft_own.clear()
 
 
-def from_adapters(
-    base: nn.Module | str | os.PathLike[str], adapters: dict[str, str], **config: Any
-) -> PeftModel:
+def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, str], **config: Any) -> PeftModel:
     """Make one model of a base model and several LoRA adapters of it. The gate is new: train it.
 
     Args:

@@ -8,6 +8,8 @@ hooks on the base model, registered once; what the layers need reaches them thro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,6 +132,7 @@ class XLoraModel(BaseTuner):
         self.active_adapter = adapter_name
         self.carrier = ScalingsCarrier()
         self._disabled = False
+        self._fixed_scalings: Tensor | None = None
         self.scalings_log = ScalingsLog(options.scalings_log_size)
         self._latest_scalings: Tensor | None = None
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
@@ -203,12 +206,15 @@ class XLoraModel(BaseTuner):
         self.carrier.clear()
         arguments = self.backbone.named_arguments(args, kwargs)
         self._refuse_cache(arguments)
-        scalings = self._predict_scalings(arguments)
-        self._latest_scalings = scalings
-        self.scalings_log.record(scalings)
+        if self._fixed_scalings is not None:
+            self.carrier.routing = Routing(self._fixed_scalings)
+        else:
+            scalings = self._predict_scalings(arguments)
+            self._latest_scalings = scalings
+            self.scalings_log.record(scalings)
+            self.carrier.routing = self._routing(scalings, arguments)
         if torch.is_grad_enabled() and base.training:
             self._carry_scalings_through_checkpoints(base)
-        self.carrier.routing = self._routing(scalings, arguments)
         if self.backbone.takes("use_cache"):
             arguments["use_cache"] = False
         return (), arguments
@@ -264,6 +270,31 @@ class XLoraModel(BaseTuner):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if function is not None and not isinstance(function, CheckpointedWithScalings):
                 module._gradient_checkpointing_func = CheckpointedWithScalings(function, self.carrier)
+
+    @contextmanager
+    def fixed_scalings(self, weights: dict[str, float]) -> Iterator[None]:
+        """Use chosen weights for every token and layer instead of the gate's, without a scaling pass.
+
+        Args:
+            weights: expert name -> weight; experts left out have weight 0. One expert at 1 is that adapter alone.
+
+        Raises:
+            ValueError: a name is no expert's.
+
+        Example:
+            >>> with model.fixed_scalings({"math": 0.5, "code": 0.5}):
+            ...     model(input_ids)
+        """
+        names = self.xlora_config.expert_names or []
+        unknown = sorted(set(weights) - set(names))
+        if unknown:
+            raise ValueError(f"weights names {unknown}, expected names among {names}")
+        before = self._fixed_scalings
+        self._fixed_scalings = torch.tensor([weights.get(name, 0.0) for name in names]).view(1, 1, 1, -1)
+        try:
+            yield
+        finally:
+            self._fixed_scalings = before
 
     # ------------------------------------------------------------------ on, off and out
 
@@ -398,7 +429,13 @@ class XLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         return {key: value for key, value in state_dict.items() if GATE_KEY in key}
 

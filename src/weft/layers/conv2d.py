@@ -12,23 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage
+from weft.experts import Stack, Storage, StorageLayout
 from weft.layers.base import XLoraLayer
 
 
-class Conv2dLayout:
-    """A: [rank, in, height, width], B: [out, rank / groups, 1, 1]."""
-
-    down = Storage("lora_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows)
-    up = Storage(
-        "lora_B", to_rows=lambda weight: weight[:, :, 0, 0].T, from_rows=lambda rows: rows.T[:, :, None, None]
-    )
+# A: [rank, in, height, width], B: [out, rank / groups, 1, 1].
+_LAYOUT = StorageLayout(
+    down=Storage("lora_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows),
+    up=Storage("lora_B", to_rows=lambda weight: weight[:, :, 0, 0].T, from_rows=lambda rows: rows.T[:, :, None, None]),
+)
 
 
 class XLoraConv2dLayer(XLoraLayer):
     """X-LoRA around peft's `lora.Conv2d`."""
 
-    layout = Conv2dLayout()
+    layout = _LAYOUT
     channel_axis = 1
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:

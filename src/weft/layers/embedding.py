@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage
+from weft.experts import Stack, Storage, StorageLayout
 from weft.layers.base import XLoraLayer, add_product
 
 
-class EmbeddingLayout:
-    """A: [rank, vocabulary], B: [out, rank], both plain parameters."""
-
-    down = Storage("lora_embedding_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows)
-    up = Storage("lora_embedding_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T)
+# A: [rank, vocabulary], B: [out, rank], both plain parameters.
+_LAYOUT = StorageLayout(
+    down=Storage("lora_embedding_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows),
+    up=Storage("lora_embedding_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T),
+)
 
 
 class XLoraEmbeddingLayer(XLoraLayer):
@@ -24,7 +24,7 @@ class XLoraEmbeddingLayer(XLoraLayer):
     the experts' part too. As in peft, the experts' dropout does not act on token ids.
     """
 
-    layout = EmbeddingLayout()
+    layout = _LAYOUT
 
     def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
         return result.dtype

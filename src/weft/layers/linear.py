@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage
+from weft.experts import Stack, Storage, StorageLayout
 from weft.layers.base import XLoraLayer, add_product
 
 
-class LinearLayout:
-    """A: [rank, in], B: [out, rank]."""
-
-    down = Storage("lora_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows)
-    up = Storage("lora_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T)
+# A: [rank, in], B: [out, rank].
+_LAYOUT = StorageLayout(
+    down=Storage("lora_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows),
+    up=Storage("lora_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T),
+)
 
 
 class XLoraLinearLayer(XLoraLayer):
     """X-LoRA around peft's `lora.Linear` (which also wraps transformers' `Conv1D`)."""
 
-    layout = LinearLayout()
+    layout = _LAYOUT
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)

@@ -1,0 +1,122 @@
+"""The `weft` command: `train`, `eval`, `generate`.
+
+Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from weft.errors import WeftError
+from weft.options import EvalOptions, GenerateOptions, TrainOptions
+
+# Options that take several values separated by spaces, as users of argparse expect.
+_LISTS = ("--adapters", "--data")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(_join_lists(sys.argv[1:] if argv is None else list(argv)))
+    command = arguments.subcommand
+    if command is None:
+        parser.print_help()
+        return 2
+    run, options_class = _COMMANDS[command]
+    values = {name: value for name, value in vars(arguments[command]).items() if name != "config"}
+    try:
+        run(options_class(**values))
+    except WeftError as err:
+        print(f"weft {command}: error: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"weft {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options: TrainOptions) -> None:
+    _quiet()
+    from weft.train import train
+
+    try:
+        output = train(options)
+    except KeyboardInterrupt:
+        print(f"stopped; what was learned so far is in {options.output}, continue with --resume true", file=sys.stderr)
+        raise
+    print(f"saved to {output}: try  weft generate {output} --prompt '...'")
+
+
+def _evaluate(options: EvalOptions) -> None:
+    _quiet()
+    from weft.evaluate import evaluate
+
+    evaluate(options)
+
+
+def _generate(options: GenerateOptions) -> None:
+    _quiet()
+    from weft.cli.generate import generate
+
+    generate(options)
+
+
+_COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
+    "train": (_train, TrainOptions),
+    "eval": (_evaluate, EvalOptions),
+    "generate": (_generate, GenerateOptions),
+}
+
+
+def _parser() -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog="weft", description="Several LoRA adapters as one model that mixes them token by token (X-LoRA)."
+    )
+    commands = parser.add_subcommands(required=False)
+    for name, (_, options_class) in _COMMANDS.items():
+        description = (options_class.__doc__ or "").split("\n")[0]
+        command = ArgumentParser(prog=f"weft {name}", description=description)
+        command.add_argument("--config", action=ActionConfigFile, help="A YAML file with these options.")
+        command.add_class_arguments(options_class, as_group=False, as_positional=True)
+        commands.add_subcommand(name, command, help=description)
+    return parser
+
+
+def _join_lists(argv: list[str]) -> list[str]:
+    """`--data a b` as `--data ["a", "b"]`, and `--max-steps` as `--max_steps`."""
+    joined: list[str] = []
+    index = 0
+    while index < len(argv):
+        name, equals, value = argv[index].partition("=")
+        index += 1
+        if not name.startswith("--"):
+            joined.append(name + equals + value)
+            continue
+        name = name.replace("-", "_").replace("__", "--", 1)
+        if name not in _LISTS:
+            joined.append(name + equals + value)
+            continue
+        values = [value] if equals else []
+        while not equals and index < len(argv) and not argv[index].startswith("--"):
+            values.append(argv[index])
+            index += 1
+        structured = len(values) == 1 and values[0].lstrip().startswith(("[", "{"))
+        joined += [name, values[0] if structured else json.dumps(values)]
+    return joined
+
+
+def _quiet() -> None:
+    """Keep what libraries say to developers off a user's screen."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\b")
+    import transformers
+
+    transformers.logging.set_verbosity_error()

@@ -1,0 +1,127 @@
+"""Texts from files, and token sequences from texts. It knows nothing of models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from weft.errors import DataError
+
+_LINES = {".jsonl", ".json", ".ndjson"}
+
+
+def read_texts(source: str, tokenizer: Any) -> list[str]:
+    """All texts of one source.
+
+    Args:
+        source: a .jsonl file with "text" or "messages" in each line, a .parquet file with such a column, any other
+            file as one plain text, or the name of a data set of the `datasets` library (its split "train").
+        tokenizer: turns "messages" into a text by its chat template.
+
+    Raises:
+        DataError: nothing is there, it cannot be read (which line, and why), or it holds no text.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix in _LINES:
+            texts = [_row_text(row, place, tokenizer) for place, row in _json_lines(path)]
+        elif path.suffix == ".parquet":
+            texts = _data_set_texts("parquet", source, tokenizer, data_files=source)
+        else:
+            texts = [_plain_text(path)]
+    elif path.suffix or path.exists():
+        raise DataError(f"data ({source}) is not a file: give .jsonl, .parquet or text files, or a data set's name")
+    else:
+        texts = _data_set_texts(source, source, tokenizer)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"data ({source}) holds no text")
+    return texts
+
+
+def token_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Each text as consecutive sequences of at most `length` tokens; a rest of one token is dropped.
+
+    Raises:
+        DataError: `length` leaves nothing to predict, or no text has two tokens.
+    """
+    if length < 2:
+        raise DataError(f"sequence_length ({length}) must be at least 2: one token to read, one to predict")
+    sequences = []
+    for text in texts:
+        tokens = tokenizer(text, verbose=False)["input_ids"]
+        sequences += [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    sequences = [sequence for sequence in sequences if len(sequence) > 1]
+    if not sequences:
+        raise DataError("the data holds no text of two tokens or more")
+    return sequences
+
+
+def check_length(length: int, model_config: Any) -> None:
+    """Raise where the model cannot read sequences of this length.
+
+    Raises:
+        DataError: `length` is above the model's number of positions.
+    """
+    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise DataError(f"sequence_length ({length}) must be at most the model's number of positions ({most})")
+
+
+def named_sources(values: list[str]) -> dict[str, str]:
+    """["math=a.jsonl", "b.jsonl"] as {name: source}; a source without a name has its file's.
+
+    Raises:
+        DataError: two sources have one name.
+    """
+    sources: dict[str, str] = {}
+    for value in values:
+        name, equals, source = value.partition("=")
+        if not equals:
+            name, source = Path(value).stem, value
+        if name in sources:
+            raise DataError(f"data names {name!r} twice ({sources[name]} and {source}): give each a name, name=FILE")
+        sources[name] = source
+    return sources
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                try:
+                    yield place, json.loads(line)
+                except ValueError as err:
+                    raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
+
+
+def _row_text(row: Any, place: str, tokenizer: Any) -> str:
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        if isinstance(row.get("messages"), list):
+            if getattr(tokenizer, "chat_template", None) is None:
+                raise DataError(f'{place}: has "messages", but the base model\'s tokenizer has no chat template')
+            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+    found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    raise DataError(f'{place}: found {found}, expected an object with "text" (a string) or "messages" (a list)')
+
+
+def _plain_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise DataError(f"{path} is no UTF-8 text ({err.reason} at byte {err.start})") from err
+
+
+def _data_set_texts(kind: str, source: str, tokenizer: Any, **options: Any) -> list[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(kind, split="train", **options)
+    except Exception as err:  # the library raises many kinds, its own and those of its readers
+        raise DataError(f"data ({source}) cannot be read as a data set: {str(err).splitlines()[0]}") from err
+    return [_row_text(row, f"{source}, row {number}", tokenizer) for number, row in enumerate(rows)]

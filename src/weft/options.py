@@ -1,0 +1,122 @@
+"""The options of the command line, as dataclasses: the one place where each has its meaning, unit and default.
+
+Nothing heavy is imported here, so that `weft --help` answers at once. The options of the mixture itself have the names
+of `XLoraConfig`, which checks their ranges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class TrainOptions:
+    """Train the gate that mixes several LoRA adapters of one base model. Base and adapters stay as they are.
+
+    Args:
+        base: Folder or Hub id of the base model (a causal language model).
+        adapters: The experts, as name=FOLDER (or name=HUB_ID), two or more, separated by spaces.
+        data: Training texts: .jsonl with "text" or "messages", .parquet with such a column, plain text files, or the
+            name of a data set of the `datasets` library; one or more, separated by spaces.
+        output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
+        max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
+        epochs: Passes over the data when max_steps is 0.
+        batch_size: Sequences per device and forward pass.
+        gradient_accumulation: Forward passes per optimizer step.
+        sequence_length: Tokens per sequence; longer texts are cut into several sequences.
+        learning_rate: Peak learning rate of AdamW.
+        warmup: Share of the steps in which the learning rate rises, 0 to 1; after them it falls to 0 (cosine).
+        seed: For the gate's start values, the order of the data and dropout.
+        save_steps: Steps between two checkpoints.
+        log_steps: Steps between two lines of loss.
+        resume: Continue from the last checkpoint in the output folder.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        dtype: The base model's number format; auto takes what it is saved in.
+        bf16: Mixed precision training in bfloat16.
+        layerwise_scalings: Weights per LoRA layer rather than one set for all layers.
+        xlora_depth: Linear layers of the gate, 1 or more.
+        xlora_size: Width of the gate's hidden layers (from depth 2 on).
+        xlora_dropout_p: Dropout between the gate's layers (from depth 2 on).
+        softmax_temperature: Divides the gate's logits; lower is sharper.
+        top_k_lora: How many experts each token keeps; null keeps all.
+        scaling_pass_value: Weight of the experts while the gate's input is computed; 0 leaves them out.
+        use_trainable_adapters: Train the experts too.
+    """
+
+    base: str | None = None
+    adapters: list[str] | dict[str, str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+    output: str = "weft-model"
+    max_steps: int = 0
+    epochs: float = 1.0
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    sequence_length: int = 512
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    seed: int = 0
+    save_steps: int = 100
+    log_steps: int = 5
+    resume: bool = False
+    gradient_checkpointing: bool = False
+    dtype: Dtype = "auto"
+    bf16: bool = False
+    layerwise_scalings: bool = True
+    xlora_depth: int = 1
+    xlora_size: int = 2048
+    xlora_dropout_p: float = 0.2
+    softmax_temperature: float = 1.0
+    top_k_lora: int | None = None
+    scaling_pass_value: float = 0.0
+    use_trainable_adapters: bool = False
+
+
+@dataclass
+class EvalOptions:
+    """Compare the mixture with the base model, every expert alone and their uniform mix: perplexity per data set.
+
+    Args:
+        model: Folder or Hub id of a trained mixture.
+        data: Data sets as name=FILE (or FILE), one or more, separated by spaces; files as for `weft train`.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+        sequence_length: Tokens per sequence; longer texts are cut into several, each read without the one before.
+        batch_size: Sequences per forward pass.
+        max_sequences: At most so many sequences per data set, the first ones; 0 takes all.
+        dtype: The base model's number format; auto takes what it is saved in.
+        output: File for the table as JSON; null writes none.
+    """
+
+    model: str
+    data: list[str] = field(default_factory=list)
+    base: str | None = None
+    sequence_length: int = 512
+    batch_size: int = 4
+    max_sequences: int = 0
+    dtype: Dtype = "auto"
+    output: str | None = None
+
+
+@dataclass
+class GenerateOptions:
+    """Let a trained mixture continue a text.
+
+    Args:
+        model: Folder or Hub id of a trained mixture.
+        prompt: The text to continue.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+        max_new_tokens: At most so many tokens.
+        temperature: 0 always takes the likeliest token; above 0 samples, the higher the freer.
+        seed: For sampling.
+        dtype: The base model's number format; auto takes what it is saved in.
+    """
+
+    model: str
+    prompt: str = ""
+    base: str | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    dtype: Dtype = "auto"

@@ -1,0 +1,69 @@
+"""Tiny real models, made in memory, and LoRA adapters for them, saved as peft saves them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import peft
+import pytest
+import torch
+import transformers
+from models import lora, save_adapter, tiny_llama, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def llama_adapters(tmp_path_factory):
+    """Three adapters of the tiny Llama, with ranks, alphas and targets of their own: {name: folder}."""
+    folder = tmp_path_factory.mktemp("llama-adapters")
+    options = {
+        "math": lora(r=4, target_modules=["q_proj", "v_proj", "up_proj"]),
+        "code": lora(r=4, lora_alpha=2, target_modules=["q_proj", "v_proj", "up_proj"]),
+        "adapter_3": lora(r=6, use_rslora=True, target_modules=["q_proj", "down_proj", "up_proj"]),
+    }
+    return {
+        name: save_adapter(tiny_llama(), config, folder / name, seed=seed)
+        for seed, (name, config) in enumerate(options.items(), start=1)
+    }
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer, saved as a user has it."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_adapters(base_folder, tmp_path_factory):
+    """Two adapters of the model in `base_folder`: {name: folder}."""
+    folder = tmp_path_factory.mktemp("base-adapters")
+    return {
+        name: save_adapter(
+            transformers.AutoModelForCausalLM.from_pretrained(base_folder), lora(), folder / name, seed=seed
+        )
+        for seed, name in enumerate(("math", "code"), start=1)
+    }
+
+
+@pytest.fixture
+def peft_xlora_restored():
+    """Whatever a test registers with peft is undone."""
+    import weft
+
+    yield peft
+    weft.unregister_from_peft()

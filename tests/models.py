@@ -1,0 +1,170 @@
+"""Tiny random models of many architectures, their adapters, and the formula written as a plain loop."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+VOCAB = 96
+
+
+def lora(**options):
+    """A LoraConfig for a tiny causal model."""
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**{**values, **options})
+
+
+def randomise(module, seed):
+    """Fill every LoRA parameter with noise, so that experts do something and differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def quietly(function, *args, **kwargs):
+    """Call peft where it warns of what these tests do on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
+
+
+def save_adapter(base, config, folder, seed):
+    """An ordinary peft adapter folder with random weights."""
+    model = quietly(peft.get_peft_model, base, config)
+    randomise(model, seed)
+    quietly(model.save_pretrained, str(folder))
+    return str(folder)
+
+
+def tiny_llama(vocab_size=VOCAB, **options):
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**values, **options})).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _common(**options):
+    return {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **options}
+
+
+def _decoder(name, **options):
+    config = getattr(transformers, f"{name}Config")(**options)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+# architecture -> (model maker, modules to adapt)
+ARCHITECTURES = {
+    "llama": (tiny_llama, ["q_proj", "v_proj", "up_proj"]),
+    "mistral": (
+        lambda: _decoder("Mistral", **_common(intermediate_size=48, num_key_value_heads=2, sliding_window=4)),
+        ["q_proj", "down_proj"],
+    ),
+    "qwen2": (
+        lambda: _decoder("Qwen2", **_common(intermediate_size=48, num_key_value_heads=2)),
+        ["q_proj", "o_proj", "gate_proj"],
+    ),
+    "gemma3": (
+        lambda: _decoder(
+            "Gemma3", **_common(intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=4)
+        ),
+        ["embed_tokens", "q_proj", "v_proj"],
+    ),
+    "opt": (
+        lambda: _decoder("OPT", **_common(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)),
+        ["q_proj", "fc1", "fc2"],
+    ),
+    "gpt2": (
+        lambda: _decoder("GPT2", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        ["c_attn", "c_fc"],
+    ),
+    "gpt_neox": (
+        lambda: _decoder("GPTNeoX", **_common(intermediate_size=48, max_position_embeddings=64)),
+        ["query_key_value", "dense_h_to_4h"],
+    ),
+    "bloom": (
+        lambda: _decoder("Bloom", vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+        ["query_key_value", "dense_4h_to_h"],
+    ),
+    "bert": (
+        lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(**_common(intermediate_size=48, max_position_embeddings=64))
+        ),
+        ["query", "value", "intermediate.dense"],
+    ),
+}
+
+
+def make_architecture(name):
+    torch.manual_seed(0)
+    maker, targets = ARCHITECTURES[name]
+    model = maker().eval()
+    if model.can_generate():
+        model.generation_config.pad_token_id = 0
+        model.generation_config.eos_token_id = None
+    return model, targets
+
+
+def tiny_tokenizer():
+    """A byte-level tokenizer trained on nothing, with a chat template."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    vocabulary = {
+        token: index for index, token in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    return fast
+
+
+def mixture_by_loop(target, x, scalings, *, global_weight=1.0):
+    """The formula as it stands, one expert after the other; `scalings` is [batch, seq, expert] or None.
+
+    Args:
+        target: peft's LoRA layer (linear or embedding).
+    """
+    embedding = isinstance(target, peft.tuners.lora.Embedding)
+    result = target.base_layer(x)
+    previous = result.dtype if embedding else x.dtype
+    for column, name in enumerate(target.active_adapters):
+        weight = 1 if scalings is None else scalings[:, :, column, None]
+        outer = target.scaling.get(name, 0) * (1 if scalings is None else global_weight)
+        if embedding:
+            if name not in target.lora_embedding_A:
+                continue
+            looked_up = nn.functional.embedding(x, target.lora_embedding_A[name].T)
+            delta = (looked_up * weight) @ target.lora_embedding_B[name].T * outer
+            scale = getattr(target.base_layer, "embed_scale", None)
+            delta = delta if scale is None else delta * scale
+        else:
+            if name not in target.lora_A:
+                continue
+            down, up = target.lora_A[name], target.lora_B[name]
+            cast = x.to(down.weight.dtype)
+            scaled = cast if scalings is None else cast * weight.to(cast.dtype)
+            delta = up(down(target.lora_dropout[name](scaled))) * outer
+        result = result + delta
+    return result.to(previous)
+
+
+def folder_files(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
