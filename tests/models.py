@@ -80,17 +80,21 @@ ARCHITECTURES = {
         ["q_proj", "o_proj", "gate_proj"],
     ),
     "gemma3": (
-        lambda: _decoder(
-            "Gemma3", **_common(intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=4)
+        lambda: transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                **_common(intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=4)
+            )
         ),
         ["embed_tokens", "q_proj", "v_proj"],
     ),
     "opt": (
         lambda: _decoder("OPT", **_common(ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)),
-        ["q_proj", "fc1", "fc2"],
+        ["q_proj", "out_proj"],
     ),
     "gpt2": (
-        lambda: _decoder("GPT2", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        ),
         ["c_attn", "c_fc"],
     ),
     "gpt_neox": (

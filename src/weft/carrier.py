@@ -110,6 +110,7 @@ class CheckpointedWithScalings:
         self.carrier = carrier
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function(*args)` so that backward can recompute it, with the scalings of now."""
         routing = self.carrier.routing
         if routing is None or not torch.is_grad_enabled():
             return self.checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)

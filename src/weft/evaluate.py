@@ -38,7 +38,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
         raise ConfigError("data is missing: one or more name=FILE")
     if options.batch_size < 1 or options.max_sequences < 0:
         raise ConfigError(
-            f"batch_size ({options.batch_size}) must be at least 1 and max_sequences ({options.max_sequences}) at least 0"
+            f"batch_size ({options.batch_size}) must be at least 1, max_sequences ({options.max_sequences}) at least 0"
         )
     sources = named_sources(options.data)
     model, tokenizer = load_mixture(options.model, options.base, options.dtype)
