@@ -19,12 +19,17 @@ def lora(**options):
     return peft.LoraConfig(**{**values, **options})
 
 
+def is_expert(name):
+    """Whether a parameter of this name is a LoRA factor."""
+    return any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding_"))
+
+
 def randomise(module, seed):
     """Fill every LoRA parameter with noise, so that experts do something and differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "lora_" in name:
+            if is_expert(name):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 

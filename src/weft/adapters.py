@@ -212,9 +212,9 @@ def _base_model_problems(adapters: list[Adapter]) -> list[str]:
 def _fill(base: nn.Module, adapter: Adapter) -> None:
     """Copy an adapter's tensors into its parameters, all of them or none."""
     parameters = dict(adapter_parameters(base, adapter.name))
-    weights = adapter.weights
+    weights = _without_base_weights(base, adapter)
     if weights.keys() != parameters.keys():
-        weights = _without_base_weights(base, adapter, _converted(base, adapter, parameters))
+        weights = _converted(base, adapter, weights)
     problems = key_problems(weights, parameters)
     if any(parameter.is_meta for parameter in parameters.values()):
         problems.append("its parameters are on the meta device: load with low_cpu_mem_usage=False")
@@ -247,24 +247,23 @@ def _preview(keys: list[str], most: int = 8) -> str:
     return shown if len(keys) <= most else f"{shown}, and {len(keys) - most} more"
 
 
-def _converted(base: nn.Module, adapter: Adapter, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def _converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the names of today's transformers, where the base model's layers were renamed since."""
     if not hasattr(getattr(base, "config", None), "model_type"):
-        return adapter.weights
+        return weights
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     converted = convert_peft_adapter_state_dict_for_transformers(
-        model=base, peft_config=adapter.config, adapter_state_dict=dict(adapter.weights), adapter_name=adapter.name
+        model=base, peft_config=adapter.config, adapter_state_dict=dict(weights), adapter_name=adapter.name
     )
-    fitting = {key if key in parameters else KEY_PREFIX + key: value for key, value in converted.items()}
-    return fitting if fitting.keys() & parameters.keys() else adapter.weights
+    return {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in converted.items()}
 
 
-def _without_base_weights(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_base_weights(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Drop copies of the base model's own embeddings, which peft adds to adapters that target them."""
-    base_weights = dict(base.named_parameters())
+    base_weights = dict(base.named_parameters(remove_duplicate=False))
     kept = {}
-    for key, value in weights.items():
+    for key, value in adapter.weights.items():
         own = base_weights.get(key.removeprefix(KEY_PREFIX))
         if own is None:
             kept[key] = value

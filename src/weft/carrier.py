@@ -111,9 +111,11 @@ class CheckpointedWithScalings:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(*args)` so that backward can recompute it, with the scalings of now."""
+        if not torch.is_grad_enabled():
+            return function(*args)  # the scaling pass: there is nothing to recompute
         routing = self.carrier.routing
-        if routing is None or not torch.is_grad_enabled():
-            return self.checkpoint(function, *args) if torch.is_grad_enabled() else function(*args)
+        if routing is None:
+            return self.checkpoint(function, *args)
 
         def recomputable(scalings: Tensor, *inputs: Any) -> Any:
             with self.carrier.following(dataclasses.replace(routing, scalings=scalings)):

@@ -45,6 +45,16 @@ class Storage:
         return container._parameters[name] if module is None else module._parameters["weight"]
 
 
+def as_it_is(weight: Tensor) -> Tensor:
+    """For factors that have the rank as their first axis."""
+    return weight
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """For factors `[out, rank]`, and back."""
+    return weight.T
+
+
 @dataclass(frozen=True)
 class StorageLayout:
     """The two factors of a kind of LoRA layer: A (down to the rank) and B (up from it)."""

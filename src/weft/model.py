@@ -206,6 +206,8 @@ class XLoraModel(BaseTuner):
         self.carrier.clear()
         arguments = self.backbone.named_arguments(args, kwargs)
         self._refuse_cache(arguments)
+        if torch.is_grad_enabled() and base.training:
+            self._carry_scalings_through_checkpoints(base)
         if self._fixed_scalings is not None:
             self.carrier.routing = Routing(self._fixed_scalings)
         else:
@@ -213,8 +215,6 @@ class XLoraModel(BaseTuner):
             self._latest_scalings = scalings
             self.scalings_log.record(scalings)
             self.carrier.routing = self._routing(scalings, arguments)
-        if torch.is_grad_enabled() and base.training:
-            self._carry_scalings_through_checkpoints(base)
         if self.backbone.takes("use_cache"):
             arguments["use_cache"] = False
         return (), arguments

@@ -12,14 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage, StorageLayout
+from weft.experts import Stack, Storage, StorageLayout, as_it_is
 from weft.layers.base import XLoraLayer
+
+
+def _from_1x1(weight: Tensor) -> Tensor:
+    return weight[:, :, 0, 0].T
+
+
+def _to_1x1(rows: Tensor) -> Tensor:
+    return rows.T[:, :, None, None]
 
 
 # A: [rank, in, height, width], B: [out, rank / groups, 1, 1].
 _LAYOUT = StorageLayout(
-    down=Storage("lora_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows),
-    up=Storage("lora_B", to_rows=lambda weight: weight[:, :, 0, 0].T, from_rows=lambda rows: rows.T[:, :, None, None]),
+    down=Storage("lora_A", to_rows=as_it_is, from_rows=as_it_is),
+    up=Storage("lora_B", to_rows=_from_1x1, from_rows=_to_1x1),
 )
 
 
@@ -38,7 +46,7 @@ class XLoraConv2dLayer(XLoraLayer):
         groups = self.target.get_base_layer().groups
         if groups > 1:
             h = h.index_select(1, _group_major(stack.ranks, groups, h.device))
-        return result + F.conv2d(h, up.T[:, :, None, None], groups=groups)
+        return result + F.conv2d(h, _to_1x1(up), groups=groups)
 
 
 def _group_major(ranks: tuple[int, ...], groups: int, device: torch.device) -> Tensor:

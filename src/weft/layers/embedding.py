@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage, StorageLayout
+from weft.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 from weft.layers.base import XLoraLayer, add_product
 
 
 # A: [rank, vocabulary], B: [out, rank], both plain parameters.
 _LAYOUT = StorageLayout(
-    down=Storage("lora_embedding_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows),
-    up=Storage("lora_embedding_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T),
+    down=Storage("lora_embedding_A", to_rows=as_it_is, from_rows=as_it_is),
+    up=Storage("lora_embedding_B", to_rows=transposed, from_rows=transposed),
 )
 
 

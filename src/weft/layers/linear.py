@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage, StorageLayout
+from weft.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 from weft.layers.base import XLoraLayer, add_product
 
 
 # A: [rank, in], B: [out, rank].
 _LAYOUT = StorageLayout(
-    down=Storage("lora_A", to_rows=lambda weight: weight, from_rows=lambda rows: rows),
-    up=Storage("lora_B", to_rows=lambda weight: weight.T, from_rows=lambda rows: rows.T),
+    down=Storage("lora_A", to_rows=as_it_is, from_rows=as_it_is),
+    up=Storage("lora_B", to_rows=transposed, from_rows=transposed),
 )
 
 
