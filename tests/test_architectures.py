@@ -109,7 +109,6 @@ def test_disabled_is_exactly_the_base_model_and_unload_gives_it_back(architectur
 
 
 def test_padding_never_changes_a_result(architecture):
-    name, _ = architecture
     model = weft_model(architecture)
     short = torch.randint(1, VOCAB, (1, 5))
     with torch.no_grad():

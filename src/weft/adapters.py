@@ -92,6 +92,16 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
     return lora_model
 
 
+def remove_adapters(base: nn.Module) -> None:
+    """Put the base layers back in the place of all LoRA layers."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
 def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     """(key in an adapter file, parameter) of everything adapter `name` has in the base model."""
     for layer_name, module in base.named_modules():

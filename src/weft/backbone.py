@@ -28,7 +28,7 @@ class Backbone:
         ValueError: `base` is no transformers model, or an encoder-decoder.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         config = getattr(base, "config", None)
         if config is None or not hasattr(base, "base_model_prefix"):
             raise ValueError(f"the base model ({type(base).__name__}) must be a transformers PreTrainedModel")

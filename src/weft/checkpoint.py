@@ -1,12 +1,13 @@
 """The self-contained folder: gate, experts and options of one mixture.
 
-    adapter_config.json          the options (peft's X-LoRA config): names in order, layers in order, relative paths
-    adapter_model.safetensors    the gate, under peft's keys
-    weft_manifest.json           digests of every tensor below, and of the experts' configs
-    math/adapter_config.json     each expert, an ordinary peft adapter
-    math/adapter_model.safetensors
+    adapter_config.json           the options (peft's X-LoRA config): names and layers in order, relative paths
+    adapter_model.safetensors     the gate, under peft's keys
+    weft_manifest.json            digests of all tensors, and of the experts' configs
+    experts/math/                 each expert, an ordinary peft adapter: adapter_config.json, adapter_model.safetensors
 
-Folders that peft's X-LoRA wrote are read too: they have no manifest, and their experts lie wherever their config says.
+The experts lie one level down because transformers' Trainer takes adapters right below a checkpoint for further
+adapters of the same model, and fails to resume. Folders that peft's X-LoRA wrote are read too: they have no manifest,
+and their experts lie wherever their config says.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 
 MANIFEST_NAME = "weft_manifest.json"
+EXPERTS_FOLDER = "experts"
 FORMAT_VERSION = 1
 # Arguments of peft's own loading that are about fetching, not about the options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
@@ -48,15 +50,18 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
     if config.model is not None and gate_file.exists():
         assert config.expert_names is not None
         for name in config.expert_names:
-            _write_expert(config, name, folder / name)
+            _write_expert(config, name, folder / EXPERTS_FOLDER / name)
         manifest = {"format_version": FORMAT_VERSION, **_digests(folder, config.expert_names)}
         _replace(folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
-        replaced |= {"adapters": {name: name for name in config.expert_names}, "format_version": FORMAT_VERSION}
+        replaced |= {
+            "adapters": {name: f"{EXPERTS_FOLDER}/{name}" for name in config.expert_names},
+            "format_version": FORMAT_VERSION,
+        }
     text = config_json(config, **replaced)
     _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def read_config(path: str, subfolder: str | None = None, **kwargs: Any) -> XLoraConfig:
+def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> XLoraConfig:
     """Read and verify a saved folder (see `XLoraConfig.from_pretrained`)."""
     folder = local_folder(os.fspath(path), "the X-LoRA model")
     folder = folder / subfolder if subfolder else folder
@@ -126,7 +131,7 @@ def load_gate(model: torch.nn.Module, folder: Path) -> None:
             value.copy_(weights[key])
 
 
-def load_experts(model: torch.nn.Module, folder: Path) -> None:
+def load_experts(model: Any, folder: Path) -> None:
     """Load trained experts back into a PeftModel from a folder that weft saved, all of them or none.
 
     Raises:
@@ -134,7 +139,7 @@ def load_experts(model: torch.nn.Module, folder: Path) -> None:
     """
     pairs = []
     for name in model.xlora_config.expert_names:
-        file = folder / name / SAFETENSORS_WEIGHTS_NAME
+        file = folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME
         weights, own = read_tensors(file), dict(adapter_parameters(model.get_base_model(), name))
         problems = key_problems(weights, own)
         if problems:
@@ -145,9 +150,20 @@ def load_experts(model: torch.nn.Module, folder: Path) -> None:
             parameter.copy_(value)
 
 
+def layer_mismatch(saved: list[str], found: list[str]) -> str:
+    """How the LoRA layers that a gate was saved for differ from those in the model."""
+    missing = sorted(set(saved) - set(found))
+    unexpected = sorted(set(found) - set(saved))
+    return (
+        f"the gate was saved for {len(saved)} LoRA layers, the experts have {len(found)} in this base model; "
+        f"missing: {missing[:5] or 'none'}, unexpected: {unexpected[:5] or 'none'}"
+        + ("" if missing or unexpected else " (same layers in another order)")
+    )
+
+
 def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:
     model: Any = config.model
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model.lora_model.model, name)
     }
@@ -175,14 +191,17 @@ def _resolve(folder: Path, path: str) -> str:
 
 
 def _digests(folder: Path, expert_names: list[str]) -> dict[str, dict[str, Any]]:
-    tensor_files = [SAFETENSORS_WEIGHTS_NAME, *(f"{name}/{SAFETENSORS_WEIGHTS_NAME}" for name in expert_names)]
+    tensor_files = [
+        SAFETENSORS_WEIGHTS_NAME,
+        *(f"{EXPERTS_FOLDER}/{name}/{SAFETENSORS_WEIGHTS_NAME}" for name in expert_names),
+    ]
     tensors = {
         file: {key: _digest(tensor) for key, tensor in sorted(read_tensors(folder / file).items())}
         for file in tensor_files
     }
     files = {}
     for name in expert_names:
-        file = f"{name}/{CONFIG_NAME}"
+        file = f"{EXPERTS_FOLDER}/{name}/{CONFIG_NAME}"
         text = json.dumps(read_json(folder / file), sort_keys=True)
         files[file] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {"files": files, "tensors": tensors}

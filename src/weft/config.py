@@ -6,6 +6,7 @@ What weft adds stands below peft's fields.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -87,10 +88,8 @@ class XLoraConfig(PeftConfig):
             raise ConfigError(f"XLoraConfig cannot work:{bullet_list(problems)}")
         assert self.adapters is not None
         # JSON written by peft sorts the adapters by name; their true order is kept beside them.
-        if self.expert_names is not None:
-            self.adapters = {name: self.adapters[name] for name in self.expert_names}
-        else:
-            self.adapters = {name: os.fspath(path) for name, path in self.adapters.items()}
+        names = self.adapters if self.expert_names is None else self.expert_names
+        self.adapters = {name: os.fspath(self.adapters[name]) for name in names}
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the present values, a sentence each."""
@@ -120,7 +119,7 @@ class XLoraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> XLoraConfig:
         """Read the config of a saved X-LoRA folder or Hub id, and verify the folder's files.
 
@@ -135,7 +134,7 @@ class XLoraConfig(PeftConfig):
 
         return read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; and, when the config belongs to a model, its experts beside it.
 
         peft calls this for every model it saves, right after it has written the gate.
@@ -154,15 +153,15 @@ class XLoraConfig(PeftConfig):
         """The X-LoRA model whose options these are."""
         return getattr(self, "_model", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_model"}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> XLoraConfig:
         # A copy belongs to the copy of the model where that is being copied too, else to none: copying options must
         # never copy a model.
-        import copy
-
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        values = {key: value for key, value in self.__dict__.items() if key != "_model"}
-        twin.__dict__.update(copy.deepcopy(values, memo))
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         twin.bind_model(memo.get(id(self.model)))
         return twin
 
@@ -194,14 +193,17 @@ def unknown_option_problems(names: Iterable[str]) -> list[str]:
 
 
 def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
-    if not adapters:
+    if not adapters or not isinstance(adapters, dict):
         return [f"adapters ({adapters!r}) must name at least one expert: {{name: folder or Hub id}}"]
     problems = []
-    for name in adapters:
+    reserved = dir(nn.ModuleDict())
+    for name, path in adapters.items():
+        if not path or not isinstance(path, (str, os.PathLike)):
+            problems.append(f"adapters ({path!r} for {name!r}) must be a folder or Hub id")
         # Names become folders of a checkpoint and attributes of a torch.nn.ModuleDict.
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", str(name)):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
             problems.append(f"adapters has the name {name!r}: names are letters, digits, '_' and '-'")
-        elif hasattr(nn.ModuleDict, str(name)):
+        elif name in reserved:
             problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
     if expert_names is not None and sorted(expert_names) != sorted(adapters):
         problems.append(f"expert_names ({expert_names}) must be the names in adapters ({list(adapters)})")
@@ -233,7 +235,7 @@ def _range_problems(config: XLoraConfig) -> list[str]:
 
 def _routing_problems(config: XLoraConfig) -> list[str]:
     problems = []
-    num_adapters = len(config.adapters or {})
+    num_adapters = len(config.adapters) if isinstance(config.adapters, dict) else 0
     if config.top_k_lora is not None:
         problems += top_k_problems(config.top_k_lora, num_adapters)
     elif config.enable_softmax_topk is True:

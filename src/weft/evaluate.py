@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def mixture_rows(model: Any) -> list[Row]:
     """The model's ways to run that are worth comparing: name and context of each."""
     names = model.xlora_config.expert_names
     rows: list[Row] = [("base", model.disable_adapter)]
-    for name in names:
-        rows.append((f"only {name}", lambda name=name: model.fixed_scalings({name: 1.0})))
-    uniform = dict.fromkeys(names, 1 / len(names))
-    rows.append(("uniform mix", lambda: model.fixed_scalings(uniform)))
+    rows += [(f"only {name}", partial(model.fixed_scalings, {name: 1.0})) for name in names]
+    rows.append(("uniform mix", partial(model.fixed_scalings, dict.fromkeys(names, 1 / len(names)))))
     rows.append(("weft", nullcontext))
     return rows
 

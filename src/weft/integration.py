@@ -68,7 +68,7 @@ def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, 
         AdapterError: an adapter cannot be read, or does not fit.
 
     Example:
-        >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"}, layerwise_scalings=True)
+        >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"}, top_k_lora=1)
         >>> model.print_trainable_parameters()
     """
     problems = unknown_option_problems(config)
@@ -107,7 +107,7 @@ def from_pretrained(
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
     folder = local_folder(os.fspath(path), "the X-LoRA model")
-    options = XLoraConfig.from_pretrained(str(folder), **({} if adapters is None else {"adapters": adapters}))
+    options = XLoraConfig.from_pretrained(folder, adapters=adapters)
     options.inference_mode = not is_trainable
     model = _load_base(base, options)
     if options.task_type is None and _can_generate(model):
@@ -117,7 +117,8 @@ def from_pretrained(
     try:
         load_gate(peft_model, folder)
     except CheckpointError:
-        peft_model.base_model.unload()
+        tuner: Any = peft_model.base_model
+        tuner.unload()
         model.train(was_training)
         raise
     return peft_model if is_trainable else peft_model.eval()

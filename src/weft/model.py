@@ -1,15 +1,12 @@
-"""The X-LoRA model: a base model with its experts, a gate, and the two passes.
+"""The X-LoRA model: a base model with its experts and a gate, as a tuner of peft.
 
-Every call of the base model runs twice. The **scaling pass** runs the backbone without a head (and, at the default
-`scaling_pass_value` of 0, without any LoRA arithmetic); the gate turns its last hidden state into scalings λ. The
-**adapted pass** is the call itself, whose LoRA layers mix the experts by λ. Both are started by one pair of forward
-hooks on the base model, registered once; what the layers need reaches them through the model's carrier.
+It puts the parts together (experts, layers, gate, passes), answers to the methods of peft's X-LoRA, and takes
+everything out again. What happens in a call is in `passes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,16 +18,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from weft.adapters import inject_adapters, key_problems, read_adapters
+from weft.adapters import inject_adapters, key_problems, read_adapters, remove_adapters
 from weft.backbone import Backbone
-from weft.carrier import CheckpointedWithScalings, Routing, ScalingsCarrier
+from weft.carrier import ScalingsCarrier
+from weft.checkpoint import layer_mismatch
 from weft.config import XLoraConfig, top_k_problems
-from weft.errors import AdapterError, CacheError, CheckpointError, ConfigError, bullet_list
+from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.experts import refuse_variant
 from weft.gate import XLoraClassifier
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
-from weft.routing import keep_top_k
-from weft.scalings_log import ScalingsLog
+from weft.passes import TwoPasses
 
 GATE_KEY = "internal_xlora_classifier."
 _LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
@@ -58,6 +55,7 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
             is converted then.
     """
     layers: list[XLoraLayer] = []
+    module: Any
     for name, module in base.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -65,14 +63,15 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
         if layer_class is None:
             kinds = ", ".join(f"lora.{kind.__name__}" for kind in _LAYER_CLASSES)
             raise AdapterError(
-                f"layer {name!r} is adapted as {type(module).__module__}.{type(module).__name__}, which X-LoRA does not "
-                f"support: expected one of {kinds}"
+                f"layer {name!r} is adapted as {type(module).__module__}.{type(module).__name__}, which X-LoRA does "
+                f"not support: expected one of {kinds}"
             )
         for adapter in module.active_adapters:
             refuse_variant(module, adapter)
         layers.append(layer_class(xloramodel, module, module.forward, len(layers), config))
     for layer in layers:
-        layer.target.forward = layer.forward  # type: ignore[method-assign]
+        target: Any = layer.target
+        target.forward = layer.forward
     return len(layers)
 
 
@@ -131,10 +130,6 @@ class XLoraModel(BaseTuner):
         self.peft_config = {adapter_name: options}
         self.active_adapter = adapter_name
         self.carrier = ScalingsCarrier()
-        self._disabled = False
-        self._fixed_scalings: Tensor | None = None
-        self.scalings_log = ScalingsLog(options.scalings_log_size)
-        self._latest_scalings: Tensor | None = None
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         base_peft_config = getattr(model, "peft_config", None)
@@ -142,13 +137,14 @@ class XLoraModel(BaseTuner):
             self.lora_model = inject_adapters(model, adapters)
             self._finish(options, model)
         except BaseException:
-            _strip(model)
+            TwoPasses.detach(model)
+            remove_adapters(model)
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self._restore_requires_grad(model)
             raise
 
-    def _finish(self, options: XLoraConfig, model: nn.Module) -> None:
+    def _finish(self, options: XLoraConfig, model: Any) -> None:
         """Everything that needs the LoRA layers in place."""
         names = list(options.adapters or {})
         self.lora_model.set_adapter(names, inference_mode=not options.use_trainable_adapters)
@@ -158,12 +154,11 @@ class XLoraModel(BaseTuner):
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
         layer_names = [name for name, _ in layers]
         if options.layer_names is not None and options.layer_names != layer_names:
-            raise CheckpointError(_layer_mismatch(options.layer_names, layer_names))
+            raise CheckpointError(layer_mismatch(options.layer_names, layer_names))
         options.layer_names, options.expert_names = layer_names, names
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        self._output_layer = next((number for number, (_, layer) in enumerate(layers) if layer is output), None)
 
-        first = next(p for p in layers[0][1].parameters() if p.is_floating_point() and p is not None)
+        first = next(p for p in layers[0][1].parameters() if p.is_floating_point())
         self.internal_xlora_classifier = XLoraClassifier(
             options,
             num_experts=len(names),
@@ -174,10 +169,14 @@ class XLoraModel(BaseTuner):
         self.internal_xlora_classifier.requires_grad_(not options.inference_mode)
         self.internal_xlora_classifier.train(model.training)
         options.bind_model(self)
-        model.register_forward_pre_hook(self._before_base, with_kwargs=True)
-        model.register_forward_hook(self._after_base, always_call=True)
-
-    # ------------------------------------------------------------------ the two passes
+        self.passes = TwoPasses(
+            self.backbone,
+            self.carrier,
+            self.internal_xlora_classifier,
+            options,
+            output_layer=next((number for number, (_, layer) in enumerate(layers) if layer is output), None),
+        )
+        self.passes.attach(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model; its hooks run the scaling pass first."""
@@ -193,86 +192,14 @@ class XLoraModel(BaseTuner):
             CacheError: a cache was asked for explicitly.
         """
         if not self.disabled:
-            self._refuse_cache(kwargs)
+            self.passes.refuse_cache(kwargs)
             kwargs["use_cache"] = False
         try:
             return self.lora_model.model.generate(*args, **kwargs)
         finally:
             self.carrier.clear()
 
-    def _before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.disabled or self.carrier.in_scaling_pass:
-            return None
-        self.carrier.clear()
-        arguments = self.backbone.named_arguments(args, kwargs)
-        self._refuse_cache(arguments)
-        if torch.is_grad_enabled() and base.training:
-            self._carry_scalings_through_checkpoints(base)
-        if self._fixed_scalings is not None:
-            self.carrier.routing = Routing(self._fixed_scalings)
-        else:
-            scalings = self._predict_scalings(arguments)
-            self._latest_scalings = scalings
-            self.scalings_log.record(scalings)
-            self.carrier.routing = self._routing(scalings, arguments)
-        if self.backbone.takes("use_cache"):
-            arguments["use_cache"] = False
-        return (), arguments
-
-    def _after_base(self, base: nn.Module, args: Any, output: Any) -> None:
-        if not self.carrier.in_scaling_pass:
-            self.carrier.clear()
-
-    def _predict_scalings(self, arguments: dict[str, Any]) -> Float[Tensor, "batch seq layer expert"]:
-        """The scaling pass and the gate: λ for the arguments of a call of the base model.
-
-        The pass runs in the mode (training or evaluation) that the model is in, and without gradients: the gate is
-        what learns.
-        """
-        value = self.xlora_config.scaling_pass_value
-        constant = None
-        if value != 0:
-            # One position and one layer for all: every expert acts with the same weight everywhere.
-            constant = Routing(torch.full((1, 1, 1, self.xlora_config.num_experts), float(value)))
-        with torch.no_grad(), self.carrier.scaling_pass(constant):
-            hidden = self.backbone.last_hidden_state(arguments)
-        gate = self.internal_xlora_classifier
-        return gate(hidden.to(gate.layers[0].weight.device))
-
-    def _routing(self, scalings: Tensor, arguments: dict[str, Any]) -> Routing:
-        config = self.xlora_config
-        if not config.layerwise_scalings:
-            scalings = scalings[:, :, :1]  # one computation for all layers
-        padding = arguments.get("attention_mask")
-        keep = arguments.get("logits_to_keep")
-        if isinstance(keep, int):
-            keep = slice(-keep, None) if keep else None
-        return Routing(
-            keep_top_k(scalings, config.top_k_lora, renormalise=config.enable_softmax_topk),
-            padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
-            output_layer=self._output_layer,
-            output_positions=keep,
-        )
-
-    def _refuse_cache(self, arguments: dict[str, Any]) -> None:
-        for name in ("use_cache", "past_key_values"):
-            value = arguments.get(name)
-            if value is not None and value is not False:
-                shown = value if isinstance(value, bool) else type(value).__name__
-                raise CacheError(
-                    f"{name} ({shown}) is not supported by X-LoRA yet: the two passes would share one cache and give "
-                    "wrong text. Leave it out, or pass use_cache=False"
-                )
-
-    def _carry_scalings_through_checkpoints(self, base: nn.Module) -> None:
-        # At every call, because `gradient_checkpointing_enable` puts plain functions in at any time.
-        for module in base.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, CheckpointedWithScalings):
-                module._gradient_checkpointing_func = CheckpointedWithScalings(function, self.carrier)
-
-    @contextmanager
-    def fixed_scalings(self, weights: dict[str, float]) -> Iterator[None]:
+    def fixed_scalings(self, weights: dict[str, float]) -> AbstractContextManager[None]:
         """Use chosen weights for every token and layer instead of the gate's, without a scaling pass.
 
         Args:
@@ -289,19 +216,14 @@ class XLoraModel(BaseTuner):
         unknown = sorted(set(weights) - set(names))
         if unknown:
             raise ValueError(f"weights names {unknown}, expected names among {names}")
-        before = self._fixed_scalings
-        self._fixed_scalings = torch.tensor([weights.get(name, 0.0) for name in names]).view(1, 1, 1, -1)
-        try:
-            yield
-        finally:
-            self._fixed_scalings = before
+        return self.passes.fixed_scalings(torch.tensor([float(weights.get(name, 0)) for name in names]))
 
     # ------------------------------------------------------------------ on, off and out
 
     @property
     def disabled(self) -> bool:
         """Whether the experts are switched off, as inside `disable_adapter()`."""
-        return self._disabled
+        return self.passes.disabled
 
     def enable_adapter_layers(self) -> None:
         """Let the experts act again."""
@@ -312,7 +234,7 @@ class XLoraModel(BaseTuner):
         self._switch_layers(enabled=False)
 
     def _switch_layers(self, *, enabled: bool) -> None:
-        self._disabled = not enabled
+        self.passes.disabled = not enabled
         for module in self.lora_model.model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 # The flag alone: peft's own switch also changes what is trainable, which is the user's to say.
@@ -336,7 +258,8 @@ class XLoraModel(BaseTuner):
         """Take the experts, the gate and the hooks out, and return the base model as it was."""
         model = self.lora_model.model
         self.carrier.clear()
-        _strip(model)
+        TwoPasses.detach(model)
+        remove_adapters(model)
         self._restore_requires_grad(model)
         self.xlora_config.bind_model(None)
         return model
@@ -356,7 +279,7 @@ class XLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Raises: the experts of a mixture are fixed when it is made."""
         raise ValueError(
-            f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` when it is made"
+            f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` at the start"
         )
 
     # ------------------------------------------------------------------ peft's X-LoRA methods
@@ -394,27 +317,27 @@ class XLoraModel(BaseTuner):
 
     def get_latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
         """The scalings of the last pass as the gate gave them, gradients included; None before the first."""
-        return self._latest_scalings
+        return self.passes.latest_scalings
 
     def enable_scalings_logging(self) -> None:
         """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
-        self.scalings_log.enabled = True
+        self.passes.log.enabled = True
 
     def disable_scalings_logging(self) -> None:
         """Stop recording; what is recorded stays."""
-        self.scalings_log.enabled = False
+        self.passes.log.enabled = False
 
     def get_scalings_log(self) -> list[Tensor]:
         """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
-        return self.scalings_log.entries()
+        return self.passes.log.entries()
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
         """Sequence length -> (places in the log, scalings)."""
-        return self.scalings_log.by_sequence_length()
+        return self.passes.log.by_sequence_length()
 
     def clear_scalings_log(self) -> None:
         """Forget the recorded scalings."""
-        self.scalings_log.clear()
+        self.passes.log.clear()
 
     # ------------------------------------------------------------------ peft's machinery
 
@@ -461,11 +384,6 @@ class XLoraModel(BaseTuner):
                 raise
             return getattr(self.lora_model, name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_latest_scalings"] = None  # part of a graph, which neither copies nor pickles
-        return state
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.xlora_config.bind_model(self)
@@ -480,32 +398,3 @@ def _settle_hidden_size(options: XLoraConfig, backbone: Backbone) -> None:
             raise ConfigError(
                 f"hidden_size ({options.hidden_size}) must be the base model's ({with_base}): leave it out to infer it"
             )
-
-
-def _strip(model: nn.Module) -> None:
-    """Take LoRA layers, hooks and checkpointing wrappers out of a base model."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), XLoraModel):
-                del hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
-                model._forward_hooks_always_called.pop(key, None)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if isinstance(function, CheckpointedWithScalings):
-            module._gradient_checkpointing_func = function.checkpoint
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
-def _layer_mismatch(saved: list[str], found: list[str]) -> str:
-    missing = sorted(set(saved) - set(found))
-    unexpected = sorted(set(found) - set(saved))
-    return (
-        f"the gate was saved for {len(saved)} LoRA layers, the experts have {len(found)} in this base model; "
-        f"missing: {missing[:5] or 'none'}, unexpected: {unexpected[:5] or 'none'}"
-        + ("" if missing or unexpected else " (same layers in another order)")
-    )

@@ -63,16 +63,13 @@ def train(options: TrainOptions) -> Path:
     interrupt = StopOnInterrupt()
     trainer = MixtureTrainer(
         model,
-        _training_arguments(options, output / "checkpoints", len(sequences)),
+        _training_arguments(options, _checkpoints(options), len(sequences)),
         train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         callbacks=[interrupt],
     )
-    resume_from = get_last_checkpoint(str(output / "checkpoints")) if options.resume and output.exists() else None
-    if options.resume and resume_from is None:
-        raise ConfigError(f"resume (True) found no checkpoint in {output / 'checkpoints'}: leave it out to start anew")
     try:
-        trainer.train(resume_from_checkpoint=resume_from)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(options))
     finally:
         # Also after a second interrupt or an error half-way: what was learned so far is kept.
         if trainer.state.global_step > 0:
@@ -142,6 +139,16 @@ class StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _checkpoints(options: TrainOptions) -> Path:
+    return Path(options.output) / "checkpoints"
+
+
+def _last_checkpoint(options: TrainOptions) -> str | None:
+    """The checkpoint to resume from, if that was asked for and there is one."""
+    folder = _checkpoints(options)
+    return get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
+
+
 def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
     problems = []
     if options.base is None:
@@ -163,6 +170,8 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
     if Path(options.output).is_file():
         problems.append(f"output ({options.output}) is a file, expected a folder")
+    if options.resume and _last_checkpoint(options) is None:
+        problems.append(f"resume (True) found no checkpoint in {_checkpoints(options)}: leave it out to start anew")
     if problems:
         raise ConfigError(f"weft train cannot start:{bullet_list(problems)}")
 

@@ -56,7 +56,7 @@ class XLoraLayer(ABC):
         config: XLoraConfig,
     ) -> None:
         self.model = model
-        self.target = target
+        self.target: Any = target  # an nn.Module too, which peft's type does not say
         self.target_forward = target_forward
         self.layer_number = layer_number
         self.config = config

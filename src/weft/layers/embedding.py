@@ -9,7 +9,6 @@ from torch import Tensor
 from weft.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 from weft.layers.base import XLoraLayer, add_product
 
-
 # A: [rank, vocabulary], B: [out, rank], both plain parameters.
 _LAYOUT = StorageLayout(
     down=Storage("lora_embedding_A", to_rows=as_it_is, from_rows=as_it_is),

@@ -8,7 +8,6 @@ from torch import Tensor
 from weft.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 from weft.layers.base import XLoraLayer, add_product
 
-
 # A: [rank, in], B: [out, rank].
 _LAYOUT = StorageLayout(
     down=Storage("lora_A", to_rows=as_it_is, from_rows=as_it_is),

@@ -1,0 +1,456 @@
+"""Adapters are read and checked before the base model is touched; one that does not fit leaves no trace."""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+from models import VOCAB, lora, quietly, save_adapter, tiny_llama
+from safetensors.torch import load_file, save_file
+
+import weft
+from weft.adapters import adapter_parameters, read_adapters
+from weft.errors import AdapterError, WeftError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+DOWN = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+UP = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+TOKENS = torch.arange(1, 10).view(1, 9)
+
+
+def change_config(folder, **values):
+    file = folder / CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+
+
+@pytest.fixture
+def good(llama_adapters):
+    return llama_adapters["math"]
+
+
+@pytest.fixture
+def bad(good, tmp_path):
+    """A whole adapter, for a test to damage."""
+    return Path(shutil.copytree(good, tmp_path / "bad"))
+
+
+def trained(folder, **options):
+    """An adapter with these options, as peft saves it, in place of the one in the folder."""
+    shutil.rmtree(folder)
+    save_adapter(tiny_llama(), lora(**options), folder, seed=7)
+
+
+def snapshot(base):
+    """Everything that a failed attempt must leave alone: modules, hooks, flags, attributes, config."""
+    modules = {
+        name: (
+            module,
+            module.training,
+            sorted(vars(module)),
+            {key: dict(value) for key, value in vars(module).items() if "hooks" in key and value is not None},
+        )
+        for name, module in base.named_modules()
+    }
+    parameters = {name: (id(parameter), parameter.requires_grad) for name, parameter in base.named_parameters()}
+    return modules, parameters, base.config.to_dict()
+
+
+@pytest.fixture
+def untouched_base():
+    """A base model, some of it frozen, that must come out of the test as it went in."""
+    base = tiny_llama()
+    base.model.embed_tokens.requires_grad_(False)
+    base.model.layers[0].train()
+    weights = {key: value.clone() for key, value in base.state_dict().items()}
+    logits = base(TOKENS).logits
+    before = snapshot(base)
+    yield base
+    assert snapshot(base) == before
+    assert all(torch.equal(value, weights[key]) for key, value in base.state_dict().items())
+    assert torch.equal(base(TOKENS).logits, logits)
+
+
+# ---------------------------------------------------------------------- adapters that cannot be experts
+
+DAMAGES = {
+    "no folder": (shutil.rmtree, r"adapter 'bad' \(.*/bad\) is neither a folder here nor a Hub id that can be read"),
+    "no config": (lambda bad: (bad / CONFIG).unlink(), r"adapter 'bad': .*/bad/adapter_config.json is missing"),
+    "config is no JSON": (lambda bad: (bad / CONFIG).write_text("{"), r"adapter_config.json is no valid JSON \(Expect"),
+    "config is no object": (
+        lambda bad: (bad / CONFIG).write_text("[]"),
+        r"adapter_config.json must hold a JSON object, not a list",
+    ),
+    "no tensors": (lambda bad: (bad / TENSORS).unlink(), r"adapter 'bad': .*/bad/adapter_model.safetensors is missing"),
+    "truncated tensors": (
+        lambda bad: (bad / TENSORS).write_bytes((bad / TENSORS).read_bytes()[:-100]),
+        r"adapter 'bad': .*/adapter_model.safetensors is no whole safetensors file \(.*\): copy it again",
+    ),
+    "truncated header": (
+        lambda bad: (bad / TENSORS).write_bytes((bad / TENSORS).read_bytes()[:20]),
+        r"adapter_model.safetensors is no whole safetensors file",
+    ),
+    "empty tensors": (lambda bad: (bad / TENSORS).write_bytes(b""), r"is no whole safetensors file"),
+    "pickle": (
+        lambda bad: (bad / TENSORS).rename(bad / "adapter_model.bin"),
+        r"adapter 'bad' \(.*/bad\) is saved as a pickle \(adapter_model.bin\), which weft does not open: save it again",
+    ),
+    "another type": (
+        lambda bad: change_config(bad, peft_type="IA3"),
+        r"adapter 'bad' \(.*/bad\) is of type IA3, not LORA",
+    ),
+    "no type": (lambda bad: (bad / CONFIG).write_text("{}"), r"adapter 'bad' \(.*/bad\) is of type None, not LORA"),
+    "DoRA": (lambda bad: trained(bad, use_dora=True), r"adapter 'bad' uses DoRA, .* convert_to_lora"),
+    "bias": (lambda bad: trained(bad, bias="all"), r"adapter 'bad' has bias \('all'\): .*; expected 'none'"),
+    "modules_to_save": (
+        lambda bad: trained(bad, modules_to_save=["lm_head"]),
+        r"adapter 'bad' has modules_to_save \(\['lm_head'\]\): it trains whole modules of its own, which cannot be mixed",
+    ),
+    "trainable tokens": (
+        lambda bad: trained(bad, trainable_token_indices=[1, 2]),
+        r"adapter 'bad' has trainable_token_indices \(\[1, 2\]\): it trains embeddings of its own",
+    ),
+    "layer replication": (
+        lambda bad: change_config(bad, layer_replication=[[0, 2], [1, 2]]),
+        r"adapter 'bad' has layer_replication \(\[\[0, 2\], \[1, 2\]\]\): it replicates layers",
+    ),
+    "bare parameters": (
+        lambda bad: change_config(bad, target_parameters=["mlp.experts.down_proj"]),
+        r"adapter 'bad' has target_parameters \(\['mlp.experts.down_proj'\]\): it adapts bare parameters",
+    ),
+    "aLoRA": (
+        lambda bad: change_config(bad, alora_invocation_tokens=[3]),
+        r"adapter 'bad' has alora_invocation_tokens \(\[3\]\): it acts on a part of the text only",
+    ),
+    "options that peft refuses": (
+        lambda bad: change_config(bad, layers_pattern="layers"),
+        r"adapter 'bad'.*layers_to_transform",
+    ),
+    "rank 0": (lambda bad: change_config(bad, r=0), r"adapter 'bad' \(.*/bad\) does not fit the base model: .*`r`"),
+    "no such targets": (
+        lambda bad: change_config(bad, target_modules=["nothing"]),
+        r"adapter 'bad' \(.*/bad\) does not fit the base model: .*nothing.* not found in the base model",
+    ),
+    "missing keys": (
+        lambda bad: change_tensors(bad, lambda tensors: [tensors.pop(key) for key in (DOWN, UP)]),
+        rf"adapter 'bad' \(.*/bad/{TENSORS}\) does not fit the base model:\n  - missing keys \(2\): {DOWN}, {UP}$",
+    ),
+    "unexpected key": (
+        lambda bad: change_tensors(bad, lambda tensors: tensors.update(spare=torch.zeros(1))),
+        r"does not fit the base model:\n  - unexpected keys \(1\): .*spare$",
+    ),
+    "wrong shape": (
+        lambda bad: change_tensors(bad, lambda tensors: tensors.update({DOWN: torch.zeros(4, 16)})),
+        rf"does not fit the base model:\n  - {DOWN} has shape \[4, 16\], expected \[4, 32\]$",
+    ),
+    "another rank": (
+        lambda bad: change_config(bad, r=6),
+        rf"{DOWN} has shape \[4, 32\], expected \[6, 32\]\n(.*\n)*.*{UP} has shape \[48, 4\], expected \[48, 6\]",
+    ),
+    "fewer targets than tensors": (
+        lambda bad: change_config(bad, target_modules=["q_proj", "v_proj"]),
+        r"does not fit the base model:\n  - unexpected keys \(4\): .*mlp.up_proj.lora_A.weight, .*up_proj.lora_B.weight",
+    ),
+}
+
+
+# BUG: "options that peft refuses" is peft's ValueError, which does not name the adapter.
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("order", [["good", "bad"], ["bad", "good"]], ids=" ".join)
+def test_adapter_that_cannot_be_an_expert_is_named_and_the_base_model_untouched(
+    damage, message, order, good, bad, untouched_base
+):
+    damage(bad)
+    paths = {"good": good, "bad": str(bad)}
+    with pytest.raises(AdapterError, match=message):
+        weft.from_adapters(untouched_base, {name: paths[name] for name in order})
+
+
+def test_adapter_error_is_a_value_error():
+    assert issubclass(AdapterError, ValueError)
+    assert issubclass(AdapterError, WeftError)
+
+
+def test_adapter_of_another_model_is_refused_with_its_shapes(tmp_path, good, untouched_base):
+    other = save_adapter(tiny_llama(hidden_size=16), lora(), tmp_path / "other", seed=1)
+    with pytest.raises(
+        AdapterError, match=rf"adapter 'other' .*\n(.*\n)*.*{DOWN} has shape \[4, 16\], expected \[4, 32\]"
+    ):
+        weft.from_adapters(untouched_base, {"good": good, "other": other})
+
+
+def test_all_problems_of_all_adapters_are_reported_in_one_error(tmp_path, good, untouched_base):
+    paths = {name: tmp_path / name for name in ("one", "two", "three", "four")}
+    for name in ("two", "three", "four"):
+        shutil.copytree(good, paths[name])
+    change_config(paths["two"], use_dora=True)
+    (paths["three"] / TENSORS).unlink()
+    change_config(paths["four"], base_model_name_or_path="base-4")
+    alien = Path(shutil.copytree(paths["four"], tmp_path / "five"))
+    change_config(alien, base_model_name_or_path="base-5")
+    with pytest.raises(AdapterError) as error:
+        weft.from_adapters(untouched_base, {**{name: str(path) for name, path in paths.items()}, "five": str(alien)})
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 4
+    for line, words in zip(
+        lines[1:], [("'one'", "neither"), ("'two'", "DoRA"), ("'three'", "missing"), ("base-4", "base-5")], strict=True
+    ):
+        assert all(word in line for word in words), line
+
+
+# BUG: such adapters change the base weights as they are injected, without a word.
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "olora"])
+def test_adapter_whose_initialisation_changes_base_weights_is_refused(method, good, bad, untouched_base):
+    trained(bad, init_lora_weights=method)
+    with pytest.raises(AdapterError, match=rf"adapter 'bad'.*init_lora_weights \('{method}'\)"):
+        weft.from_adapters(untouched_base, {"good": good, "bad": str(bad)})
+
+
+def test_many_missing_keys_are_counted_and_not_all_listed(bad, untouched_base):
+    change_tensors(bad, lambda tensors: [tensors.pop(key) for key in list(tensors)])
+    with pytest.raises(AdapterError, match=r"missing keys \(12\): .*, and 4 more$") as error:
+        weft.from_adapters(untouched_base, {"bad": str(bad)})
+    assert str(error.value).count("base_model.model.") == 8
+
+
+def test_base_model_with_adapters_already_is_refused(good):
+    model = quietly(peft.get_peft_model, tiny_llama(), lora())
+    with pytest.raises(AdapterError, match=r"already has peft adapters: call its unload\(\) first"):
+        weft.from_adapters(model.get_base_model(), {"math": good})
+
+
+def test_base_model_can_be_used_again_after_a_failure(good, tmp_path, untouched_base):
+    with pytest.raises(AdapterError):
+        weft.from_adapters(untouched_base, {"math": good, "code": str(tmp_path / "none")})
+    model = weft.from_adapters(untouched_base, {"math": good}).eval()
+    fresh = weft.from_adapters(tiny_llama(), {"math": good}).eval()
+    for one in (model, fresh):
+        with one.fixed_scalings({"math": 1.0}):
+            one.logits = one(TOKENS).logits
+    assert torch.equal(model.logits, fresh.logits)
+    model.unload()
+
+
+def test_failure_leaves_gradient_checkpointing_as_it_was(good, bad):
+    change_tensors(bad, lambda tensors: tensors.pop(UP))
+    base = tiny_llama()
+    base.gradient_checkpointing_enable()
+    before = snapshot(base)
+    with pytest.raises(AdapterError):
+        weft.from_adapters(base, {"good": good, "bad": str(bad)})
+    assert snapshot(base) == before
+
+
+# ---------------------------------------------------------------------- base models by name
+
+
+@pytest.mark.parametrize(
+    "bases",
+    [
+        ("meta/Llama-8B", "/data/models/Llama-8B"),
+        ("mirror/llama-8b", "meta/Llama-8B/"),
+        ("meta/Llama-8B", None),
+        ("meta/Llama-8B", ""),
+    ],
+)
+def test_same_base_model_under_another_path_is_accepted(bases, good, bad):
+    for folder, base in zip((Path(shutil.copytree(good, bad / "other")), bad), bases, strict=True):
+        change_config(folder, base_model_name_or_path=base)
+    assert [adapter.name for adapter in read_adapters({"b": str(bad / "other"), "a": str(bad)})] == ["b", "a"]
+
+
+def test_different_base_models_are_refused_with_their_names(good, bad):
+    other = Path(shutil.copytree(good, bad / "other"))
+    change_config(bad, base_model_name_or_path="meta/Llama-8B")
+    change_config(other, base_model_name_or_path="mistralai/Mistral-7B")
+    with pytest.raises(
+        AdapterError,
+        match=r"different base models \('a' of meta/Llama-8B; 'b' of mistralai/Mistral-7B\): expected one base model",
+    ):
+        read_adapters({"a": str(bad), "b": str(other)})
+
+
+# ---------------------------------------------------------------------- what is read, and how
+
+
+def alone(model, name):
+    """Logits with one expert at weight 1."""
+    with model.eval().fixed_scalings({name: 1.0}):
+        return model(TOKENS).logits
+
+
+def by_peft(folder, base=None):
+    return quietly(peft.PeftModel.from_pretrained, base or tiny_llama(), folder).eval()(TOKENS).logits
+
+
+def test_adapters_are_read_in_the_order_given(llama_adapters):
+    names = ["code", "adapter_3", "math"]
+    adapters = read_adapters({name: llama_adapters[name] for name in names})
+    assert [adapter.name for adapter in adapters] == names
+    assert [adapter.config.r for adapter in adapters] == [4, 6, 4]
+    for adapter in adapters:
+        assert {key: value.tolist() for key, value in adapter.weights.items()} == {
+            key: value.tolist() for key, value in load_file(Path(llama_adapters[adapter.name]) / TENSORS).items()
+        }
+
+
+def test_each_expert_alone_is_that_adapter(llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    for name, folder in llama_adapters.items():
+        torch.testing.assert_close(alone(model, name), by_peft(folder), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float32_files_lose_nothing_in_a_model_of_half_precision(dtype, llama_adapters):
+    base = tiny_llama().to(dtype)
+    weft.from_adapters(base, llama_adapters)
+    for name, folder in llama_adapters.items():
+        parameters, saved = dict(adapter_parameters(base, name)), load_file(Path(folder) / TENSORS)
+        assert parameters.keys() == saved.keys()
+        assert all(torch.equal(parameters[key], saved[key]) for key in saved)
+
+
+@pytest.fixture(scope="module")
+def embedding_adapter(tmp_path_factory):
+    """An adapter of the embeddings, with which peft saves a copy of the base model's."""
+    config = lora(target_modules=["embed_tokens", "q_proj"])
+    folder = save_adapter(tiny_llama(), config, tmp_path_factory.mktemp("embedding") / "embedding", seed=3)
+    assert any(
+        "embed_tokens" in key and value.shape[0] == VOCAB for key, value in load_file(f"{folder}/{TENSORS}").items()
+    )
+    return folder
+
+
+def test_adapter_saved_with_embedding_weights_loads(embedding_adapter, good):
+    model = weft.from_adapters(tiny_llama(), {"words": embedding_adapter, "math": good})
+    torch.testing.assert_close(alone(model, "words"), by_peft(embedding_adapter), atol=1e-5, rtol=1e-5)
+
+
+# BUG: the base model's embeddings, rounded, are compared with the file's, which are not.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_embedding_weights_may_be_of_another_dtype_than_the_base_model(dtype, embedding_adapter):
+    base = tiny_llama().to(dtype)
+    weft.from_adapters(base, {"words": embedding_adapter})
+    assert dict(adapter_parameters(base, "words"))
+
+
+def test_adapter_with_retrained_embeddings_is_refused(embedding_adapter, good, tmp_path, untouched_base):
+    folder = Path(shutil.copytree(embedding_adapter, tmp_path / "words"))
+    (key,) = (key for key, value in load_file(folder / TENSORS).items() if value.shape == (VOCAB, 32))
+    change_tensors(folder, lambda tensors: tensors[key].add_(1))
+    with pytest.raises(AdapterError, match=rf"adapter 'words' carries its own {key}, which differs from the base"):
+        weft.from_adapters(untouched_base, {"math": good, "words": str(folder)})
+
+
+def test_adapter_with_resized_embeddings_is_refused(tmp_path, good, untouched_base):
+    folder = save_adapter(
+        tiny_llama(vocab_size=VOCAB + 8), lora(target_modules=["embed_tokens"]), tmp_path / "words", seed=3
+    )
+    with pytest.raises(AdapterError, match=r"adapter 'words'.*embed_tokens"):
+        weft.from_adapters(untouched_base, {"math": good, "words": folder})
+
+
+# ---------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder whose subfolders user/name are the repositories of a Hub on this machine."""
+    repositories, commit = tmp_path / "hub", "0" * 39 + "1"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            parts = self.path.partition("?")[0].strip("/").split("/")
+            is_api = parts[:2] == ["api", "models"]
+            user, name, kind, _, *file = parts[2:] if is_api else parts
+            folder = repositories / user / name
+            if not folder.is_dir():
+                return self.answer(b"{}", status=404)
+            if kind == "resolve":
+                return self.answer(folder.joinpath(*file).read_bytes())
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            listing = [
+                {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0" * 40}
+                for path in files
+            ]
+            return self.answer(json.dumps(listing if kind == "tree" else {"id": name, "sha": commit}).encode())
+
+        do_HEAD = do_GET
+
+        def answer(self, data, status=200):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield repositories
+        server.shutdown()
+
+
+def test_adapter_is_read_from_the_hub_and_then_from_the_cache_offline(hub, good, monkeypatch):
+    repository = Path(shutil.copytree(good, hub / "user" / "math"))
+    (repository / "adapter_model.bin").write_bytes(b"a pickle")
+    expected = alone(weft.from_adapters(tiny_llama(), {"math": good}), "math")
+    (online,) = read_adapters({"math": "user/math"})
+    assert sorted(file.name for file in online.folder.iterdir()) == [CONFIG, TENSORS]  # no pickle is fetched
+    assert torch.equal(alone(weft.from_adapters(tiny_llama(), {"math": "user/math"}), "math"), expected)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(alone(weft.from_adapters(tiny_llama(), {"math": "user/math"}), "math"), expected)
+
+
+def test_saved_mixture_is_read_from_the_hub(hub, llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters).eval()
+    quietly(model.save_pretrained, str(hub / "user" / "mixture"))
+    assert torch.equal(weft.from_pretrained("user/mixture", tiny_llama())(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("damage", ["no such repository", "no tensors", "a pickle"])
+def test_hub_id_that_is_no_adapter_is_named(damage, hub, good, untouched_base):
+    if damage != "no such repository":
+        repository = Path(shutil.copytree(good, hub / "user" / "bad"))
+        (repository / TENSORS).unlink()
+        if damage == "a pickle":
+            (repository / "adapter_model.bin").write_bytes(b"a pickle")
+    message = {
+        "no such repository": r"adapter 'bad' \(user/bad\) is neither a folder here nor a Hub id that can be read: .*404",
+        "no tensors": r"adapter 'bad': .*adapter_model.safetensors is missing",
+        # BUG: the .bin is not fetched, so it looks missing rather than unwanted.
+        "a pickle": r"adapter 'bad' \(user/bad\) is saved as a pickle",
+    }[damage]
+    with pytest.raises(AdapterError, match=message):
+        weft.from_adapters(untouched_base, {"math": good, "bad": "user/bad"})
+
+
+@pytest.mark.parametrize("path", ["user/none", "none", "/no/such/folder", "no folder", "a/b/c"])
+def test_path_that_is_neither_a_folder_nor_cached_is_named_offline(path, untouched_base):
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(
+        AdapterError, match=rf"adapter 'math' \({re.escape(path)}\) is neither a folder here nor a Hub id"
+    ):
+        weft.from_adapters(untouched_base, {"math": path})

@@ -1,0 +1,212 @@
+"""The command line as a user meets it: train, eval, generate, and what it says when something is wrong."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from models import folder_files
+
+import weft
+from weft.cli import main
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    rows = [{"text": f"the quick brown fox {i} " * 4} for i in range(12)]
+    rows.append({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]})
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+@pytest.fixture
+def arguments(base_folder, base_adapters, data, tmp_path):
+    """`weft train` with few steps, as a list to add to."""
+    adapters = [f"{name}={path}" for name, path in base_adapters.items()]
+    return [
+        *("train", "--base", str(base_folder), "--adapters", *adapters, "--data", str(data)),
+        *("--output", str(tmp_path / "out"), "--max-steps", "4", "--batch-size", "2", "--sequence-length", "16"),
+    ]
+
+
+def gate(folder):
+    return weft.from_pretrained(folder).internal_xlora_classifier.state_dict()
+
+
+def test_train_then_eval_then_generate(arguments, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(arguments) == 0
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "experts/math/adapter_model.safetensors",
+    } <= set(folder_files(out))
+    before = weft.from_adapters(weft.from_pretrained(out).base_model.unload(), {"math": str(out / "experts/math")})
+    assert before.xlora_config.num_experts == 1
+
+    table = tmp_path / "table.json"
+    assert main(["eval", str(out), "--data", f"fox={data}", "--sequence-length", "16", "--output", str(table)]) == 0
+    rows = json.loads(table.read_text())["perplexity"]
+    assert list(rows) == ["base", "only math", "only code", "uniform mix", "weft"]
+    assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+    assert f"{rows['weft']['fox']:.2f}" in capsys.readouterr().out
+
+    assert main(["generate", str(out), "--prompt", "the quick", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("the quick")
+
+
+def test_training_lowers_the_loss_and_is_repeatable(arguments, tmp_path):
+    arguments += ["--learning-rate", "0.05", "--max-steps", "12", "--log-steps", "1"]
+    assert main(arguments) == 0
+    first = gate(tmp_path / "out")
+    state = json.loads((tmp_path / "out/checkpoints/checkpoint-12/trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "again")
+    assert main(arguments) == 0
+    second = gate(tmp_path / "again")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("train_experts", ["false", "true"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(arguments, tmp_path, train_experts):
+    arguments += ["--save-steps", "2", "--use-trainable-adapters", train_experts]
+    assert main(arguments) == 0
+    whole = weft.from_pretrained(tmp_path / "out").state_dict()
+    # Half-way: remove what came after step 2.
+    checkpoints = tmp_path / "out/checkpoints"
+    subprocess.run(["rm", "-r", str(checkpoints / "checkpoint-4")], check=True)
+    assert main([*arguments, "--resume", "true"]) == 0
+    resumed = weft.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_options_from_yaml_and_the_command_line_agree(arguments, base_folder, base_adapters, data, tmp_path):
+    options = {
+        "base": str(base_folder),
+        "adapters": base_adapters,
+        "data": [str(data)],
+        "output": str(tmp_path / "yaml"),
+        "max_steps": 4,
+        "batch_size": 2,
+        "sequence_length": 16,
+    }
+    file = tmp_path / "train.yaml"
+    file.write_text(json.dumps(options))  # JSON is YAML
+    assert main(["train", "--config", str(file)]) == 0
+    assert main(arguments) == 0
+    one, other = gate(tmp_path / "yaml"), gate(tmp_path / "out")
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_usable_model_and_a_checkpoint_to_resume_from(arguments, tmp_path):
+    arguments[arguments.index("--max-steps") + 1] = "2000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "weft", *arguments, "--save-steps", "5"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    checkpoints = tmp_path / "out/checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "continue with --resume true" in errors
+    assert "Traceback" not in errors
+    weft.from_pretrained(tmp_path / "out")
+    last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints))
+    step = int(last.rpartition("-")[2])
+    arguments[arguments.index("--max-steps") + 1] = str(step + 1)
+    assert main([*arguments, "--resume", "true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--base": "/nowhere"}, r"base \(/nowhere\) has no tokenizer|base \(/nowhere\) cannot be loaded"),
+        ({"--data": "/nowhere.jsonl"}, r"data \(/nowhere.jsonl\) is not a file"),
+        ({"--adapters": "math"}, "adapters has the entry 'math', expected name=FOLDER"),
+        ({"--adapters": "math=/nowhere"}, r"adapter 'math' \(/nowhere\) is neither a folder here nor a Hub id"),
+        (
+            {"--sequence-length": "100000"},
+            r"sequence_length \(100000\) must be at most the model's number of positions",
+        ),
+        (
+            {"--learning-rate": "0", "--batch-size": "0"},
+            r"batch_size \(0\) must be(.|\n)*learning_rate \(0.0\) must be",
+        ),
+        ({"--top-k-lora": "3"}, r"top_k_lora \(3\) must be between 1 and the number of adapters \(2\)"),
+        ({"--resume": "true"}, r"resume \(True\) found no checkpoint in"),
+    ],
+)
+def test_bad_input_is_an_error_without_a_traceback(arguments, change, message, capsys, tmp_path):
+    import re
+
+    for option, value in change.items():
+        if option == "--adapters":
+            start = arguments.index(option)
+            arguments[start + 1 : start + 3] = [value]
+        elif option in arguments:
+            arguments[arguments.index(option) + 1] = value
+        else:
+            arguments += [option, value]
+    assert main(arguments) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("weft train: error: ") or "weft train: error: " in errors
+    assert re.search(message, errors), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_options_are_all_named(capsys):
+    assert main(["train"]) == 1
+    errors = capsys.readouterr().err
+    assert all(f"{name} is missing" in errors for name in ("base", "adapters", "data"))
+    assert main(["generate", "/nowhere"]) == 1
+    assert "prompt is missing" in capsys.readouterr().err
+    assert main(["eval", "/nowhere", "--data", "x.jsonl"]) == 1
+    assert "model (/nowhere) is neither a folder here nor a Hub id" in capsys.readouterr().err
+    assert main(["eval", "/nowhere"]) == 1
+    assert "data is missing" in capsys.readouterr().err
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--no-such-option", "1"])
+    assert stopped.value.code == 2
+    assert main([]) == 2
+    assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])
+def test_help_needs_no_torch(command):
+    code = "import sys; from weft.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.endswith("False\n")
+    assert "mix" in shown
+
+
+def test_sampling_is_repeatable_by_its_seed(arguments, tmp_path, capsys):
+    assert main(arguments) == 0
+    texts = []
+    for seed in ("1", "1", "2"):
+        capsys.readouterr()
+        options = ["--temperature", "1.5", "--seed", seed, "--max-new-tokens", "12"]
+        assert main(["generate", str(tmp_path / "out"), "--prompt", "the", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]

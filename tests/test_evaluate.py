@@ -1,0 +1,54 @@
+"""Perplexity is the token-weighted one, whatever the batching and padding."""
+
+import math
+
+import pytest
+import torch
+from models import VOCAB, tiny_llama
+
+import weft
+from weft.evaluate import mixture_rows, padded_batches, perplexity, render
+
+
+@pytest.fixture
+def sequences():
+    return [torch.randint(1, VOCAB, (length,)).tolist() for length in (3, 9, 2, 6)]
+
+
+def test_perplexity_is_the_same_for_every_batch_size(sequences):
+    model = tiny_llama()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sequence in sequences:
+            ids = torch.tensor([sequence])
+            total += float(model(input_ids=ids, labels=ids).loss) * (len(sequence) - 1)
+            count += len(sequence) - 1
+    for batch_size in (1, 2, 4):
+        assert perplexity(model, sequences, batch_size) == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_rows_are_what_they_say(llama_adapters, sequences):
+    model = weft.from_adapters(tiny_llama(), llama_adapters).eval()
+    found = {}
+    for name, context in mixture_rows(model):
+        with context():
+            found[name] = perplexity(model, sequences, 2)
+    assert list(found) == ["base", "only math", "only code", "only adapter_3", "uniform mix", "weft"]
+    assert found["base"] == pytest.approx(perplexity(tiny_llama(), sequences, 2))
+    with model.fixed_scalings({"code": 1.0}):
+        assert found["only code"] == perplexity(model, sequences, 2)
+    assert len(set(found.values())) == len(found)
+
+
+def test_batches_are_padded_on_the_right(sequences):
+    (ids, mask), *_ = padded_batches(sequences, 2)
+    assert mask.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0, 0], [1] * 9]
+    assert ids[0, :3].tolist() == sequences[0]
+
+
+def test_best_value_of_a_column_is_bold():
+    from rich.console import Console
+
+    console = Console(record=True, force_terminal=True, width=80)
+    console.print(render({"base": {"x": 9.0}, "weft": {"x": 3.0}}))
+    assert "\x1b[1m3.00" in console.export_text(styles=True)

@@ -1,0 +1,76 @@
+"""The rules of the house that a machine can check."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+
+# Imports point one way: a module imports only from lines above its own.
+ORDER = [
+    ["errors", "options"],
+    ["routing", "scalings_log", "data"],
+    ["config", "carrier"],
+    ["gate", "experts", "backbone"],
+    ["layers"],
+    ["passes", "adapters"],
+    ["checkpoint"],
+    ["model"],
+    ["integration"],
+    ["loading"],
+    ["train", "evaluate"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def module_of(path):
+    return path.relative_to(ROOT / "src/weft").parts[0].removesuffix(".py")
+
+
+def top_level_imports(path):
+    """Modules of weft that are imported when this one is."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("weft."):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_imports_point_one_way(path):
+    own = module_of(path)
+    for imported in top_level_imports(path):
+        assert imported == own or LEVEL[imported] < LEVEL[own], f"{path} imports weft.{imported}"
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert {module_of(path) for path in SOURCES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_file_is_over_400_lines_and_none_uses_pefts_xlora(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    assert "tuners.xlora" not in text
+    assert "tuners import xlora" not in text
+
+
+def test_importing_weft_imports_nothing_heavy():
+    code = "import sys, weft; print(sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "[]\n"
+
+
+def test_public_names_are_there_and_unknown_ones_are_not():
+    import weft
+
+    assert all(getattr(weft, name) is not None for name in weft.__all__)
+    assert weft.layers.XLoraLinearLayer is not None
+    assert weft.model.convert_layers_to_xlora is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = weft.nonsense
+    assert set(weft.__all__) <= set(dir(weft))

@@ -1,0 +1,155 @@
+"""weft inside peft: registered and not, from peft's config and weft's own."""
+
+import peft
+import pytest
+import torch
+from models import VOCAB, lora, quietly, save_adapter, tiny_llama
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+import weft
+from weft.errors import CheckpointError, ConfigError
+
+PEFT_OWN = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.XLORA], PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.XLORA]
+
+
+@pytest.fixture
+def registered():
+    weft.register_with_peft()
+    yield
+    weft.unregister_from_peft()
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """Adapters named as peft's X-LoRA needs them."""
+    folder = tmp_path_factory.mktemp("numbered")
+    return {str(i): save_adapter(tiny_llama(), lora(), folder / str(i), seed=i) for i in range(3)}
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, VOCAB, (2, 6))
+
+
+def mapping():
+    return PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.XLORA], PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.XLORA]
+
+
+def pefts_script(adapters):
+    """What a user of peft's X-LoRA has today."""
+    base = tiny_llama()
+    base.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, layerwise_scalings=True, xlora_depth=2, xlora_size=8
+    )
+    torch.manual_seed(3)
+    return quietly(peft.get_peft_model, base, config)
+
+
+def test_registering_is_idempotent_and_undone():
+    for _ in range(2):
+        weft.register_with_peft()
+        assert mapping() == (weft.XLoraModel, weft.XLoraConfig)
+    for _ in range(2):
+        weft.unregister_from_peft()
+        assert mapping() == PEFT_OWN
+
+
+def test_building_without_registering_leaves_pefts_table_as_it_was(llama_adapters):
+    before = dict(PEFT_TYPE_TO_TUNER_MAPPING)
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    assert before == PEFT_TYPE_TO_TUNER_MAPPING
+    assert isinstance(model, peft.PeftModelForCausalLM)
+    assert isinstance(model.base_model, weft.XLoraModel)
+    assert model.peft_type == peft.PeftType.XLORA == model.peft_config["default"].peft_type
+
+
+def test_a_peft_script_gains_one_line_and_keeps_its_results(numbered, ids, registered):
+    weft.unregister_from_peft()
+    theirs = pefts_script(numbered).eval()
+    weft.register_with_peft()
+    ours = pefts_script(numbered).eval()
+    assert isinstance(ours.base_model, weft.XLoraModel)
+    assert not isinstance(theirs.base_model, weft.XLoraModel)
+    gate, theirs_gate = ours.internal_xlora_classifier, theirs.internal_xlora_classifier
+    gate.load_state_dict(theirs_gate.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.generate(**inputs), theirs.generate(**inputs))
+    for method in ("set_topk_lora", "get_global_scaling_weight", "get_scalings_log", "disable_scalings_logging"):
+        assert callable(getattr(ours, method))
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == {
+        n for n, p in theirs.named_parameters() if p.requires_grad
+    }
+
+
+def test_state_dict_keys_are_pefts(numbered, registered):
+    ours = set(pefts_script(numbered).state_dict())
+    weft.unregister_from_peft()
+    assert ours == set(pefts_script(numbered).state_dict())
+
+
+def test_registered_peft_saves_and_loads_by_itself(llama_adapters, ids, registered, tmp_path):
+    config = weft.XLoraConfig(task_type="CAUSAL_LM", adapters=llama_adapters)
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "mixture")
+    loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "mixture")
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "mixture", is_trainable=True)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, _ in again.named_parameters() if "internal_xlora_classifier" in n
+    }
+
+
+def test_pefts_placeholder_for_hidden_size_is_no_hidden_size(numbered, registered):
+    config = quietly(peft.XLoraConfig, task_type="CAUSAL_LM", adapters=numbered)
+    assert config.hidden_size == 4096
+    assert quietly(peft.get_peft_model, tiny_llama(), config).xlora_config.hidden_size == 32
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_autocast_adapter_dtype_is_pefts(numbered, registered, autocast):
+    config = weft.XLoraConfig(task_type="CAUSAL_LM", adapters=numbered)
+    model = peft.get_peft_model(tiny_llama().to(torch.bfloat16), config, autocast_adapter_dtype=autocast)
+    dtypes = {p.dtype for n, p in model.named_parameters() if "lora_A." in n}
+    assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+    model(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_base_may_be_a_path(base_folder, base_adapters, tmp_path):
+    model = weft.from_adapters(str(base_folder), base_adapters)
+    assert model.peft_config["default"].base_model_name_or_path == str(base_folder)
+    model.save_pretrained(tmp_path / "mixture")
+    loaded = weft.from_pretrained(tmp_path / "mixture")  # the base is the one the folder names
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_base_that_cannot_be_found_is_an_error(llama_adapters, tmp_path):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    model.save_pretrained(tmp_path / "mixture")
+    with pytest.raises(CheckpointError, match=r"base \(None\) must be given"):
+        weft.from_pretrained(tmp_path / "mixture")
+    with pytest.raises(CheckpointError, match=r"base \(/nowhere\) cannot be loaded"):
+        weft.from_pretrained(tmp_path / "mixture", "/nowhere")
+
+
+def test_all_unknown_options_are_named(llama_adapters):
+    with pytest.raises(ConfigError, match=r"top_k is not an option: did you mean top_k_lora\?(.|\n)*depth"):
+        weft.from_adapters(tiny_llama(), llama_adapters, top_k=2, depth=3)
+
+
+def test_from_pretrained_is_frozen_and_in_evaluation_mode_unless_trainable(llama_adapters, tmp_path):
+    weft.from_adapters(tiny_llama(), llama_adapters).save_pretrained(tmp_path / "mixture")
+    loaded = weft.from_pretrained(tmp_path / "mixture", tiny_llama())
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    trainable = weft.from_pretrained(tmp_path / "mixture", tiny_llama().train(), is_trainable=True)
+    assert trainable.training
+    assert any(p.requires_grad for p in trainable.parameters())
