@@ -41,6 +41,10 @@ class Adapter:
     weights: dict[str, Tensor]
 
 
+# Initialisations that take the adapter's start out of the base weights: such an adapter is of another base model.
+_BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
 def read_adapters(paths: dict[str, str]) -> list[Adapter]:
     """Read the adapters of one base model.
 
@@ -176,7 +180,7 @@ def _read_adapter(name: str, path: str) -> Adapter:
         values = read_json(folder / CONFIG_NAME)
         if values.get("peft_type") != "LORA":
             raise AdapterError(f"adapter {name!r} ({path}) is of type {values.get('peft_type')}, not LORA")
-        config = LoraConfig.from_pretrained(str(folder))
+        config = _read_config(name, folder)
         if not (folder / SAFETENSORS_WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
             raise AdapterError(
                 f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
@@ -184,9 +188,18 @@ def _read_adapter(name: str, path: str) -> Adapter:
             )
         weights = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     except CheckpointError as err:
-        raise AdapterError(f"adapter {name!r}: {err}") from err
+        # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
+        hint = "" if Path(path).is_dir() else "; weft does not open pickles (adapter_model.bin)"
+        raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
     _refuse_unmixable(name, config)
     return Adapter(name, folder, config, weights)
+
+
+def _read_config(name: str, folder: Path) -> LoraConfig:
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as err:
+        raise AdapterError(f"adapter {name!r}: peft refuses {folder / CONFIG_NAME}: {err}") from err
 
 
 def _refuse_unmixable(name: str, config: LoraConfig) -> None:
@@ -194,6 +207,12 @@ def _refuse_unmixable(name: str, config: LoraConfig) -> None:
         raise AdapterError(
             f"adapter {name!r} uses DoRA, which X-LoRA does not support: leave it out, or turn it into a plain LoRA "
             "with peft's convert_to_lora"
+        )
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(_BASE_CHANGING_STARTS):
+        raise AdapterError(
+            f"adapter {name!r} has init_lora_weights ({start!r}), which changes the base model's weights, and that "
+            "cannot be mixed: save it again as a plain LoRA (peft's path_initial_model_for_weight_conversion)"
         )
     for option, what in _UNMIXABLE.items():
         value = getattr(config, option, None)
@@ -277,9 +296,13 @@ def _without_base_weights(base: nn.Module, adapter: Adapter) -> dict[str, Tensor
         own = base_weights.get(key.removeprefix(KEY_PREFIX))
         if own is None:
             kept[key] = value
-        elif own.shape != value.shape or not torch.equal(own.to(value.dtype).cpu(), value.cpu()):
+        elif own.shape != value.shape or not _equal_in_either_dtype(own.cpu(), value.cpu()):
             raise AdapterError(
                 f"adapter {adapter.name!r} carries its own {key}, which differs from the base model's: an adapter with "
                 "retrained or resized embeddings cannot be mixed"
             )
     return kept
+
+
+def _equal_in_either_dtype(own: Tensor, other: Tensor) -> bool:
+    return torch.equal(own.to(other.dtype), other) or torch.equal(other.to(own.dtype), own)

