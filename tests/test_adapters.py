@@ -167,7 +167,6 @@ DAMAGES = {
 }
 
 
-# BUG: "options that peft refuses" is peft's ValueError, which does not name the adapter.
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("order", [["good", "bad"], ["bad", "good"]], ids=" ".join)
 def test_adapter_that_cannot_be_an_expert_is_named_and_the_base_model_untouched(
@@ -211,7 +210,6 @@ def test_all_problems_of_all_adapters_are_reported_in_one_error(tmp_path, good, 
         assert all(word in line for word in words), line
 
 
-# BUG: such adapters change the base weights as they are injected, without a word.
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "olora"])
 def test_adapter_whose_initialisation_changes_base_weights_is_refused(method, good, bad, untouched_base):
     trained(bad, init_lora_weights=method)
@@ -335,7 +333,6 @@ def test_adapter_saved_with_embedding_weights_loads(embedding_adapter, good):
     torch.testing.assert_close(alone(model, "words"), by_peft(embedding_adapter), atol=1e-5, rtol=1e-5)
 
 
-# BUG: the base model's embeddings, rounded, are compared with the file's, which are not.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_embedding_weights_may_be_of_another_dtype_than_the_base_model(dtype, embedding_adapter):
     base = tiny_llama().to(dtype)
@@ -437,7 +434,6 @@ def test_hub_id_that_is_no_adapter_is_named(damage, hub, good, untouched_base):
     message = {
         "no such repository": r"adapter 'bad' \(user/bad\) is neither a folder here nor a Hub id .*: .*404",
         "no tensors": r"adapter 'bad': .*adapter_model.safetensors is missing",
-        # BUG: the .bin is not fetched, so nothing says that a pickle is there and not opened.
         "a pickle": r"adapter 'bad'.*adapter_model.bin",
     }[damage]
     with pytest.raises(AdapterError, match=message):

@@ -72,14 +72,12 @@ def test_adapters_keep_their_order_and_become_strings():
     assert config.num_experts == 2
 
 
-# BUG: with expert_names, paths stay Path objects, which JSON does not take.
 @pytest.mark.usefixtures("without_type_checks")
 def test_expert_names_give_the_order_of_adapters():
     adapters = {"a": Path("x"), "b": "y"}
     assert list(XLoraConfig(adapters=adapters, expert_names=["b", "a"]).adapters.items()) == [("b", "y"), ("a", "x")]
 
 
-# BUG: these end in AttributeError and TypeError, or pass.
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("adapters", [["math", "code"], "math", {"math": None}, {"math": 3}, {0: "adapters/math"}])
 def test_adapters_of_another_type_are_an_error_of_the_option(adapters):
@@ -190,7 +188,6 @@ def test_name_that_is_no_folder_or_module_name_is_refused(name):
         XLoraConfig(adapters={name: "x"})
 
 
-# BUG: "training" and "_parameters" are attributes of instances only, and end in a KeyError of torch's.
 @pytest.mark.parametrize("name", ["keys", "forward", "pop", "update", "training", "_parameters"])
 def test_name_that_torch_reserves_is_refused(name):
     with pytest.raises(ConfigError, match=rf"the name '{name}', which torch.nn.ModuleDict reserves"):
@@ -295,7 +292,6 @@ def test_deep_copy_of_a_model_has_a_config_of_its_own(bound):
     assert config.model is model
 
 
-# BUG: the model is pickled with its options.
 def test_pickle_of_a_config_leaves_its_model_out(bound):
     _, config = bound
     data = pickle.dumps(config)

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models import VOCAB, lora, quietly, save_adapter, tiny_llama
+from models import VOCAB, lora, quietly, randomise, save_adapter, tiny_llama
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import weft
@@ -138,6 +138,18 @@ def test_a_base_that_cannot_be_found_is_an_error(llama_adapters, tmp_path):
         weft.from_pretrained(tmp_path / "mixture")
     with pytest.raises(CheckpointError, match=r"base \(/nowhere\) cannot be loaded"):
         weft.from_pretrained(tmp_path / "mixture", "/nowhere")
+
+
+def test_one_config_may_serve_several_models(llama_adapters, registered, tmp_path, ids):
+    config = weft.XLoraConfig(task_type="CAUSAL_LM", adapters=llama_adapters)
+    models = [peft.get_peft_model(tiny_llama(), config).eval() for _ in range(2)]
+    randomise(models[0], 5)
+    models[0].set_topk_lora(1)
+    assert (config.layer_names, config.top_k_lora, models[1].xlora_config.top_k_lora) == (None, None, None)
+    models[0].save_pretrained(tmp_path / "mixture")
+    loaded = weft.from_pretrained(tmp_path / "mixture", tiny_llama())
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, models[0](input_ids=ids).logits)
 
 
 def test_all_unknown_options_are_named(llama_adapters):

@@ -129,7 +129,7 @@ def _build_peft_model(model: nn.Module, options: XLoraConfig) -> PeftModel:
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(options.task_type or "", PeftModel)
     with _private_type(options):
         peft_model = wrapper(model, options)
-    peft_model.peft_type = options.peft_type
+    peft_model.peft_type = PeftType.XLORA
     return peft_model
 
 

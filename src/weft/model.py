@@ -6,6 +6,7 @@ everything out again. What happens in a call is in `passes.py`.
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft.config import PeftConfig
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -114,7 +116,9 @@ class XLoraModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        options = XLoraConfig.from_peft(config[adapter_name] if isinstance(config, dict) else config)
+        # A copy: one config may serve several models, and each writes its own layers and options into it.
+        options = copy.deepcopy(XLoraConfig.from_peft(config[adapter_name] if isinstance(config, dict) else config))
+        options.peft_type = PeftType.XLORA
         assert options.adapters is not None
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError("the base model already has peft adapters: call its unload() first")
