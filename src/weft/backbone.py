@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.errors import ConfigError
+
 # Outputs the scaling pass does not want, whoever asked for them.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", "past_key_values"}
 # Arguments of the loss, which models take through **kwargs.
@@ -80,19 +82,28 @@ class Backbone:
             return False
         return name in self._accepted or (self._open and name not in self._heads_own | _LOSS_OPTIONS)
 
-    def hidden_size(self) -> int:
+    def hidden_size(self, given: int | None = None) -> int:
         """The width of the last hidden state (of the text model, where there are several).
 
         Raises:
-            ValueError: the base model's config does not tell.
+            ConfigError: the base model's config does not tell it, or it is not the given one.
         """
         config = self.base.config.get_text_config()
         # OPT projects its last hidden state to the width of its embeddings.
         for name in ("word_embed_proj_dim", "hidden_size", "hidden_sizes"):
-            value = getattr(config, name, None)
-            if value:
-                return int(value[-1] if isinstance(value, (list, tuple)) else value)
-        raise ValueError(f"hidden_size (None) must be given: the config of {type(self.base).__name__} does not tell it")
+            found = getattr(config, name, None)
+            if found:
+                found = int(found[-1] if isinstance(found, (list, tuple)) else found)
+                if given not in (None, found):
+                    raise ConfigError(
+                        f"hidden_size ({given}) must be the base model's ({found}): leave it out to infer it"
+                    )
+                return found
+        if given is None:
+            raise ConfigError(
+                f"hidden_size (None) must be given: the config of {type(self.base).__name__} does not tell it"
+            )
+        return given
 
     def dtype(self) -> torch.dtype:
         """Of the base model's first floating parameter."""

@@ -127,7 +127,7 @@ class XLoraModel(BaseTuner):
                 f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
             )
         self.backbone = Backbone(model)
-        _settle_hidden_size(options, self.backbone)
+        options.hidden_size = self.backbone.hidden_size(options.hidden_size)
         adapters = read_adapters(options.adapters)
 
         self.xlora_config = options
@@ -391,14 +391,3 @@ class XLoraModel(BaseTuner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.xlora_config.bind_model(self)
-
-
-def _settle_hidden_size(options: XLoraConfig, backbone: Backbone) -> None:
-    if options.hidden_size is None:
-        options.hidden_size = backbone.hidden_size()
-    else:
-        with_base = backbone.hidden_size()
-        if options.hidden_size != with_base:
-            raise ConfigError(
-                f"hidden_size ({options.hidden_size}) must be the base model's ({with_base}): leave it out to infer it"
-            )
