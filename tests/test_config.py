@@ -95,7 +95,10 @@ OUT_OF_RANGE = [
     *((name, None, WHOLE) for name in ("xlora_depth", "xlora_size", "scalings_log_size")),
     *(("hidden_size", value, WHOLE) for value in (0, -32, 32.0, "32")),
     *(("xlora_dropout_p", value, "must be in [0, 1)") for value in (-0.1, 1, 1.0, 1.5, NAN, None, "0.1", True)),
-    *(("softmax_temperature", value, "must be above 0") for value in (0, 0.0, -1.0, NAN, INF, None, "1")),
+    *(
+        ("softmax_temperature", value, "must be a finite number above 0")
+        for value in (0, 0.0, -1.0, NAN, INF, None, "1")
+    ),
     *(("scaling_pass_value", value, "must be a finite number") for value in (NAN, INF, None, "0", True)),
     *(("global_scaling_weight", value, "must be a finite number") for value in (NAN, -INF, None, "1", False)),
     *(

@@ -18,6 +18,7 @@ ORDER = [
     ["gate", "experts", "backbone"],
     ["layers"],
     ["passes", "adapters"],
+    ["manifest"],
     ["checkpoint"],
     ["model"],
     ["integration"],

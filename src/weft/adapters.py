@@ -7,6 +7,7 @@ safetensors files are read, nothing is unpickled.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from weft.errors import AdapterError, CheckpointError, bullet_list
+from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
 
 KEY_PREFIX = "base_model.model."
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
@@ -160,23 +161,25 @@ def local_folder(path: str, what: str) -> Path:
     Raises:
         CheckpointError: neither is there.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
-        reason = str(err).splitlines()[0]
-        raise CheckpointError(
-            f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {reason}"
-        ) from err
+        message = f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {first_line(err)}"
+        raise CheckpointError(message) from err
 
 
 def _read_adapter(name: str, path: str) -> Adapter:
     try:
         folder = local_folder(path, f"adapter {name!r}")
+    except CheckpointError as err:
+        raise AdapterError(str(err)) from err
+    try:
         values = read_json(folder / CONFIG_NAME)
         if values.get("peft_type") != "LORA":
             raise AdapterError(f"adapter {name!r} ({path}) is of type {values.get('peft_type')}, not LORA")
@@ -189,7 +192,8 @@ def _read_adapter(name: str, path: str) -> Adapter:
         weights = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     except CheckpointError as err:
         # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
-        hint = "" if Path(path).is_dir() else "; weft does not open pickles (adapter_model.bin)"
+        unfetched = not Path(path).is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
+        hint = "; weft does not fetch or open pickles (adapter_model.bin)" if unfetched else ""
         raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
     _refuse_unmixable(name, config)
     return Adapter(name, folder, config, weights)
@@ -231,7 +235,10 @@ def _base_model_problems(adapters: list[Adapter]) -> list[str]:
     by_base: dict[str, list[str]] = {}
     for name, base in names.items():
         if base:
-            by_base.setdefault(Path(base).name.lower(), []).append(name)
+            # A path in the Hub's cache: .../models--org--model/snapshots/<commit>
+            cached = re.search(r"models--([^/]+)", base)
+            last = cached.group(1).split("--")[-1] if cached else Path(base).name
+            by_base.setdefault(last.lower(), []).append(name)
     if len(by_base) < 2:
         return []
     described = "; ".join(f"{name!r} of {names[name]}" for group in by_base.values() for name in group)

@@ -108,3 +108,23 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """Of the base model's first floating parameter."""
         return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
+
+def input_gradient_hooks(base: Any) -> list[Any]:
+    """The hooks that make the embeddings' output require gradients.
+
+    peft adds one of its own when it wraps a base model that checkpoints its activations.
+    """
+    return list(getattr(base, "_require_grads_hooks", None) or [])
+
+
+def restore_input_gradient_hooks(base: Any, before: list[Any]) -> None:
+    """Remove the hooks that were added since."""
+    added = [hook for hook in input_gradient_hooks(base) if hook not in before]
+    for hook in added:
+        hook.remove()
+    if added:
+        base._require_grads_hooks = before
+        del base._require_grads_hook
+        if before:
+            base._require_grads_hook = before[0]

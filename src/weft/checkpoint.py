@@ -12,7 +12,6 @@ and their experts lie wherever their config says.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -23,15 +22,12 @@ import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import Tensor
 
 from weft.adapters import adapter_parameters, key_problems, local_folder, read_json, read_tensors
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
 
-MANIFEST_NAME = "weft_manifest.json"
-EXPERTS_FOLDER = "experts"
-FORMAT_VERSION = 1
 # Arguments of peft's own loading that are about fetching, not about the options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
 
@@ -45,13 +41,17 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
     folder.mkdir(parents=True, exist_ok=True)
     replaced: dict[str, Any] = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
     gate_file = folder / SAFETENSORS_WEIGHTS_NAME
-    if config.model is not None and not gate_file.exists() and (folder / "adapter_model.bin").exists():
-        raise CheckpointError("safe_serialization (False) must be True: weft reads and writes safetensors only")
+    if config.model is not None and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"safe_serialization (False) must be True: weft reads and writes safetensors only. Remove {folder}/"
+            "adapter_model.bin"
+        )
     if config.model is not None and gate_file.exists():
         assert config.expert_names is not None
+        assert config.layer_names is not None
         for name in config.expert_names:
             _write_expert(config, name, folder / EXPERTS_FOLDER / name)
-        manifest = {"format_version": FORMAT_VERSION, **_digests(folder, config.expert_names)}
+        manifest = manifest_of(folder, config.expert_names, config.layer_names)
         _replace(folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
         replaced |= {
             "adapters": {name: f"{EXPERTS_FOLDER}/{name}" for name in config.expert_names},
@@ -73,40 +73,18 @@ def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kw
     if problems:
         raise ConfigError(f"{folder / CONFIG_NAME} cannot be read:{bullet_list(problems)}")
     version = values.get("format_version")
-    if version is not None and version > FORMAT_VERSION:
+    if version is not None and version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: format_version ({version}) must be at most {FORMAT_VERSION}: upgrade weft"
+            f"{folder / CONFIG_NAME}: format_version ({version!r}) must be at most {FORMAT_VERSION}: upgrade weft"
         )
-    if version is not None and adapters is None:
-        verify(folder, values.get("expert_names") or [])
+    if version is not None:
+        verify(folder, values, with_experts=adapters is None)
     saved = values.get("adapters") or {}
     values["adapters"] = (
         adapters if adapters is not None else {name: _resolve(folder, at) for name, at in saved.items()}
     )
     values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
     return XLoraConfig(**values)
-
-
-def verify(folder: Path, expert_names: list[str]) -> None:
-    """Compare a saved folder with its manifest.
-
-    Raises:
-        CheckpointError: files or tensors are missing, unexpected or changed; all of them are named.
-    """
-    manifest = read_json(folder / MANIFEST_NAME)
-    found = _digests(folder, expert_names)
-    problems = []
-    for kind in ("files", "tensors"):
-        for file, saved in manifest.get(kind, {}).items():
-            present = found[kind].get(file)
-            if present is None:
-                problems.append(f"{file} is not among the files of the experts {expert_names}")
-            elif kind == "files" and present != saved:
-                problems.append(f"{file} was changed after it was saved")
-            elif kind == "tensors":
-                problems += [f"{file}: {problem}" for problem in _tensor_problems(saved, present)]
-    if problems:
-        raise CheckpointError(f"{folder} is not as it was saved:{bullet_list(problems)}")
 
 
 def load_gate(model: torch.nn.Module, folder: Path) -> None:
@@ -188,35 +166,3 @@ def _resolve(folder: Path, path: str) -> str:
     """An adapter's saved path: inside the folder where it is relative and there, else as it stands."""
     inside = folder / path
     return str(inside) if not os.path.isabs(path) and inside.is_dir() else path
-
-
-def _digests(folder: Path, expert_names: list[str]) -> dict[str, dict[str, Any]]:
-    tensor_files = [
-        SAFETENSORS_WEIGHTS_NAME,
-        *(f"{EXPERTS_FOLDER}/{name}/{SAFETENSORS_WEIGHTS_NAME}" for name in expert_names),
-    ]
-    tensors = {
-        file: {key: _digest(tensor) for key, tensor in sorted(read_tensors(folder / file).items())}
-        for file in tensor_files
-    }
-    files = {}
-    for name in expert_names:
-        file = f"{EXPERTS_FOLDER}/{name}/{CONFIG_NAME}"
-        text = json.dumps(read_json(folder / file), sort_keys=True)
-        files[file] = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return {"files": files, "tensors": tensors}
-
-
-def _digest(tensor: Tensor) -> str:
-    header = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(header + data.tobytes(), digest_size=16).hexdigest()
-
-
-def _tensor_problems(saved: dict[str, str], present: dict[str, str]) -> list[str]:
-    groups = {
-        "missing keys": sorted(saved.keys() - present.keys()),
-        "unexpected keys": sorted(present.keys() - saved.keys()),
-        "changed tensors": sorted(key for key in saved.keys() & present.keys() if saved[key] != present[key]),
-    }
-    return [f"{what} ({len(keys)}): {', '.join(keys[:8])}" for what, keys in groups.items() if keys]

@@ -205,7 +205,10 @@ def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] |
             problems.append(f"adapters has the name {name!r}: names are letters, digits, '_' and '-'")
         elif name in reserved:
             problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
-    if expert_names is not None and sorted(expert_names) != sorted(adapters):
+    folded = [str(name).lower() for name in adapters]
+    if len(set(folded)) < len(folded):
+        problems.append(f"adapters ({list(adapters)}) must have names that differ in more than upper and lower case")
+    if expert_names is not None and (not isinstance(expert_names, list) or sorted(expert_names) != sorted(adapters)):
         problems.append(f"expert_names ({expert_names}) must be the names in adapters ({list(adapters)})")
     return problems
 
@@ -221,7 +224,7 @@ def _range_problems(config: XLoraConfig) -> list[str]:
     if not _is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
         problems.append(f"xlora_dropout_p ({config.xlora_dropout_p!r}) must be in [0, 1)")
     if not _is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
-        problems.append(f"softmax_temperature ({config.softmax_temperature!r}) must be above 0")
+        problems.append(f"softmax_temperature ({config.softmax_temperature!r}) must be a finite number above 0")
     for name in ("scaling_pass_value", "global_scaling_weight"):
         value = getattr(config, name)
         if not _is_number(value):

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from weft.errors import DataError
+from weft.errors import DataError, first_line
 
 _LINES = {".jsonl", ".json", ".ndjson"}
+_FILES = {*_LINES, ".parquet", ".txt", ".md"}
+# Windows editors put a byte order mark first.
+_ENCODING = "utf-8-sig"
 
 
 def read_texts(source: str, tokenizer: Any) -> list[str]:
@@ -31,7 +34,7 @@ def read_texts(source: str, tokenizer: Any) -> list[str]:
             texts = _data_set_texts("parquet", source, tokenizer, data_files=source)
         else:
             texts = [_plain_text(path)]
-    elif path.suffix or path.exists():
+    elif path.suffix in _FILES or path.exists() or path.is_absolute():
         raise DataError(f"data ({source}) is not a file: give .jsonl, .parquet or text files, or a data set's name")
     else:
         texts = _data_set_texts(source, source, tokenizer)
@@ -79,8 +82,10 @@ def named_sources(values: list[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for value in values:
         name, equals, source = value.partition("=")
-        if not equals:
+        if not equals or "/" in name:  # the "=" of a path is none of ours
             name, source = Path(value).stem, value
+        if not name or not source:
+            raise DataError(f"data ({value}) must be name=FILE or FILE")
         if name in sources:
             raise DataError(f"data names {name!r} twice ({sources[name]} and {source}): give each a name, name=FILE")
         sources[name] = source
@@ -88,14 +93,14 @@ def named_sources(values: list[str]) -> dict[str, str]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                try:
-                    yield place, json.loads(line)
-                except ValueError as err:
-                    raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
+    # Split at line feeds only: JSON strings may hold the other characters that str.splitlines splits at.
+    for number, line in enumerate(_plain_text(path).split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as err:
+                raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
 
 
 def _row_text(row: Any, place: str, tokenizer: Any) -> str:
@@ -105,14 +110,17 @@ def _row_text(row: Any, place: str, tokenizer: Any) -> str:
         if isinstance(row.get("messages"), list):
             if getattr(tokenizer, "chat_template", None) is None:
                 raise DataError(f'{place}: has "messages", but the base model\'s tokenizer has no chat template')
-            return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            try:
+                return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            except Exception as err:  # whatever the template, which is a program of its own, raises
+                raise DataError(f"{place}: the chat template refuses its messages: {first_line(err)}") from err
     found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
     raise DataError(f'{place}: found {found}, expected an object with "text" (a string) or "messages" (a list)')
 
 
 def _plain_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding=_ENCODING)
     except UnicodeDecodeError as err:
         raise DataError(f"{path} is no UTF-8 text ({err.reason} at byte {err.start})") from err
 
@@ -123,5 +131,5 @@ def _data_set_texts(kind: str, source: str, tokenizer: Any, **options: Any) -> l
     try:
         rows = datasets.load_dataset(kind, split="train", **options)
     except Exception as err:  # the library raises many kinds, its own and those of its readers
-        raise DataError(f"data ({source}) cannot be read as a data set: {str(err).splitlines()[0]}") from err
+        raise DataError(f"data ({source}) cannot be read as a data set: {first_line(err)}") from err
     return [_row_text(row, f"{source}, row {number}", tokenizer) for number, row in enumerate(rows)]

@@ -33,6 +33,11 @@ class CacheError(WeftError, ValueError):
     """A key/value cache was asked for where weft does not support one."""
 
 
+def first_line(err: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(err).strip().partition("\n")[0] or type(err).__name__
+
+
 def bullet_list(problems: Iterable[str]) -> str:
     """Join problems into one message, a line each."""
     return "".join(f"\n  - {problem}" for problem in problems)

@@ -22,7 +22,7 @@ from torch import nn
 from weft.adapters import local_folder
 from weft.checkpoint import load_gate
 from weft.config import XLoraConfig, unknown_option_problems
-from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.errors import CheckpointError, ConfigError, bullet_list, first_line
 from weft.model import XLoraModel
 
 _peft_own: dict[str, Any] = {}
@@ -161,8 +161,8 @@ def _load_base(base: nn.Module | str | os.PathLike[str] | None, options: XLoraCo
     try:
         return loader(os.fspath(name))
     except OSError as err:
-        reason = str(err).splitlines()[0]
-        raise CheckpointError(f"base ({name}) cannot be loaded: {reason}. Pass the base model or its path") from err
+        message = f"base ({name}) cannot be loaded: {first_line(err)}. Pass the base model or its path"
+        raise CheckpointError(message) from err
 
 
 def _can_generate(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.adapters import local_folder, read_json
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, first_line
 from weft.integration import from_pretrained
 
 
@@ -22,7 +22,7 @@ def load_base(name: str, dtype: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"base ({name}) cannot be loaded as a causal language model: {_reason(err)}") from err
+        raise CheckpointError(f"base ({name}) cannot be loaded as a causal language model: {first_line(err)}") from err
 
 
 def load_tokenizer(name: str) -> Any:
@@ -34,7 +34,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"base ({name}) has no tokenizer that can be loaded: {_reason(err)}") from err
+        raise CheckpointError(f"base ({name}) has no tokenizer that can be loaded: {first_line(err)}") from err
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -54,7 +54,3 @@ def load_mixture(path: str, base: str | None, dtype: str) -> tuple[PeftModel, An
     if torch.cuda.is_available():
         model.to("cuda")
     return model, load_tokenizer(name)
-
-
-def _reason(err: Exception) -> str:
-    return str(err).splitlines()[0] if str(err) else type(err).__name__

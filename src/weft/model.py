@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weft.adapters import adapter_parameters, inject_adapters, key_problems, read_adapters, remove_adapters
-from weft.backbone import Backbone
+from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import layer_mismatch
 from weft.config import XLoraConfig, top_k_problems
@@ -136,6 +136,7 @@ class XLoraModel(BaseTuner):
         self.carrier = ScalingsCarrier()
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._input_gradient_hooks = input_gradient_hooks(model)
         base_peft_config = getattr(model, "peft_config", None)
         try:
             self.lora_model = inject_adapters(model, adapters)
@@ -265,6 +266,7 @@ class XLoraModel(BaseTuner):
         TwoPasses.detach(model)
         remove_adapters(model)
         self._restore_requires_grad(model)
+        restore_input_gradient_hooks(model, self._input_gradient_hooks)
         self.xlora_config.bind_model(None)
         return model
 

@@ -1,0 +1,113 @@
+"""The manifest of a saved folder: what was saved, so that anything lost or altered since is named on load.
+
+It holds the experts and layers in the order of the gate's outputs, a digest of each expert's options and one of every
+tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from weft.adapters import read_json, read_tensors
+from weft.errors import CheckpointError, bullet_list
+
+MANIFEST_NAME = "weft_manifest.json"
+EXPERTS_FOLDER = "experts"
+FORMAT_VERSION = 1
+_ORDERS = ("expert_names", "layer_names")
+
+
+def manifest_of(folder: Path, expert_names: list[str], layer_names: list[str]) -> dict[str, Any]:
+    """The manifest of what lies in the folder now.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    tensors = {file: _tensor_digests(folder / file) for file in _tensor_files(expert_names)}
+    options = {file: _options_digest(folder / file) for file in _option_files(expert_names)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "expert_names": expert_names,
+        "layer_names": layer_names,
+        "options": options,
+        "tensors": tensors,
+    }
+
+
+def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -> None:
+    """Compare a saved folder with its manifest.
+
+    Args:
+        folder: the saved folder.
+        config: its `adapter_config.json`.
+        with_experts: also compare the experts; False where they come from elsewhere.
+
+    Raises:
+        CheckpointError: files or tensors are missing, unexpected or changed; all of them are named.
+    """
+    manifest = read_json(folder / MANIFEST_NAME)
+    lacking = sorted({*_ORDERS, "options", "tensors"} - manifest.keys())
+    if lacking:
+        raise CheckpointError(f"{folder / MANIFEST_NAME} lacks {', '.join(lacking)}: copy it again")
+    problems = [
+        f"{CONFIG_NAME}: {name} is not in the order in which the gate was saved"
+        for name in _ORDERS
+        if config.get(name) != manifest[name]
+    ]
+    expert_names = manifest["expert_names"] if with_experts else []
+    for file in _tensor_files(expert_names):
+        try:
+            problems += [
+                f"{file}: {problem}"
+                for problem in _tensor_problems(manifest["tensors"].get(file, {}), _tensor_digests(folder / file))
+            ]
+        except CheckpointError as err:
+            problems.append(str(err))
+    for file in _option_files(expert_names):
+        try:
+            if _options_digest(folder / file) != manifest["options"].get(file):
+                problems.append(f"{file} was changed after it was saved")
+        except CheckpointError as err:
+            problems.append(str(err))
+    if problems:
+        raise CheckpointError(f"{folder} is not as it was saved:{bullet_list(problems)}")
+
+
+def _tensor_files(expert_names: list[str]) -> list[str]:
+    own = [f"{EXPERTS_FOLDER}/{name}/{SAFETENSORS_WEIGHTS_NAME}" for name in expert_names]
+    return [SAFETENSORS_WEIGHTS_NAME, *own]
+
+
+def _option_files(expert_names: list[str]) -> list[str]:
+    return [f"{EXPERTS_FOLDER}/{name}/{CONFIG_NAME}" for name in expert_names]
+
+
+def _options_digest(file: Path) -> str:
+    text = json.dumps(read_json(file), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _tensor_digests(file: Path) -> dict[str, str]:
+    return {key: _digest(tensor) for key, tensor in sorted(read_tensors(file).items())}
+
+
+def _digest(tensor: Tensor) -> str:
+    header = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(header + data.tobytes(), digest_size=16).hexdigest()
+
+
+def _tensor_problems(saved: dict[str, str], present: dict[str, str]) -> list[str]:
+    groups = {
+        "missing keys": sorted(saved.keys() - present.keys()),
+        "unexpected keys": sorted(present.keys() - saved.keys()),
+        "changed tensors": sorted(key for key in saved.keys() & present.keys() if saved[key] != present[key]),
+    }
+    return [f"{what} ({len(keys)}): {', '.join(keys[:8])}" for what, keys in groups.items() if keys]
