@@ -42,7 +42,7 @@ def base_folder(tmp_path_factory):
     """A tiny Llama with a tokenizer, saved as a user has it."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer))
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

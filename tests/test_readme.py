@@ -1,0 +1,54 @@
+"""What the README tells a newcomer to type works."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import weft
+from weft.cli import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.fixture
+def named(base_folder, base_adapters, tmp_path, monkeypatch):
+    """A folder in which the README's names exist."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(base_folder)
+    (tmp_path / "adapters").mkdir()
+    for name, path in zip(("code", "law"), base_adapters.values(), strict=True):
+        (tmp_path / "adapters" / name).symlink_to(path)
+    (tmp_path / "heldout").mkdir()
+    for file in ("mixed.jsonl", "heldout/code.jsonl", "heldout/law.jsonl", "heldout/mixed.jsonl"):
+        (tmp_path / file).write_text(json.dumps({"text": "the contract says " * 3}))
+    return tmp_path
+
+
+def test_the_commands_of_the_readme_run(named, capsys):
+    commands = re.findall(r"^weft .*$", README, flags=re.M)
+    assert [command.split()[1] for command in commands] == ["train", "eval", "generate"]
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert "The contract says" in capsys.readouterr().out
+
+
+def test_the_python_of_the_readme_runs(named):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    names: dict = {"weft": weft}
+    try:
+        for block in blocks:
+            exec(block, names)
+    finally:
+        weft.unregister_from_peft()
+    assert names["model"].xlora_config.expert_names == ["code", "law"]
+
+
+def test_the_two_first_commands_are_targets_of_the_makefile():
+    first = re.search(r"```\n(.*?)```", README, flags=re.S).group(1)
+    targets = re.findall(r"^make (\w+)", first, flags=re.M)
+    assert targets == ["demo", "test"]
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    assert all(f"\n{target}: env\n" in makefile for target in targets)
