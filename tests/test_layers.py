@@ -136,6 +136,15 @@ def test_rank_and_alpha_patterns_count():
     assert_equal_to_loop(target, layer, an_input("lin"), some_scalings(3))
 
 
+def test_a_scale_that_is_changed_later_counts():
+    target, layer = layer_with(adapters(2, 3))
+    x, scalings = an_input("lin"), some_scalings(2)
+    layer.forward(x, scalings=scalings)
+    target.set_scale("e0", 0.25)
+    target.scale_layer(3)
+    assert_equal_to_loop(target, layer, x, scalings)
+
+
 def test_lora_bias_is_not_scaled_by_the_scalings():
     target, layer = layer_with(adapters(2, 3, lora_bias=True) | adapters_without_bias(), global_scaling_weight=0.5)
     x = an_input("lin")

@@ -114,6 +114,7 @@ class StackedExperts:
         self.layout = layout
         self._stacks: tuple[Stack, ...] = ()
         self._active: list[str] | None = None
+        self._scaling: dict[str, float] = {}
         self._addresses: list[tuple[str, int, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class StackedExperts:
         return factors[0], factors[1]
 
     def _still_ours(self) -> bool:
-        if self._active != self.target.active_adapters:
+        if self._active != self.target.active_adapters or self._scaling != self.target.scaling:
             return False
         down, up, target = self.layout.down, self.layout.up, self.target
         try:
@@ -182,6 +183,7 @@ class StackedExperts:
                     stacks.append(_stack(target, layout, names, active, down, up))
         self._stacks = tuple(stacks)
         self._active = active
+        self._scaling = dict(target.scaling)
         self._addresses = [
             (name, layout.down.find(target, name).data_ptr(), layout.up.find(target, name).data_ptr())
             for name in ordered
