@@ -171,7 +171,10 @@ def table(result: dict[str, Any]) -> str:
     difference = result["forward"]["max_logit_difference_to_peft"]
     lines += ["", f"Largest difference of a logit to peft's X-LoRA with the same gate: {difference}", ""]
     lines += ["## Growth with the number of experts (rank 16 each)", ""]
-    lines += ["| experts | weft, seconds | scaling pass + one LoRA of all ranks, seconds | ratio |", "| ---: | ---: | ---: | ---: |"]
+    lines += [
+        "| experts | weft, seconds | scaling pass + one LoRA of all ranks, seconds | ratio |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
     growth = result["growth"]
     for number, ours, line in zip(growth["experts"], growth["weft"], growth["line"], strict=True):
         lines.append(f"| {number} | {ours:.3f} | {line:.3f} | {ours / line:.2f} |")
@@ -181,8 +184,14 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {seconds:.2f} | {train['memory_mb'][name]:.0f} | {train['loss'][name]:.6f} |")
     time_share = train["seconds"]["weft 16"] / train["seconds"]["peft 16"]
     memory_share = train["memory_mb"]["weft 16"] / train["memory_mb"]["peft 16"]
-    lines += ["", f"At 16 experts weft takes {time_share:.2f}x peft's time and {memory_share:.2f}x its memory (goal 0.33x)."]
-    lines += ["", "Peak MB of weft's step for " + ", ".join(f"{n} experts: {mb:.0f}" for n, mb in train["memory_growth"].items())]
+    lines += [
+        "",
+        f"At 16 experts weft takes {time_share:.2f}x peft's time and {memory_share:.2f}x its memory (goal 0.33x).",
+    ]
+    lines += [
+        "",
+        "Peak MB of weft's step for " + ", ".join(f"{n} experts: {mb:.0f}" for n, mb in train["memory_growth"].items()),
+    ]
     lines += ["", "## Scaling pass of 2048 tokens", "", "| way | peak MB | seconds |", "| --- | ---: | ---: |"]
     for name, mb in result["scaling_pass"]["memory_mb"].items():
         lines.append(f"| {name} | {mb:.0f} | {result['scaling_pass']['seconds'][name]:.2f} |")
