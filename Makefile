@@ -37,7 +37,7 @@ format: env
 	$(RUN)/ruff check --fix src tests demo benchmarks
 	$(RUN)/ruff format src tests demo benchmarks
 
-# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About half an hour on two quiet cores.
+# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About ten minutes on two quiet cores.
 bench: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speed.py
 

@@ -226,7 +226,7 @@ def test_many_missing_keys_are_counted_and_not_all_listed(bad, untouched_base):
 
 def test_base_model_with_adapters_already_is_refused(good):
     model = quietly(peft.get_peft_model, tiny_llama(), lora())
-    with pytest.raises(AdapterError, match=r"already has peft adapters: call its unload\(\) first"):
+    with pytest.raises(AdapterError, match=r"already has peft adapters: pass the model itself"):
         weft.from_adapters(model.get_base_model(), {"math": good})
 
 

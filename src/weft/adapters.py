@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
+from weft.experts import refuse_dora
 
 KEY_PREFIX = "base_model.model."
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
@@ -208,10 +209,7 @@ def _read_config(name: str, folder: Path) -> LoraConfig:
 
 def _refuse_unmixable(name: str, config: LoraConfig) -> None:
     if config.use_dora:
-        raise AdapterError(
-            f"adapter {name!r} uses DoRA, which X-LoRA does not support: leave it out, or turn it into a plain LoRA "
-            "with peft's convert_to_lora"
-        )
+        refuse_dora(name)
     start = str(config.init_lora_weights).lower()
     if start.startswith(_BASE_CHANGING_STARTS):
         raise AdapterError(

@@ -74,7 +74,12 @@ class Backbone:
         if "use_cache" in self._accepted:
             call["use_cache"] = False
         output = self.module(**call, return_dict=True)
-        hidden = output.last_hidden_state
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is None:
+            raise ValueError(
+                f"the base model ({type(self.base).__name__}) gives no last_hidden_state that a gate could read: "
+                "expected a model of one text or image, such as a causal language model"
+            )
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
     def _is_backbones(self, name: str) -> bool:

@@ -56,11 +56,13 @@ class ScalingsCarrier:
         routing: the scalings of the pass, or None outside an adapted pass (then every expert has weight 1).
         experts_off: True while the experts must not act at all (the scaling pass with `scaling_pass_value` 0).
         in_scaling_pass: True while the model reads the text for the gate.
+        plain: True while a block is recomputed that ran without scalings the first time, too.
     """
 
     routing: Routing | None
     experts_off: bool
     in_scaling_pass: bool
+    plain: bool
 
     def __init__(self) -> None:
         self.clear()
@@ -70,6 +72,7 @@ class ScalingsCarrier:
         self.routing = None
         self.experts_off = False
         self.in_scaling_pass = False
+        self.plain = False
 
     @contextmanager
     def scaling_pass(self, routing: Routing | None) -> Iterator[None]:
@@ -82,13 +85,14 @@ class ScalingsCarrier:
             self.routing, self.experts_off, self.in_scaling_pass = before
 
     @contextmanager
-    def following(self, routing: Routing) -> Iterator[None]:
-        """The layers follow `routing` until the block ends."""
-        before, self.routing = self.routing, routing
+    def following(self, routing: Routing | None) -> Iterator[None]:
+        """The layers follow `routing`, or mix at weight 1 where it is None, until the block ends."""
+        before = self.routing, self.plain
+        self.routing, self.plain = routing, routing is None
         try:
             yield
         finally:
-            self.routing = before
+            self.routing, self.plain = before
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -115,10 +119,14 @@ class CheckpointedWithScalings:
             return function(*args)  # the scaling pass: there is nothing to recompute
         routing = self.carrier.routing
         if routing is None:
-            return self.checkpoint(function, *args)
+            return self.checkpoint(self._plain, function, *args)
 
         def recomputable(scalings: Tensor, *inputs: Any) -> Any:
             with self.carrier.following(dataclasses.replace(routing, scalings=scalings)):
                 return function(*inputs)
 
         return self.checkpoint(recomputable, routing.scalings, *args)
+
+    def _plain(self, function: Callable[..., Any], *args: Any) -> Any:
+        with self.carrier.following(None):
+            return function(*args)

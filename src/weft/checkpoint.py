@@ -1,7 +1,7 @@
 """The self-contained folder: gate, experts and options of one mixture.
 
     adapter_config.json           the options (peft's X-LoRA config): names and layers in order, relative paths
-    adapter_model.safetensors     the gate, under peft's keys
+    adapter_model.safetensors     the gate, under peft's keys (and copies of trained experts, for tools that resume)
     weft_manifest.json            digests of all tensors, and of the experts' configs
     experts/math/                 each expert, an ordinary peft adapter: adapter_config.json, adapter_model.safetensors
 
@@ -28,6 +28,7 @@ from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
 
+GATE_KEY = "internal_xlora_classifier."
 # Arguments of peft's own loading that are about fetching, not about the options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
 
@@ -49,6 +50,8 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
     if config.model is not None and gate_file.exists():
         assert config.expert_names is not None
         assert config.layer_names is not None
+        if config.use_trainable_adapters:
+            _add_trained_experts(config, gate_file)
         for name in config.expert_names:
             _write_expert(config, name, folder / EXPERTS_FOLDER / name)
         manifest = manifest_of(folder, config.expert_names, config.layer_names)
@@ -71,13 +74,13 @@ def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kw
         raise CheckpointError(f"{folder / CONFIG_NAME} is of type {values.get('peft_type')}, expected XLORA")
     problems = unknown_option_problems(values)
     if problems:
-        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read:{bullet_list(problems)}")
+        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read:", problems)
     version = values.get("format_version")
     if version is not None and version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: format_version ({version!r}) must be at most {FORMAT_VERSION}: upgrade weft"
         )
-    if version is not None:
+    if version is not None or (folder / MANIFEST_NAME).exists():
         verify(folder, values, with_experts=adapters is None)
     saved = values.get("adapters") or {}
     values["adapters"] = (
@@ -100,32 +103,32 @@ def load_gate(model: torch.nn.Module, folder: Path) -> None:
             "peft's safe_serialization=True"
         )
     weights = read_tensors(file)
-    own = {key: value for key, value in model.state_dict().items() if "internal_xlora_classifier." in key}
-    problems = key_problems(weights, own)
+    problems = gate_problems(model, weights)
     if problems:
         raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
     with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(weights[key])
+        for key, value in model.state_dict().items():
+            if GATE_KEY in key:
+                value.copy_(weights[key])
 
 
-def load_experts(model: Any, folder: Path) -> None:
-    """Load trained experts back into a PeftModel from a folder that weft saved, all of them or none.
+def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
+    """What hinders these tensors from being a PeftModel's gate; copies of its experts' tensors beside it do not."""
+    own = model.state_dict()
+    gate = {key: value for key, value in own.items() if GATE_KEY in key}
+    return key_problems({key: value for key, value in weights.items() if GATE_KEY in key or key not in own}, gate)
 
-    Raises:
-        CheckpointError: a file is missing, broken, or of other experts.
+
+def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
+    """Put trained experts beside the gate, under their names in the model.
+
+    So every tool that loads the gate through peft (a Trainer that resumes or takes the best checkpoint) gets them too.
     """
-    pairs = []
-    for name in model.xlora_config.expert_names:
-        file = folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME
-        weights, own = read_tensors(file), dict(adapter_parameters(model.get_base_model(), name))
-        problems = key_problems(weights, own)
-        if problems:
-            raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
-        pairs += [(own[key], weights[key]) for key in own]
-    with torch.no_grad():
-        for parameter, value in pairs:
-            parameter.copy_(value)
+    model: Any = config.model
+    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+    experts = {f"base_model.{key}": value for key, value in model.state_dict().items() if any(p in key for p in parts)}
+    tensors = {**read_tensors(file), **experts}
+    _replace(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def layer_mismatch(saved: list[str], found: list[str]) -> str:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import PeftType
 from torch import nn
 
-from weft.errors import ConfigError, bullet_list
+from weft.errors import ConfigError
 
+_TITLE = "XLoraConfig cannot work:"
+_WRITTEN_BY_SAVE = {"expert_names", "layer_names", "format_version"}
 # peft's XLoraConfig puts this in place of a missing hidden_size, whatever the model.
 PEFT_PLACEHOLDER_HIDDEN_SIZE = 4096
 
@@ -85,7 +87,7 @@ class XLoraConfig(PeftConfig):
         self.peft_type = PeftType.XLORA
         problems = self.problems()
         if problems:
-            raise ConfigError(f"XLoraConfig cannot work:{bullet_list(problems)}")
+            raise ConfigError(_TITLE, problems)
         assert self.adapters is not None
         # JSON written by peft sorts the adapters by name; their true order is kept beside them.
         names = self.adapters if self.expert_names is None else self.expert_names
@@ -173,21 +175,25 @@ def _accept_known_options_only(config_class: type[XLoraConfig]) -> None:
     @functools.wraps(plain_init)
     def checked_init(self: XLoraConfig, *args: Any, **kwargs: Any) -> None:
         problems = unknown_option_problems(kwargs)
+        try:
+            plain_init(self, *args, **{name: value for name, value in kwargs.items() if name in _OPTIONS})
+        except ConfigError as err:
+            problems += err.problems
         if problems:
-            raise ConfigError(f"XLoraConfig cannot work:{bullet_list(problems)}")
-        plain_init(self, *args, **kwargs)
+            raise ConfigError(_TITLE, problems)
 
     config_class.__init__ = checked_init  # type: ignore[method-assign]
 
 
 def unknown_option_problems(names: Iterable[str]) -> list[str]:
     """A sentence for each name that is no option, with the nearest one."""
-    known = [field.name for field in dataclasses.fields(XLoraConfig) if field.init]
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    users = [name for name in _OPTIONS if name not in inherited | _WRITTEN_BY_SAVE]
     problems = []
     for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(sorted(known))}"
+        if name not in _OPTIONS:
+            nearest = difflib.get_close_matches(name, users, n=1, cutoff=0.4)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(users)}"
             problems.append(f"{name} is not an option: {hint}")
     return problems
 
@@ -208,7 +214,9 @@ def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] |
     folded = [str(name).lower() for name in adapters]
     if len(set(folded)) < len(folded):
         problems.append(f"adapters ({list(adapters)}) must have names that differ in more than upper and lower case")
-    if expert_names is not None and (not isinstance(expert_names, list) or sorted(expert_names) != sorted(adapters)):
+    if expert_names is not None and (
+        not isinstance(expert_names, list) or set(map(repr, expert_names)) != set(map(repr, adapters))
+    ):
         problems.append(f"expert_names ({expert_names}) must be the names in adapters ({list(adapters)})")
     return problems
 
@@ -271,6 +279,5 @@ def config_json(config: XLoraConfig, **replaced: Any) -> str:
     return json.dumps(values, indent=2, sort_keys=True)
 
 
+_OPTIONS = [field.name for field in dataclasses.fields(XLoraConfig) if field.init]
 _accept_known_options_only(XLoraConfig)
-
-__all__ = ["CONFIG_NAME", "XLoraConfig"]

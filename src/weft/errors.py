@@ -14,7 +14,16 @@ class WeftError(Exception):
 
 
 class ConfigError(WeftError, ValueError):
-    """An option, or a combination of options, that cannot work."""
+    """An option, or a combination of options, that cannot work.
+
+    Args:
+        message: what is wrong, or the title of a list of problems.
+        problems: a sentence for each.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = list(problems)
+        super().__init__(message + bullet_list(self.problems))
 
 
 class AdapterError(WeftError, ValueError):

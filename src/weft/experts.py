@@ -94,10 +94,14 @@ class _ViewsOfStack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stack: tuple[Tensor], from_rows: _Rows, sizes: Sequence[int], *parameters: Tensor) -> Tensor:
         ctx.from_rows, ctx.sizes = from_rows, sizes
+        # The stack shares the parameters' memory but not their version counters, by which autograd notices changes.
+        ctx.versions = [(parameter, parameter._version) for parameter in parameters]
         return stack[0].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if any(parameter._version != version for parameter, version in ctx.versions):
+            raise RuntimeError("an expert's parameters were changed in place between the forward and its backward pass")
         return None, None, None, *(ctx.from_rows(block) for block in grads[0].split(ctx.sizes))
 
 
@@ -124,14 +128,18 @@ class StackedExperts:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    # Outside of compiled graphs: whether the parameters still are the stack's views is a question of the moment.
+    @torch.compiler.disable
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks of the active experts that this layer has; empty where it has none of them.
 
         Raises:
             AdapterError: an active adapter is no plain LoRA (DoRA, for one).
         """
-        if not torch.compiler.is_compiling() and not self._still_ours():
-            self._build()
+        if not self._still_ours():
+            # Not in inference mode, whose tensors could never be trained on.
+            with torch.inference_mode(False), torch.no_grad():
+                self._build()
         return self._stacks
 
     def differentiable(self, stack: Stack) -> tuple[Tensor, Tensor]:
@@ -174,13 +182,12 @@ class StackedExperts:
             by_kind.setdefault((parameter.dtype, parameter.device), []).append(name)
 
         stacks = []
-        with torch.no_grad():
-            for names in by_kind.values():
-                down = _take_over(target, layout.down, names)
-                up = _take_over(target, layout.up, names)
-                names = [name for name in names if name in active]
-                if names:
-                    stacks.append(_stack(target, layout, names, active, down, up))
+        for names in by_kind.values():
+            down = _take_over(target, layout.down, names)
+            up = _take_over(target, layout.up, names)
+            names = [name for name in names if name in active]
+            if names:
+                stacks.append(_stack(target, layout, names, active, down, up))
         self._stacks = tuple(stacks)
         self._active = active
         self._scaling = dict(target.scaling)
@@ -190,13 +197,28 @@ class StackedExperts:
         ]
 
 
+def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """A state dict hook for LoRA layers: copies in the place of views of a stack.
+
+    Tools that save state dicts (safetensors, accelerate) take tensors that share storage for one and drop the others.
+    """
+    for key, value in state_dict.items():
+        if key.startswith(f"{prefix}lora_") and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            state_dict[key] = value.clone(memory_format=torch.contiguous_format)
+
+
+def refuse_dora(name: str) -> None:
+    """Raise for an adapter with DoRA."""
+    raise AdapterError(
+        f"adapter {name!r} uses DoRA, which X-LoRA does not support: its norm depends on the whole weight, so it "
+        "cannot be scaled token by token. Leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
+    )
+
+
 def refuse_variant(target: LoraLayer, name: str) -> None:
     """Raise where adapter `name` computes something else than B A x, as DoRA does."""
     if target.use_dora.get(name, False):
-        raise AdapterError(
-            f"adapter {name!r} uses DoRA, which X-LoRA does not support: its norm depends on the whole weight, so it "
-            "cannot be scaled token by token. Leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
-        )
+        refuse_dora(name)
     variant = target.lora_variant.get(name)
     if variant is not None:
         raise AdapterError(

@@ -75,7 +75,8 @@ class XLoraClassifier(nn.Module):
             raise ValueError(
                 f"hidden_size ({first.in_features}) must be the width of the base model's last hidden state ({width})"
             )
-        logits = self.layers(hidden.to(first.weight.dtype)).view(batch, seq, -1, self.num_experts)
+        with torch.autocast(hidden.device.type, enabled=False):  # the gate decides: not in half precision
+            logits = self.layers(hidden.to(first.weight.dtype)).view(batch, seq, -1, self.num_experts)
         if self.config.enable_softmax:
             logits = softmax_with_temperature(logits, self.config.softmax_temperature)
         return logits.expand(batch, seq, self.num_layers, self.num_experts)

@@ -21,8 +21,8 @@ from torch import nn
 
 from weft.adapters import local_folder
 from weft.checkpoint import load_gate
-from weft.config import XLoraConfig, unknown_option_problems
-from weft.errors import CheckpointError, ConfigError, bullet_list, first_line
+from weft.config import XLoraConfig
+from weft.errors import CheckpointError, first_line
 from weft.model import XLoraModel
 
 _peft_own: dict[str, Any] = {}
@@ -71,9 +71,6 @@ def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, 
         >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"}, top_k_lora=1)
         >>> model.print_trainable_parameters()
     """
-    problems = unknown_option_problems(config)
-    if problems:
-        raise ConfigError(f"from_adapters cannot work:{bullet_list(problems)}")
     options = XLoraConfig(adapters=adapters, **config)
     model = _load_base(base, None)
     if options.base_model_name_or_path is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from weft.adapters import local_folder, read_json
@@ -47,7 +48,10 @@ def load_mixture(path: str, base: str | None, dtype: str) -> tuple[PeftModel, An
         CheckpointError: one of them is missing, broken or of another model.
     """
     folder = local_folder(path, "model")
-    name = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("peft_type") != "XLORA":
+        raise CheckpointError(f"model ({path}) is of type {config.get('peft_type')}, expected XLORA: a trained mixture")
+    name = base or config.get("base_model_name_or_path")
     if name is None:
         raise CheckpointError(f"{folder} does not name its base model: give it with --base")
     model = from_pretrained(folder, load_base(name, dtype))

@@ -62,6 +62,12 @@ def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -
         if config.get(name) != manifest[name]
     ]
     expert_names = manifest["expert_names"] if with_experts else []
+    paths = config.get("adapters") or {}
+    problems += [
+        f"{CONFIG_NAME}: adapters has {paths.get(name)!r} for {name!r}, expected '{EXPERTS_FOLDER}/{name}'"
+        for name in expert_names
+        if paths.get(name) != f"{EXPERTS_FOLDER}/{name}"
+    ]
     for file in _tensor_files(expert_names):
         try:
             problems += [

@@ -20,18 +20,17 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from weft.adapters import adapter_parameters, inject_adapters, key_problems, read_adapters, remove_adapters
+from weft.adapters import adapter_parameters, inject_adapters, read_adapters, remove_adapters
 from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
 from weft.carrier import ScalingsCarrier
-from weft.checkpoint import layer_mismatch
-from weft.config import XLoraConfig, top_k_problems
+from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
+from weft.config import XLoraConfig
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
-from weft.experts import refuse_variant
+from weft.experts import own_tensors, refuse_variant
 from weft.gate import XLoraClassifier
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 from weft.passes import TwoPasses
 
-GATE_KEY = "internal_xlora_classifier."
 _LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
     lora.Linear: XLoraLinearLayer,
     lora.Embedding: XLoraEmbeddingLayer,
@@ -72,8 +71,10 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
         forward = module.forward  # type: ignore[attr-defined]
         layers.append(layer_class(xloramodel, module, forward, len(layers), config))
     for layer in layers:
-        target: Any = layer.target
-        target.forward = layer.forward
+        # At once, not at the first forward: what wraps the model (DDP) must see the parameters as they will stay.
+        layer.experts.stacks()
+        layer.target.register_state_dict_post_hook(own_tensors)
+        layer.target.forward = layer.forward
     return len(layers)
 
 
@@ -119,16 +120,18 @@ class XLoraModel(BaseTuner):
         # A copy: one config may serve several models, and each writes its own layers and options into it.
         options = copy.deepcopy(XLoraConfig.from_peft(config[adapter_name] if isinstance(config, dict) else config))
         options.peft_type = PeftType.XLORA
-        assert options.adapters is not None
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise AdapterError("the base model already has peft adapters: call its unload() first")
-        if adapter_name in options.adapters:
+            raise AdapterError(
+                "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() "
+                "it first"
+            )
+        if adapter_name in (options.adapters or {}):
             raise ConfigError(
                 f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
             )
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size)
-        adapters = read_adapters(options.adapters)
+        adapters = read_adapters(options.adapters or {})
 
         self.xlora_config = options
         self.peft_config = {adapter_name: options}
@@ -152,12 +155,13 @@ class XLoraModel(BaseTuner):
     def _finish(self, options: XLoraConfig, model: Any) -> None:
         """Everything that needs the LoRA layers in place."""
         names = list(options.adapters or {})
-        self.lora_model.set_adapter(names, inference_mode=not options.use_trainable_adapters)
+        frozen = options.inference_mode or not options.use_trainable_adapters
+        self.lora_model.set_adapter(names, inference_mode=frozen)
         num_layers = convert_layers_to_xlora(model, self, options)
         if num_layers == 0:
             raise AdapterError("no LoRA layer was found in the base model: the adapters have no targets in it")
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-        layer_names = [name for name, _ in layers]
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        layer_names = list(layers)
         if options.layer_names is not None and options.layer_names != layer_names:
             raise CheckpointError(layer_mismatch(options.layer_names, layer_names))
         options.layer_names, options.expert_names = layer_names, names
@@ -179,7 +183,7 @@ class XLoraModel(BaseTuner):
             self.carrier,
             self.internal_xlora_classifier,
             options,
-            output_layer=next((number for number, (_, layer) in enumerate(layers) if layer is output), None),
+            output_layer=next((number for number, layer in enumerate(layers.values()) if layer is output), None),
         )
         self.passes.attach(model)
 
@@ -258,6 +262,8 @@ class XLoraModel(BaseTuner):
                 f"{self.xlora_config.expert_names} act together"
             )
         self.internal_xlora_classifier.requires_grad_(not inference_mode)
+        if self.xlora_config.use_trainable_adapters:
+            self.lora_model.set_adapter(self.xlora_config.expert_names or [], inference_mode=inference_mode)
 
     def unload(self) -> nn.Module:
         """Take the experts, the gate and the hooks out, and return the base model as it was."""
@@ -282,6 +288,10 @@ class XLoraModel(BaseTuner):
 
     merge_and_unload = merge_adapter = _cannot_merge
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Raises: the mixture is the only adapter."""
+        raise ValueError(f"adapter {adapter_name!r} cannot be deleted: use unload() to get the base model back")
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Raises: the experts of a mixture are fixed when it is made."""
         raise ValueError(
@@ -296,10 +306,7 @@ class XLoraModel(BaseTuner):
         Raises:
             ConfigError: out of that range.
         """
-        problems = [] if value is None else top_k_problems(value, self.xlora_config.num_experts)
-        if problems:
-            raise ConfigError(problems[0])
-        self.xlora_config.top_k_lora = value
+        self._set_option("top_k_lora", value)
 
     def get_global_scaling_weight(self) -> float:
         """The weight of the whole mixture."""
@@ -322,7 +329,7 @@ class XLoraModel(BaseTuner):
             raise ConfigError(problems[0])
 
     def get_latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """The scalings of the last pass as the gate gave them, gradients included; None before the first."""
+        """The scalings of the last pass that used the gate, gradients included; None before the first."""
         return self.passes.latest_scalings
 
     def enable_scalings_logging(self) -> None:
@@ -373,8 +380,7 @@ class XLoraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
-        parameters = {key: value for key, value in model.state_dict().items() if GATE_KEY in key}
-        problems = key_problems(state_dict, parameters)
+        problems = gate_problems(model, state_dict)
         if problems:
             raise CheckpointError(f"the gate's tensors do not fit this model:{bullet_list(problems)}")
         return state_dict

@@ -109,7 +109,7 @@ class TwoPasses:
         self.carrier.clear()
         arguments = self.backbone.named_arguments(args, kwargs)
         self.refuse_cache(arguments)
-        if torch.is_grad_enabled() and base.training:
+        if torch.is_grad_enabled():
             self._carry_scalings_through_checkpoints(base)
         if self._fixed is not None:
             self.carrier.routing = Routing(self._fixed)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from weft.checkpoint import load_experts
+from weft.adapters import read_json
+from weft.config import XLoraConfig
 from weft.data import check_length, read_texts, token_sequences
-from weft.errors import ConfigError, bullet_list
+from weft.errors import ConfigError
 from weft.integration import from_adapters
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
@@ -47,6 +48,8 @@ def train(options: TrainOptions) -> Path:
     adapters = parse_adapters(options.adapters)
     _check(options, adapters)
     assert options.base is not None
+    model_options = {name: getattr(options, name) for name in _CONFIG_OPTIONS}
+    XLoraConfig(adapters=adapters, **model_options)  # says what is wrong before the base model is loaded
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     sequences = [
@@ -54,14 +57,12 @@ def train(options: TrainOptions) -> Path:
         for source in options.data
         for sequence in token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
     ]
-    model = from_adapters(
-        load_base(options.base, options.dtype), adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS}
-    )
+    model = from_adapters(load_base(options.base, options.dtype), adapters, **model_options)
     check_length(options.sequence_length, model.config)
 
     output = Path(options.output)
     interrupt = StopOnInterrupt()
-    trainer = MixtureTrainer(
+    trainer = Trainer(
         model,
         _training_arguments(options, _checkpoints(options), len(sequences)),
         train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
@@ -97,16 +98,6 @@ def parse_adapters(values: list[str] | dict[str, str]) -> dict[str, str]:
             raise ConfigError(f"adapters has the name {name!r} twice ({adapters[name]} and {path})")
         adapters[name] = path
     return adapters
-
-
-class MixtureTrainer(Trainer):
-    """transformers' Trainer; a resumed run gets its trained experts back too."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        peft_model = self.model if model is None else model
-        if isinstance(peft_model, PeftModel) and peft_model.xlora_config.use_trainable_adapters:
-            load_experts(peft_model, Path(resume_from_checkpoint))
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -149,6 +140,28 @@ def _last_checkpoint(options: TrainOptions) -> str | None:
     return get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
 
 
+def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str]:
+    """A run must neither continue another one nor mix its checkpoints with another's."""
+    folder = _checkpoints(options)
+    if not options.resume:
+        if folder.is_dir() and any(folder.iterdir()):
+            return [f"output ({options.output}) holds the checkpoints of a run: give another folder, or --resume true"]
+        return []
+    last = _last_checkpoint(options)
+    if last is None:
+        return [f"resume (True) found no checkpoint in {folder}: leave it out to start anew"]
+    saved = read_json(Path(last) / CONFIG_NAME)
+    wanted: dict[str, Any] = {
+        "expert_names": expert_names,
+        **{name: getattr(options, name) for name in _CONFIG_OPTIONS},
+    }
+    return [
+        f"{name} ({value!r}) must be what the run to resume has ({saved.get(name)!r})"
+        for name, value in wanted.items()
+        if saved.get(name) != value
+    ]
+
+
 def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
     problems = []
     if options.base is None:
@@ -170,10 +183,9 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
     if Path(options.output).is_file():
         problems.append(f"output ({options.output}) is a file, expected a folder")
-    if options.resume and _last_checkpoint(options) is None:
-        problems.append(f"resume (True) found no checkpoint in {_checkpoints(options)}: leave it out to start anew")
+    problems += _resume_problems(options, list(adapters))
     if problems:
-        raise ConfigError(f"weft train cannot start:{bullet_list(problems)}")
+        raise ConfigError("weft train cannot start:", problems)
 
 
 def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int) -> TrainingArguments:

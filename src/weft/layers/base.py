@@ -110,10 +110,28 @@ class XLoraLayer(ABC):
         elif self.carrier.experts_off:
             return result.to(dtype)
         else:
+            self._refuse_blind_recomputation()
             weights = None
+        self._check_columns(weights)
         for stack in self.experts.stacks():
             result = self._add_mixture(result, x, stack, weights, padding)
         return result.to(dtype)
+
+    def _refuse_blind_recomputation(self) -> None:
+        # Inside of backward, a layer without scalings is one that checkpointing recomputes after its pass has ended.
+        if not self.carrier.plain and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "an X-LoRA layer is recomputed in the backward pass without the scalings of its forward pass: use "
+                "transformers' own gradient checkpointing (model.gradient_checkpointing_enable())"
+            )
+
+    def _check_columns(self, weights: Tensor | None) -> None:
+        active = self.target.active_adapters
+        if weights is not None and weights.shape[-1] != len(active):
+            raise ValueError(
+                f"the scalings are for {weights.shape[-1]} experts, but layer {self.layer_number} has {len(active)} "
+                f"active adapters ({active}): the experts of a mixture cannot be changed one by one"
+            )
 
     def _add_mixture(
         self, result: Tensor, x: Tensor, stack: Stack, weights: Tensor | None, padding: Tensor | None
@@ -182,13 +200,15 @@ def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int) -> Te
     if stack.rank_expert is not None:
         expert_axis = scales.dim() - (h.dim() - rank_axis)
         return h * scales.index_select(expert_axis, stack.rank_expert)
-    blocks = h.unflatten(rank_axis, (len(stack.ranks), -1))  # [..., expert, rank of one, ...]
+    blocks = h.unflatten(rank_axis, (len(stack.ranks), stack.ranks[0]))  # [..., expert, rank of one, ...]
     return (blocks * scales.unsqueeze(scales.dim() - (h.dim() - rank_axis) + 1)).flatten(rank_axis, rank_axis + 1)
 
 
 def add_product(result: Tensor, h: Float[Tensor, "*cells rank"], up: Float[Tensor, "rank out"]) -> Tensor:
     """result + h @ up, fused where the dtypes allow it."""
-    if result.dtype == h.dtype == up.dtype and result.shape[:-1] == h.shape[:-1]:
+    # Under autocast a fused product would round the result too.
+    same_dtype = result.dtype == h.dtype == up.dtype and not torch.is_autocast_enabled(h.device.type)
+    if same_dtype and result.shape[:-1] == h.shape[:-1]:
         flat = torch.addmm(result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1]), up)
         return flat.view(result.shape)
     return result + h @ up
