@@ -76,9 +76,7 @@ def clip(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text[: token_starts(text, tokenizer)[ROW_TOKENS]]
 
 
-def cut(
-    text: str, lengths: tuple[int, int], tokenizer: PreTrainedTokenizerBase, rng: random.Random
-) -> list[str]:
+def cut(text: str, lengths: tuple[int, int], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[str]:
     """Cut a text at line ends into pieces.
 
     Args:

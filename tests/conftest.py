@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+
 from models import lora, save_adapter, tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)

@@ -13,10 +13,10 @@ import huggingface_hub
 import peft
 import pytest
 import torch
-from models import VOCAB, lora, quietly, save_adapter, tiny_llama
 from safetensors.torch import load_file, save_file
 
 import weft
+from models import VOCAB, lora, quietly, save_adapter, tiny_llama
 from weft.adapters import adapter_parameters, read_adapters
 from weft.errors import AdapterError, WeftError
 

@@ -3,9 +3,9 @@
 import peft
 import pytest
 import torch
-from models import ARCHITECTURES, VOCAB, lora, make_architecture, quietly, save_adapter
 
 import weft
+from models import ARCHITECTURES, VOCAB, lora, make_architecture, quietly, save_adapter
 
 NAMES = list(ARCHITECTURES)
 EXPERTS = 3

@@ -8,11 +8,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from models import folder_files, lora, quietly, randomise, save_adapter, tiny_llama
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import weft
+from models import folder_files, lora, quietly, randomise, save_adapter, tiny_llama
 from weft.errors import AdapterError, CheckpointError, ConfigError
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "weft_manifest.json"

@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 import transformers
-from models import folder_files
 
 import weft
+from models import folder_files
 from weft.cli import main
 
 
@@ -169,6 +169,20 @@ def test_bad_input_is_an_error_without_a_traceback(arguments, change, message, c
     assert re.search(message, errors), errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_a_used_output_folder_is_not_mixed_with_another_run(arguments, tmp_path, capsys):
+    assert main(arguments) == 0
+    assert main(arguments) == 1
+    assert f"output ({tmp_path / 'out'}) holds the checkpoints of a run" in capsys.readouterr().err
+    other = [*arguments, "--resume", "true", "--xlora-depth", "2"]
+    assert main(other) == 1
+    assert "xlora_depth (2) must be what the run to resume has (1)" in capsys.readouterr().err
+
+
+def test_an_adapter_in_the_place_of_a_mixture_is_named(base_adapters, data, capsys):
+    assert main(["eval", base_adapters["math"], "--data", str(data)]) == 1
+    assert "is of type LORA, expected XLORA: a trained mixture" in capsys.readouterr().err
 
 
 def test_missing_options_are_all_named(capsys):

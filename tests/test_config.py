@@ -10,10 +10,10 @@ from pathlib import Path
 import jaxtyping
 import peft
 import pytest
-from models import quietly, tiny_llama
 from peft.tuners.xlora import XLoraConfig as PeftXLoraConfig
 
 import weft
+from models import quietly, tiny_llama
 from weft.config import PEFT_PLACEHOLDER_HIDDEN_SIZE, XLoraConfig, config_json
 from weft.errors import ConfigError, WeftError
 

@@ -6,10 +6,10 @@ import peft
 import pytest
 import torch
 import transformers
-from models import lora, quietly, randomise, save_adapter
 from torch import nn
 
 import weft
+from models import lora, quietly, randomise, save_adapter
 from weft import XLoraConfig
 from weft.layers import XLoraConv2dLayer
 

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import transformers
-from models import tiny_llama, tiny_tokenizer
 
+from models import tiny_llama, tiny_tokenizer
 from weft.data import check_length, named_sources, read_texts, token_sequences
 from weft.errors import DataError
 

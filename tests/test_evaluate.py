@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from models import VOCAB, tiny_llama
 
 import weft
+from models import VOCAB, tiny_llama
 from weft.evaluate import mixture_rows, padded_batches, perplexity, render
 
 

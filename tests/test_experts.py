@@ -6,9 +6,9 @@ import gc
 import peft
 import pytest
 import torch
-from models import lora, quietly, randomise
 from torch import nn
 
+from models import lora, quietly, randomise
 from weft.errors import AdapterError
 from weft.experts import StackedExperts
 from weft.layers.conv2d import XLoraConv2dLayer

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import quietly, tiny_llama
 from peft.tuners.xlora import XLoraConfig as PeftXLoraConfig
 from peft.tuners.xlora.classifier import XLoraClassifier as PeftXLoraClassifier
 from torch import nn
 
 import weft
+from models import quietly, tiny_llama
 from weft import XLoraClassifier, XLoraConfig
 
 HIDDEN, EXPERTS, LAYERS = 12, 3, 5

@@ -3,10 +3,10 @@
 import peft
 import pytest
 import torch
-from models import VOCAB, lora, quietly, randomise, save_adapter, tiny_llama
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import weft
+from models import VOCAB, lora, quietly, randomise, save_adapter, tiny_llama
 from weft.errors import CheckpointError, ConfigError
 
 PEFT_OWN = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.XLORA], PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.XLORA]

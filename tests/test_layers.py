@@ -8,9 +8,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import lora, mixture_by_loop, quietly, randomise
 from torch import nn
 
+from models import lora, mixture_by_loop, quietly, randomise
 from weft import XLoraConfig
 from weft.errors import AdapterError
 from weft.layers import XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from models import VOCAB, is_expert, lora, make_architecture, quietly, randomise, save_adapter, tiny_llama
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import weft
+from models import VOCAB, is_expert, lora, make_architecture, quietly, randomise, save_adapter, tiny_llama
 from weft.errors import AdapterError, CacheError, ConfigError
 from weft.layers import XLoraLayer
 from weft.model import XLoraModel, convert_layers_to_xlora

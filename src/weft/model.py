@@ -282,9 +282,7 @@ class XLoraModel(BaseTuner):
 
     def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: a mixture cannot be merged into the base weights."""
-        raise ValueError(
-            "an X-LoRA model cannot be merged: its weights depend on the token. Use unload() to get the base model back"
-        )
+        raise ValueError("an X-LoRA model cannot be merged, as its weights depend on the token: use unload()")
 
     merge_and_unload = merge_adapter = _cannot_merge
 
