@@ -176,8 +176,14 @@ def test_missing_file_is_named(name, tokenizer):
     )
 
 
-def test_folder_is_no_file(tmp_path, tokenizer):
-    assert f"data ({tmp_path}) is not a file" in error_of(str(tmp_path), tokenizer)
+def test_folder_is_read_as_a_data_set(tmp_path, tokenizer):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read_texts(str(tmp_path / "set"), tokenizer) == ["one", "two"]
+
+
+def test_folder_without_data_is_named(tmp_path, tokenizer):
+    assert f"data ({tmp_path}) cannot be read as a data set" in error_of(str(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["user/missing", "teknium/OpenHermes-2.5"])

@@ -150,6 +150,12 @@ def test_ddp_gives_the_gradients_of_an_unwrapped_model(llama_adapters, ids):
         torch.testing.assert_close(found[name], gradient)
 
 
+def test_data_parallel_replicas_are_refused(llama_adapters, ids):
+    replica = mixture(llama_adapters).get_base_model()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"X-LoRA cannot run in torch\.nn\.DataParallel"):
+        replica(input_ids=ids)
+
+
 def test_a_change_of_an_expert_between_forward_and_backward_is_an_error(llama_adapters, ids):
     model = mixture(llama_adapters, use_trainable_adapters=True)
     loss = model(input_ids=ids, labels=ids).loss

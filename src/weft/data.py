@@ -20,7 +20,7 @@ def read_texts(source: str, tokenizer: Any) -> list[str]:
 
     Args:
         source: a .jsonl file with "text" or "messages" in each line, a .parquet file with such a column, any other
-            file as one plain text, or the name of a data set of the `datasets` library (its split "train").
+            file as one plain text, or the name or folder of a data set of the `datasets` library (its split "train").
         tokenizer: turns "messages" into a text by its chat template.
 
     Raises:
@@ -34,7 +34,7 @@ def read_texts(source: str, tokenizer: Any) -> list[str]:
             texts = _data_set_texts("parquet", source, tokenizer, data_files=source)
         else:
             texts = [_plain_text(path)]
-    elif path.suffix in _FILES or path.exists() or path.is_absolute():
+    elif not path.is_dir() and (path.suffix in _FILES or path.is_absolute()):
         raise DataError(f"data ({source}) is not a file: give .jsonl, .parquet or text files, or a data set's name")
     else:
         texts = _data_set_texts(source, source, tokenizer)

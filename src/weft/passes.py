@@ -106,6 +106,11 @@ class TwoPasses:
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.disabled or self.carrier.in_scaling_pass:
             return None
+        if getattr(base, "_is_replica", False):
+            raise RuntimeError(
+                "X-LoRA cannot run in torch.nn.DataParallel, whose threads would share one model's scalings: start one "
+                "process per device (torchrun, accelerate launch), or show it a single one (CUDA_VISIBLE_DEVICES)"
+            )
         self.carrier.clear()
         arguments = self.backbone.named_arguments(args, kwargs)
         self.refuse_cache(arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
@@ -45,7 +46,8 @@ def _train(options: TrainOptions) -> None:
     try:
         output = train(options)
     except KeyboardInterrupt:
-        print(f"stopped; what was learned so far is in {options.output}, continue with --resume true", file=sys.stderr)
+        if (Path(options.output) / "adapter_config.json").exists():
+            print(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
         raise
     print(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
