@@ -82,11 +82,16 @@ class TwoPasses:
     @contextmanager
     def fixed_scalings(self, weights: Float[Tensor, " expert"]) -> Iterator[None]:
         """Use these weights for every token and layer, without a scaling pass, until the block ends."""
-        before, self._fixed = self._fixed, weights.view(1, 1, 1, -1)
+        # To the gate's device here, not in every layer at every call.
+        before, self._fixed = self._fixed, weights.view(1, 1, 1, -1).to(self._device)
         try:
             yield
         finally:
             self._fixed = before
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.gate.parameters()).device
 
     def refuse_cache(self, arguments: dict[str, Any]) -> None:
         """Raise where a call asks for a key/value cache.
@@ -140,10 +145,10 @@ class TwoPasses:
         constant = None
         if value != 0:
             # One position and one layer for all: every expert acts with the same weight everywhere.
-            constant = Routing(torch.full((1, 1, 1, self.config.num_experts), float(value)))
+            constant = Routing(torch.full((1, 1, 1, self.config.num_experts), float(value), device=self._device))
         with torch.no_grad(), self.carrier.scaling_pass(constant):
             hidden = self.backbone.last_hidden_state(arguments)
-        return self.gate(hidden.to(next(self.gate.parameters()).device))
+        return self.gate(hidden.to(self._device))
 
     def _routing(self, scalings: Tensor, arguments: dict[str, Any]) -> Routing:
         if not self.config.layerwise_scalings:
