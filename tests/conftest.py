@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from models import lora, save_adapter, tiny_llama, tiny_tokenizer
+from models import ARCHITECTURES, lora, make_architecture, save_adapter, tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)
 
@@ -59,6 +59,27 @@ def base_adapters(base_folder, tmp_path_factory):
         )
         for seed, name in enumerate(("math", "code"), start=1)
     }
+
+
+def _adapters_of(name, folder):
+    """(name, {expert: adapter folder}) with a rank of its own for each expert."""
+    paths = {}
+    for i in range(3):
+        base, targets = make_architecture(name)
+        task = "CAUSAL_LM" if base.can_generate() else None
+        config = lora(r=2 + i, target_modules=targets, task_type=task)
+        paths[str(i)] = save_adapter(base, config, folder / str(i), seed=i)
+    return name, paths
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request, tmp_path_factory):
+    return _adapters_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session", params=[name for name in ARCHITECTURES if name != "bert"])
+def decoder(request, tmp_path_factory):
+    return _adapters_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture

@@ -4,56 +4,7 @@ import peft
 import pytest
 import torch
 
-import weft
-from models import ARCHITECTURES, VOCAB, lora, make_architecture, quietly, save_adapter
-
-NAMES = list(ARCHITECTURES)
-EXPERTS = 3
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def architecture(request, tmp_path_factory):
-    """(name, {expert: adapter folder}) with a rank of its own for each expert."""
-    name = request.param
-    folder = tmp_path_factory.mktemp(name)
-    paths = {}
-    for i in range(EXPERTS):
-        base, targets = make_architecture(name)
-        task = "CAUSAL_LM" if base.can_generate() else None
-        config = lora(r=2 + i, target_modules=targets, task_type=task)
-        paths[str(i)] = save_adapter(base, config, folder / str(i), seed=i)
-    return name, paths
-
-
-def gate_options(**options):
-    return {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16, **options}
-
-
-def weft_model(architecture, **options):
-    name, paths = architecture
-    base, _ = make_architecture(name)
-    torch.manual_seed(1)
-    return quietly(weft.from_adapters, base, paths, **gate_options(**options)).eval()
-
-
-def peft_model(architecture, monkeypatch, **options):
-    """peft's own X-LoRA. Its adapter loader expects a backbone called `model`, so peft's ordinary one does that."""
-
-    def load(lora_model, adapter_name, model_id, **kwargs):
-        lora_model.peft_config[adapter_name] = peft.LoraConfig.from_pretrained(model_id)
-        lora_model.peft_config[adapter_name].inference_mode = False
-        lora_model.inject_adapter(lora_model.model, adapter_name)
-        weights = peft.utils.save_and_load.load_peft_weights(model_id)
-        result = peft.set_peft_model_state_dict(lora_model.model, weights, adapter_name)
-        assert not result.unexpected_keys
-
-    monkeypatch.setattr(peft.tuners.xlora.model, "_load_adapter_into_lora_model", load)
-    name, paths = architecture
-    base, _ = make_architecture(name)
-    base.config.use_cache = False
-    task = "CAUSAL_LM" if base.can_generate() else None
-    config = peft.XLoraConfig(task_type=task, hidden_size=32, adapters=paths, **gate_options(**options))
-    return quietly(peft.get_peft_model, base, config).eval()
+from models import VOCAB, make_architecture, peft_model, quietly, weft_model
 
 
 def batch():

@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 ORDER = [
     ["errors", "options"],
     ["routing", "scalings_log", "data"],
-    ["config", "carrier"],
+    ["config", "carrier", "cache"],
     ["gate", "experts", "backbone"],
     ["layers"],
     ["passes", "adapters"],

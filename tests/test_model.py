@@ -12,7 +12,7 @@ from torch import nn
 
 import weft
 from models import VOCAB, is_expert, lora, make_architecture, quietly, randomise, save_adapter, tiny_llama
-from weft.errors import AdapterError, CacheError, ConfigError
+from weft.errors import AdapterError, ConfigError
 from weft.layers import XLoraLayer
 from weft.model import XLoraModel, convert_layers_to_xlora
 
@@ -293,20 +293,6 @@ def test_unload_removes_hooks_wrappers_and_the_way_back_is_complete(model, ids):
     assert not base._forward_pre_hooks
     assert not hasattr(base, "peft_config")
     assert torch.equal(logits(base, ids), logits(tiny_llama(), ids))
-
-
-# -------------------------------------------------------------------------------------- caches (not yet)
-
-
-def test_an_explicit_cache_is_refused(model, ids):
-    with pytest.raises(CacheError, match=r"use_cache \(True\) is not supported"):
-        model.generate(input_ids=ids, use_cache=True)
-    with pytest.raises(CacheError, match=r"use_cache \(True\) is not supported"):
-        logits(model, ids, use_cache=True)
-    plain = tiny_llama()(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(CacheError, match=r"past_key_values \(DynamicCache\) is not supported"):
-        logits(model, ids[:, -1:], past_key_values=plain)
-    assert model(input_ids=ids).past_key_values is None
 
 
 # -------------------------------------------------------------------------------------- peft's methods

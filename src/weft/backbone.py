@@ -1,7 +1,7 @@
 """What weft needs to know of a base model: its backbone, its last hidden state, its width.
 
 The scaling pass needs the last hidden state alone, so it runs the backbone: no LM head, no logits, no list of hidden
-states, no cache.
+states; with a cache of its own where the call keeps one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache, DynamicCache
 
-from weft.errors import ConfigError
+from weft.errors import CacheError, ConfigError
 
 # Outputs the scaling pass does not want, whoever asked for them.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", "past_key_values"}
@@ -65,14 +66,47 @@ class Backbone:
         """Whether the base model's forward names this argument."""
         return name in self._positional
 
-    def last_hidden_state(self, arguments: dict[str, Any]) -> Tensor:
+    def settle_cache(self, arguments: dict[str, Any]) -> None:
+        """Decide whether a call of the base model keeps a cache, and make one where it does and has none.
+
+        Where `use_cache` is not given, the base model's config decides, as in transformers; but in training mode, where
+        nobody would read the cache and both passes would have to hold it, the answer is no.
+
+        Raises:
+            CacheError: the model keeps its state in something else than `past_key_values`.
+        """
+        if not self.takes("use_cache"):
+            return
+        wanted = arguments.get("use_cache")
+        if wanted is None:
+            wanted = self.caches and not self.base.training and self.base.config.get_text_config().use_cache
+        arguments["use_cache"] = bool(wanted)
+        if not wanted or arguments.get("past_key_values") is not None:
+            return
+        if not self.caches:
+            raise CacheError(
+                f"use_cache (True) is not supported with {type(self.base).__name__}, which keeps its state in "
+                "something else than past_key_values: pass use_cache=False"
+            )
+        arguments["past_key_values"] = DynamicCache(config=self.base.config.get_text_config(decoder=True))
+
+    @property
+    def caches(self) -> bool:
+        """Whether the base model can keep keys and values."""
+        return self.takes("past_key_values") and self.takes("use_cache")
+
+    def last_hidden_state(self, arguments: dict[str, Any], cache: Cache | None = None) -> Tensor:
         """Run the backbone on the arguments of a call of the base model: `[batch, seq, hidden]`.
+
+        With a cache, the arguments are those of the tokens that it lacks, and it is filled.
 
         A vision model's last feature map `[batch, hidden, height, width]` becomes a sequence of its cells.
         """
         call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
         if "use_cache" in self._accepted:
-            call["use_cache"] = False
+            call["use_cache"] = cache is not None
+        if cache is not None:
+            call["past_key_values"] = cache
         output = self.module(**call, return_dict=True)
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is None:

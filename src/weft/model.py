@@ -195,14 +195,7 @@ class XLoraModel(BaseTuner):
             self.carrier.clear()  # also after an interrupt, which the forward hook does not see
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, without a key/value cache (each new token re-reads the text, in both passes).
-
-        Raises:
-            CacheError: a cache was asked for explicitly.
-        """
-        if not self.disabled:
-            self.passes.refuse_cache(kwargs)
-            kwargs["use_cache"] = False
+        """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`."""
         try:
             return self.lora_model.model.generate(*args, **kwargs)
         finally:

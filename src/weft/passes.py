@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weft.backbone import Backbone
+from weft.cache import XLoraCache, doubled, leave_scaling_behind
 from weft.carrier import CheckpointedWithScalings, Routing, ScalingsCarrier
 from weft.config import XLoraConfig
-from weft.errors import CacheError
 from weft.gate import XLoraClassifier
 from weft.routing import keep_top_k
 from weft.scalings_log import ScalingsLog
@@ -93,23 +93,12 @@ class TwoPasses:
     def _device(self) -> torch.device:
         return next(self.gate.parameters()).device
 
-    def refuse_cache(self, arguments: dict[str, Any]) -> None:
-        """Raise where a call asks for a key/value cache.
-
-        Raises:
-            CacheError: it does.
-        """
-        for name in ("use_cache", "past_key_values"):
-            value = arguments.get(name)
-            if value is not None and value is not False:
-                shown = value if isinstance(value, bool) else type(value).__name__
-                raise CacheError(
-                    f"{name} ({shown}) is not supported by X-LoRA yet: the two passes would share one cache and give "
-                    "wrong text. Leave it out, or pass use_cache=False"
-                )
-
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.disabled or self.carrier.in_scaling_pass:
+        if self.carrier.in_scaling_pass:
+            return None
+        arguments = self.backbone.named_arguments(args, kwargs)
+        if self.disabled:
+            leave_scaling_behind(arguments.get("past_key_values"))
             return None
         if getattr(base, "_is_replica", False):
             raise RuntimeError(
@@ -117,25 +106,24 @@ class TwoPasses:
                 "process per device (torchrun, accelerate launch), or show it a single one (CUDA_VISIBLE_DEVICES)"
             )
         self.carrier.clear()
-        arguments = self.backbone.named_arguments(args, kwargs)
-        self.refuse_cache(arguments)
         if torch.is_grad_enabled():
             self._carry_scalings_through_checkpoints(base)
+        self.backbone.settle_cache(arguments)
+        cache = arguments.get("past_key_values")
         if self._fixed is not None:
+            leave_scaling_behind(cache)
             self.carrier.routing = Routing(self._fixed)
         else:
-            self.latest_scalings = self._predict(arguments)
+            self.latest_scalings = self._predict(arguments, None if cache is None else doubled(cache))
             self.log.record(self.latest_scalings)
             self.carrier.routing = self._routing(self.latest_scalings, arguments)
-        if self.backbone.takes("use_cache"):
-            arguments["use_cache"] = False
         return (), arguments
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> None:
         if not self.carrier.in_scaling_pass:
             self.carrier.clear()
 
-    def _predict(self, arguments: dict[str, Any]) -> Float[Tensor, "batch seq layer expert"]:
+    def _predict(self, arguments: dict[str, Any], cache: XLoraCache | None) -> Float[Tensor, "batch seq layer expert"]:
         """The scaling pass and the gate: λ for the arguments of a call of the base model.
 
         The pass runs in the mode (training or evaluation) that the model is in, and without gradients: the gate is
@@ -147,7 +135,7 @@ class TwoPasses:
             # One position and one layer for all: every expert acts with the same weight everywhere.
             constant = Routing(torch.full((1, 1, 1, self.config.num_experts), float(value), device=self._device))
         with torch.no_grad(), self.carrier.scaling_pass(constant):
-            hidden = self.backbone.last_hidden_state(arguments)
+            hidden = self.backbone.last_hidden_state(arguments, None if cache is None else cache.scaling)
         return self.gate(hidden.to(self._device))
 
     def _routing(self, scalings: Tensor, arguments: dict[str, Any]) -> Routing:

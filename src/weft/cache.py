@@ -1,0 +1,137 @@
+"""The key/value caches of both passes as one object, which is a `transformers` cache.
+
+The adapted pass reads and writes the cache itself; the scaling pass has a second one of the same kind, in `scaling`.
+What transformers does to a cache (crop it after rejected guesses, reorder it for beams, repeat it for several
+continuations) is done to both. In a causal model a token's scalings depend on earlier tokens only, so the result is
+that of reading the whole text again.
+
+A cache is made double in place: the object that the caller holds stays the caller's object and stays an instance of
+its class (`DynamicCache`, `StaticCache`, ...), so that `generate` and users go on with it as they know it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from weft.errors import CacheError
+
+_HOW_TO_GO_ON = (
+    "pass an empty cache (DynamicCache(config=model.config)), or the past_key_values that this model returned"
+)
+
+
+class XLoraCache(Cache):
+    """A cache with a second one for the scaling pass; made by `doubled`.
+
+    Attributes:
+        scaling: keys and values of the scaling pass.
+        scaling_is_behind: tokens were read without a scaling pass (with the experts off, or at fixed scalings), so
+            the gate cannot go on from here.
+    """
+
+    scaling: Cache
+    scaling_is_behind: bool
+
+    def reset(self) -> None:
+        """Empty both caches."""
+        super().reset()
+        self.scaling.reset()
+        self.scaling_is_behind = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens from both caches."""
+        super().crop(tokens_to_remove)
+        self.scaling.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Let row i of both caches be what row `beam_idx[i]` was."""
+        super().reorder_cache(beam_idx)
+        self.scaling.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of both caches."""
+        super().batch_repeat_interleave(repeats)
+        self.scaling.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of both caches."""
+        super().batch_select_indices(indices)
+        self.scaling.batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        """Let both caches keep what a later `crop` may need."""
+        super().activate_past_recording()
+        self.scaling.activate_past_recording()
+
+    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate both caches before the first call."""
+        super().early_initialization(*args, **kwargs)
+        self.scaling.early_initialization(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        # The class was made at run time: a pickle names the class it was made of.
+        return _unpickled, (type(self).__mro__[2], self.__dict__)
+
+
+def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
+    """Make an empty cache hold both passes, in place; one that does already is given back.
+
+    Args:
+        cache: of transformers.
+        scaling_layers: how many layers the scaling pass runs; None for all of them.
+
+    Raises:
+        CacheError: it holds tokens that no scaling pass has read.
+    """
+    if isinstance(cache, XLoraCache):
+        if cache.scaling_is_behind:
+            raise CacheError(
+                f"past_key_values ({type(cache).__name__}) lacks the scaling pass of some tokens, which were read with "
+                "the experts off or at fixed scalings: start again with an empty cache"
+            )
+        return cache
+    if not isinstance(cache, Cache):
+        raise CacheError(f"past_key_values ({type(cache).__name__}) must be a cache of transformers: {_HOW_TO_GO_ON}")
+    length = int(cache.get_seq_length())
+    if length > 0:
+        raise CacheError(
+            f"past_key_values ({type(cache).__name__} with {length} tokens) was not filled by this model, whose "
+            f"scaling pass needs keys and values of its own: {_HOW_TO_GO_ON}"
+        )
+    scaling = _twin(cache)
+    if scaling_layers is not None:
+        scaling.layers = scaling.layers[:scaling_layers]
+    double: Any = cache
+    double.__class__ = _double_class(type(cache))
+    double.scaling = scaling
+    double.scaling_is_behind = False
+    return double
+
+
+def leave_scaling_behind(cache: Any) -> None:
+    """Note that the coming tokens get no scaling pass."""
+    if isinstance(cache, XLoraCache):
+        cache.scaling_is_behind = True
+
+
+def _twin(cache: Cache) -> Cache:
+    # Streams, by which an offloading cache prefetches, can be shared but not copied.
+    streams = {id(value): value for value in cache.__dict__.values() if isinstance(value, torch.Stream)}
+    return copy.deepcopy(cache, streams)
+
+
+@functools.cache
+def _double_class(cache_class: Any) -> Any:
+    return type(f"XLora{cache_class.__name__}", (XLoraCache, cache_class), {"__doc__": XLoraCache.__doc__})
+
+
+def _unpickled(cache_class: type[Cache], state: dict[str, Any]) -> XLoraCache:
+    cache = object.__new__(_double_class(cache_class))
+    cache.__dict__.update(state)
+    return cache
