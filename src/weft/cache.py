@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -107,8 +107,8 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
     scaling = _twin(cache)
     if scaling_layers is not None:
         scaling.layers = scaling.layers[:scaling_layers]
-    double: Any = cache
-    double.__class__ = _double_class(type(cache))
+    double, kind = cast(Any, cache), cast(Any, type(cache))
+    double.__class__ = _double_class(kind)
     double.scaling = scaling
     double.scaling_is_behind = False
     return double
@@ -132,6 +132,6 @@ def _double_class(cache_class: Any) -> Any:
 
 
 def _unpickled(cache_class: type[Cache], state: dict[str, Any]) -> XLoraCache:
-    cache = object.__new__(_double_class(cache_class))
+    cache = object.__new__(_double_class(cast(Any, cache_class)))
     cache.__dict__.update(state)
     return cache
