@@ -18,7 +18,7 @@ from weft.config import PEFT_PLACEHOLDER_HIDDEN_SIZE, XLoraConfig, config_json
 from weft.errors import ConfigError, WeftError
 
 TWO = {"math": "adapters/math", "code": "adapters/code"}
-WEFTS_OWN = {"scalings_log_size", "expert_names", "layer_names", "format_version"}
+WEFTS_OWN = {"scaling_pass_layers", "gate_layer", "scalings_log_size", "expert_names", "layer_names", "format_version"}
 
 
 @pytest.fixture
@@ -42,7 +42,27 @@ def test_fields_are_pefts_in_pefts_order_and_then_wefts_own():
 
 @pytest.mark.parametrize("name", list(fields(PeftXLoraConfig)))
 def test_default_is_pefts(name):
-    assert fields(XLoraConfig)[name].default == fields(PeftXLoraConfig)[name].default
+    default = fields(XLoraConfig)[name].default
+    if name == "scaling_pass_value":  # None stands for it, as it depends on gate_layer
+        default = XLoraConfig(adapters=TWO).scaling_pass_value
+    assert default == fields(PeftXLoraConfig)[name].default
+
+
+def test_constant_weight_is_a_share_where_there_is_no_scaling_pass():
+    assert XLoraConfig(adapters=TWO, gate_layer=1).scaling_pass_value == 0.5
+    assert XLoraConfig(adapters=TWO, gate_layer=1, scaling_pass_value=0.0).scaling_pass_value == 0.0
+    assert XLoraConfig(adapters=TWO, scaling_pass_layers=1).scaling_pass_value == 0.0
+
+
+@pytest.mark.parametrize(("name", "value", "least"), [("scaling_pass_layers", 0, 1), ("gate_layer", -1, 0)])
+def test_place_of_the_gate_is_checked(name, value, least):
+    with pytest.raises(ConfigError, match=rf"{name} \({value}\) must be a whole number of at least {least}"):
+        XLoraConfig(adapters=TWO, **{name: value})
+
+
+def test_a_short_scaling_pass_and_none_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"scaling_pass_layers \(2\) and gate_layer \(1\) exclude each other"):
+        XLoraConfig(adapters=TWO, scaling_pass_layers=2, gate_layer=1)
 
 
 def test_options_that_peft_takes_mean_the_same_in_both():
@@ -99,7 +119,7 @@ OUT_OF_RANGE = [
         ("softmax_temperature", value, "must be a finite number above 0")
         for value in (0, 0.0, -1.0, NAN, INF, None, "1")
     ),
-    *(("scaling_pass_value", value, "must be a finite number") for value in (NAN, INF, None, "0", True)),
+    *(("scaling_pass_value", value, "must be a finite number") for value in (NAN, INF, "0", True)),
     *(("global_scaling_weight", value, "must be a finite number") for value in (NAN, -INF, None, "1", False)),
     *(
         ("top_k_lora", value, "must be between 1 and the number of adapters (2)")

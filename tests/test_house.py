@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 ORDER = [
     ["errors", "options"],
     ["routing", "scalings_log", "data"],
-    ["config", "carrier", "cache"],
+    ["config", "carrier", "cache", "short_backbone"],
     ["gate", "experts", "backbone"],
     ["layers"],
     ["passes", "adapters"],

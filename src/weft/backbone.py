@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from weft.errors import CacheError, ConfigError
+from weft.short_backbone import ShortBackbone
 
 # Outputs the scaling pass does not want, whoever asked for them.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", "past_key_values"}
@@ -52,6 +53,7 @@ class Backbone:
         # What the head names in its own signature and the backbone does not is the head's business: labels,
         # logits_to_keep, ...
         self._heads_own = set(self._positional) - self._accepted
+        self._short: ShortBackbone | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -102,13 +104,7 @@ class Backbone:
 
         A vision model's last feature map `[batch, hidden, height, width]` becomes a sequence of its cells.
         """
-        call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
-        if "use_cache" in self._accepted:
-            call["use_cache"] = cache is not None
-        if cache is not None:
-            call["past_key_values"] = cache
-        output = self.module(**call, return_dict=True)
-        hidden = getattr(output, "last_hidden_state", None)
+        hidden = getattr(self._call(self.module, arguments, cache), "last_hidden_state", None)
         if hidden is None:
             raise ValueError(
                 f"the base model ({type(self.base).__name__}) gives no last_hidden_state that a gate could read: "
@@ -116,20 +112,58 @@ class Backbone:
             )
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
+    def _call(self, module: nn.Module, arguments: dict[str, Any], cache: Cache | None) -> Any:
+        call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
+        if "use_cache" in self._accepted:
+            call["use_cache"] = cache is not None
+        if cache is not None:
+            call["past_key_values"] = cache
+        return module(**call, return_dict=True)
+
+    def residual_stream(self, arguments: dict[str, Any], cache: Cache | None, layers: int) -> Tensor:
+        """What leaves the first `layers` decoder layers, which alone are run: `[batch, seq, hidden]`."""
+        if self._short is None or self._short.number != layers:
+            self._short = ShortBackbone(self.module, self._path_of_layers(), layers)
+        return self._short.run(lambda module: self._call(module, arguments, cache))
+
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder layers.
+
+        Raises:
+            ConfigError: the model does not keep them in one list.
+        """
+        layers = self.module.get_submodule(self._path_of_layers())
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def _path_of_layers(self) -> str:
+        number = getattr(self.base.config.get_text_config(), "num_hidden_layers", None)
+        for path, module in self.module.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == number:
+                return path
+        raise ConfigError(
+            f"gate_layer and scaling_pass_layers need a base model with its {number} decoder layers in one list, which "
+            f"{type(self.base).__name__} has not: leave them out"
+        )
+
     def _is_backbones(self, name: str) -> bool:
         if name in _OUTPUT_OPTIONS:
             return False
         return name in self._accepted or (self._open and name not in self._heads_own | _LOSS_OPTIONS)
 
-    def hidden_size(self, given: int | None = None) -> int:
+    def hidden_size(self, given: int | None = None, *, inside: bool = False) -> int:
         """The width of the last hidden state (of the text model, where there are several).
+
+        Args:
+            given: what the user says it is.
+            inside: of the residual stream between the decoder layers instead.
 
         Raises:
             ConfigError: the base model's config does not tell it, or it is not the given one.
         """
         config = self.base.config.get_text_config()
         # OPT projects its last hidden state to the width of its embeddings.
-        for name in ("word_embed_proj_dim", "hidden_size", "hidden_sizes"):
+        for name in ("hidden_size",) if inside else ("word_embed_proj_dim", "hidden_size", "hidden_sizes"):
             found = getattr(config, name, None)
             if found:
                 found = int(found[-1] if isinstance(found, (list, tuple)) else found)
@@ -143,6 +177,9 @@ class Backbone:
                 f"hidden_size (None) must be given: the config of {type(self.base).__name__} does not tell it"
             )
         return given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_short": None}
 
     def dtype(self) -> torch.dtype:
         """Of the base model's first floating parameter."""

@@ -23,6 +23,7 @@ class Routing:
 
     Attributes:
         scalings: λ per token, layer and expert; a layer axis of 1 is shared by all layers.
+        first_layer: number of the layer that the layer axis begins with.
         padding: the pass's attention mask, or None: which tokens count in a mean over the sequence.
         output_layer: number of the LoRA layer that sees only `output_positions` of the sequence (an adapted LM head
             under `logits_to_keep`), or None.
@@ -30,6 +31,7 @@ class Routing:
     """
 
     scalings: Float[Tensor, "batch seq layer expert"]
+    first_layer: int = 0
     padding: Shaped[Tensor, "batch total"] | None = None
     output_layer: int | None = None
     output_positions: slice | Tensor | None = None
@@ -43,7 +45,7 @@ class Routing:
     def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
         """λ for one LoRA layer."""
         shared = len(self._per_layer) == 1
-        scalings = self._per_layer[0 if shared else layer_number]
+        scalings = self._per_layer[0 if shared else layer_number - self.first_layer]
         if layer_number == self.output_layer and self.output_positions is not None and scalings.shape[1] > 1:
             return scalings[:, self.output_positions]
         return scalings

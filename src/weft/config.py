@@ -47,8 +47,13 @@ class XLoraConfig(PeftConfig):
         use_trainable_adapters: train (and save) the experts together with the gate.
         softmax_temperature: divides the gate's logits, above 0; lower is sharper.
         top_k_lora: how many experts each token keeps, 1 to the number of adapters; None keeps all.
-        scaling_pass_value: weight of every expert while the gate's input is computed; 0 leaves the experts out.
+        scaling_pass_value: weight of every expert while the gate's input is computed; 0 leaves the experts out. None
+            means 0, and with `gate_layer` 1 / number of experts.
         global_scaling_weight: weight of the whole mixture, beside the gate's.
+        scaling_pass_layers: end the scaling pass after so many decoder layers, 1 or more, and let the gate read what
+            leaves them; None runs all of them.
+        gate_layer: no scaling pass: the gate reads what enters this decoder layer (counted from 0) in the only pass,
+            and the layers from there on follow it; None for a scaling pass. Excludes `scaling_pass_layers`.
         scalings_log_size: how many passes the scalings log keeps, 1 or more; older ones are dropped.
         expert_names: written by `save_pretrained`: the experts in the order of the gate's outputs.
         layer_names: written by `save_pretrained`: the LoRA layers in the order of the gate's outputs.
@@ -74,9 +79,11 @@ class XLoraConfig(PeftConfig):
     use_trainable_adapters: bool = False
     softmax_temperature: float = 1.0
     top_k_lora: int | None = None
-    scaling_pass_value: float = 0.0
+    scaling_pass_value: float | None = None
     global_scaling_weight: float = 1.0
     # weft's own
+    scaling_pass_layers: int | None = None
+    gate_layer: int | None = None
     scalings_log_size: int = 256
     expert_names: list[str] | None = None
     layer_names: list[str] | None = None
@@ -85,6 +92,8 @@ class XLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.XLORA
+        if self.scaling_pass_value is None and isinstance(self.adapters, dict):
+            self.scaling_pass_value = 0.0 if self.gate_layer is None else 1 / max(1, len(self.adapters))
         problems = self.problems()
         if problems:
             raise ConfigError(_TITLE, problems)
@@ -100,6 +109,16 @@ class XLoraConfig(PeftConfig):
             *_range_problems(self),
             *_routing_problems(self),
         ]
+
+    @property
+    def reads_inside(self) -> bool:
+        """Whether the gate reads between two decoder layers rather than the last hidden state."""
+        return self.gate_layer is not None or self.scaling_pass_layers is not None
+
+    @property
+    def constant_weight(self) -> float:
+        """Every expert's weight where the gate has not decided yet: `scaling_pass_value`."""
+        return float(self.scaling_pass_value or 0)
 
     @property
     def num_experts(self) -> int:
@@ -223,19 +242,26 @@ def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] |
 
 def _range_problems(config: XLoraConfig) -> list[str]:
     problems = []
-    for name in ("xlora_depth", "xlora_size", "scalings_log_size", "hidden_size"):
+    smallest = {"xlora_depth": 1, "xlora_size": 1, "scalings_log_size": 1}
+    smallest_if_given = {"hidden_size": 1, "scaling_pass_layers": 1, "gate_layer": 0}
+    for name, least in {**smallest, **smallest_if_given}.items():
         value = getattr(config, name)
-        if name == "hidden_size" and value is None:
+        if value is None and name in smallest_if_given:
             continue
-        if not _is_int(value) or value < 1:
-            problems.append(f"{name} ({value!r}) must be a whole number of at least 1")
+        if not _is_int(value) or value < least:
+            problems.append(f"{name} ({value!r}) must be a whole number of at least {least}")
+    if config.scaling_pass_layers is not None and config.gate_layer is not None:
+        problems.append(
+            f"scaling_pass_layers ({config.scaling_pass_layers}) and gate_layer ({config.gate_layer}) exclude each "
+            "other: with gate_layer there is no scaling pass"
+        )
     if not _is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
         problems.append(f"xlora_dropout_p ({config.xlora_dropout_p!r}) must be in [0, 1)")
     if not _is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
         problems.append(f"softmax_temperature ({config.softmax_temperature!r}) must be a finite number above 0")
     for name in ("scaling_pass_value", "global_scaling_weight"):
         value = getattr(config, name)
-        if not _is_number(value):
+        if not _is_number(value) and not (value is None and not config.adapters):
             problems.append(f"{name} ({value!r}) must be a finite number")
     for name in ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters"):
         value = getattr(config, name)

@@ -29,7 +29,7 @@ from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.experts import own_tensors, refuse_variant
 from weft.gate import XLoraClassifier
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
-from weft.passes import TwoPasses
+from weft.passes import Passes, first_following_layer
 
 _LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
     lora.Linear: XLoraLinearLayer,
@@ -130,7 +130,7 @@ class XLoraModel(BaseTuner):
                 f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
             )
         self.backbone = Backbone(model)
-        options.hidden_size = self.backbone.hidden_size(options.hidden_size)
+        options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
         adapters = read_adapters(options.adapters or {})
 
         self.xlora_config = options
@@ -145,7 +145,7 @@ class XLoraModel(BaseTuner):
             self.lora_model = inject_adapters(model, adapters)
             self._finish(options, model)
         except BaseException:
-            TwoPasses.detach(model)
+            Passes.detach(model)
             remove_adapters(model)
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
@@ -168,21 +168,23 @@ class XLoraModel(BaseTuner):
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
         device = next(adapter_parameters(model, names[0]))[1].device
+        first_layer = first_following_layer(self.backbone, options)
         self.internal_xlora_classifier = XLoraClassifier(
             options,
             num_experts=len(names),
-            num_layers=num_layers,
+            num_layers=num_layers - first_layer,
             device=device,
             dtype=torch.promote_types(self.backbone.dtype(), torch.float32),
         )
         self.internal_xlora_classifier.requires_grad_(not options.inference_mode)
         self.internal_xlora_classifier.train(model.training)
         options.bind_model(self)
-        self.passes = TwoPasses(
+        self.passes = Passes(
             self.backbone,
             self.carrier,
             self.internal_xlora_classifier,
             options,
+            first_layer=first_layer,
             output_layer=next((number for number, layer in enumerate(layers.values()) if layer is output), None),
         )
         self.passes.attach(model)
@@ -262,7 +264,7 @@ class XLoraModel(BaseTuner):
         """Take the experts, the gate and the hooks out, and return the base model as it was."""
         model = self.lora_model.model
         self.carrier.clear()
-        TwoPasses.detach(model)
+        Passes.detach(model)
         remove_adapters(model)
         self._restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
