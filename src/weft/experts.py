@@ -40,9 +40,15 @@ class Storage:
     def find(self, target: LoraLayer, name: str) -> nn.Parameter:
         """The parameter of adapter `name`; KeyError where the layer has none."""
         container = getattr(target, self.attribute)
-        # The private dicts: this runs for every expert in every forward, and the public access is ten times slower.
-        module = container._modules.get(name)
-        return container._parameters[name] if module is None else module._parameters["weight"]
+        return container[name].weight if isinstance(container, nn.ModuleDict) else container[name]
+
+    def owners(self, target: LoraLayer, name: str) -> list[tuple[dict[str, Any], str, Any]]:
+        """The dictionaries on the way to that parameter: (dictionary, key, what is there now)."""
+        container = getattr(target, self.attribute)
+        if not isinstance(container, nn.ModuleDict):
+            return [(container._parameters, name, container[name])]
+        module = container[name]
+        return [(container._modules, name, module), (module._parameters, "weight", module.weight)]
 
 
 def as_it_is(weight: Tensor) -> Tensor:
@@ -74,6 +80,7 @@ class Stack:
         down: A, the rank first, then the input axes.
         up: B transposed. A grouped convolution has `rank / groups` rows.
         scales: peft's `scaling` of each.
+        biased: those with a `lora_bias`.
         rank_expert: for each rank, the expert it belongs to; None where all ranks are equal.
         column_index: `columns` as a tensor; None where they are all columns in order.
     """
@@ -84,6 +91,7 @@ class Stack:
     down: Float[Tensor, "rank ..."]
     up: Float[Tensor, "rank_per_group out"]
     scales: Float[Tensor, " expert"]
+    biased: tuple[str, ...]
     rank_expert: Tensor | None
     column_index: Tensor | None
 
@@ -119,7 +127,9 @@ class StackedExperts:
         self._stacks: tuple[Stack, ...] = ()
         self._active: list[str] | None = None
         self._scaling: dict[str, float] = {}
-        self._addresses: list[tuple[str, int, int]] = []
+        # What must be as it was for the stacks to hold: (dictionary, key, value), and parameters with their addresses.
+        self._owners: list[tuple[dict[str, Any], str, Any]] = []
+        self._addresses: list[tuple[nn.Parameter, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are copies of their own: it stacks them again.
@@ -128,15 +138,16 @@ class StackedExperts:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    # Outside of compiled graphs: whether the parameters still are the stack's views is a question of the moment.
-    @torch.compiler.disable
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks of the active experts that this layer has; empty where it has none of them.
+
+        Whether they still hold is looked up at every call. A compiled graph cannot look: it has the stacks of the last
+        call that was not compiled (`generate` makes one for all layers before it starts).
 
         Raises:
             AdapterError: an active adapter is no plain LoRA (DoRA, for one).
         """
-        if not self._still_ours():
+        if not torch.compiler.is_compiling() and not self._still_ours():
             # Not in inference mode, whose tensors could never be trained on.
             with torch.inference_mode(False), torch.no_grad():
                 self._build()
@@ -156,16 +167,16 @@ class StackedExperts:
         return factors[0], factors[1]
 
     def _still_ours(self) -> bool:
+        # This runs in every layer of every call: no public access, which is ten times slower.
         if self._active != self.target.active_adapters or self._scaling != self.target.scaling:
             return False
-        down, up, target = self.layout.down, self.layout.up, self.target
-        try:
-            return all(
-                down.find(target, name).data_ptr() == down_address and up.find(target, name).data_ptr() == up_address
-                for name, down_address, up_address in self._addresses
-            )
-        except KeyError:  # an adapter was deleted
-            return False
+        for dictionary, key, value in self._owners:
+            if dictionary.get(key) is not value:
+                return False
+        for parameter, address in self._addresses:  # noqa: SIM110 - a generator costs twice as much
+            if parameter.data_ptr() != address:
+                return False
+        return True
 
     def _build(self) -> None:
         target, layout = self.target, self.layout
@@ -191,10 +202,10 @@ class StackedExperts:
         self._stacks = tuple(stacks)
         self._active = active
         self._scaling = dict(target.scaling)
-        self._addresses = [
-            (name, layout.down.find(target, name).data_ptr(), layout.up.find(target, name).data_ptr())
-            for name in ordered
-        ]
+        storages = [(storage, name) for name in ordered for storage in (layout.down, layout.up)]
+        self._owners = [owner for storage, name in storages for owner in storage.owners(target, name)]
+        parameters = [storage.find(target, name) for storage, name in storages]
+        self._addresses = [(parameter, parameter.data_ptr()) for parameter in parameters]
 
 
 def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -254,6 +265,7 @@ def _stack(
         ranks=tuple(ranks),
         down=down[: sum(ranks)],
         up=up[:up_rows],
+        biased=tuple(name for name in names if target.lora_bias[name]),
         scales=torch.tensor([float(target.scaling[name]) for name in names], dtype=wide, device=device),
         rank_expert=None
         if uniform

@@ -95,19 +95,22 @@ class XLoraLayer(ABC):
             AdapterError: an active adapter uses DoRA or another variant of LoRA.
             ValueError: the scalings fit neither the batch nor the tokens of `x`.
         """
-        if self.target.disable_adapters and self.target.merged:
-            self.target.unmerge()  # as peft does: disabled means the base layer as it was
-        result = self.target.base_layer(x, *args, **kwargs)
+        target = self.target
+        merged = bool(target.merged_adapters)
+        if target._disable_adapters and merged:
+            target.unmerge()  # as peft does: disabled means the base layer as it was
+        result = target._modules["base_layer"](x, *args, **kwargs)
         dtype = self.output_dtype(x, result)
-        if self.target.disable_adapters or self.target.merged:
+        carrier = self.carrier
+        if target._disable_adapters or merged:
             return result.to(dtype)
         padding = None
         if scalings is not None:
             weights = self.get_maybe_topk_scalings(scalings)
-        elif self.carrier.routing is not None:
-            weights = self.carrier.routing.of_layer(self.layer_number)
-            padding = self.carrier.routing.padding
-        elif self.carrier.experts_off:
+        elif carrier.routing is not None:
+            weights = carrier.routing.of_layer(self.layer_number)
+            padding = carrier.routing.padding
+        elif carrier.experts_off:
             return result.to(dtype)
         else:
             self._refuse_blind_recomputation()
@@ -144,15 +147,26 @@ class XLoraLayer(ABC):
         if weights is not None:
             if stack.column_index is not None:
                 weights = weights.index_select(-1, stack.column_index.to(weights.device))
-            cells = tuple(size for axis, size in enumerate(h.shape) if axis not in (0, rank_axis))
-            weights = align_to_cells(weights, h.shape[0], cells, padding)  # [batch, *cells, expert]
-            scales = weights.to(device=h.device, dtype=h.dtype) * (scales * self.config.global_scaling_weight)
-            scales = scales.movedim(-1, rank_axis)
+            weights = self._align(weights, h, rank_axis, padding)  # [batch, *cells, expert]
+            if self.config.global_scaling_weight != 1:
+                scales = scales * self.config.global_scaling_weight
+            scales = weights.to(device=h.device, dtype=h.dtype) * scales
+            if rank_axis != h.dim() - 1:
+                scales = scales.movedim(-1, rank_axis)
         else:
             scales = scales.view(-1, *(1 for _ in range(rank_axis + 1, h.dim())))
         h = _scale_blocks(h, scales, stack, rank_axis)
         result = self.add_up(result, h, up, stack)
-        return self._add_biases(result, stack, self.config.global_scaling_weight if weights is not None else 1.0)
+        if stack.biased:
+            result = self._add_biases(result, stack, self.config.global_scaling_weight if weights is not None else 1.0)
+        return result
+
+    @staticmethod
+    def _align(weights: Tensor, h: Tensor, rank_axis: int, padding: Tensor | None) -> Tensor:
+        if weights.shape[:2] == h.shape[:2] and h.dim() == 3 and rank_axis == 2:
+            return weights  # token by token, as in nearly every call
+        cells = tuple(size for axis, size in enumerate(h.shape) if axis not in (0, rank_axis))
+        return align_to_cells(weights, h.shape[0], cells, padding)
 
     def _down_with_dropout(self, x: Tensor, stack: Stack, down: Tensor) -> Tensor:
         """h = A x for all experts at once, or expert by expert where each has a dropout mask of its own."""
@@ -168,10 +182,9 @@ class XLoraLayer(ABC):
 
         In the formula the bias stands outside of λ: B_e(z) = B z + b, so s_e · g · b is added unscaled by λ.
         """
-        for name in stack.names:
-            if self.target.lora_bias[name]:
-                bias = self.target.lora_B[name].bias * (self.target.scaling[name] * global_weight)
-                result = result + bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
+        for name in stack.biased:
+            bias = self.target.lora_B[name].bias * (self.target.scaling[name] * global_weight)
+            result = result + bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
         return result
 
     def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
@@ -200,8 +213,9 @@ def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int) -> Te
     if stack.rank_expert is not None:
         expert_axis = scales.dim() - (h.dim() - rank_axis)
         return h * scales.index_select(expert_axis, stack.rank_expert)
-    blocks = h.unflatten(rank_axis, (len(stack.ranks), stack.ranks[0]))  # [..., expert, rank of one, ...]
-    return (blocks * scales.unsqueeze(scales.dim() - (h.dim() - rank_axis) + 1)).flatten(rank_axis, rank_axis + 1)
+    before, after = h.shape[:rank_axis], h.shape[rank_axis + 1 :]
+    blocks = h.view(*before, len(stack.ranks), stack.ranks[0], *after)  # [..., expert, rank of one, ...]
+    return (blocks * scales.unsqueeze(scales.dim() - (h.dim() - rank_axis) + 1)).reshape(h.shape)
 
 
 def add_product(result: Tensor, h: Float[Tensor, "*cells rank"], up: Float[Tensor, "rank out"]) -> Tensor:
