@@ -80,10 +80,10 @@ class TwoPasses:
                 module._gradient_checkpointing_func = function.checkpoint
 
     @contextmanager
-    def fixed_scalings(self, weights: Float[Tensor, " expert"]) -> Iterator[None]:
-        """Use these weights for every token and layer, without a scaling pass, until the block ends."""
+    def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> Iterator[None]:
+        """Use these weights for every token (a layer axis of 1: for every layer), without a scaling pass."""
         # To the gate's device here, not in every layer at every call.
-        before, self._fixed = self._fixed, weights.view(1, 1, 1, -1).to(self._device)
+        before, self._fixed = self._fixed, weights[None, None].to(self._device)
         try:
             yield
         finally:
