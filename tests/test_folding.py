@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from functools import partial
 
 import peft
 import pytest
@@ -119,9 +120,20 @@ def test_experts_in_half_precision_are_written_in_it(llama_adapters, ids, tmp_pa
     assert {value.dtype for value in load_file(tmp_path / "mixed" / TENSORS).values()} == {torch.float32}
 
 
+def vision_model(name):
+    """A vision model whose every block counts: ConvNeXt multiplies its blocks by 1e-6 at the start."""
+    base = VISION[name][0]()
+    with torch.no_grad():
+        for key, parameter in base.named_parameters():
+            if "layer_scale" in key:
+                parameter.fill_(1.0)
+    return base
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_convolutions_are_folded(name, tmp_path):
-    make, targets, size, _ = VISION[name]
+    _, targets, size, _ = VISION[name]
+    make = partial(vision_model, name)
     paths = {
         f"e{r}": save_adapter(make(), lora(r=r, task_type=None, target_modules=targets), tmp_path / f"e{r}", seed=r)
         for r in (2, 4)
@@ -136,7 +148,7 @@ def test_convolutions_are_folded(name, tmp_path):
 
 
 def test_grouped_convolutions_are_folded_group_by_group(tmp_path):
-    make = VISION["convnext"][0]  # its depthwise convolutions have 8 and 12 groups
+    make = partial(vision_model, "convnext")  # its depthwise convolutions have 8 and 12 groups
     targets = {"e8": ["stages.0.layers.0.dwconv"], "e24": ["dwconv"]}
     paths = {
         name: save_adapter(make(), lora(r=int(name[1:]), task_type=None, target_modules=modules), tmp_path / name, 1)
