@@ -205,7 +205,7 @@ def test_wrong_usage_exits_with_2(capsys):
     assert "train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["fold"]])
 def test_help_needs_no_torch(command):
     code = "import sys; from weft.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     shown = subprocess.run(

@@ -24,6 +24,7 @@ ORDER = [
     ["integration"],
     ["loading"],
     ["train", "evaluate"],
+    ["folding"],
     ["cli"],
     ["__init__", "__main__"],
 ]

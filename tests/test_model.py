@@ -11,7 +11,17 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import weft
-from models import VOCAB, is_expert, lora, make_architecture, quietly, randomise, save_adapter, tiny_llama
+from models import (
+    VOCAB,
+    is_expert,
+    lora,
+    make_architecture,
+    mixture_by_loop,
+    quietly,
+    randomise,
+    save_adapter,
+    tiny_llama,
+)
 from weft.errors import AdapterError, ConfigError
 from weft.layers import XLoraLayer
 from weft.model import XLoraModel, convert_layers_to_xlora
@@ -362,6 +372,29 @@ def test_fixed_scalings_refuse_unknown_names(model):
         ValueError, match=r"weights names \['chess'\], expected names among \['math', 'code', 'adapter_3'\]"
     ):
         model.fixed_scalings({"chess": 1.0}).__enter__()
+
+
+def test_fixed_scalings_may_differ_from_layer_to_layer(model, ids):
+    """A table of equal rows is the weights of all layers; each row acts on its own layer."""
+    with model.fixed_scalings({"math": 0.3, "adapter_3": 0.6}):
+        expected = logits(model, ids)
+    table = torch.tensor([0.3, 0.0, 0.6]).repeat(len(model.xlora_config.layer_names), 1)
+    with model.fixed_scalings(table):
+        torch.testing.assert_close(logits(model, ids), expected)
+    table[:, 0] = torch.arange(len(table)) / 10
+    layers = lora_layers(model)
+    outputs = {}
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output, n=n: outputs.update({n: (args[0], output)}))
+        for n, layer in enumerate(layers)
+    ]
+    with model.fixed_scalings(table):
+        logits(model, ids)
+    for hook in hooks:
+        hook.remove()
+    for n, layer in enumerate(layers):
+        x, found = outputs[n]
+        torch.testing.assert_close(found, mixture_by_loop(layer, x, table[n].expand(*x.shape[:2], -1)))
 
 
 def test_what_a_mixture_cannot_do_is_said(model):

@@ -29,7 +29,7 @@ def named(base_folder, base_adapters, tmp_path, monkeypatch):
 
 def test_the_commands_of_the_readme_run(named, capsys):
     commands = re.findall(r"^weft .*$", README, flags=re.M)
-    assert [command.split()[1] for command in commands] == ["train", "eval", "generate"]
+    assert [command.split()[1] for command in commands] == ["train", "eval", "generate", "fold"]
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
     assert "The contract says" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.config import XLoraConfig
+    from weft.folding import fold, mean_scalings
     from weft.gate import XLoraClassifier
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
@@ -20,8 +21,10 @@ _HOMES = {
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
+    "fold": "weft.folding",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
+    "mean_scalings": "weft.folding",
     "register_with_peft": "weft.integration",
     "unregister_from_peft": "weft.integration",
 }
@@ -30,8 +33,10 @@ __all__ = [
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
+    "fold",
     "from_adapters",
     "from_pretrained",
+    "mean_scalings",
     "register_with_peft",
     "unregister_from_peft",
 ]

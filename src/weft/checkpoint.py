@@ -55,13 +55,15 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
         for name in config.expert_names:
             _write_expert(config, name, folder / EXPERTS_FOLDER / name)
         manifest = manifest_of(folder, config.expert_names, config.layer_names)
-        _replace(folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
+        replace_file(
+            folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        )
         replaced |= {
             "adapters": {name: f"{EXPERTS_FOLDER}/{name}" for name in config.expert_names},
             "format_version": FORMAT_VERSION,
         }
     text = config_json(config, **replaced)
-    _replace(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> XLoraConfig:
@@ -128,7 +130,7 @@ def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
     parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
     experts = {f"base_model.{key}": value for key, value in model.state_dict().items() if any(p in key for p in parts)}
     tensors = {**read_tensors(file), **experts}
-    _replace(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def layer_mismatch(saved: list[str], found: list[str]) -> str:
@@ -148,7 +150,7 @@ def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:
     tensors = {
         key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model.lora_model.model, name)
     }
-    _replace(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     expert: LoraConfig = model.lora_model.peft_config[name]
     trainable = expert.inference_mode
     expert.inference_mode = True
@@ -158,7 +160,7 @@ def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:
         expert.inference_mode = trainable
 
 
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file beside the old one and put it in its place when it is whole."""
     unfinished = file.with_name(file.name + ".part")
     write(unfinished)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ class Storage:
     def find(self, target: LoraLayer, name: str) -> nn.Parameter:
         """The parameter of adapter `name`; KeyError where the layer has none."""
         container = getattr(target, self.attribute)
-        return container[name].weight if isinstance(container, nn.ModuleDict) else container[name]
+        return cast(nn.Parameter, container[name].weight if isinstance(container, nn.ModuleDict) else container[name])
 
     def owners(self, target: LoraLayer, name: str) -> list[tuple[dict[str, Any], str, Any]]:
         """The dictionaries on the way to that parameter: (dictionary, key, what is there now)."""

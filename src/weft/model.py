@@ -30,6 +30,7 @@ from weft.experts import own_tensors, refuse_variant
 from weft.gate import XLoraClassifier
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 from weft.passes import Passes, first_following_layer
+from weft.routing import ConstantWeights, constant_scalings
 
 _LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
     lora.Linear: XLoraLinearLayer,
@@ -203,24 +204,22 @@ class XLoraModel(BaseTuner):
         finally:
             self.carrier.clear()
 
-    def fixed_scalings(self, weights: dict[str, float]) -> AbstractContextManager[None]:
-        """Use chosen weights for every token and layer instead of the gate's, without a scaling pass.
+    def fixed_scalings(self, weights: ConstantWeights) -> AbstractContextManager[None]:
+        """Use chosen weights for every token instead of the gate's, without a scaling pass.
 
         Args:
-            weights: expert name -> weight; experts left out have weight 0. One expert at 1 is that adapter alone.
+            weights: expert name -> weight in all layers (left out: 0; one expert at 1 is that adapter alone), or a
+                table [layer, expert] with a row for each of `xlora_config.layer_names`.
 
         Raises:
-            ValueError: a name is no expert's.
+            ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.
 
         Example:
             >>> with model.fixed_scalings({"math": 0.5, "code": 0.5}):
             ...     model(input_ids)
         """
-        names = self.xlora_config.expert_names or []
-        unknown = sorted(set(weights) - set(names))
-        if unknown:
-            raise ValueError(f"weights names {unknown}, expected names among {names}")
-        return self.passes.fixed_scalings(torch.tensor([float(weights.get(name, 0)) for name in names]))
+        names, layers = self.xlora_config.expert_names or [], self.xlora_config.layer_names or []
+        return self.passes.fixed_scalings(constant_scalings(weights, names, len(layers)))
 
     # ------------------------------------------------------------------ on, off and out
 

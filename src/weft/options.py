@@ -120,3 +120,33 @@ class GenerateOptions:
     temperature: float = 0.0
     seed: int = 0
     dtype: Dtype = "auto"
+
+
+@dataclass
+class FoldOptions:
+    """Write a constant mix as one ordinary LoRA adapter, which peft, vLLM and LoRAX load.
+
+    Give either `weights` or `data`. Folding a trained gate (`data`) keeps how much of each expert it takes in each
+    layer on average, and loses what it decides from token to token.
+
+    Args:
+        model: Folder or Hub id of a mixture.
+        output: Folder for the adapter: a new or empty one, or an earlier adapter's, which is replaced.
+        weights: The experts' weights in all layers, as name=NUMBER, separated by spaces; experts left out have 0.
+        data: Texts over which the gate's weights are averaged, layer by layer; files as for `weft train`.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+        sequence_length: Tokens per sequence of the data; longer texts are cut into several.
+        batch_size: Sequences per forward pass.
+        max_sequences: At most so many sequences per data file, the first ones; 0 takes all.
+        dtype: The base model's number format; auto takes what it is saved in.
+    """
+
+    model: str
+    output: str | None = None
+    weights: list[str] | dict[str, float] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+    base: str | None = None
+    sequence_length: int = 512
+    batch_size: int = 4
+    max_sequences: int = 0
+    dtype: Dtype = "auto"

@@ -101,10 +101,10 @@ class Passes:
                 module._gradient_checkpointing_func = function.checkpoint
 
     @contextmanager
-    def fixed_scalings(self, weights: Float[Tensor, " expert"]) -> Iterator[None]:
-        """Use these weights for every token and layer, without a gate, until the block ends."""
+    def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> Iterator[None]:
+        """Use these weights for every token (a layer axis of 1: for every layer), without a gate."""
         # To the gate's device here, not in every layer at every call.
-        before, self._fixed = self._fixed, weights.view(1, 1, 1, -1).to(self._device)
+        before, self._fixed = self._fixed, weights[None, None].to(self._device)
         try:
             yield
         finally:
@@ -114,6 +114,19 @@ class Passes:
     def latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
         """Of the last call, as the gate gave them; before `first_layer` the constant weights."""
         return None if self._latest is None else self._whole(self._latest)
+
+    @property
+    def applied_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
+        """What the layers followed in the last call: the latest scalings, of which top-k keeps some."""
+        return None if self._latest is None else self._whole(self._top_k(self._latest))
+
+    @property
+    def gate_decides(self) -> bool:
+        """Whether the next call asks the gate: the experts are on, and their weights not fixed."""
+        return not self.disabled and self._fixed is None
+
+    def _top_k(self, scalings: Tensor) -> Tensor:
+        return keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
 
     def _whole(self, scalings: Tensor) -> Float[Tensor, "batch seq layer expert"]:
         if self.first_layer == 0:
@@ -202,7 +215,7 @@ class Passes:
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
         self.carrier.routing = Routing(
-            keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk),
+            self._top_k(scalings),
             first_layer=self.first_layer,
             padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
             output_layer=self.output_layer,

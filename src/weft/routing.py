@@ -6,12 +6,18 @@ input's dtype where that is wider).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from weft.errors import ConfigError
+
 # One class token and up to seven register or distillation tokens may precede the cells of a vision model.
 MAX_LEADING_TOKENS = 8
+# Weights that do not depend on the token: {expert: weight} in all layers, or a table [layer, expert].
+ConstantWeights = dict[str, float] | Tensor | Sequence[Sequence[float]]
 
 
 def softmax_with_temperature(
@@ -43,6 +49,39 @@ def keep_top_k(
     if renormalise:
         kept = softmax_with_temperature(kept, 1.0).to(scalings.dtype)
     return torch.zeros_like(scalings).scatter(-1, indices, kept)
+
+
+def constant_scalings(
+    weights: ConstantWeights, expert_names: list[str], num_layers: int
+) -> Float[Tensor, "layer expert"]:
+    """Weights chosen by a user as a tensor of scalings; a layer axis of 1 is shared by all layers.
+
+    Args:
+        weights: expert name -> weight, where experts left out have weight 0; or a table [layer, expert].
+        expert_names: the experts in the order of the columns.
+        num_layers: how many LoRA layers there are.
+
+    Raises:
+        ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.
+    """
+    if isinstance(weights, dict):
+        unknown = sorted(set(weights) - set(expert_names))
+        if unknown:
+            raise ConfigError(f"weights names {unknown}, expected names among {expert_names}")
+        table = torch.tensor([[float(weights.get(name, 0)) for name in expert_names]])
+    else:
+        try:
+            table = torch.as_tensor(weights, dtype=torch.float32)
+        except (TypeError, ValueError) as err:
+            raise ConfigError(f"weights is no table [layer, expert] of numbers: {err}") from err
+        if table.shape != (num_layers, len(expert_names)):
+            raise ConfigError(
+                f"weights has shape {list(table.shape)}, expected [{num_layers}, {len(expert_names)}]: a row for each "
+                "LoRA layer (xlora_config.layer_names), a column for each expert (xlora_config.expert_names)"
+            )
+    if not table.isfinite().all():
+        raise ConfigError(f"weights ({weights}) must be finite numbers")
+    return table
 
 
 def mean_over_tokens(

@@ -1,4 +1,4 @@
-"""The `weft` command: `train`, `eval`, `generate`.
+"""The `weft` command: `train`, `eval`, `generate`, `fold`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.options import EvalOptions, GenerateOptions, TrainOptions
+from weft.options import EvalOptions, FoldOptions, GenerateOptions, TrainOptions
 
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data")
+_LISTS = ("--adapters", "--data", "--weights")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,10 +66,18 @@ def _generate(options: GenerateOptions) -> None:
     generate(options)
 
 
+def _fold(options: FoldOptions) -> None:
+    _quiet()
+    from weft.cli.fold import fold_mixture
+
+    fold_mixture(options)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "train": (_train, TrainOptions),
     "eval": (_evaluate, EvalOptions),
     "generate": (_generate, GenerateOptions),
+    "fold": (_fold, FoldOptions),
 }
 
 

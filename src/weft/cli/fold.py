@@ -1,0 +1,82 @@
+"""`weft fold`: a constant mixture as one ordinary adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import Tensor
+
+from weft.data import check_length, read_texts, token_sequences
+from weft.errors import ConfigError
+from weft.folding import check_output, fold, mean_scalings
+from weft.loading import load_mixture
+from weft.options import FoldOptions
+
+
+def fold_mixture(options: FoldOptions) -> None:
+    """Write the adapter, and say how to load it.
+
+    Raises:
+        WeftError: the model, the options or the data cannot work.
+    """
+    weights = parse_weights(options.weights)
+    _check(options)
+    assert options.output is not None
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype)
+    check_output(Path(options.output), model.xlora_config)  # before a long look at the data
+    config = fold(model, options.output, weights or _mean_over_data(model, tokenizer, options))
+    print(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")
+    print(f"  peft.PeftModel.from_pretrained(base, {options.output!r})")
+
+
+def parse_weights(values: list[str] | dict[str, float]) -> dict[str, float]:
+    """["math=0.5", ...] as {name: weight}.
+
+    Raises:
+        ConfigError: an entry is no name=NUMBER, or a name stands twice.
+    """
+    if isinstance(values, dict):
+        return values
+    weights: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name in weights:
+            raise ConfigError(f"weights has the name {name!r} twice ({weights[name]} and {number})")
+        try:
+            weights[name] = float(number)
+        except ValueError as err:
+            raise ConfigError(f"weights has the entry {value!r}, expected name=NUMBER") from err
+    return weights
+
+
+def _check(options: FoldOptions) -> None:
+    problems = []
+    if options.output is None:
+        problems.append("output is missing: a folder for the adapter")
+    if not options.weights and not options.data:
+        problems.append("weights and data are missing: give name=NUMBER for each expert, or texts for the gate to read")
+    if options.weights and options.data:
+        problems.append(
+            f"weights ({options.weights}) and data ({options.data}) exclude each other: the data would give the "
+            "weights, so leave one out"
+        )
+    if options.batch_size < 1:
+        problems.append(f"batch_size ({options.batch_size}) must be at least 1")
+    if options.max_sequences < 0:
+        problems.append(f"max_sequences ({options.max_sequences}) must be at least 0")
+    if problems:
+        raise ConfigError("the options cannot work:", problems)
+
+
+def _mean_over_data(model: Any, tokenizer: Any, options: FoldOptions) -> Tensor:
+    """The gate's mean scalings [layer, expert] over the options' data."""
+    check_length(options.sequence_length, model.config)
+    sequences = []
+    for source in options.data:
+        found = token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
+        sequences += found[: options.max_sequences or None]
+    with Progress(transient=True) as progress:
+        task = progress.add_task("the gate reads", total=len(sequences))
+        return mean_scalings(model, sequences, options.batch_size, lambda done: progress.advance(task, done))
