@@ -13,26 +13,31 @@ if TYPE_CHECKING:
     from weft.gate import XLoraClassifier
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
+    from weft.streaming import Step, stream
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Step": "weft.streaming",
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
     "register_with_peft": "weft.integration",
+    "stream": "weft.streaming",
     "unregister_from_peft": "weft.integration",
 }
 
 __all__ = [
+    "Step",
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
     "from_adapters",
     "from_pretrained",
     "register_with_peft",
+    "stream",
     "unregister_from_peft",
 ]
 

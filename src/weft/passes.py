@@ -89,6 +89,19 @@ class TwoPasses:
         finally:
             self._fixed = before
 
+    def last_position(self) -> Float[Tensor, "batch layer expert"] | None:
+        """What the layers followed at the last position of the last call, top-k applied.
+
+        The layer axis is 1 where the scalings are fixed; None before the first call, and with the experts off.
+        """
+        if self.disabled:
+            return None
+        if self._fixed is not None:
+            return self._fixed[:, -1]
+        if self.latest_scalings is None:
+            return None
+        return self._kept(self.latest_scalings[:, -1])
+
     @property
     def _device(self) -> torch.device:
         return next(self.gate.parameters()).device
@@ -146,11 +159,14 @@ class TwoPasses:
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
         return Routing(
-            keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk),
+            self._kept(scalings),
             padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
             output_layer=self.output_layer,
             output_positions=keep,
         )
+
+    def _kept(self, scalings: Float[Tensor, "*batch expert"]) -> Float[Tensor, "*batch expert"]:
+        return keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
 
     def _carry_scalings_through_checkpoints(self, base: nn.Module) -> None:
         # At every call, because gradient checkpointing may be switched on, with plain functions, at any time.
