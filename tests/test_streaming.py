@@ -54,6 +54,7 @@ def test_greedy_tokens_are_those_of_generate(decoder):
     assert tokens(steps) == generated(model, max_new_tokens=8, do_sample=False)
     assert [step.finish_reason for step in steps] == [None] * 7 + ["length"]
     assert {step.text for step in steps} == {""}
+    assert list(weft.stream(model.base_model, PROMPT, max_new_tokens=8)) == steps  # without peft's wrapper
 
 
 @pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 20, "top_p": 0.9}], ids=str)
