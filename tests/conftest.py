@@ -61,6 +61,16 @@ def base_adapters(base_folder, tmp_path_factory):
     }
 
 
+@pytest.fixture
+def mixture(base_folder, base_adapters, tmp_path):
+    """The folder of a mixture of the adapters in `base_adapters`."""
+    import weft
+
+    folder = tmp_path / "mixture"
+    weft.from_adapters(str(base_folder), base_adapters).save_pretrained(folder)
+    return str(folder)
+
+
 def _adapters_of(name, folder):
     """(name, {expert: adapter folder}) with a rank of its own for each expert."""
     paths = {}

@@ -175,6 +175,7 @@ def tiny_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    fast.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
     return fast
 
 

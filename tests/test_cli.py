@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,8 +154,6 @@ def test_ctrl_c_leaves_a_usable_model_and_a_checkpoint_to_resume_from(arguments,
     ],
 )
 def test_bad_input_is_an_error_without_a_traceback(arguments, change, message, capsys, tmp_path):
-    import re
-
     for option, value in change.items():
         if option == "--adapters":
             start = arguments.index(option)
@@ -205,7 +204,7 @@ def test_wrong_usage_exits_with_2(capsys):
     assert "train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["fold"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["chat"], ["fold"]])
 def test_help_needs_no_torch(command):
     code = "import sys; from weft.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     shown = subprocess.run(
@@ -224,3 +223,35 @@ def test_sampling_is_repeatable_by_its_seed(arguments, tmp_path, capsys):
         assert main(["generate", str(tmp_path / "out"), "--prompt", "the", *options]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_prints_what_generate_generates(mixture, base_folder, capsys):
+    assert main(["generate", mixture, "--prompt", "[bold]the", "--max-new-tokens", "12"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base_folder)
+    inputs = tokenizer("[bold]the", return_tensors="pt")
+    found = weft.from_pretrained(mixture).generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert capsys.readouterr().out == tokenizer.decode(found[0], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("switch", [["--show-experts", "true"], ["--show-experts"], ["--show_experts=true"]], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_show_experts_names_them_and_their_shares(mixture, switch, last, capsys):
+    others = [mixture, "--prompt", "the", "--max-new-tokens", "4"]
+    assert main(["generate", *(others if last else []), *switch, *([] if last else others)]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0] == "experts:  math  code"
+    assert lines[1].startswith("the")
+    shares = re.fullmatch(r"experts:  math (\d+)%  code (\d+)%", lines[-2])
+    assert sum(map(int, shares.groups())) == pytest.approx(100, abs=1)
+
+
+def test_a_switch_can_be_off(mixture, capsys):
+    assert main(["generate", "--show-experts", "false", mixture, "--prompt", "the", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+def test_options_of_decoding_are_checked_before_the_model_is_loaded(capsys):
+    assert main(["generate", "/nowhere", "--prompt", "the", "--temperature", "-1", "--top-k", "0"]) == 1
+    errors = capsys.readouterr().err
+    assert "temperature (-1.0) must be a finite number of at least 0" in errors
+    assert "top_k (0) must be at least 1" in errors

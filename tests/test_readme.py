@@ -1,5 +1,6 @@
 """What the README tells a newcomer to type works."""
 
+import io
 import json
 import re
 import shlex
@@ -27,9 +28,10 @@ def named(base_folder, base_adapters, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_commands_of_the_readme_run(named, capsys):
+def test_the_commands_of_the_readme_run(named, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     commands = re.findall(r"^weft .*$", README, flags=re.M)
-    assert [command.split()[1] for command in commands] == ["train", "eval", "generate", "fold"]
+    assert [command.split()[1] for command in commands] == ["train", "eval", "generate", "chat", "fold"]
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
     assert "The contract says" in capsys.readouterr().out

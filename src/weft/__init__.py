@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from weft.gate import XLoraClassifier
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
+    from weft.streaming import Step, stream
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Step": "weft.streaming",
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
@@ -26,10 +28,12 @@ _HOMES = {
     "from_pretrained": "weft.integration",
     "mean_scalings": "weft.folding",
     "register_with_peft": "weft.integration",
+    "stream": "weft.streaming",
     "unregister_from_peft": "weft.integration",
 }
 
 __all__ = [
+    "Step",
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
@@ -38,6 +42,7 @@ __all__ = [
     "from_pretrained",
     "mean_scalings",
     "register_with_peft",
+    "stream",
     "unregister_from_peft",
 ]
 

@@ -90,7 +90,11 @@ class Backbone:
                 f"use_cache (True) is not supported with {type(self.base).__name__}, which keeps its state in "
                 "something else than past_key_values: pass use_cache=False"
             )
-        arguments["past_key_values"] = DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        arguments["past_key_values"] = self.empty_cache()
+
+    def empty_cache(self) -> DynamicCache:
+        """A cache of the kind that transformers makes for the base model where it is given none."""
+        return DynamicCache(config=self.base.config.get_text_config(decoder=True))
 
     @property
     def caches(self) -> bool:

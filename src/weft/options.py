@@ -7,7 +7,7 @@ of `XLoraConfig`, which checks their ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -109,8 +109,11 @@ class GenerateOptions:
         base: Folder or Hub id of the base model; null takes the one the mixture names.
         max_new_tokens: At most so many tokens.
         temperature: 0 always takes the likeliest token; above 0 samples, the higher the freer.
+        top_k: Sample from so many of the likeliest tokens only; null samples from all.
+        top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        show_experts: Colour each token by the expert with the largest share in it, with a legend.
     """
 
     model: str
@@ -118,8 +121,45 @@ class GenerateOptions:
     base: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    show_experts: bool = False
+
+
+@dataclass
+class ChatOptions:
+    """Talk with a trained mixture, line by line; /reset forgets the conversation, /exit ends it.
+
+    Args:
+        model: Folder or Hub id of a trained mixture, on a base model with a chat template.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+        system: The message of the system role at the start of the conversation; null has none.
+        max_new_tokens: At most so many tokens per answer.
+        temperature: 0 always takes the likeliest token; above 0 samples, the higher the freer.
+        top_k: Sample from so many of the likeliest tokens only; null samples from all.
+        top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
+        seed: For sampling.
+        dtype: The base model's number format; auto takes what it is saved in.
+        show_experts: Colour each token by the expert with the largest share in it, with a legend.
+    """
+
+    model: str
+    base: str | None = None
+    system: str | None = None
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    dtype: Dtype = "auto"
+    show_experts: bool = False
+
+
+def decoding(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
+    """The options that say how tokens are chosen, but for the seed, by their names in `weft.stream`."""
+    return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
 @dataclass

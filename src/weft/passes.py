@@ -110,6 +110,19 @@ class Passes:
         finally:
             self._fixed = before
 
+    def last_position(self) -> Float[Tensor, "batch layer expert"] | None:
+        """What the layers followed at the last position of the last call, top-k applied.
+
+        The layer axis is 1 where the scalings are fixed; None before the first call, and with the experts off.
+        """
+        if self.disabled:
+            return None
+        if self._fixed is not None:
+            return self._fixed[:, -1]
+        if self._latest is None:
+            return None
+        return self._whole(self._top_k(self._latest[:, -1:]))[:, 0]
+
     @property
     def latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
         """Of the last call, as the gate gave them; before `first_layer` the constant weights."""

@@ -1,10 +1,11 @@
-"""The `weft` command: `train`, `eval`, `generate`, `fold`.
+"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.options import EvalOptions, FoldOptions, GenerateOptions, TrainOptions
+from weft.options import ChatOptions, EvalOptions, FoldOptions, GenerateOptions, TrainOptions
 
 # Options that take several values separated by spaces, as users of argparse expect.
 _LISTS = ("--adapters", "--data", "--weights")
@@ -21,7 +22,7 @@ _LISTS = ("--adapters", "--data", "--weights")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(_join_lists(sys.argv[1:] if argv is None else list(argv)))
+    arguments = parser.parse_args(_normalised(sys.argv[1:] if argv is None else list(argv)))
     command = arguments.subcommand
     if command is None:
         parser.print_help()
@@ -73,11 +74,30 @@ def _fold(options: FoldOptions) -> None:
     fold_mixture(options)
 
 
+def _chat(options: ChatOptions) -> None:
+    _quiet()
+    from weft.cli.chat import chat
+
+    chat(options)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "train": (_train, TrainOptions),
     "eval": (_evaluate, EvalOptions),
     "generate": (_generate, GenerateOptions),
+    "chat": (_chat, ChatOptions),
     "fold": (_fold, FoldOptions),
+}
+
+# What may follow an option that is on or off.
+_VALUES = ("true", "false", "yes", "no", "on", "off")
+
+# Options that are on or off, and on where no value follows.
+_SWITCHES = {
+    f"--{field.name}"
+    for _, options_class in _COMMANDS.values()
+    for field in dataclasses.fields(options_class)
+    if field.type == "bool"
 }
 
 
@@ -97,8 +117,8 @@ def _parser() -> Any:
     return parser
 
 
-def _join_lists(argv: list[str]) -> list[str]:
-    """`--data a b` as `--data ["a", "b"]`, and `--max-steps` as `--max_steps`."""
+def _normalised(argv: list[str]) -> list[str]:
+    """`--data a b` as `--data ["a", "b"]`, `--resume` as `--resume true`, and `--max-steps` as `--max_steps`."""
     joined: list[str] = []
     index = 0
     while index < len(argv):
@@ -108,6 +128,10 @@ def _join_lists(argv: list[str]) -> list[str]:
             joined.append(name + equals + value)
             continue
         name = name.replace("-", "_").replace("__", "--", 1)
+        following = argv[index] if index < len(argv) else ""
+        if name in _SWITCHES and not equals and following.lower() not in _VALUES:
+            joined += [name, "true"]
+            continue
         if name not in _LISTS:
             joined.append(name + equals + value)
             continue

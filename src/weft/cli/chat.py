@@ -1,0 +1,157 @@
+"""`weft chat`: a conversation in the terminal, of which each turn reads only what is new."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from weft.cli.terminal import StepPrinter
+from weft.errors import ConfigError, WeftError, first_line
+from weft.loading import load_mixture
+from weft.options import ChatOptions, decoding
+from weft.sampling import check_decoding
+from weft.streaming import Step, end_tokens, stream
+
+
+class Conversation:
+    """The messages so far, and the cache of both passes over them.
+
+    The template is applied to the whole conversation at every turn, as templates may depend on all of it. The cache is
+    kept as far as its tokens are those of the new text, so nothing depends on how a template treats earlier turns.
+
+    Args:
+        model: a mixture.
+        tokenizer: with a chat template.
+        options: of `weft chat`.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+
+    Example:
+        >>> conversation = Conversation(model, tokenizer, ChatOptions("my-mixture"))
+        >>> "".join(step.text for step in conversation.reply("Who are you?"))
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: ChatOptions) -> None:
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                f"model ({options.model}) has a base model whose tokenizer has no chat template: expected a base that "
+                "was trained to chat; continue texts with `weft generate`, or put a chat_template.jinja into the "
+                "base's folder"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options
+        # The base's own end of text, and what its tokenizer ends a message with.
+        ends = end_tokens(model.get_base_model().generation_config.eos_token_id) | end_tokens(tokenizer.eos_token_id)
+        self._eos_token_id = sorted(ends)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system prompt."""
+        system = self.options.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        # Tokens, of which the cache holds the first ones: an answer's last token, and after Ctrl-C more, are not in it.
+        self._read: list[int] = []
+        self._cache: Cache = self.model.base_model.backbone.empty_cache()
+
+    def reply(self, text: str) -> Generator[Step, None, None]:
+        """The steps of an answer; one that is stopped early is remembered as far as it came.
+
+        Raises:
+            ConfigError: the template refuses the messages, or the model has no positions left.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        token_ids = self._token_ids(messages)
+        self._keep_common_beginning(token_ids)
+        steps = stream(
+            self.model,
+            torch.tensor([token_ids]),
+            tokenizer=self.tokenizer,
+            seed=self.options.seed + len(messages),  # not the same random numbers in every turn
+            eos_token_id=self._eos_token_id,
+            past_key_values=self._cache,
+            **decoding(self.options),
+        )
+        self.messages, self._read = messages, token_ids
+        answer = ""
+        try:
+            for step in steps:
+                self._read.append(step.token)
+                answer += step.text
+                yield step
+        finally:
+            self.messages.append({"role": "assistant", "content": answer})
+
+    def _token_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        except Exception as err:  # whatever the template, which is a program of its own, raises
+            raise ConfigError(
+                f"the chat template refuses the conversation ({', '.join(message['role'] for message in messages)}): "
+                f"{first_line(err)}"
+            ) from err
+
+    def _keep_common_beginning(self, token_ids: list[int]) -> None:
+        cached = self._read[: self._cache.get_seq_length()]
+        common = 0
+        # Not up to the last one: what comes after it is asked for, so it is read again.
+        for one, other in zip(cached, token_ids[:-1], strict=False):
+            if one != other:
+                break
+            common += 1
+        if common == len(cached):
+            return
+        cache, self._cache = self._cache, self.model.base_model.backbone.empty_cache()
+        # A sliding window has lost what came before, a recurrent state cannot go back: then the new cache stays.
+        with suppress(RuntimeError):
+            cache.crop(common - len(cached))
+            self._cache = cache
+
+
+def chat(options: ChatOptions) -> None:
+    """Answer the lines of the standard input, until it ends or says /exit.
+
+    Raises:
+        WeftError: the model or the options cannot work.
+    """
+    check_decoding(**decoding(options))
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype)
+    conversation = Conversation(model, tokenizer, options)
+    printer = StepPrinter(model.xlora_config.expert_names, options.show_experts)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
+    printer.legend()
+    while (text := _line("> " if interactive else "")) not in (None, "/exit"):
+        if text == "/reset":
+            conversation.reset()
+        elif text:
+            try:
+                _answer(conversation, text, printer)
+            except WeftError as err:
+                if not interactive:
+                    raise
+                print(f"{err}\n(/reset forgets the conversation)", file=sys.stderr)
+
+
+def _line(prompt: str) -> str | None:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return None
+
+
+def _answer(conversation: Conversation, text: str, printer: StepPrinter) -> None:
+    steps = conversation.reply(text)
+    try:
+        for step in steps:
+            printer.add(step)
+    except KeyboardInterrupt:
+        steps.close()
+    printer.end()

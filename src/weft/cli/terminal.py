@@ -1,0 +1,75 @@
+"""Generated text on the terminal, in the colours of the experts; plain where the output is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from weft.streaming import Step
+
+# Okabe and Ito's, distinguishable without full colour vision; grey for their black, which dark terminals swallow.
+_PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
+
+# A model's text must not steer the terminal: control characters are shown as their pictures.
+_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
+_PICTURES |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
+
+
+class StepPrinter:
+    """Writes the steps of a text as they come.
+
+    Args:
+        experts: their names, in the order of their colours.
+        show_experts: colour each piece by the expert with the largest share, and say at the end how large the shares
+            of all were on average.
+
+    Example:
+        >>> printer = StepPrinter(["math", "code"], show_experts=True)
+        >>> printer.legend()
+        >>> for step in weft.stream(model, "1 + 1 =", tokenizer=tokenizer):
+        ...     printer.add(step)
+        >>> printer.end()
+    """
+
+    def __init__(self, experts: Sequence[str], show_experts: bool) -> None:
+        self.console = Console(soft_wrap=True)
+        names = experts if show_experts else ()
+        self._styles = {name: Style(color=_PALETTE[place % len(_PALETTE)]) for place, name in enumerate(names)}
+        self._steps: list[Step] = []
+
+    def legend(self) -> None:
+        """Name the experts in their colours."""
+        if self._styles:
+            self._line({name: name for name in self._styles})
+        if len(self._styles) > len(_PALETTE):
+            self.write(f"(colours repeat after {len(_PALETTE)} experts)\n")
+
+    def add(self, step: Step) -> None:
+        """Write a step's text."""
+        self._steps.append(step)
+        leading = max(step.shares, key=step.shares.__getitem__) if step.shares else None
+        self.write(step.text, self._styles.get(leading or ""))
+
+    def end(self) -> None:
+        """End the text: a new line, and the shares of the experts in it."""
+        self.write("\n")
+        if self._styles and any(step.shares for step in self._steps):
+            means = {name: sum(step.shares[name] for step in self._steps) / len(self._steps) for name in self._styles}
+            self._line({name: f"{name} {mean:.0%}" for name, mean in means.items()})
+        self._steps = []
+
+    def write(self, text: str, style: Style | None = None) -> None:
+        """Write text as it stands: nothing in it is markup."""
+        if self.console.is_terminal:
+            text = text.translate(_PICTURES)
+        self.console.print(Segments([Segment(text, style)]), end="")
+
+    def _line(self, labels: dict[str, str]) -> None:
+        self.write("experts:")
+        for name, label in labels.items():
+            self.write("  ")
+            self.write(label, self._styles[name])
+        self.write("\n")
