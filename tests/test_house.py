@@ -17,7 +17,7 @@ ORDER = [
     ["config", "carrier", "cache", "short_backbone"],
     ["gate", "experts", "backbone"],
     ["layers"],
-    ["passes", "adapters"],
+    ["convert", "passes", "adapters"],
     ["manifest"],
     ["checkpoint"],
     ["model"],

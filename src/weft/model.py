@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft.config import PeftConfig
-from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
@@ -25,58 +24,11 @@ from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
 from weft.config import XLoraConfig
+from weft.convert import convert_layers_to_xlora, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
-from weft.experts import own_tensors, refuse_variant
 from weft.gate import XLoraClassifier
-from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 from weft.passes import Passes, first_following_layer
 from weft.routing import ConstantWeights, constant_scalings
-
-_LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
-    lora.Linear: XLoraLinearLayer,
-    lora.Embedding: XLoraEmbeddingLayer,
-    lora.Conv2d: XLoraConv2dLayer,
-}
-
-
-def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLoraConfig) -> int:
-    """Let every LoRA layer of the base model mix its experts by scalings.
-
-    Layers are numbered in the order of `base.modules()`, which is the order of the layer axis of the scalings.
-
-    Args:
-        base: a model with peft's LoRA layers in it.
-        xloramodel: the X-LoRA model, whose `carrier` the layers read.
-        config: its options.
-
-    Returns:
-        How many layers were converted.
-
-    Raises:
-        AdapterError: a LoRA layer is of a class that X-LoRA does not support, or an adapter is no plain LoRA; nothing
-            is converted then.
-    """
-    layers: list[XLoraLayer] = []
-    for name, module in base.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        layer_class = _LAYER_CLASSES.get(type(module))
-        if layer_class is None:
-            kinds = ", ".join(f"lora.{kind.__name__}" for kind in _LAYER_CLASSES)
-            raise AdapterError(
-                f"layer {name!r} is adapted as {type(module).__module__}.{type(module).__name__}, which X-LoRA does "
-                f"not support: expected one of {kinds}"
-            )
-        for adapter in module.active_adapters:
-            refuse_variant(module, adapter)
-        forward = module.forward  # type: ignore[attr-defined]
-        layers.append(layer_class(xloramodel, module, forward, len(layers), config))
-    for layer in layers:
-        # At once, not at the first forward: what wraps the model (DDP) must see the parameters as they will stay.
-        layer.experts.stacks()
-        layer.target.register_state_dict_post_hook(own_tensors)
-        layer.target.forward = layer.forward
-    return len(layers)
 
 
 class XLoraModel(BaseTuner):
@@ -199,6 +151,7 @@ class XLoraModel(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`."""
+        self._restack()  # for a decoding step that is compiled
         try:
             return self.lora_model.model.generate(*args, **kwargs)
         finally:
@@ -220,6 +173,17 @@ class XLoraModel(BaseTuner):
         """
         names, layers = self.xlora_config.expert_names or [], self.xlora_config.layer_names or []
         return self.passes.fixed_scalings(constant_scalings(weights, names, len(layers)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the model, and its stacks with it."""
+        super()._apply(fn, recurse)
+        self._restack()
+        return self
+
+    def _restack(self) -> None:
+        for module in self.lora_model.model.modules():
+            if isinstance(module, LoraLayer):
+                restack(module)
 
     # ------------------------------------------------------------------ on, off and out
 
