@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,12 +34,12 @@ class Routing:
     padding: Shaped[Tensor, "batch total"] | None = None
     output_layer: int | None = None
     output_positions: slice | Tensor | None = None
+    _per_layer: tuple[Tensor, ...] = dataclasses.field(init=False, repr=False)
 
-    @cached_property
-    def _per_layer(self) -> tuple[Tensor, ...]:
+    def __post_init__(self) -> None:
         # One unbind for all layers: its backward is one stack, where a slice per layer would each time fill a zero
         # tensor of the full size.
-        return self.scalings.unbind(2)
+        object.__setattr__(self, "_per_layer", self.scalings.unbind(2))
 
     def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
         """λ for one LoRA layer."""
