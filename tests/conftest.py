@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import jaxtyping
 import peft
 import pytest
 import torch
@@ -90,6 +91,12 @@ def architecture(request, tmp_path_factory):
 @pytest.fixture(scope="session", params=[name for name in ARCHITECTURES if name != "bert"])
 def decoder(request, tmp_path_factory):
     return _adapters_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def without_type_checks(monkeypatch):
+    """Values of other types reach the options as they do for users, whose calls nobody checks against annotations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pickle
 import re
 from pathlib import Path
 
-import jaxtyping
 import peft
 import pytest
 from peft.tuners.xlora import XLoraConfig as PeftXLoraConfig
@@ -19,12 +18,6 @@ from weft.errors import ConfigError, WeftError
 
 TWO = {"math": "adapters/math", "code": "adapters/code"}
 WEFTS_OWN = {"scaling_pass_layers", "gate_layer", "scalings_log_size", "expert_names", "layer_names", "format_version"}
-
-
-@pytest.fixture
-def without_type_checks(monkeypatch):
-    """Values of other types reach the options as they do for users, whose calls nobody checks against annotations."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def fields(config_class):

@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
     ["errors", "options"],
-    ["routing", "scalings_log", "data", "sampling", "detokeniser"],
+    ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser"],
     ["config", "carrier", "cache", "short_backbone"],
     ["gate", "experts", "backbone"],
     ["layers"],
@@ -21,7 +21,8 @@ ORDER = [
     ["manifest"],
     ["checkpoint"],
     ["model"],
-    ["integration", "streaming"],
+    ["integration", "speculation"],
+    ["streaming"],
     ["loading"],
     ["train", "evaluate"],
     ["folding"],

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from weft.gate import XLoraClassifier
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
-    from weft.streaming import Step, stream
+    from weft.streaming import Generation, Step, generate, stream
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Generation": "weft.streaming",
     "Step": "weft.streaming",
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
@@ -26,6 +27,7 @@ _HOMES = {
     "fold": "weft.folding",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
+    "generate": "weft.streaming",
     "mean_scalings": "weft.folding",
     "register_with_peft": "weft.integration",
     "stream": "weft.streaming",
@@ -33,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Generation",
     "Step",
     "XLoraClassifier",
     "XLoraConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "fold",
     "from_adapters",
     "from_pretrained",
+    "generate",
     "mean_scalings",
     "register_with_peft",
     "stream",

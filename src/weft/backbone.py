@@ -64,6 +64,13 @@ class Backbone:
         """The arguments of a call of the base model, by name."""
         return {**dict(zip(self._positional, args, strict=False)), **kwargs}
 
+    def prompt_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Tokens of the prompt in the arguments of `generate`."""
+        given = args[0] if args else None
+        for name in ("inputs", "input_ids", "inputs_embeds"):
+            given = kwargs.get(name) if given is None else given
+        return 0 if given is None else given.shape[1]
+
     def takes(self, name: str) -> bool:
         """Whether the base model's forward names this argument."""
         return name in self._positional

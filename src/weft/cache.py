@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import Cache
 
 from weft.errors import CacheError
+from weft.freezing import SequenceMeans
 
 _HOW_TO_GO_ON = (
     "pass an empty cache (DynamicCache(config=model.config)), or the past_key_values that this model returned"
@@ -31,38 +33,48 @@ class XLoraCache(Cache):
 
     Attributes:
         scaling: keys and values of the scaling pass.
-        scaling_is_behind: tokens were read without a scaling pass (with the experts off, or at fixed scalings), so
-            the gate cannot go on from here.
+        scaling_is_behind: tokens were read without a scaling pass (with the experts off, or at fixed or frozen
+            scalings), so the gate cannot go on from here.
+        length: how many tokens both passes have read.
+        means: the mean scalings of each sequence, where they are to be frozen.
     """
 
     scaling: Cache
     scaling_is_behind: bool
+    length: int
+    means: SequenceMeans | None
 
     def reset(self) -> None:
         """Empty both caches."""
         super().reset()
         self.scaling.reset()
         self.scaling_is_behind = False
+        self.length = 0
+        self.means = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens from both caches."""
         super().crop(tokens_to_remove)
         self.scaling.crop(tokens_to_remove)
+        self.length += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Let row i of both caches be what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         self.scaling.reorder_cache(beam_idx)
+        self._change_means(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of both caches."""
         super().batch_repeat_interleave(repeats)
         self.scaling.batch_repeat_interleave(repeats)
+        self._change_means(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of both caches."""
         super().batch_select_indices(indices)
         self.scaling.batch_select_indices(indices)
+        self._change_means(lambda rows: rows[indices])
 
     def activate_past_recording(self) -> None:
         """Let both caches keep what a later `crop` may need."""
@@ -73,6 +85,10 @@ class XLoraCache(Cache):
         """Allocate both caches before the first call."""
         super().early_initialization(*args, **kwargs)
         self.scaling.early_initialization(*args, **kwargs)
+
+    def _change_means(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.means is not None:
+            self.means.change_rows(change)
 
     def __reduce__(self) -> Any:
         # The class was made at run time: a pickle names the class it was made of.
@@ -93,7 +109,7 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
         if cache.scaling_is_behind:
             raise CacheError(
                 f"past_key_values ({type(cache).__name__}) lacks the scaling pass of some tokens, which were read with "
-                "the experts off or at fixed scalings: start again with an empty cache"
+                "the experts off, or at fixed or frozen scalings: start again with an empty cache"
             )
         return cache
     if not isinstance(cache, Cache):
@@ -111,6 +127,8 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
     double.__class__ = _double_class(kind)
     double.scaling = scaling
     double.scaling_is_behind = False
+    double.length = 0
+    double.means = None
     return double
 
 

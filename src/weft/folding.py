@@ -151,7 +151,7 @@ def mean_scalings(
     total = torch.zeros(len(options.layer_names), len(options.expert_names), dtype=torch.float64)
     for input_ids, attention_mask in padded_batches(sequences, batch_size):
         model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), use_cache=False)
-        scalings = model.passes.applied_scalings
+        scalings = model.passes.followed()
         total += scalings[attention_mask.bool().to(scalings.device)].double().sum(0).cpu()
         advance(len(input_ids))
     return (total / sum(len(sequence) for sequence in sequences)).float()

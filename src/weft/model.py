@@ -7,7 +7,7 @@ everything out again. What happens in a call is in `passes.py`.
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -149,11 +149,26 @@ class XLoraModel(BaseTuner):
         finally:
             self.carrier.clear()  # also after an interrupt, which the forward hook does not see
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`."""
+    def generate(self, *args: Any, freeze_scalings_after: int | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`.
+
+        Args:
+            *args: as transformers takes them.
+            freeze_scalings_after: ask the gate for the prompt and so many new tokens only. From then on each sequence
+                keeps the mean of its scalings so far, and a token costs one pass; None never freezes.
+            **kwargs: as transformers takes them.
+
+        Raises:
+            ConfigError: `freeze_scalings_after` cannot work with the other options.
+        """
         self._restack()  # for a decoding step that is compiled
+        frozen: AbstractContextManager[None] = nullcontext()
+        if freeze_scalings_after is not None:
+            self.passes.check_freezing(freeze_scalings_after, kwargs)
+            frozen = self.passes.freezing_at(self.backbone.prompt_length(args, kwargs) + freeze_scalings_after)
         try:
-            return self.lora_model.model.generate(*args, **kwargs)
+            with frozen:
+                return self.lora_model.model.generate(*args, **kwargs)
         finally:
             self.carrier.clear()
 

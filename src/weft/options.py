@@ -42,7 +42,11 @@ class TrainOptions:
         xlora_dropout_p: Dropout between the gate's layers (from depth 2 on).
         softmax_temperature: Divides the gate's logits; lower is sharper.
         top_k_lora: How many experts each token keeps; null keeps all.
-        scaling_pass_value: Weight of the experts while the gate's input is computed; 0 leaves them out.
+        scaling_pass_value: Weight of the experts while the gate's input is computed; 0 leaves them out; null means 0,
+            or 1 / number of experts with gate_layer.
+        scaling_pass_layers: End the scaling pass after so many decoder layers; null runs all of them.
+        gate_layer: No scaling pass: the gate reads what enters this decoder layer in the only pass, and the layers from
+            there on follow it; null for a scaling pass.
         use_trainable_adapters: Train the experts too.
     """
 
@@ -70,7 +74,9 @@ class TrainOptions:
     xlora_dropout_p: float = 0.2
     softmax_temperature: float = 1.0
     top_k_lora: int | None = None
-    scaling_pass_value: float = 0.0
+    scaling_pass_value: float | None = None
+    scaling_pass_layers: int | None = None
+    gate_layer: int | None = None
     use_trainable_adapters: bool = False
 
 
@@ -113,6 +119,10 @@ class GenerateOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
+            itself or the prompt; 0 does not.
+        freeze_scalings_after: Ask the gate for the prompt and so many new tokens only, then keep their mean scalings:
+            one pass per token; null never does. Excludes `speculate`.
         show_experts: Colour each token by the expert with the largest share in it, with a legend.
     """
 
@@ -125,6 +135,8 @@ class GenerateOptions:
     top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    speculate: int = 0
+    freeze_scalings_after: int | None = None
     show_experts: bool = False
 
 
@@ -142,6 +154,8 @@ class ChatOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
+            itself or the prompt; 0 does not.
         show_experts: Colour each token by the expert with the largest share in it, with a legend.
     """
 
@@ -154,6 +168,7 @@ class ChatOptions:
     top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    speculate: int = 0
     show_experts: bool = False
 
 

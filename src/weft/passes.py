@@ -19,20 +19,21 @@ base model (peft, `generate`, a Trainer) gets it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from weft.backbone import Backbone
-from weft.cache import doubled, leave_scaling_behind
+from weft.cache import XLoraCache, doubled, leave_scaling_behind
 from weft.carrier import CheckpointedWithScalings, Routing, ScalingsCarrier
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
+from weft.freezing import SequenceMeans
 from weft.gate import XLoraClassifier
 from weft.routing import keep_top_k
 from weft.scalings_log import ScalingsLog
@@ -73,7 +74,10 @@ class Passes:
         self.disabled = False
         self.log = ScalingsLog(config.scalings_log_size)
         self._latest: Tensor | None = None
+        self._followed: Routing | None = None
         self._fixed: Tensor | None = None
+        self._freeze_at: int | None = None
+        self._ahead: Tensor | None = None
         # Arguments of a call in progress whose gate has not read yet.
         self._awaiting_gate: dict[str, Any] | None = None
 
@@ -110,28 +114,23 @@ class Passes:
         finally:
             self._fixed = before
 
-    def last_position(self) -> Float[Tensor, "batch layer expert"] | None:
-        """What the layers followed at the last position of the last call, top-k applied.
+    def followed(self) -> Float[Tensor, "batch seq layer expert"] | None:
+        """What the layers followed in the last call, top-k applied; None before the first and with the experts off.
 
-        The layer axis is 1 where the scalings are fixed; None before the first call, and with the experts off.
+        Axes are 1 where one value holds for all: every axis but the last at fixed scalings, `seq` at frozen ones,
+        `layer` with a gate that does not tell layers apart.
         """
-        if self.disabled:
+        if self.disabled or self._followed is None:
             return None
-        if self._fixed is not None:
-            return self._fixed[:, -1]
-        if self._latest is None:
-            return None
-        return self._whole(self._top_k(self._latest[:, -1:]))[:, 0]
+        scalings = self._followed.scalings
+        if self._followed.first_layer == 0:
+            return scalings
+        return self._whole(scalings.expand(-1, -1, self.gate.num_layers, -1))
 
     @property
     def latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
         """Of the last call, as the gate gave them; before `first_layer` the constant weights."""
         return None if self._latest is None else self._whole(self._latest)
-
-    @property
-    def applied_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """What the layers followed in the last call: the latest scalings, of which top-k keeps some."""
-        return None if self._latest is None else self._whole(self._top_k(self._latest))
 
     @property
     def gate_decides(self) -> bool:
@@ -172,16 +171,97 @@ class Passes:
         cache = arguments.get("past_key_values")
         if self._fixed is not None:
             leave_scaling_behind(cache)
-            self.carrier.routing = Routing(self._fixed)
+            self._follow(Routing(self._fixed))
         elif self.config.gate_layer is not None:
             leave_scaling_behind(cache)
             self.carrier.routing = self._constant()
             self._awaiting_gate = arguments
+        elif isinstance(cache, XLoraCache) and cache.means is not None and cache.means.frozen:
+            leave_scaling_behind(cache)
+            self._follow(Routing(cache.means.mean()))
         else:
+            cache = None if cache is None else doubled(cache, self.config.scaling_pass_layers)
+            if self._ahead is None:
+                self._follow_gate(self._scaling_pass(arguments, None if cache is None else cache.scaling), arguments)
+            else:
+                self._follow_gate(self._ahead, arguments)
             if cache is not None:
-                cache = doubled(cache, self.config.scaling_pass_layers).scaling
-            self._follow_gate(self._scaling_pass(arguments, cache), arguments)
+                self._count_in(cache, arguments)
         return (), arguments
+
+    @torch.no_grad()
+    def scaling_step(self, input_ids: Int[Tensor, "batch seq"], cache: XLoraCache) -> Float[Tensor, "batch seq hidden"]:
+        """The scaling pass alone, ahead of the call that will read these tokens (see `after_scaling_steps`)."""
+        return self._scaling_pass({"input_ids": input_ids}, cache.scaling)
+
+    @contextmanager
+    def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> Iterator[None]:
+        """In this block a call has its scaling pass behind it, which gave `hidden` for its tokens."""
+        self._ahead = hidden
+        try:
+            yield
+        finally:
+            self._ahead = None
+
+    def as_base(self) -> AbstractContextManager[None]:
+        """In this block the layers do what they do in the scaling pass."""
+        return self.carrier.scaling_pass(self._scaling_routing())
+
+    def _scaling_routing(self) -> Routing | None:
+        return None if self.config.constant_weight == 0 else self._constant()
+
+    def _count_in(self, cache: XLoraCache, arguments: dict[str, Any]) -> None:
+        """Note in the cache what its tokens' scalings are, and freeze them when there are enough."""
+        assert self._latest is not None
+        cache.length += self._latest.shape[1]
+        if self._freeze_at is None:
+            return
+        padding = arguments.get("attention_mask")
+        if padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2):
+            if len(self._latest) > 1:
+                raise ConfigError(
+                    "freeze_scalings_after cannot tell padding in a batch with a static cache: generate for one text "
+                    "at a time, or leave cache_implementation out"
+                )
+            padding = None
+        cache.means = cache.means or SequenceMeans()
+        cache.means.add(self._top_k(self._latest.detach()), padding)
+        cache.means.frozen = cache.length >= self._freeze_at
+
+    def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
+        """Raise where the scalings cannot be frozen after so many new tokens.
+
+        Args:
+            after: tokens.
+            generation: the other options of the generation.
+
+        Raises:
+            ConfigError: all that is wrong.
+        """
+        problems = []
+        if isinstance(after, bool) or not isinstance(after, int) or after < 0:
+            problems.append(f"freeze_scalings_after ({after!r}) must be a whole number of at least 0")
+        if self.config.gate_layer is not None:
+            problems.append(
+                f"freeze_scalings_after ({after!r}) saves nothing with gate_layer ({self.config.gate_layer}), which "
+                "has one pass anyway: leave it out"
+            )
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "speculate"):
+            if generation.get(name) is not None:
+                problems.append(f"freeze_scalings_after ({after!r}) and {name} exclude each other: leave one out")
+        if generation.get("use_cache") is False:
+            problems.append(f"freeze_scalings_after ({after!r}) needs a cache: leave use_cache (False) out")
+        if problems:
+            raise ConfigError("the scalings cannot be frozen:", problems)
+
+    @contextmanager
+    def freezing_at(self, length: int) -> Iterator[None]:
+        """Freeze each sequence's scalings, at their mean so far, once its cache has this many tokens."""
+        before, self._freeze_at = self._freeze_at, length
+        try:
+            yield
+        finally:
+            self._freeze_at = before
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> None:
         if not self.carrier.in_scaling_pass:
@@ -200,9 +280,8 @@ class Passes:
         The pass runs in the mode (training or evaluation) that the model is in, and without gradients: the gate is
         what learns.
         """
-        routing = None if self.config.constant_weight == 0 else self._constant()
         layers = self.config.scaling_pass_layers
-        with torch.no_grad(), self.carrier.scaling_pass(routing):
+        with torch.no_grad(), self.as_base():
             if layers is None:
                 return self.backbone.last_hidden_state(arguments, cache)
             return self._normalised(self.backbone.residual_stream(arguments, cache, layers))
@@ -227,13 +306,18 @@ class Passes:
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
-        self.carrier.routing = Routing(
-            self._top_k(scalings),
-            first_layer=self.first_layer,
-            padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
-            output_layer=self.output_layer,
-            output_positions=keep,
+        self._follow(
+            Routing(
+                self._top_k(scalings),
+                first_layer=self.first_layer,
+                padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
+                output_layer=self.output_layer,
+                output_positions=keep,
+            )
         )
+
+    def _follow(self, routing: Routing) -> None:
+        self.carrier.routing = self._followed = routing
 
     def _carry_scalings_through_checkpoints(self, base: nn.Module) -> None:
         # At every call, because gradient checkpointing may be switched on, with plain functions, at any time.
@@ -245,7 +329,7 @@ class Passes:
 
     def __getstate__(self) -> dict[str, Any]:
         # The latest scalings are part of a graph, which can neither be copied nor pickled.
-        return {**self.__dict__, "_latest": None, "_awaiting_gate": None}
+        return {**self.__dict__, "_latest": None, "_followed": None, "_awaiting_gate": None}
 
 
 def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:

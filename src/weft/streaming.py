@@ -1,11 +1,17 @@
 """Generation token by token, with what the experts had to do with each.
 
-Three parts that know nothing of each other: `next_logits` reads tokens with the model and its cache, a `Sampler`
-chooses, a `Detokeniser` makes text of it. `stream` puts them together.
+Three parts that know nothing of each other: `read` lets the model read tokens into its cache, a `Sampler` chooses, a
+`Detokeniser` makes text of it. `stream` puts them together.
+
+With `speculate`, one call reads guesses too, and the sampler chooses at each of them as if it stood alone: as long as
+it chooses the guess, the next place counts as well. So the tokens (and their distribution, where they are sampled) are
+those of plain decoding, whatever is guessed; this is speculative sampling (arXiv 2211.17192) for guesses without
+probabilities of their own, which are accepted with the probability that the model gives them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +25,7 @@ from weft.detokeniser import Detokeniser
 from weft.errors import CacheError, ConfigError
 from weft.model import XLoraModel
 from weft.sampling import Sampler, check_decoding
+from weft.speculation import Speculation
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Step:
             applied) at the position that predicted this token: the one before it, which is the last token of the
             prompt for the first step. They sum to 1 where the gate ends in a softmax over all experts and all are kept.
             Inside `fixed_scalings` they are its weights; with the experts off there are none.
+        guessed: whether `speculate` had guessed it, so that it took no call of its own.
         finish_reason: None while there is more to come; "stop" at a token that ends the text, "length" after
             `max_new_tokens` or at the model's last position.
 
@@ -45,6 +53,7 @@ class Step:
     token: int
     text: str
     shares: dict[str, float]
+    guessed: bool = False
     finish_reason: Literal["stop", "length"] | None = None
 
 
@@ -61,6 +70,8 @@ def stream(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     past_key_values: Cache | None = None,
+    speculate: int = 0,
+    freeze_scalings_after: int | None = None,
 ) -> Generator[Step, None, None]:
     """Generate one text, step by step: the tokens of `model.generate` with the same options.
 
@@ -81,6 +92,10 @@ def stream(
         past_key_values: a cache to go on from and to go on with, filled in place: empty, or filled by this model with
             the beginning of the prompt, of which only the rest is read then. The last step's token is never in it. An
             exception in the middle of a step (Ctrl-C) empties it.
+        speculate: guess up to so many tokens ahead, from the text's own n-grams and with the scaling pass, where that
+            saves time; 0 does not. The tokens are the same.
+        freeze_scalings_after: ask the gate for the prompt and so many new tokens only; from then on the text keeps the
+            mean of its scalings so far, and a token costs one pass. None never freezes. Excludes `speculate`.
 
     Yields:
         A `Step` per token.
@@ -103,40 +118,68 @@ def stream(
     input_ids = _token_ids(prompt, tokenizer).to(tuner.backbone.base.device)
     cache = tuner.backbone.empty_cache() if past_key_values is None else past_key_values
     max_new_tokens = _that_fit(max_new_tokens, tuner, input_ids, cache)
+    _check_shortcuts(tuner, cache, speculate, freeze_scalings_after)
     defaults = tuner.backbone.base.generation_config
     if repetition_penalty is None:
         repetition_penalty = defaults.repetition_penalty or 1.0
     sampler = Sampler(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
+    if speculate:
+        cache.activate_past_recording()  # sliding windows forget what a crop would need
     return _steps(
-        model,
+        Reader(model, cache, None if freeze_scalings_after is None else input_ids.shape[1] + freeze_scalings_after),
         input_ids,
-        cache,
         sampler=sampler,
         detokeniser=None if tokenizer is None else Detokeniser(tokenizer, input_ids[0].tolist()),
         ends=end_tokens(defaults.eos_token_id if eos_token_id is None else eos_token_id),
         max_new_tokens=max_new_tokens,
+        speculation=Speculation(tuner, cache, input_ids[0].tolist(), speculate) if speculate else None,
     )
 
 
-def next_logits(model: Any, input_ids: Int[Tensor, "1 seq"], cache: Cache) -> Float[Tensor, "1 vocab"]:
-    """Read the tokens that the cache lacks, put them into it, and give the logits of the token after them.
+@dataclass(frozen=True)
+class Generation:
+    """A generated text.
 
-    An exception on the way empties the cache: some layers may have the new tokens by then, and others not.
+    Attributes:
+        tokens: the new ones.
+        text: of the new tokens; "" without a tokenizer.
+        finish_reason: why it ends there, "stop" or "length".
+        num_calls: how often the model was called; less than `len(tokens)` where `speculate` guessed right.
     """
-    options = {"logits_to_keep": 1} if _mixture(model).backbone.takes("logits_to_keep") else {}
-    unread = input_ids[:, int(cache.get_seq_length()) :]
-    try:
-        # Not inference mode: what is in the cache then could not be used where gradients are wanted.
-        with torch.no_grad():
-            output = model(input_ids=unread, past_key_values=cache, use_cache=True, **options)
-    except CacheError:
-        raise  # refused before anything was read
-    except BaseException:
-        cache.reset()
-        raise
-    return output.logits[:, -1]
+
+    tokens: list[int]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_calls: int
+
+
+def generate(model: Any, prompt: str | Tensor, **options: Any) -> Generation:
+    """Generate one text: `stream`, to its end.
+
+    For batches, beams and all else that transformers' `generate` offers there is `model.generate`.
+
+    Args:
+        model: a mixture.
+        prompt: the whole text so far.
+        **options: of `stream`; `speculate=8` for speed.
+
+    Raises:
+        ConfigError, CacheError: as `stream`.
+
+    Example:
+        >>> weft.generate(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32, speculate=8).text
+        ' that the party of the first part'
+    """
+    steps = list(stream(model, prompt, **options))
+    assert steps[-1].finish_reason is not None
+    return Generation(
+        tokens=[step.token for step in steps],
+        text="".join(step.text for step in steps),
+        finish_reason=steps[-1].finish_reason,
+        num_calls=sum(not step.guessed for step in steps),
+    )
 
 
 def end_tokens(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
@@ -147,37 +190,123 @@ def end_tokens(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
 
 
 def _steps(
-    model: Any,
+    reader: Reader,
     input_ids: Int[Tensor, "1 seq"],
-    cache: Cache,
     *,
     sampler: Sampler,
     detokeniser: Detokeniser | None,
     ends: frozenset[int],
     max_new_tokens: int,
+    speculation: Speculation | None,
 ) -> Generator[Step, None, None]:
-    for number in range(1, max_new_tokens + 1):
-        chosen = sampler(input_ids, next_logits(model, input_ids, cache))
-        input_ids = torch.cat([input_ids, chosen[None]], dim=1)
-        token = int(chosen)
-        finish_reason: Literal["stop", "length"] | None = None
-        if token in ends:
-            finish_reason = "stop"
-        elif number == max_new_tokens:
-            finish_reason = "length"
-        text = "" if detokeniser is None else detokeniser.add(token)
-        if detokeniser is not None and finish_reason is not None:
-            text += detokeniser.flush()
-        yield Step(token, text, _shares(_mixture(model)), finish_reason)
-        if finish_reason is not None:
-            return
+    number = 0
+    finish_reason: Literal["stop", "length"] | None = None
+    while finish_reason is None:
+        logits, guesses = reader.read(input_ids, speculation, max_new_tokens - number - 1)
+        steps: list[Step] = []
+        for place in range(len(guesses) + 1):
+            chosen = sampler(input_ids, logits[:, place])
+            input_ids = torch.cat([input_ids, chosen[None]], dim=1)
+            token, number = int(chosen), number + 1
+            finish_reason = "stop" if token in ends else "length" if number == max_new_tokens else None
+            text = "" if detokeniser is None else detokeniser.add(token)
+            if detokeniser is not None and finish_reason is not None:
+                text += detokeniser.flush()
+            steps.append(Step(token, text, reader.shares(place), place > 0, finish_reason))
+            if finish_reason is not None or guesses[place : place + 1] != [token]:
+                break
+        if speculation is not None:
+            reader.forget(len(guesses) - len(steps) + 1)
+            speculation.note(len(steps) - 1, len(guesses), [step.token for step in steps])
+        for place, step in enumerate(steps, 1):
+            try:
+                yield step
+            except GeneratorExit:
+                reader.forget(len(steps) - place)  # tokens that nobody has asked for
+                raise
 
 
-def _shares(tuner: XLoraModel) -> dict[str, float]:
-    scalings = tuner.passes.last_position()
-    if scalings is None:
-        return {}
-    return dict(zip(tuner.xlora_config.expert_names or (), scalings[0].mean(0).tolist(), strict=True))
+class Reader:
+    """Lets a model read a text into its cache.
+
+    Args:
+        model: a mixture.
+        cache: what it has read.
+        freeze_at: freeze the scalings at so many tokens; None never.
+    """
+
+    def __init__(self, model: Any, cache: Cache, freeze_at: int | None = None) -> None:
+        self.model = model
+        self.tuner = _mixture(model)
+        self.cache = cache
+        self.freeze_at = freeze_at
+        self._shares: list[dict[str, float]] = []
+
+    def read(
+        self, input_ids: Int[Tensor, "1 seq"], speculation: Speculation | None, limit: int
+    ) -> tuple[Float[Tensor, "1 place vocab"], list[int]]:
+        """Read the tokens that the cache lacks, and guesses after them.
+
+        An exception on the way empties the cache: some layers may have the new tokens by then, and others not.
+
+        Args:
+            input_ids: the whole text.
+            speculation: what guesses, or None.
+            limit: at most so many guesses.
+
+        Returns:
+            The logits after the text and after each guess, and the guesses.
+        """
+        unread = input_ids[:, int(self.cache.get_seq_length()) :]
+        try:
+            guesses, hidden = ([], None) if speculation is None else speculation(unread, limit)
+            places = len(guesses) + 1
+            with contextlib.ExitStack() as stack:
+                # Not inference mode: what is in the cache then could not be used where gradients are wanted.
+                stack.enter_context(torch.no_grad())
+                if hidden is not None:
+                    stack.enter_context(self.tuner.passes.after_scaling_steps(hidden))
+                if self.freeze_at is not None:
+                    stack.enter_context(self.tuner.passes.freezing_at(self.freeze_at))
+                output = self.model(
+                    input_ids=torch.cat([unread, unread.new_tensor([guesses])], 1) if guesses else unread,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **({"logits_to_keep": places} if self.tuner.backbone.takes("logits_to_keep") else {}),
+                )
+        except CacheError:
+            raise  # refused before anything was read
+        except BaseException:
+            self.cache.reset()
+            raise
+        self._note_shares(places)
+        return output.logits[:, -places:], guesses
+
+    def forget(self, number: int) -> None:
+        """Take the last tokens out of the cache again."""
+        self.cache.crop(-number)
+
+    def shares(self, place: int) -> dict[str, float]:
+        """Each expert's share after the text (0) or after a guess (1, 2, ...), as the mean over the layers."""
+        return self._shares[min(place, len(self._shares) - 1)]
+
+    def _note_shares(self, places: int) -> None:
+        names, scalings = self.tuner.xlora_config.expert_names or (), self.tuner.passes.followed()
+        rows = [] if scalings is None else scalings[0, -places:].mean(1).tolist()
+        self._shares = [dict(zip(names, row, strict=True)) for row in rows] or [{}]
+
+
+def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_scalings_after: int | None) -> None:
+    """Raise where guessing or freezing cannot work."""
+    if isinstance(speculate, bool) or not isinstance(speculate, int) or speculate < 0:
+        raise ConfigError(f"speculate ({speculate!r}) must be a whole number of at least 0: tokens to guess ahead")
+    if freeze_scalings_after is not None:
+        tuner.passes.check_freezing(freeze_scalings_after, {"speculate": speculate or None})
+    if speculate and not cache.is_croppable:
+        raise ConfigError(
+            f"speculate ({speculate}) needs a cache that can forget wrong guesses, which {type(cache).__name__} "
+            "cannot: use a dynamic cache"
+        )
 
 
 def _mixture(model: Any) -> XLoraModel:

@@ -31,6 +31,8 @@ _CONFIG_OPTIONS = (
     "softmax_temperature",
     "top_k_lora",
     "scaling_pass_value",
+    "scaling_pass_layers",
+    "gate_layer",
     "use_trainable_adapters",
 )
 
@@ -151,10 +153,10 @@ def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str
     if last is None:
         return [f"resume (True) found no checkpoint in {folder}: leave it out to start anew"]
     saved = read_json(Path(last) / CONFIG_NAME)
-    wanted: dict[str, Any] = {
-        "expert_names": expert_names,
-        **{name: getattr(options, name) for name in _CONFIG_OPTIONS},
-    }
+    given = XLoraConfig(
+        adapters=dict.fromkeys(expert_names, "-"), **{name: getattr(options, name) for name in _CONFIG_OPTIONS}
+    )
+    wanted: dict[str, Any] = {"expert_names": expert_names, **{name: getattr(given, name) for name in _CONFIG_OPTIONS}}
     return [
         f"{name} ({value!r}) must be what the run to resume has ({saved.get(name)!r})"
         for name, value in wanted.items()

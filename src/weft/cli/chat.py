@@ -76,6 +76,7 @@ class Conversation:
             seed=self.options.seed + len(messages),  # not the same random numbers in every turn
             eos_token_id=self._eos_token_id,
             past_key_values=self._cache,
+            speculate=self.options.speculate,
             **decoding(self.options),
         )
         self.messages, self._read = messages, token_ids

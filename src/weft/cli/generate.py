@@ -20,7 +20,15 @@ def generate(options: GenerateOptions) -> None:
         raise ConfigError("prompt is missing: the text to continue")
     check_decoding(**decoding(options))
     model, tokenizer = load_mixture(options.model, options.base, options.dtype)
-    steps = stream(model, options.prompt, tokenizer=tokenizer, seed=options.seed, **decoding(options))
+    steps = stream(
+        model,
+        options.prompt,
+        tokenizer=tokenizer,
+        seed=options.seed,
+        speculate=options.speculate,
+        freeze_scalings_after=options.freeze_scalings_after,
+        **decoding(options),
+    )
     printer = StepPrinter(model.xlora_config.expert_names, options.show_experts)
     printer.legend()
     printer.write(options.prompt)

@@ -1,0 +1,170 @@
+"""What the cheaper schemes cost in quality: gates of several kinds and seeds, trained and compared on the demo's data.
+
+Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the demo's own
+(but longer), each row is the perplexity on held-out texts that switch between the domains, and on each domain. Results
+are kept in `.bench/quality/` as they come, so that an interrupted run goes on; about an hour on two quiet cores. Writes
+`results/DATE-quality.{json,md}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+import weft
+from contenders import ROOT, quiet
+from harness import save, setting
+from weft.data import read_texts, token_sequences
+from weft.evaluate import negative_log_likelihood, padded_batches, perplexity
+from weft.options import TrainOptions
+from weft.train import train
+
+sys.path.insert(0, str(ROOT / "demo"))
+from domains import DOMAINS
+
+DEMO = ROOT / ".demo"
+WORK = ROOT / ".bench" / "quality"
+LENGTH = 256
+FROZEN_AFTER = 64
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "two passes": {},
+    "scaling_pass_layers=10": {"scaling_pass_layers": 10},
+    "scaling_pass_layers=4": {"scaling_pass_layers": 4},
+    "gate_layer=10": {"gate_layer": 10},
+    "gate_layer=4": {"gate_layer": 4},
+    "gate_layer=4, depth 2": {"gate_layer": 4, "xlora_depth": 2, "xlora_size": 256},
+    "gate_layer=4, 0 below": {"gate_layer": 4, "scaling_pass_value": 0.0},
+    "gate_layer=2": {"gate_layer": 2},
+}
+
+
+def main() -> None:
+    """Train what is missing, evaluate what is missing, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--sequences", type=int, default=32, help="held-out sequences of the mixed texts")
+    parser.add_argument("--only", nargs="*", help="names of schemes; all by default")
+    arguments = parser.parse_args()
+    quiet()
+    rows: dict[str, dict[str, list[float]]] = {}
+    for seed in range(arguments.seeds):
+        for name, options in SCHEMES.items():
+            if arguments.only and name not in arguments.only:
+                continue
+            for row, values in measured(name, options, seed, arguments.steps, arguments.sequences).items():
+                for data, value in values.items():
+                    rows.setdefault(row, {}).setdefault(data, []).append(value)
+    result = {"setting": setting(), "steps": arguments.steps, "seeds": arguments.seeds, "perplexity": rows}
+    save("quality", result, table(rows, arguments))
+
+
+def measured(name: str, options: dict[str, Any], seed: int, steps: int, sequences: int) -> dict[str, dict[str, float]]:
+    """Row -> data set -> perplexity, of one gate."""
+    folder = WORK / f"{name.replace(' ', '-').replace(',', '')}-{steps}-{seed}"
+    file = folder / f"perplexity-{sequences}.json"
+    if not file.exists():
+        if not (folder / "adapter_config.json").exists():
+            train(training_options(folder, options, seed, steps))
+        file.write_text(json.dumps(evaluate(folder, name, sequences), indent=1))
+    return json.loads(file.read_text())
+
+
+def training_options(folder: Path, options: dict[str, Any], seed: int, steps: int) -> TrainOptions:
+    """As in the demo, but longer."""
+    return TrainOptions(
+        base=str(DEMO / "model"),
+        adapters={domain: str(DEMO / "experts" / domain) for domain in DOMAINS},
+        data=[str(DEMO / "data" / "train" / "mixed.jsonl")],
+        output=str(folder),
+        max_steps=steps,
+        save_steps=10_000,
+        learning_rate=5e-3,
+        batch_size=2,
+        sequence_length=LENGTH,
+        seed=seed,
+        **options,
+    )
+
+
+def evaluate(folder: Path, name: str, sequences: int) -> dict[str, dict[str, float]]:
+    """The gate's perplexities; for the paper's scheme also those of what needs no gate of its own."""
+    model = weft.from_pretrained(folder, DEMO / "model")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    data = {
+        data_set: token_sequences(read_texts(str(file), tokenizer), tokenizer, LENGTH)[:count]
+        for data_set, count in [("mixed", sequences), *((domain, max(1, sequences // 4)) for domain in DOMAINS)]
+        for file in [DEMO / "data" / "heldout" / f"{data_set}.jsonl"]
+    }
+
+    def row(measure: Callable[[Any, list[list[int]]], float] = whole) -> dict[str, float]:
+        return {data_set: measure(model, texts) for data_set, texts in data.items()}
+
+    rows = {name: row()}
+    if name == "two passes":
+        rows[f"two passes, frozen after {FROZEN_AFTER} tokens"] = row(frozen)
+        texts = read_texts(str(DEMO / "data" / "train" / "mixed.jsonl"), tokenizer)
+        mean = weft.mean_scalings(model, token_sequences(texts, tokenizer, LENGTH)[:16])
+        with model.fixed_scalings(mean):
+            rows["folded: the gate's mean per layer"] = row()
+        with model.fixed_scalings(dict.fromkeys(DOMAINS, 1 / len(DOMAINS))):
+            rows["folded: uniform"] = row()
+        for domain in DOMAINS:
+            with model.fixed_scalings({domain: 1.0}):
+                rows[f"only {domain}"] = row()
+        with model.disable_adapter():
+            rows["base"] = row()
+    return rows
+
+
+def whole(model: Any, sequences: list[list[int]]) -> float:
+    """Perplexity."""
+    return perplexity(model, sequences, batch_size=4)
+
+
+@torch.no_grad()
+def frozen(model: Any, sequences: list[list[int]]) -> float:
+    """Perplexity when the scalings are frozen after the first tokens; shorter texts are never frozen."""
+    total, count = 0.0, 0
+    for input_ids, attention_mask in padded_batches(sequences, 1):
+        with model.base_model.passes.freezing_at(FROZEN_AFTER):
+            parts = [input_ids[:, :FROZEN_AFTER], input_ids[:, FROZEN_AFTER:]]
+            cache, logits = None, []
+            for part in parts:
+                if part.shape[1]:
+                    output = model(input_ids=part, past_key_values=cache, use_cache=True)
+                    cache = output.past_key_values
+                    logits.append(output.logits)
+        total += negative_log_likelihood(torch.cat(logits, 1), input_ids, attention_mask)
+        count += input_ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+def table(rows: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> str:
+    """Markdown: mean over the seeds, and on mixed texts each seed."""
+    lines = [
+        f"Perplexity on held-out texts (mixed: {arguments.sequences} sequences of {LENGTH}), gates trained for",
+        f"{arguments.steps} steps of 2 x {LENGTH} tokens, mean over {arguments.seeds} seeds.",
+        "",
+        f"| | mixed | each seed | {' | '.join(DOMAINS)} |",
+        "| --- | --- | --- |" + " --- |" * len(DOMAINS),
+    ]
+    for row, values in rows.items():
+        means = [f"{statistics.mean(values[domain]):.2f}" for domain in DOMAINS]
+        each = ", ".join(f"{value:.2f}" for value in values["mixed"])
+        lines.append(f"| {row} | {statistics.mean(values['mixed']):.2f} | {each} | {' | '.join(means)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

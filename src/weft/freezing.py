@@ -1,0 +1,44 @@
+"""The mean scalings of each sequence so far: what the layers go on with when the gate is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+
+class SequenceMeans:
+    """A running mean of λ over the tokens of each sequence; padding does not count. Sums run in λ's dtype (float32).
+
+    Attributes:
+        frozen: whether the layers follow the mean from here on.
+    """
+
+    def __init__(self) -> None:
+        self.frozen = False
+        self._sums: Tensor | None = None  # [batch, 1, layer, expert]
+        self._counts: Tensor | None = None  # [batch, 1, 1, 1]
+
+    def add(
+        self, scalings: Float[Tensor, "batch seq layer expert"], padding: Shaped[Tensor, "batch total"] | None
+    ) -> None:
+        """Count tokens in; the last `seq` columns of the attention mask `padding` are theirs."""
+        batch, seq, _, _ = scalings.shape
+        present = scalings.new_ones(batch, seq, 1, 1)
+        if padding is not None:
+            present = (padding[:, -seq:] != 0).to(scalings.dtype)[:, :, None, None]
+        sums, counts = (scalings * present).sum(1, keepdim=True), present.sum(1, keepdim=True)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def mean(self) -> Float[Tensor, "batch 1 layer expert"]:
+        """One position per sequence, which holds for all of its tokens."""
+        assert self._sums is not None
+        assert self._counts is not None
+        return self._sums / self._counts.clamp(min=1)
+
+    def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Let the sequences be others, as for beams: `change` maps a tensor with a batch axis."""
+        if self._sums is not None and self._counts is not None:
+            self._sums, self._counts = change(self._sums), change(self._counts)
