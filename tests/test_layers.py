@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models import lora, mixture_by_loop, quietly, randomise
+import weft
+from models import VOCAB, lora, mixture_by_loop, quietly, randomise, save_adapter, tiny_llama
 from weft import XLoraConfig
 from weft.errors import AdapterError
 from weft.layers import XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
@@ -300,3 +301,45 @@ def test_gradients_agree_with_finite_differences():
     x = torch.randn(BATCH, SEQ, 6, dtype=torch.float64, requires_grad=True)
     parameters = [*target.lora_A.parameters(), *target.lora_B.parameters()]
     assert torch.autograd.gradcheck(lambda s, x, *_: layer.forward(x, scalings=s), (scalings, x, *parameters))
+
+
+# -------------------------------------------------------------------------------------- gathering the chosen experts
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"enable_softmax": False, "enable_softmax_topk": True}], ids=["plain", "softmax"]
+)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_gathered_experts_add_what_all_of_them_masked_add(tmp_path, tokens, options, monkeypatch):
+    paths = {f"e{i}": save_adapter(tiny_llama(), lora(lora_alpha=4 + i), tmp_path / f"{i}", seed=i) for i in range(8)}
+    model = quietly(
+        weft.from_adapters,
+        tiny_llama(),
+        paths,
+        layerwise_scalings=True,
+        top_k_lora=2,
+        global_scaling_weight=0.7,
+        **options,
+    ).eval()
+    gathered = []
+    plain = XLoraLinearLayer.add_chosen
+    monkeypatch.setattr(XLoraLinearLayer, "add_chosen", lambda self, *args: gathered.append(self) or plain(self, *args))
+    ids = torch.randint(1, VOCAB, (1, tokens))
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        assert len(gathered) == 6  # two decoder layers of three
+        monkeypatch.setattr(XLoraLinearLayer, "can_gather", lambda *args: False)
+        torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_gathering_is_left_where_it_costs_more_or_must_be_trained(tmp_path):
+    paths = {f"e{i}": save_adapter(tiny_llama(), lora(), tmp_path / f"{i}", seed=i) for i in range(8)}
+    model = quietly(weft.from_adapters, tiny_llama(), paths, top_k_lora=2).eval()
+    one, three = torch.ones(1, 1).long(), torch.ones(3, 1).long()
+    model(input_ids=one)
+    assert model.passes._followed.chosen is None  # gradients are wanted
+    with torch.no_grad():
+        model(input_ids=one)
+        assert model.passes._followed.chosen is not None
+        model(input_ids=three)
+        assert model.passes._followed.chosen is None

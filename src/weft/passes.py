@@ -35,7 +35,7 @@ from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.freezing import SequenceMeans
 from weft.gate import XLoraClassifier
-from weft.routing import keep_top_k
+from weft.routing import choose_top_k, keep_top_k
 from weft.scalings_log import ScalingsLog
 
 
@@ -139,6 +139,14 @@ class Passes:
 
     def _top_k(self, scalings: Tensor) -> Tensor:
         return keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
+
+    def _chosen(self, scalings: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the layers need to gather the chosen experts, if that is less work than to run all of them."""
+        top_k, (batch, seq, _, num_experts) = self.config.top_k_lora, scalings.shape
+        # Gathered weights are copied before they are used, so they cost about twice; and copies cannot be trained.
+        if top_k is None or 2 * batch * seq * top_k > num_experts or torch.is_grad_enabled():
+            return None
+        return choose_top_k(scalings, top_k, renormalise=self.config.enable_softmax_topk)
 
     def _whole(self, scalings: Tensor) -> Float[Tensor, "batch seq layer expert"]:
         if self.first_layer == 0:
@@ -309,6 +317,7 @@ class Passes:
         self._follow(
             Routing(
                 self._top_k(scalings),
+                self._chosen(scalings),
                 first_layer=self.first_layer,
                 padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
                 output_layer=self.output_layer,

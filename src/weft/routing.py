@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from weft.errors import ConfigError
@@ -26,6 +26,22 @@ def softmax_with_temperature(
     """softmax(logits / temperature) over the experts (arXiv 2402.07148, section 2.1)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return torch.softmax(logits.to(wide) / temperature, dim=-1)
+
+
+def choose_top_k(
+    scalings: Float[Tensor, "*batch expert"], top_k: int, *, renormalise: bool = False
+) -> tuple[Float[Tensor, "*batch top_k"], Int[Tensor, "*batch top_k"]]:
+    """Each token's `top_k` largest scalings and whose they are.
+
+    Args:
+        scalings: the gate's output, any leading axes.
+        top_k: how many experts each token keeps.
+        renormalise: replace the kept values by a softmax over them, token by token (`enable_softmax_topk`).
+    """
+    kept, experts = torch.topk(scalings, k=top_k, dim=-1)
+    if renormalise:
+        kept = softmax_with_temperature(kept, 1.0).to(scalings.dtype)
+    return kept, experts
 
 
 def keep_top_k(
@@ -45,10 +61,8 @@ def keep_top_k(
     num_experts = scalings.shape[-1]
     if top_k is None or top_k >= num_experts:
         return softmax_with_temperature(scalings, 1.0).to(scalings.dtype) if renormalise else scalings
-    kept, indices = torch.topk(scalings, k=top_k, dim=-1)  # [*batch, top_k]
-    if renormalise:
-        kept = softmax_with_temperature(kept, 1.0).to(scalings.dtype)
-    return torch.zeros_like(scalings).scatter(-1, indices, kept)
+    kept, experts = choose_top_k(scalings, top_k, renormalise=renormalise)
+    return torch.zeros_like(scalings).scatter(-1, experts, kept)
 
 
 def constant_scalings(

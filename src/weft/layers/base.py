@@ -104,11 +104,12 @@ class XLoraLayer(ABC):
         carrier = self.carrier
         if target._disable_adapters or merged:
             return result.to(dtype)
-        padding = None
+        padding = chosen = None
         if scalings is not None:
             weights = self.get_maybe_topk_scalings(scalings)
         elif carrier.routing is not None:
             weights = carrier.routing.of_layer(self.layer_number)
+            chosen = carrier.routing.chosen_of_layer(self.layer_number)
             padding = carrier.routing.padding
         elif carrier.experts_off:
             return result.to(dtype)
@@ -117,7 +118,10 @@ class XLoraLayer(ABC):
             weights = None
         self._check_columns(weights)
         for stack in self.experts.stacks():
-            result = self._add_mixture(result, x, stack, weights, padding)
+            if chosen is not None and self.can_gather(x, stack, chosen[0]):
+                result = self.add_chosen(result, x, stack, *chosen)
+            else:
+                result = self._add_mixture(result, x, stack, weights, padding)
         return result.to(dtype)
 
     def _refuse_blind_recomputation(self) -> None:
@@ -186,6 +190,14 @@ class XLoraLayer(ABC):
             bias = self.target.lora_B[name].bias * (self.target.scaling[name] * global_weight)
             result = result + bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
         return result
+
+    def can_gather(self, x: Tensor, stack: Stack, kept: Tensor) -> bool:
+        """Whether this layer can run each token's chosen experts only, whose weights are `kept`."""
+        return False
+
+    def add_chosen(self, result: Tensor, x: Tensor, stack: Stack, kept: Tensor, experts: Tensor) -> Tensor:
+        """result + the mixture of each token's chosen experts, `[batch, seq, top_k]` each."""
+        raise NotImplementedError
 
     def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
         """The dtype that the layer's output must have."""
