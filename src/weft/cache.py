@@ -35,13 +35,11 @@ class XLoraCache(Cache):
         scaling: keys and values of the scaling pass.
         scaling_is_behind: tokens were read without a scaling pass (with the experts off, or at fixed or frozen
             scalings), so the gate cannot go on from here.
-        length: how many tokens both passes have read.
         means: the mean scalings of each sequence, where they are to be frozen.
     """
 
     scaling: Cache
     scaling_is_behind: bool
-    length: int
     means: SequenceMeans | None
 
     def reset(self) -> None:
@@ -49,14 +47,14 @@ class XLoraCache(Cache):
         super().reset()
         self.scaling.reset()
         self.scaling_is_behind = False
-        self.length = 0
         self.means = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens from both caches."""
         super().crop(tokens_to_remove)
         self.scaling.crop(tokens_to_remove)
-        self.length += tokens_to_remove
+        if self.means is not None:
+            self.means.length += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Let row i of both caches be what row `beam_idx[i]` was."""
@@ -127,7 +125,6 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
     double.__class__ = _double_class(kind)
     double.scaling = scaling
     double.scaling_is_behind = False
-    double.length = 0
     double.means = None
     return double
 

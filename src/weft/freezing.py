@@ -11,11 +11,16 @@ from torch import Tensor
 class SequenceMeans:
     """A running mean of λ over the tokens of each sequence; padding does not count. Sums run in λ's dtype (float32).
 
+    Args:
+        length: how many tokens were read before, which the mean leaves out.
+
     Attributes:
+        length: how many tokens have been read, padding included.
         frozen: whether the layers follow the mean from here on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 0) -> None:
+        self.length = length
         self.frozen = False
         self._sums: Tensor | None = None  # [batch, 1, layer, expert]
         self._counts: Tensor | None = None  # [batch, 1, 1, 1]
@@ -25,6 +30,7 @@ class SequenceMeans:
     ) -> None:
         """Count tokens in; the last `seq` columns of the attention mask `padding` are theirs."""
         batch, seq, _, _ = scalings.shape
+        self.length += seq
         present = scalings.new_ones(batch, seq, 1, 1)
         if padding is not None:
             present = (padding[:, -seq:] != 0).to(scalings.dtype)[:, :, None, None]

@@ -221,7 +221,6 @@ class Passes:
     def _count_in(self, cache: XLoraCache, arguments: dict[str, Any]) -> None:
         """Note in the cache what its tokens' scalings are, and freeze them when there are enough."""
         assert self._latest is not None
-        cache.length += self._latest.shape[1]
         if self._freeze_at is None:
             return
         padding = arguments.get("attention_mask")
@@ -232,9 +231,10 @@ class Passes:
                     "at a time, or leave cache_implementation out"
                 )
             padding = None
-        cache.means = cache.means or SequenceMeans()
+        if cache.means is None:
+            cache.means = SequenceMeans(length=int(cache.get_seq_length()))
         cache.means.add(self._top_k(self._latest.detach()), padding)
-        cache.means.frozen = cache.length >= self._freeze_at
+        cache.means.frozen = cache.means.length >= self._freeze_at
 
     def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
         """Raise where the scalings cannot be frozen after so many new tokens.
