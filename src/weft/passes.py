@@ -13,7 +13,7 @@ In the last two the gate reads the residual stream in the middle of the model, w
 root mean square over the channels, in the gate's dtype.
 
 A pair of forward hooks on the base model (and one on decoder layer k), registered once, does this; whoever calls the
-base model (peft, `generate`, a Trainer) gets it.
+base model (peft, `generate`, a Trainer) gets it. Encoder-decoders are different: see `seq2seq.py`.
 """
 
 from __future__ import annotations
@@ -165,10 +165,14 @@ class Passes:
             self.carrier.routing = self._constant()
             self._awaiting_gate = arguments
         else:
-            if cache is not None:
-                cache = doubled(cache, self.config.scaling_pass_layers).scaling
-            self._follow_gate(self._scaling_pass(arguments, cache), arguments)
+            self._ask_gate(arguments, cache)
         return (), arguments
+
+    def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
+        """Let the layers of a call of the base model follow the gate."""
+        if cache is not None:
+            cache = doubled(cache, self.config.scaling_pass_layers).scaling
+        self._follow_gate(self._scaling_pass(arguments, cache), arguments)
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> None:
         if not self.carrier.in_scaling_pass:
@@ -243,6 +247,12 @@ def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
     """
     if not config.reads_inside:
         return 0
+    if backbone.is_encoder_decoder:
+        name = "gate_layer" if config.scaling_pass_layers is None else "scaling_pass_layers"
+        raise ConfigError(
+            f"{name} ({getattr(config, name)}) must be None for an encoder-decoder ({type(backbone.base).__name__}): "
+            "leave it out"
+        )
     decoder_layers = backbone.decoder_layers()
     number = len(decoder_layers)
     if config.scaling_pass_layers is not None:
