@@ -221,6 +221,54 @@ def test_generate_gives_the_same_tokens_with_and_without_a_cache(adapters, strat
 
 
 @torch.no_grad()
+def test_a_static_cache_gives_the_tokens_of_a_dynamic_one(two):
+    model = mixture(two)
+    texts = [model.generate(**source(), max_new_tokens=6, cache_implementation=kind) for kind in ("static", "dynamic")]
+    assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_a_model_of_speech(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        sizes = {"max_source_positions": 20, "max_target_positions": 32, "num_mel_bins": 8, "decoder_start_token_id": 3}
+        config = {**bart_like("Bart").config.to_dict(), **sizes}
+        return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**config)).eval()
+
+    config = lora(target_modules=["q_proj", "k_proj"], task_type=None)
+    paths = {name: save_adapter(base(), config, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    model = quietly(weft.from_adapters, base(), paths, layerwise_scalings=True).eval()
+    assert model.peft_config["default"].task_type is None  # peft's class for the task hands on input_ids
+    features, ids = torch.randn(2, 8, 40), target()
+    whole = model(input_features=features, decoder_input_ids=ids).logits
+    first = model(input_features=features, decoder_input_ids=ids[:, :3])
+    rest = model(input_features=features, decoder_input_ids=ids[:, 3:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_adapted_head_that_sees_few_tokens_follows_those(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 4}
+        part = {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
+        decoder = {**part, "cross_attention_hidden_size": 32}
+        options = {"vocab_size": VOCAB, "tie_word_embeddings": False, "initializer_range": 0.3}
+        config = transformers.T5GemmaConfig(encoder=part, decoder=decoder, **options)
+        return transformers.T5GemmaForConditionalGeneration(config).eval()
+
+    config = lora(target_modules=["q_proj", "k_proj", "out_proj"], task_type=None)
+    paths = {name: save_adapter(base(), config, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    model = quietly(weft.from_adapters, base(), paths, layerwise_scalings=True).eval()
+    whole = model(**batch(), use_cache=False).logits
+    assert whole.std() > 0.1
+    torch.testing.assert_close(model(**batch(), logits_to_keep=2).logits, whole[:, -2:], rtol=1e-4, atol=1e-4)
+    first = model(**source(), decoder_input_ids=target()[:, :3])
+    rest = model(**source(), decoder_input_ids=target()[:, 3:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_greedy_generation_equals_a_loop_over_whole_forwards(adapters):
     model = mixture(adapters)
     found = model.generate(**source(), max_new_tokens=4, do_sample=False)
@@ -288,8 +336,7 @@ def test_a_copied_cache_goes_on_alone(t5_adapters, copied):
 
 def test_an_empty_cache_of_the_user_is_filled_by_generate(two):
     model = mixture(two)
-    config = model.get_decoder().config
-    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    cache = EncoderDecoderCache(DynamicCache(config=model.get_decoder().config), DynamicCache())
     texts = [model.generate(**source(), max_new_tokens=5, **given) for given in ({}, {"past_key_values": cache})]
     assert torch.equal(*texts)
     assert isinstance(cache, XLoraCache)
@@ -305,6 +352,9 @@ def test_a_cache_that_cannot_be_gone_on_with_is_refused(t5_adapters):
     with torch.no_grad():
         plain = make_base("t5")(**batch(), use_cache=True).past_key_values
     with pytest.raises(CacheError, match=r"with 5 tokens\) was not filled by this.*cache \(EncoderDecoderCache\("):
+        next_logits(model, plain)
+    plain.crop(-TARGET)
+    with pytest.raises(CacheError, match=r"with 7 tokens\) was not filled by this"):  # in its cross-attention
         next_logits(model, plain)
     cache = filled(model)
     with model.disable_adapter():

@@ -93,9 +93,9 @@ class Backbone:
     def empty_cache(self) -> Cache:
         """A cache of the kind that transformers makes for the base model where it is given none."""
         if self.is_encoder_decoder:
-            # The decoder's own config: T5's may have another number of layers than the encoder.
-            config = self.base.get_decoder().config
-            return EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+            # The decoder's own config: T5's may have another number of layers than the encoder. Cross-attention has no
+            # sliding window, which a config may ask for.
+            return EncoderDecoderCache(DynamicCache(config=self.base.get_decoder().config), DynamicCache())
         return DynamicCache(config=self.base.config.get_text_config(decoder=True))
 
     @property

@@ -23,7 +23,7 @@ from weft.errors import CacheError
 
 # How to make an empty cache.
 DYNAMIC_CACHE = "DynamicCache(config=model.config)"
-ENCODER_DECODER_CACHE = f"EncoderDecoderCache({DYNAMIC_CACHE}, {DYNAMIC_CACHE})"
+ENCODER_DECODER_CACHE = f"EncoderDecoderCache({DYNAMIC_CACHE}, DynamicCache())"
 
 
 class XLoraCache(Cache):
@@ -101,6 +101,8 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
             f"past_key_values ({type(cache).__name__}) must be a cache of transformers: {_how_to_go_on(cache)}"
         )
     length = int(cache.get_seq_length())
+    if isinstance(cache, EncoderDecoderCache):
+        length = length or int(cache.cross_attention_cache.get_seq_length())
     if length > 0:
         raise CacheError(
             f"past_key_values ({type(cache).__name__} with {length} tokens) was not filled by this model, whose "

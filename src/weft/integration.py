@@ -175,4 +175,7 @@ def _loader(name: str, options: XLoraConfig | None) -> Callable[..., nn.Module]:
 def _task_type(model: Any) -> TaskType | None:
     if not getattr(model, "can_generate", lambda: False)():
         return None
-    return TaskType.SEQ_2_SEQ_LM if getattr(model.config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return TaskType.CAUSAL_LM
+    # peft's class for the task hands on input_ids, given or not, which a model of speech does not take.
+    return TaskType.SEQ_2_SEQ_LM if model.main_input_name == "input_ids" else None

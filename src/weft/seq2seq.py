@@ -102,9 +102,9 @@ class _Encoding:
 
 
 class Seq2SeqPasses(Passes):
-    """Computes the scalings of each call of an encoder-decoder; `latest_scalings` are those of the target tokens.
+    """Computes the scalings of each call of an encoder-decoder.
 
-    Takes the arguments of `Passes`.
+    Takes the arguments of `Passes`. `latest_scalings` and the log have those of the target tokens.
 
     Attributes:
         latest_source_scalings: the scalings of the source tokens, as the gate last gave them; None before the first.
