@@ -18,7 +18,7 @@ ORDER = [
     ["gate", "experts", "backbone"],
     ["layers"],
     ["convert", "passes", "adapters"],
-    ["manifest"],
+    ["manifest", "seq2seq"],
     ["checkpoint"],
     ["model"],
     ["integration", "speculation"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from weft.errors import CacheError, ConfigError
 from weft.short_backbone import ShortBackbone
@@ -29,19 +29,15 @@ class Backbone:
         base: a transformers model.
 
     Raises:
-        ValueError: `base` is no transformers model, or an encoder-decoder.
+        ValueError: `base` is no transformers model.
     """
 
     def __init__(self, base: Any) -> None:
         config = getattr(base, "config", None)
         if config is None or not hasattr(base, "base_model_prefix"):
             raise ValueError(f"the base model ({type(base).__name__}) must be a transformers PreTrainedModel")
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"the base model ({type(base).__name__}) is an encoder-decoder, which weft does not support yet: "
-                "expected a decoder or an encoder"
-            )
         self.base = base
+        self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self._positional = [
             name
             for name, parameter in inspect.signature(base.forward).parameters.items()
@@ -89,6 +85,8 @@ class Backbone:
         wanted = arguments.get("use_cache")
         if wanted is None:
             wanted = self.caches and not self.base.training and self.base.config.get_text_config().use_cache
+            # An encoder-decoder with labels is at the end of its text; BART would say that it takes no cache then.
+            wanted = wanted and not (self.is_encoder_decoder and arguments.get("labels") is not None)
         arguments["use_cache"] = bool(wanted)
         if not wanted or arguments.get("past_key_values") is not None:
             return
@@ -99,8 +97,12 @@ class Backbone:
             )
         arguments["past_key_values"] = self.empty_cache()
 
-    def empty_cache(self) -> DynamicCache:
+    def empty_cache(self) -> Cache:
         """A cache of the kind that transformers makes for the base model where it is given none."""
+        if self.is_encoder_decoder:
+            # The decoder's own config: T5's may have another number of layers than the encoder. Cross-attention has no
+            # sliding window, which a config may ask for.
+            return EncoderDecoderCache(DynamicCache(config=self.base.get_decoder().config), DynamicCache())
         return DynamicCache(config=self.base.config.get_text_config(decoder=True))
 
     @property

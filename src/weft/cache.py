@@ -18,14 +18,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, EncoderDecoderCache
 
 from weft.errors import CacheError
 from weft.freezing import SequenceMeans
 
-_HOW_TO_GO_ON = (
-    "pass an empty cache (DynamicCache(config=model.config)), or the past_key_values that this model returned"
-)
+# How to make an empty cache.
+DYNAMIC_CACHE = "DynamicCache(config=model.config)"
+ENCODER_DECODER_CACHE = f"EncoderDecoderCache({DYNAMIC_CACHE}, DynamicCache())"
 
 
 class XLoraCache(Cache):
@@ -111,12 +111,16 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
             )
         return cache
     if not isinstance(cache, Cache):
-        raise CacheError(f"past_key_values ({type(cache).__name__}) must be a cache of transformers: {_HOW_TO_GO_ON}")
+        raise CacheError(
+            f"past_key_values ({type(cache).__name__}) must be a cache of transformers: {_how_to_go_on(cache)}"
+        )
     length = int(cache.get_seq_length())
+    if isinstance(cache, EncoderDecoderCache):
+        length = length or int(cache.cross_attention_cache.get_seq_length())
     if length > 0:
         raise CacheError(
             f"past_key_values ({type(cache).__name__} with {length} tokens) was not filled by this model, whose "
-            f"scaling pass needs keys and values of its own: {_HOW_TO_GO_ON}"
+            f"scaling pass needs keys and values of its own: {_how_to_go_on(cache)}"
         )
     scaling = _twin(cache)
     if scaling_layers is not None:
@@ -127,6 +131,11 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
     double.scaling_is_behind = False
     double.means = None
     return double
+
+
+def _how_to_go_on(cache: Any) -> str:
+    empty = ENCODER_DECODER_CACHE if isinstance(cache, EncoderDecoderCache) else DYNAMIC_CACHE
+    return f"pass an empty cache ({empty}), or the past_key_values that this model returned"
 
 
 def leave_scaling_behind(cache: Any) -> None:

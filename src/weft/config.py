@@ -34,6 +34,10 @@ PEFT_PLACEHOLDER_HIDDEN_SIZE = 4096
 class XLoraConfig(PeftConfig):
     """Options of an X-LoRA model.
 
+    Of an encoder-decoder, the gate reads source tokens behind the encoder and target tokens behind the decoder. Each
+    LoRA layer follows the tokens that it sees: the encoder's layers and the keys and values of cross-attention the
+    source tokens, all others the target tokens. `scaling_pass_layers` and `gate_layer` must be None there.
+
     Args:
         hidden_size: width of the hidden states the gate reads; None takes it from the base model.
         adapters: the experts, name -> folder or Hub id of a LoRA adapter. Their order is the order of the gate's

@@ -135,6 +135,7 @@ def mean_scalings(
         advance: called with the number of sequences done, after each forward pass.
 
     Raises:
+        ConfigError: the base model is an encoder-decoder.
         DataError: there are no sequences.
         RuntimeError: the gate does not run, inside of `fixed_scalings` or `disable_adapter`.
 
@@ -145,6 +146,11 @@ def mean_scalings(
     """
     if not sequences:
         raise DataError("sequences is empty: the gate's mean needs at least one text")
+    if model.backbone.is_encoder_decoder:
+        raise ConfigError(
+            f"the base model ({type(model.backbone.base).__name__}) is an encoder-decoder, whose layers do not all "
+            "follow the same tokens: expected a decoder or an encoder; give `fold` weights of your own"
+        )
     if not model.passes.gate_decides:
         raise RuntimeError("the gate does not run inside of fixed_scalings() or disable_adapter(): leave them first")
     options = model.xlora_config

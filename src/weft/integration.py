@@ -56,7 +56,8 @@ def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, 
     """Make one model of a base model and several LoRA adapters of it. The gate is new: train it.
 
     Args:
-        base: a transformers model (changed in place), or the name or path of a causal language model.
+        base: a transformers model (changed in place), or the name or path of a causal or sequence-to-sequence language
+            model.
         adapters: expert name -> folder or Hub id, in the order of the gate's outputs.
         **config: options of `XLoraConfig`.
 
@@ -75,8 +76,8 @@ def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, 
     model = _load_base(base, None)
     if options.base_model_name_or_path is None:
         options.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    if options.task_type is None and _can_generate(model):
-        options.task_type = TaskType.CAUSAL_LM
+    if options.task_type is None:
+        options.task_type = _task_type(model)
     return _build_peft_model(model, options)
 
 
@@ -107,8 +108,8 @@ def from_pretrained(
     options = XLoraConfig.from_pretrained(folder, adapters=adapters)
     options.inference_mode = not is_trainable
     model = _load_base(base, options)
-    if options.task_type is None and _can_generate(model):
-        options.task_type = TaskType.CAUSAL_LM
+    if options.task_type is None:
+        options.task_type = _task_type(model)
     was_training = model.training
     peft_model = _build_peft_model(model, options)
     try:
@@ -147,20 +148,34 @@ def _load_base(base: nn.Module | str | os.PathLike[str] | None, options: XLoraCo
     if isinstance(base, nn.Module):
         return base
     name = base
-    loader: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_pretrained
-    if options is not None:
-        name = base if base is not None else options.base_model_name_or_path
-        saved_class = (options.auto_mapping or {}).get("base_model_class")
-        if saved_class is not None and hasattr(transformers, saved_class):
-            loader = getattr(transformers, saved_class).from_pretrained
+    if options is not None and base is None:
+        name = options.base_model_name_or_path
     if name is None:
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
     try:
-        return loader(os.fspath(name))
+        return _loader(os.fspath(name), options)(os.fspath(name))
     except OSError as err:
         message = f"base ({name}) cannot be loaded: {first_line(err)}. Pass the base model or its path"
         raise CheckpointError(message) from err
 
 
-def _can_generate(model: nn.Module) -> bool:
-    return bool(getattr(model, "can_generate", lambda: False)())
+def _loader(name: str, options: XLoraConfig | None) -> Callable[..., nn.Module]:
+    """`from_pretrained` of the class that the base model has, or most likely has."""
+    saved_class = (options.auto_mapping or {}).get("base_model_class") if options is not None else None
+    if saved_class is not None and hasattr(transformers, saved_class):
+        return getattr(transformers, saved_class).from_pretrained
+    task_type = options.task_type if options is not None else None
+    if task_type is None and transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
+        task_type = TaskType.SEQ_2_SEQ_LM
+    if task_type == TaskType.SEQ_2_SEQ_LM:
+        return transformers.AutoModelForSeq2SeqLM.from_pretrained
+    return transformers.AutoModelForCausalLM.from_pretrained
+
+
+def _task_type(model: Any) -> TaskType | None:
+    if not getattr(model, "can_generate", lambda: False)():
+        return None
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return TaskType.CAUSAL_LM
+    # peft's class for the task hands on input_ids, given or not, which a model of speech does not take.
+    return TaskType.SEQ_2_SEQ_LM if model.main_input_name == "input_ids" else None

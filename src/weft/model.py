@@ -29,6 +29,7 @@ from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
 from weft.passes import Passes, first_following_layer
 from weft.routing import ConstantWeights, constant_scalings
+from weft.seq2seq import Seq2SeqPasses
 
 
 class XLoraModel(BaseTuner):
@@ -132,7 +133,7 @@ class XLoraModel(BaseTuner):
         self.internal_xlora_classifier.requires_grad_(not options.inference_mode)
         self.internal_xlora_classifier.train(model.training)
         options.bind_model(self)
-        self.passes = Passes(
+        self.passes = (Seq2SeqPasses if self.backbone.is_encoder_decoder else Passes)(
             self.backbone,
             self.carrier,
             self.internal_xlora_classifier,
@@ -300,7 +301,10 @@ class XLoraModel(BaseTuner):
             raise ConfigError(problems[0])
 
     def get_latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """The scalings of the last pass that used the gate, gradients included; None before the first."""
+        """The scalings of the last pass that used the gate, gradients included; None before the first.
+
+        Of an encoder-decoder, those of the target tokens; `passes.latest_source_scalings` has the source tokens'.
+        """
         return self.passes.latest_scalings
 
     def enable_scalings_logging(self) -> None:

@@ -13,7 +13,7 @@ In the last two the gate reads the residual stream in the middle of the model, w
 root mean square over the channels, in the gate's dtype.
 
 A pair of forward hooks on the base model (and one on decoder layer k), registered once, does this; whoever calls the
-base model (peft, `generate`, a Trainer) gets it.
+base model (peft, `generate`, a Trainer) gets it. Encoder-decoders are different: see `seq2seq.py`.
 """
 
 from __future__ import annotations
@@ -188,14 +188,18 @@ class Passes:
             leave_scaling_behind(cache)
             self._follow(Routing(cache.means.mean()))
         else:
-            cache = None if cache is None else doubled(cache, self.config.scaling_pass_layers)
-            if self._ahead is None:
-                self._follow_gate(self._scaling_pass(arguments, None if cache is None else cache.scaling), arguments)
-            else:
-                self._follow_gate(self._ahead, arguments)
-            if cache is not None:
-                self._count_in(cache, arguments)
+            self._ask_gate(arguments, cache)
         return (), arguments
+
+    def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
+        """Let the layers of a call of the base model follow the gate."""
+        cache = None if cache is None else doubled(cache, self.config.scaling_pass_layers)
+        if self._ahead is None:
+            self._follow_gate(self._scaling_pass(arguments, None if cache is None else cache.scaling), arguments)
+        else:
+            self._follow_gate(self._ahead, arguments)
+        if cache is not None and self._freeze_at is not None:
+            self._count_in(cache, arguments, self._freeze_at)
 
     @torch.no_grad()
     def scaling_step(self, input_ids: Int[Tensor, "batch seq"], cache: XLoraCache) -> Float[Tensor, "batch seq hidden"]:
@@ -218,11 +222,9 @@ class Passes:
     def _scaling_routing(self) -> Routing | None:
         return None if self.config.constant_weight == 0 else self._constant()
 
-    def _count_in(self, cache: XLoraCache, arguments: dict[str, Any]) -> None:
+    def _count_in(self, cache: XLoraCache, arguments: dict[str, Any], freeze_at: int) -> None:
         """Note in the cache what its tokens' scalings are, and freeze them when there are enough."""
         assert self._latest is not None
-        if self._freeze_at is None:
-            return
         padding = arguments.get("attention_mask")
         if padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2):
             if len(self._latest) > 1:
@@ -234,7 +236,7 @@ class Passes:
         if cache.means is None:
             cache.means = SequenceMeans(length=int(cache.get_seq_length()))
         cache.means.add(self._top_k(self._latest.detach()), padding)
-        cache.means.frozen = cache.means.length >= self._freeze_at
+        cache.means.frozen = cache.means.length >= freeze_at
 
     def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
         """Raise where the scalings cannot be frozen after so many new tokens.
@@ -257,6 +259,11 @@ class Passes:
         for name in ("assistant_model", "prompt_lookup_num_tokens", "speculate"):
             if generation.get(name) is not None:
                 problems.append(f"freeze_scalings_after ({after!r}) and {name} exclude each other: leave one out")
+        if self.backbone.is_encoder_decoder:
+            problems.append(
+                f"freeze_scalings_after ({after!r}) is not supported with an encoder-decoder "
+                f"({type(self.backbone.base).__name__}): leave it out"
+            )
         if generation.get("use_cache") is False:
             problems.append(f"freeze_scalings_after ({after!r}) needs a cache: leave use_cache (False) out")
         if problems:
@@ -349,6 +356,12 @@ def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
     """
     if not config.reads_inside:
         return 0
+    if backbone.is_encoder_decoder:
+        name = "gate_layer" if config.scaling_pass_layers is None else "scaling_pass_layers"
+        raise ConfigError(
+            f"{name} ({getattr(config, name)}) must be None for an encoder-decoder ({type(backbone.base).__name__}): "
+            "leave it out"
+        )
     decoder_layers = backbone.decoder_layers()
     number = len(decoder_layers)
     if config.scaling_pass_layers is not None:

@@ -110,6 +110,11 @@ def stream(
     """
     tuner = _mixture(model)
     check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if tuner.backbone.is_encoder_decoder:
+        raise ConfigError(
+            f"model ({type(tuner.backbone.base).__name__}) is an encoder-decoder, whose text does not go on from its "
+            "prompt: use model.generate"
+        )
     if not tuner.backbone.caches:
         raise CacheError(
             f"model ({type(tuner.backbone.base).__name__}) keeps its state in something else than past_key_values, "

@@ -1,0 +1,285 @@
+"""The passes of an encoder-decoder: which scalings which LoRA layer follows, and where they come from.
+
+There is one gate. It reads
+
+- for source tokens the encoder's last hidden state, of a scaling pass of the encoder;
+- for target tokens the decoder's last hidden state, of a scaling pass of the decoder, whose cross-attention looks at
+  the scaling pass's own encoder output.
+
+A layer follows the scalings of the tokens it sees: the encoder's layers follow the source tokens', the decoder's the
+target tokens', and so does an LM head; but the keys and values of cross-attention are made of source tokens and follow
+those, else the cached ones would depend on later target tokens. Each of them has its own place in the layer axis, as
+every LoRA layer. Where encoder and decoder share a module, it follows the scalings of the one that runs.
+
+`generate` runs the encoder by itself, and so may a user, so hooks on the encoder and the decoder do this. What the
+scaling pass's decoder needs travels with the encoder's output, as its entry `scaling_pass_hidden_state`: `generate`
+repeats it for beams as it does the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+from transformers.utils import ModelOutput
+
+from weft.cache import ENCODER_DECODER_CACHE, XLoraCache, doubled
+from weft.carrier import Routing
+from weft.errors import CacheError, ConfigError
+from weft.passes import Passes
+
+# The entry of the encoder's output that holds what the gate reads for source tokens.
+SOURCE_ENTRY = "scaling_pass_hidden_state"
+# transformers' names for a decoder's cross-attention, and for the linear layers in it by the tokens that they see.
+_CROSS_ATTENTION = {
+    "EncDecAttention",
+    "encoder_attn",
+    "cross_attn",
+    "cross_attention",
+    "crossattention",
+    "encoder_decoder_attention",
+}
+_SEE_SOURCE = {"k", "v", "k_proj", "v_proj", "key", "value", "key_proj", "value_proj"}
+_SEE_TARGET = {"q", "o", "q_proj", "o_proj", "out_proj", "query", "query_proj", "output", "dense"}
+# Outputs a scaling pass does not want, whoever asked for them.
+_OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqRouting(Routing):
+    """The scalings of a decoder's pass: those of the source tokens stand before those of the target tokens.
+
+    They are one tensor, because that is what gradient checkpointing carries.
+
+    Attributes:
+        source_length: how many source tokens there are.
+        source_layers: numbers of the LoRA layers that see them.
+    """
+
+    source_length: int = 0
+    source_layers: frozenset[int] = frozenset()
+
+    @cached_property
+    def _parts(self) -> tuple[Routing, Routing]:
+        target_length = self.scalings.shape[1] - self.source_length
+        source, target = self.scalings.split([self.source_length, target_length], dim=1)
+        return Routing(source), Routing(target, output_layer=self.output_layer, output_positions=self.output_positions)
+
+    def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
+        """λ for one LoRA layer, of the tokens that it sees."""
+        source, target = self._parts
+        return (source if layer_number in self.source_layers else target).of_layer(layer_number)
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call of the base model in progress.
+
+    Attributes:
+        arguments: of the call.
+        hidden: what the gate reads for source tokens; None until the encoder runs.
+        scalings: the gate's answer; None where it was not asked yet.
+    """
+
+    arguments: dict[str, Any]
+    hidden: Tensor | None
+    scalings: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _Encoding:
+    """A call of the encoder in progress: what the layers followed before it, and what the gate has read for it."""
+
+    routing_before: Routing | None
+    hidden: Tensor | None
+
+
+class Seq2SeqPasses(Passes):
+    """Computes the scalings of each call of an encoder-decoder.
+
+    Takes the arguments of `Passes`. `latest_scalings` and the log have those of the target tokens.
+
+    Attributes:
+        latest_source_scalings: the scalings of the source tokens, as the gate last gave them; None before the first.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.latest_source_scalings: Tensor | None = None
+        self._call: _Call | None = None
+        self._encoding: _Encoding | None = None
+        self._source_layers: frozenset[int] = frozenset()
+
+    def attach(self, base: nn.Module) -> None:
+        """Register the hooks, once.
+
+        Raises:
+            ConfigError: it cannot be told which tokens a LoRA layer sees.
+        """
+        model: Any = base
+        self._source_layers = layers_that_see_source_tokens(model)
+        super().attach(base)
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
+        encoder.register_forward_hook(self._after_encoder, always_call=True)
+        decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+
+    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._call = None
+        return super()._before(base, args, kwargs)
+
+    def _after(self, base: nn.Module, args: Any, output: Any) -> None:
+        super()._after(base, args, output)
+        self._call = None
+
+    def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
+        """Note the call; the hooks of the encoder and the decoder ask the gate."""
+        encoded = arguments.get("encoder_outputs")
+        hidden = getattr(encoded, SOURCE_ENTRY, None)
+        if encoded is not None and hidden is None:
+            raise ValueError(
+                f"encoder_outputs ({type(encoded).__name__}) must have {SOURCE_ENTRY}, which the gate reads: pass what "
+                "this model's get_encoder() returned, as it is, outside of disable_adapter() and fixed_scalings(), or "
+                "leave encoder_outputs out"
+            )
+        if cache is not None:
+            if not isinstance(cache, EncoderDecoderCache):
+                raise CacheError(
+                    f"past_key_values ({type(cache).__name__}) must be an EncoderDecoderCache, as the base model is an "
+                    f"encoder-decoder: pass an empty one ({ENCODER_DECODER_CACHE})"
+                )
+            doubled(cache)
+        self._call = _Call(arguments, hidden)
+
+    def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.carrier.in_scaling_pass or self.disabled:
+            return
+        before = self.carrier.routing
+        if self._fixed is not None:
+            self._encoding = _Encoding(before, None)
+            self.carrier.routing = Routing(self._fixed)
+            return
+        if torch.is_grad_enabled():
+            self._carry_scalings_through_checkpoints(encoder)
+        arguments = _by_name(encoder, args, kwargs)
+        hidden = self._read(encoder, arguments)
+        scalings = self._source_scalings(hidden)
+        if self._call is not None:
+            self._call.hidden, self._call.scalings = hidden, scalings
+        self._encoding = _Encoding(before, hidden)
+        padding = arguments.get("attention_mask")
+        self.carrier.routing = Routing(
+            scalings, padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        )
+
+    def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
+        encoding = self._encoding
+        if self.carrier.in_scaling_pass or encoding is None:
+            return
+        self._encoding = None
+        self.carrier.routing = encoding.routing_before
+        if encoding.hidden is not None and isinstance(output, ModelOutput):
+            output[SOURCE_ENTRY] = encoding.hidden
+
+    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.carrier.in_scaling_pass or not self.gate_decides:
+            return
+        call = self._call
+        if call is None or call.hidden is None:
+            raise RuntimeError(
+                f"the decoder ({type(decoder).__name__}) was called by itself, where the gate knows no source tokens: "
+                "call the whole model, with encoder_outputs if the encoder has run already"
+            )
+        arguments = _by_name(decoder, args, kwargs)
+        cache = arguments.get("past_key_values")
+        hidden = self._read(
+            decoder,
+            {
+                **arguments,
+                "encoder_hidden_states": call.hidden,
+                "past_key_values": cache.scaling if isinstance(cache, XLoraCache) else None,
+                "use_cache": cache is not None,
+            },
+        )
+        self._follow_gate(
+            hidden,
+            {
+                "attention_mask": arguments.get("attention_mask"),
+                "logits_to_keep": call.arguments.get("logits_to_keep"),
+            },
+        )
+        # Where the keys and values of cross-attention are cached, no layer sees source tokens any more.
+        if cache is None or not any(cache.is_updated.values()):
+            self._follow_source_too(self._source_scalings(call.hidden) if call.scalings is None else call.scalings)
+
+    def _follow_source_too(self, source: Tensor) -> None:
+        target = self.carrier.routing
+        assert target is not None
+        self.carrier.routing = Seq2SeqRouting(
+            torch.cat([source, target.scalings], dim=1),
+            padding=target.padding,
+            output_layer=target.output_layer,
+            output_positions=target.output_positions,
+            source_length=source.shape[1],
+            source_layers=self._source_layers,
+        )
+
+    def _source_scalings(self, hidden: Tensor) -> Float[Tensor, "batch seq layer expert"]:
+        """The gate's answer for source tokens, as the layers follow it."""
+        scalings = self.latest_source_scalings = self.gate(hidden.to(self._device))
+        return self._top_k(scalings if self.config.layerwise_scalings else scalings[:, :, :1])
+
+    def _read(self, module: nn.Module, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
+        """The last hidden state of a scaling pass of the encoder or the decoder."""
+        arguments = {name: value for name, value in arguments.items() if name not in _OUTPUT_OPTIONS}
+        with torch.no_grad(), self.as_base():
+            hidden = getattr(module(**{**arguments, "return_dict": True}), "last_hidden_state", None)
+        if hidden is None:
+            raise ValueError(
+                f"the base model's {type(module).__name__} gives no last_hidden_state that a gate could read: expected "
+                "an encoder-decoder like T5 or BART"
+            )
+        return hidden
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "latest_source_scalings": None, "_call": None, "_encoding": None}
+
+
+def layers_that_see_source_tokens(base: Any) -> frozenset[int]:
+    """Numbers of the LoRA layers that make the keys and values of cross-attention.
+
+    Raises:
+        ConfigError: it cannot be told which tokens a LoRA layer sees.
+    """
+    encoder, decoder = base.get_encoder(), base.get_decoder()
+    if not any(_CROSS_ATTENTION.intersection(path.split(".")) for path, _ in decoder.named_modules()):
+        raise ConfigError(
+            f"the base model ({type(base).__name__}) has no cross-attention in its decoder under a name that weft "
+            f"knows, so that it cannot tell which layers see source tokens: expected one of {sorted(_CROSS_ATTENTION)}"
+        )
+    placed = {*encoder.modules(), *decoder.modules(), base.get_input_embeddings(), base.get_output_embeddings()}
+    layers = [(path, module) for path, module in base.named_modules() if isinstance(module, LoraLayer)]
+    found = set()
+    for number, (path, module) in enumerate(layers):
+        *parents, name = path.split(".")
+        in_cross_attention = bool(_CROSS_ATTENTION.intersection(parents))
+        if module not in placed or (in_cross_attention and name not in _SEE_SOURCE | _SEE_TARGET):
+            raise ConfigError(
+                f"layer {path!r} is adapted, of which weft cannot tell whether it sees source or target tokens: "
+                "expected layers of the encoder, of the decoder (in its cross-attention one of "
+                f"{sorted(_SEE_SOURCE | _SEE_TARGET)}) or the LM head"
+            )
+        if in_cross_attention and name in _SEE_SOURCE:
+            found.add(number)
+    return frozenset(found)
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
