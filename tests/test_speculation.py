@@ -175,19 +175,21 @@ def test_short_texts_have_no_ngrams():
 
 
 def test_width_grows_with_hits_and_rests_after_misses():
-    width = Width(16)
+    width = Width(8)
+    seen = [width.now()]
+    for _ in range(3):
+        width.note(seen[-1], seen[-1])
+        seen.append(width.now())
+    assert seen == [2, 4, 8, 8]
+    width.note(3, 8)
     assert width.now() == 4
-    width.note(4, 4)
-    width.note(8, 8)
-    assert width.now() == 16
-    width.note(3, 16)
-    assert width.now() == 4
+    width.note(0, 4)
+    assert [width.now() for _ in range(2)] == [0, 2]
     for _ in range(10):
         width.note(0, 1)
     assert [width.now() for _ in range(LONGEST_PAUSE + 1)] == [0] * LONGEST_PAUSE + [1]
     width.note(1, 1)
-    width.note(0, 1)
-    assert width.now() == 1
+    assert width.now() == 2
 
 
 def test_pace_guesses_where_that_is_faster_and_tries_now_and_then():

@@ -65,7 +65,7 @@ class Width:
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
-        self._width = min(4, largest)
+        self._width = min(2, largest)
         self._misses = 0
         self._pause = 0
 
@@ -85,8 +85,7 @@ class Width:
         else:
             self._width = max(1, min(self._width, right + 1))
         self._misses = 0 if right > 0 else self._misses + 1
-        if self._misses >= 2:
-            self._pause = min(LONGEST_PAUSE, 2**self._misses)
+        self._pause = min(LONGEST_PAUSE, 2**self._misses - 1)
 
 
 class Pace:
