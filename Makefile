@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: env demo test slow check format bench clean
+.PHONY: env demo test slow check format bench bench-demo clean
 
 env: $(VENV)/.done
 
@@ -37,9 +37,15 @@ format: env
 	$(RUN)/ruff check --fix src tests demo benchmarks
 	$(RUN)/ruff format src tests demo benchmarks
 
-# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About ten minutes on two quiet cores.
+# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About half an hour on two quiet cores.
 bench: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speed.py
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/decode.py
+
+# What speculation and the cheaper schemes bring and cost, on the demo's mixture and data: run `make demo` first.
+bench-demo: env
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speculation.py
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/quality.py
 
 clean:
 	rm -rf $(VENV) .demo

@@ -99,7 +99,7 @@ def perplexity(
     total, count = 0.0, 0
     for input_ids, attention_mask in padded_batches(sequences, batch_size):
         input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         total += negative_log_likelihood(logits, input_ids, attention_mask)
         count += int(attention_mask[:, 1:].sum())
         advance(len(input_ids))
