@@ -149,7 +149,7 @@ def table(rows: dict[str, dict[str, list[float]]], arguments: argparse.Namespace
     """Markdown: mean over the seeds, and on mixed texts each seed."""
     lines = [
         f"Perplexity on held-out texts (mixed: {arguments.sequences} sequences of {LENGTH}), gates trained for",
-        f"{arguments.steps} steps of 2 x {LENGTH} tokens, mean over {arguments.seeds} seeds (one where no gate is trained).",
+        f"{arguments.steps} steps of 2 x {LENGTH} tokens, mean over {arguments.seeds} seeds (one without a gate).",
         "",
         f"| | mixed | each seed | {' | '.join(DOMAINS)} |",
         "| --- | --- | --- |" + " --- |" * len(DOMAINS),
