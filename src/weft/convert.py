@@ -10,7 +10,7 @@ from torch import nn
 
 from weft.config import XLoraConfig
 from weft.errors import AdapterError
-from weft.experts import own_tensors, refuse_variant
+from weft.experts import StackedExperts, own_tensors, refuse_variant
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 
 _LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
@@ -59,6 +59,12 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
         layer.target.register_load_state_dict_post_hook(restack)
         layer.target.forward = layer.forward
     return len(layers)
+
+
+def linear_experts(target: Any) -> StackedExperts | None:
+    """The stacked experts of a converted layer, if it is linear."""
+    layer = target.forward.__self__
+    return layer.experts if isinstance(layer, XLoraLinearLayer) else None
 
 
 def restack(target: Any, incompatible_keys: Any = None) -> None:

@@ -24,10 +24,12 @@ from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
 from weft.config import XLoraConfig
-from weft.convert import convert_layers_to_xlora, restack
+from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
-from weft.passes import Passes, first_following_layer
+from weft.passes import Passes
+from weft.placement import first_following_layer
+from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
 
@@ -140,6 +142,7 @@ class XLoraModel(BaseTuner):
             options,
             first_layer=first_layer,
             output_layer=next((number for number, layer in enumerate(layers.values()) if layer is output), None),
+            rank_weights=RankWeights([linear_experts(layer) for layer in layers.values()]),
         )
         self.passes.attach(model)
 
