@@ -27,6 +27,7 @@ from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
+from weft.gate_metrics import GateMetrics
 from weft.passes import Passes
 from weft.placement import first_following_layer
 from weft.rank_weights import RankWeights
@@ -329,6 +330,11 @@ class XLoraModel(BaseTuner):
     def clear_scalings_log(self) -> None:
         """Forget the recorded scalings."""
         self.passes.log.clear()
+
+    @property
+    def gate_metrics(self) -> GateMetrics:
+        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
+        return self.passes.losses.metrics
 
     # ------------------------------------------------------------------ peft's machinery
 
