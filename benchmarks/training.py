@@ -3,6 +3,7 @@
 SmolLM2-135M in float32, one sequence of 512 tokens, random adapters of rank 16 on all seven projections, in one process
 and interleaved, medians. The one LoRA trains its own weights, the others their gate. With gradient checkpointing peft's
 X-LoRA computes no gradient of its gate (reentrant) or fails (not reentrant); it is timed all the same, reentrant.
+"cached" is weft with its scaling pass from the disk, as from the second epoch on; reading it is part of the step.
 About a quarter of an hour on two quiet cores. Writes `results/DATE-training.{json,md}`.
 """
 
@@ -22,6 +23,7 @@ from speed import Step, some
 
 TOKENS = 512
 LORA = "one LoRA"
+CACHED = ", cached"
 SCHEMES: dict[str, dict[str, Any]] = {
     "": {},
     ", scaling_pass_layers=4": {"scaling_pass_layers": 4},
@@ -41,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapters = save_adapters(base, 16, Path(folder))
         for checkpointing in (False, True):
-            steps = contenders(base, adapters, checkpointing=checkpointing)
+            steps = contenders(base, adapters, Path(folder), checkpointing=checkpointing)
             for step in steps.values():
                 step()
             memory = {name: peak_memory(step) for name, step in steps.items()}
@@ -50,7 +52,23 @@ def main() -> None:
     save("training", result, table(result))
 
 
-def contenders(base: Any, adapters: dict[str, str], *, checkpointing: bool) -> dict[str, Step]:
+class CachedStep(Step):
+    """One training step that reads its scaling pass from the disk."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, folder: Path) -> None:
+        super().__init__(model, ids)
+        cache = weft.ScalingCache.build(model, ids.tolist(), folder, announce=lambda line: None)
+        self.collator = weft.ScalingCacheCollator(cache, lambda rows: {"input_ids": rows[0], "labels": rows[0]})
+
+    def __call__(self) -> float:
+        """Forward and backward; returns the loss."""
+        self.model.zero_grad(set_to_none=True)
+        loss = self.model(**self.collator([self.ids]), use_cache=False).loss
+        loss.backward()
+        return float(loss)
+
+
+def contenders(base: Any, adapters: dict[str, str], folder: Path, *, checkpointing: bool) -> dict[str, Step]:
     """Name -> a step of training."""
     models = {LORA: one_lora(base, RANK)}
     for name, parameter in models[LORA].named_parameters():
@@ -67,7 +85,9 @@ def contenders(base: Any, adapters: dict[str, str], *, checkpointing: bool) -> d
             model.enable_input_require_grads()
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
     ids = torch.randint(0, base.config.vocab_size, (1, TOKENS))
-    return {name: Step(model.train(), ids) for name, model in models.items()}
+    steps = {name: Step(model.train(), ids) for name, model in models.items()}
+    steps |= {f"weft {n}{CACHED}": CachedStep(models[f"weft {n}"], ids, folder / "cache") for n in (4, 16)}
+    return steps
 
 
 def table(result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from weft.gate import XLoraClassifier
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
+    from weft.scaling_cache import ScalingCache, ScalingCacheCollator
     from weft.streaming import Generation, Step, generate, stream
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "GateCallback": "weft.callbacks",
     "Generation": "weft.streaming",
+    "ScalingCache": "weft.scaling_cache",
+    "ScalingCacheCollator": "weft.scaling_cache",
     "Step": "weft.streaming",
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
@@ -39,6 +42,8 @@ _HOMES = {
 __all__ = [
     "GateCallback",
     "Generation",
+    "ScalingCache",
+    "ScalingCacheCollator",
     "Step",
     "XLoraClassifier",
     "XLoraConfig",

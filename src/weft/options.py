@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass
@@ -24,10 +25,19 @@ class TrainOptions:
             texts for expert_label_loss_weight.
         output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
-        epochs: Passes over the data when max_steps is 0.
+        epochs: Passes over the data when max_steps and max_tokens are 0.
+        max_tokens: Stop with the step that reaches so many trained tokens, padding not counted, going over the data as
+            often as that takes; 0 is no budget. With max_steps, whichever comes first.
         batch_size: Sequences per device and forward pass.
         gradient_accumulation: Forward passes per optimizer step.
         sequence_length: Tokens per sequence; longer texts are cut into several sequences.
+        packing: Several short texts in one sequence, none of which sees another, in the place of padding.
+        group_by_length: Batches of texts of about the same length, so that little is padding. Excludes packing.
+        cache_scaling_pass: Compute the scaling pass of each text once, keep it on disk and read it in every epoch; for
+            a frozen base model without dropout.
+        cache_dtype: The cache's number format: float32 is exact, bfloat16 and float16 take half the space.
+        cache_folder: Folder for such caches, which training runs on the same base and data share; null takes the folder
+            "scaling-cache" in the output folder.
         learning_rate: Peak learning rate of AdamW.
         warmup: Share of the steps in which the learning rate rises, 0 to 1; after them it falls to 0 (cosine).
         seed: For the gate's start values, the order of the data and dropout.
@@ -65,9 +75,15 @@ class TrainOptions:
     output: str = "weft-model"
     max_steps: int = 0
     epochs: float = 1.0
+    max_tokens: int = 0
     batch_size: int = 4
     gradient_accumulation: int = 1
     sequence_length: int = 512
+    packing: bool = False
+    group_by_length: bool = False
+    cache_scaling_pass: bool = False
+    cache_dtype: CacheDtype = "float32"
+    cache_folder: str | None = None
     learning_rate: float = 1e-3
     warmup: float = 0.1
     seed: int = 0

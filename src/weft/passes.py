@@ -35,6 +35,7 @@ from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.freezing import SequenceMeans
 from weft.gate import XLoraClassifier
+from weft.given_hidden import take_given_hidden
 from weft.rank_weights import RankWeights
 from weft.routing import keep_top_k
 from weft.scalings_log import ScalingsLog
@@ -182,9 +183,10 @@ class Passes:
             return None
         arguments = self.backbone.named_arguments(args, kwargs)
         taken = self.losses.begin(arguments, training=base.training and torch.is_grad_enabled() and self.gate_decides)
+        given = take_given_hidden(arguments, self.config, self.backbone)
         if self.disabled:
             leave_scaling_behind(arguments.get("past_key_values"))
-            return ((), arguments) if taken else None
+            return ((), arguments) if taken or given is not None else None
         if getattr(base, "_is_replica", False):
             raise RuntimeError(
                 "X-LoRA cannot run in torch.nn.DataParallel, whose threads would share one model's scalings: start one "
@@ -202,6 +204,9 @@ class Passes:
             leave_scaling_behind(cache)
             self.carrier.routing = self._constant()
             self._awaiting_gate = arguments
+        elif given is not None:
+            leave_scaling_behind(cache)
+            self._follow_gate(given, arguments)
         elif isinstance(cache, XLoraCache) and cache.means is not None and cache.means.frozen:
             leave_scaling_behind(cache)
             means = cache.means.mean()
@@ -224,6 +229,11 @@ class Passes:
     def scaling_step(self, input_ids: Int[Tensor, "batch seq"], cache: XLoraCache) -> Float[Tensor, "batch seq hidden"]:
         """The scaling pass alone, ahead of the call that will read these tokens (see `after_scaling_steps`)."""
         return self._scaling_pass({"input_ids": input_ids}, cache.scaling)
+
+    @torch.no_grad()
+    def scaling_pass_alone(self, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
+        """What the gate would read in a call of the base model with these arguments, without a cache."""
+        return self._scaling_pass(arguments, None)
 
     @contextmanager
     def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> Iterator[None]:

@@ -5,14 +5,16 @@ The Trainer brings logging, checkpoints, resuming, mixed precision and accelerat
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from weft.adapters import read_json
@@ -24,6 +26,9 @@ from weft.labelled import label_problems, training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
+from weft.packing import PackedCollator, check_packing, packed_rows
+from weft.progress import CountingTrainer, ProgressLine, TokenBudget, budget_in_steps
+from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 
 _CONFIG_OPTIONS = (
     "layerwise_scalings",
@@ -64,19 +69,28 @@ def train(options: TrainOptions) -> Path:
     model = from_adapters(load_base(options.base, options.dtype), adapters, **model_options)
     check_length(options.sequence_length, model.config)
 
+    sequences = [row["input_ids"] for row in rows]
+    if options.packing:
+        check_packing(model, options.batch_size)
+        rows = packed_rows(rows, options.sequence_length)
     output = Path(options.output)
-    interrupt = StopOnInterrupt()
-    trainer = Trainer(
+    interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
+    schedule_steps, most_steps = _steps(options, len(rows), sum(len(sequence) - 1 for sequence in sequences))
+    arguments = _training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
+    trainer = CountingTrainer(
         model,
-        _training_arguments(options, _checkpoints(options), len(rows)),
+        arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        callbacks=[interrupt, *monitoring_callbacks(options)],
+        data_collator=_collator(options, tokenizer, model, sequences, arguments),
+        callbacks=[interrupt, TokenBudget(options.max_tokens), progress, *monitoring_callbacks(options)],
     )
+    trainer.schedule_steps = schedule_steps if options.max_tokens else None
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
     finally:
+        progress.close()
         # Also after a second interrupt or an error half-way: what was learned so far is kept.
         if trainer.state.global_step > 0:
             model.save_pretrained(str(output))
@@ -84,6 +98,27 @@ def train(options: TrainOptions) -> Path:
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
+
+
+def _collator(
+    options: TrainOptions, tokenizer: Any, model: Any, sequences: list[list[int]], arguments: TrainingArguments
+) -> Callable[[list[Any]], Any]:
+    """What makes batches of examples, with the scaling pass of each text where that is cached."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"  # positions are counted from the first token of a row
+    collator: Callable[[list[Any]], Any] = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    if options.packing:
+        collator = PackedCollator(tokenizer.pad_token_id, collator)
+    if not options.cache_scaling_pass:
+        return collator
+    model.to(arguments.device)
+    folder = options.cache_folder or Path(options.output) / "scaling-cache"
+    with (
+        arguments.main_process_first(desc="the scaling pass"),
+        torch.autocast(arguments.device.type, torch.bfloat16, enabled=options.bf16),
+    ):
+        cache = ScalingCache.build(model, sequences, folder, dtype=options.cache_dtype, batch_size=options.batch_size)
+    return ScalingCacheCollator(cache, collator)
 
 
 def parse_adapters(values: list[str] | dict[str, str]) -> dict[str, str]:
@@ -180,8 +215,6 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
             problems.append(f"{name} ({getattr(options, name)}) must be at least 1")
     if options.max_steps < 0:
         problems.append(f"max_steps ({options.max_steps}) must be at least 0")
-    if options.max_steps == 0 and options.epochs <= 0:
-        problems.append(f"epochs ({options.epochs}) must be above 0")
     if options.learning_rate <= 0:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
     if not 0 <= options.warmup <= 1:
@@ -190,23 +223,45 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"output ({options.output}) is a file, expected a folder")
     problems += monitoring_problems(options)
     problems += label_problems(options.data, list(adapters), options.expert_label_loss_weight)
+    problems += _amount_problems(options)
     problems += _resume_problems(options, list(adapters))
     if problems:
         raise ConfigError("weft train cannot start:", problems)
 
 
-def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int) -> TrainingArguments:
-    steps_per_epoch = max(1, num_sequences // (options.batch_size * options.gradient_accumulation))
-    steps = options.max_steps or max(1, int(options.epochs * steps_per_epoch))
+def _amount_problems(options: TrainOptions) -> list[str]:
+    """How long to train, and how to make batches."""
+    problems = []
+    if options.max_tokens < 0:
+        problems.append(f"max_tokens ({options.max_tokens}) must be at least 0")
+    if options.packing and options.group_by_length:
+        problems.append("packing (True) and group_by_length (True) exclude each other: packed sequences are all long")
+    if options.max_steps == options.max_tokens == 0 and options.epochs <= 0:
+        problems.append(f"epochs ({options.epochs}) must be above 0")
+    return problems
+
+
+def _steps(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps as expected, and at most (0: `epochs` decides)."""
+    per_step = options.batch_size * options.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    if options.max_tokens:
+        expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
+        limit = options.max_steps or most
+        return min(expected, limit), min(most, limit)
+    expected = options.max_steps or max(1, int(options.epochs * max(1, num_rows // per_step)))
+    return expected, options.max_steps
+
+
+def _training_arguments(options: TrainOptions, folder: Path, schedule_steps: int, most_steps: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=os.fspath(folder),
-        max_steps=options.max_steps or -1,
+        max_steps=most_steps or -1,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(options.warmup * steps),
+        warmup_steps=int(options.warmup * schedule_steps),
         weight_decay=0.0,
         seed=options.seed,
         save_total_limit=2,
@@ -214,7 +269,9 @@ def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int)
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=options.bf16,
+        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         remove_unused_columns=False,
+        disable_tqdm=True,
         **monitoring_arguments(options),
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
