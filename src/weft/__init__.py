@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weft.change_experts import add_expert, drop_expert
     from weft.config import XLoraConfig
     from weft.folding import fold, mean_scalings
     from weft.gate import XLoraClassifier
@@ -24,6 +25,8 @@ _HOMES = {
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
+    "add_expert": "weft.change_experts",
+    "drop_expert": "weft.change_experts",
     "fold": "weft.folding",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
@@ -40,6 +43,8 @@ __all__ = [
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
+    "add_expert",
+    "drop_expert",
     "fold",
     "from_adapters",
     "from_pretrained",

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.data import check_length, read_texts, token_sequences
-from weft.errors import ConfigError
-from weft.integration import from_adapters
+from weft.errors import CheckpointError, ConfigError
+from weft.finite import FiniteLoss
+from weft.integration import from_adapters, from_pretrained
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
+from weft.start_from import continued
+from weft.whole import replace_folder
+from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
 
 _CONFIG_OPTIONS = (
     "layerwise_scalings",
@@ -47,11 +51,11 @@ def train(options: TrainOptions) -> Path:
         WeftError: the options, adapters or data cannot work.
         KeyboardInterrupt: after an interrupt, when the mixture so far and a checkpoint to resume from are saved.
     """
+    options = continued(options, _CONFIG_OPTIONS)
     adapters = parse_adapters(options.adapters)
-    _check(options, adapters)
+    check(options, adapters)
     assert options.base is not None
     model_options = {name: getattr(options, name) for name in _CONFIG_OPTIONS}
-    XLoraConfig(adapters=adapters, **model_options)  # says what is wrong before the base model is loaded
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     sequences = [
@@ -59,35 +63,54 @@ def train(options: TrainOptions) -> Path:
         for source in options.data
         for sequence in token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
     ]
-    model = from_adapters(load_base(options.base, options.dtype), adapters, **model_options)
-    check_length(options.sequence_length, model.config)
+    base = load_base(options.base, options.dtype)
+    check_length(options.sequence_length, base.config)
+    if options.start_from is not None:
+        model = from_pretrained(options.start_from, base, is_trainable=True)
+    else:
+        model = from_adapters(base, adapters, **model_options)
 
     output = Path(options.output)
     interrupt = StopOnInterrupt()
     trainer = Trainer(
         model,
-        _training_arguments(options, _checkpoints(options), len(sequences)),
+        training_arguments(options, _checkpoints(options), len(sequences)),
         train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         callbacks=[interrupt],
     )
+    FiniteLoss(trainer, tokenizer)
+    keep_checkpoints_whole(trainer)
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
     finally:
+        interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # which an error leaves out
         # Also after a second interrupt or an error half-way: what was learned so far is kept.
         if trainer.state.global_step > 0:
-            model.save_pretrained(str(output))
-            tokenizer.save_pretrained(str(output))
+            _save(model, tokenizer, options)
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
 
 
-def parse_adapters(values: list[str] | dict[str, str]) -> dict[str, str]:
+def _save(model: Any, tokenizer: Any, options: TrainOptions) -> None:
+    def write(part: Path) -> None:
+        PeftModel.save_pretrained(model, str(part))
+        tokenizer.save_pretrained(str(part))
+
+    try:
+        replace_folder(Path(options.output), write, CONFIG_NAME)
+    except CheckpointError as err:
+        raise CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}") from err
+
+
+def parse_adapters(
+    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
+) -> dict[str, str]:
     """["math=DIR", ...] as {name: folder}.
 
     Raises:
-        ConfigError: an entry is no name=FOLDER, or a name stands twice.
+        ConfigError: an entry is not as expected, or a name stands twice.
     """
     if isinstance(values, dict):
         return values
@@ -95,18 +118,23 @@ def parse_adapters(values: list[str] | dict[str, str]) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or not name or not path:
-            raise ConfigError(f"adapters has the entry {value!r}, expected name=FOLDER or name=HUB_ID")
+            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
         if name in adapters:
-            raise ConfigError(f"adapters has the name {name!r} twice ({adapters[name]} and {path})")
+            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
         adapters[name] = path
     return adapters
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into an orderly stop: finish the step, write a checkpoint, end. The second one aborts."""
+    """Turns the first Ctrl-C into an orderly stop: finish the step, write a checkpoint, end. The second one aborts.
 
-    def __init__(self) -> None:
+    Args:
+        saves: write that checkpoint.
+    """
+
+    def __init__(self, *, saves: bool = True) -> None:
         self.requested = False
+        self._saves = saves
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +147,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop here if it came."""
         if self.requested:
-            control.should_save = True
+            control.should_save = self._saves
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -139,7 +167,7 @@ def _checkpoints(options: TrainOptions) -> Path:
 def _last_checkpoint(options: TrainOptions) -> str | None:
     """The checkpoint to resume from, if that was asked for and there is one."""
     folder = _checkpoints(options)
-    return get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
+    return last_checkpoint(folder) if options.resume else None
 
 
 def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str]:
@@ -164,12 +192,19 @@ def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str
     ]
 
 
-def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
+def check(options: TrainOptions, adapters: dict[str, str]) -> None:
+    """Say what is wrong with the options before anything is loaded.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
     problems = []
     if options.base is None:
         problems.append("base is missing: the folder or Hub id of the base model")
     if not adapters:
-        problems.append("adapters is missing: the experts, as name=FOLDER")
+        problems.append("adapters is missing: the experts, as name=FOLDER (or experts_from, as name=DATA)")
+    if options.experts_from:
+        problems.append(f"experts_from ({options.experts_from}) needs weft.train_experts.train_in_stages")
     if not options.data:
         problems.append("data is missing: one or more files of training text")
     for name in ("batch_size", "gradient_accumulation", "save_steps", "log_steps"):
@@ -188,9 +223,11 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
     problems += _resume_problems(options, list(adapters))
     if problems:
         raise ConfigError("weft train cannot start:", problems)
+    XLoraConfig(adapters=adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
 
 
-def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int) -> TrainingArguments:
+def training_arguments(options: TrainOptions, folder: Path, num_sequences: int) -> TrainingArguments:
+    """The Trainer's options for a run of so many sequences, with checkpoints in `folder`."""
     steps_per_epoch = max(1, num_sequences // (options.batch_size * options.gradient_accumulation))
     steps = options.max_steps or max(1, int(options.epochs * steps_per_epoch))
     return TrainingArguments(
@@ -207,6 +244,7 @@ def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int)
         save_steps=options.save_steps,
         save_total_limit=2,
         logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,  # such a loss stops the run
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=options.bf16,
