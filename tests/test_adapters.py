@@ -188,6 +188,22 @@ def test_adapter_of_another_model_is_refused_with_its_shapes(tmp_path, good, unt
         weft.from_adapters(untouched_base, {"good": good, "other": other})
 
 
+def test_adapters_of_another_model_alone_are_refused_with_both_names_and_few_of_the_shapes(tmp_path, untouched_base):
+    other = Path(
+        save_adapter(tiny_llama(hidden_size=16), lora(target_modules="all-linear"), tmp_path / "other", seed=1)
+    )
+    change_config(other, base_model_name_or_path="org/other-1b")
+    untouched_base.name_or_path = "/models/mine"
+    with pytest.raises(AdapterError) as error:
+        weft.from_adapters(untouched_base, {"other": str(other)})
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 8 + 2
+    assert lines[-2:] == [
+        "  - and 14 more of other shapes",
+        "  - it was made for the base model org/other-1b, and this one is /models/mine",
+    ]
+
+
 def test_all_problems_of_all_adapters_are_reported_in_one_error(tmp_path, good, untouched_base):
     paths = {name: tmp_path / name for name in ("one", "two", "three", "four")}
     for name in ("two", "three", "four"):

@@ -55,10 +55,9 @@ def gate(folder):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_step_and_the_texts_are_named_and_the_last_good_weights_saved(accumulation, seed, train, tmp_path):
+def test_the_step_and_the_texts_are_named_and_the_last_good_weights_saved(accumulation, train, tmp_path):
     texts = [f"the quick brown fox {number:2} " * 4 for number in range(15)] + ["Zebras are striped"]
-    error = train(texts, "--seed", str(seed), "--gradient-accumulation", str(accumulation), "--epochs", "2")
+    error = train(texts, "--gradient-accumulation", str(accumulation), "--epochs", "2")
     found = re.search(
         r"training stopped: the loss is nan at step (\d+)(?:, forward pass (\d) of 2)?, with these", error
     )

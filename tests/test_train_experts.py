@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -230,3 +233,18 @@ def test_options_that_are_not_the_mixtures_are_refused(mixture, base_adapters, t
     assert main(["train", "--start-from", base_adapters["math"], "--data", "x", "--output", "y"]) == 1
     assert "is of type LORA, expected XLORA" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_of_the_page_run(base_folder, base_adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(base_folder)
+    config = shutil.copytree(base_adapters["math"], tmp_path / "adapters/chem") / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base_folder), "my-model"))
+    for file in ("code.jsonl", "law.jsonl", "mixed.jsonl"):
+        (tmp_path / file).write_text(json.dumps({"text": "the contract says"}))
+    page = (Path(__file__).parent.parent / "docs/experts.md").read_text()
+    commands = re.findall(r"^weft .*$", page, flags=re.M)
+    assert [command.split()[1] for command in commands] == ["train", "add-expert", "train", "drop-expert"]
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert weft.from_pretrained("my-new-mixture-without-chem").xlora_config.expert_names == ["code", "law"]

@@ -71,6 +71,10 @@ def train(options: TrainOptions) -> Path:
         model = from_adapters(base, adapters, **model_options)
 
     output = Path(options.output)
+    try:
+        _checkpoints(options).mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"output ({output}) cannot be made: {err}") from err
     interrupt = StopOnInterrupt()
     trainer = Trainer(
         model,
@@ -218,12 +222,21 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
     if not 0 <= options.warmup <= 1:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
-    if Path(options.output).is_file():
-        problems.append(f"output ({options.output}) is a file, expected a folder")
+    problems += _output_problems(options)
     problems += _resume_problems(options, list(adapters))
     if problems:
         raise ConfigError("weft train cannot start:", problems)
     XLoraConfig(adapters=adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
+
+
+def _output_problems(options: TrainOptions) -> list[str]:
+    output = Path(options.output).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        return [f"output ({options.output}) cannot be made: {there} is a file, expected a folder"]
+    if not os.access(there, os.W_OK):
+        return [f"output ({options.output}) cannot be made: {there} is not yours to write in"]
+    return []
 
 
 def training_arguments(options: TrainOptions, folder: Path, num_sequences: int) -> TrainingArguments:
