@@ -189,15 +189,14 @@ def test_a_checkpoint_that_cannot_be_saved_is_named_and_leaves_nothing(train, tm
 
     monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", full)
     assert train(2) == 1
-    assert f"{tmp_path}/out/checkpoints/checkpoint-2 cannot be saved, with " in (error := capsys.readouterr().err), (
-        error
-    )
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/out/checkpoints/checkpoint-2 cannot be saved, with " in error
     assert "MiB free: [enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534. There is no check" in error
     assert list((tmp_path / "out/checkpoints").iterdir()) == []
     weft.from_pretrained(tmp_path / "out")  # the model itself is saved
 
 
-def test_a_half_written_checkpoint_is_passed_over(train, tmp_path, capsys):
+def test_a_half_written_checkpoint_is_passed_over(train, tmp_path):
     checkpoints = tmp_path / "out/checkpoints"
     assert train(2) == 0
     (checkpoints / "checkpoint-9").mkdir()
