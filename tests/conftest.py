@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import huggingface_hub
 import jaxtyping
 import peft
 import pytest
@@ -106,3 +111,51 @@ def peft_xlora_restored():
 
     yield peft
     weft.unregister_from_peft()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder whose subfolders user/name are the repositories of a Hub on this machine."""
+    repositories, commit = tmp_path / "hub", "0" * 39 + "1"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            parts = self.path.partition("?")[0].strip("/").split("/")
+            is_api = parts[:2] == ["api", "models"]
+            user, name, kind, _, *file = parts[2:] if is_api else parts
+            folder = repositories / user / name
+            if not folder.is_dir():
+                return self.answer(b"{}", status=404)
+            if kind == "resolve":
+                return self.answer(folder.joinpath(*file).read_bytes())
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            listing = [
+                {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0" * 40}
+                for path in files
+            ]
+            return self.answer(json.dumps(listing if kind == "tree" else {"id": name, "sha": commit}).encode())
+
+        do_HEAD = do_GET
+
+        def answer(self, data, status=200):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield repositories
+        server.shutdown()

@@ -1,12 +1,9 @@
 """Adapters are read and checked before the base model is touched; one that does not fit leaves no trace."""
 
 import copy
-import hashlib
 import json
 import re
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -191,6 +188,22 @@ def test_adapter_of_another_model_is_refused_with_its_shapes(tmp_path, good, unt
         weft.from_adapters(untouched_base, {"good": good, "other": other})
 
 
+def test_adapters_of_another_model_alone_are_refused_with_both_names_and_few_of_the_shapes(tmp_path, untouched_base):
+    other = Path(
+        save_adapter(tiny_llama(hidden_size=16), lora(target_modules="all-linear"), tmp_path / "other", seed=1)
+    )
+    change_config(other, base_model_name_or_path="org/other-1b")
+    untouched_base.name_or_path = "/models/mine"
+    with pytest.raises(AdapterError) as error:
+        weft.from_adapters(untouched_base, {"other": str(other)})
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 8 + 2
+    assert lines[-2:] == [
+        "  - and 14 more of other shapes",
+        "  - it was made for the base model org/other-1b, and this one is /models/mine",
+    ]
+
+
 def test_all_problems_of_all_adapters_are_reported_in_one_error(tmp_path, good, untouched_base):
     paths = {name: tmp_path / name for name in ("one", "two", "three", "four")}
     for name in ("two", "three", "four"):
@@ -357,54 +370,6 @@ def test_adapter_with_resized_embeddings_is_refused(tmp_path, good, untouched_ba
 
 
 # ---------------------------------------------------------------------- the Hub
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A folder whose subfolders user/name are the repositories of a Hub on this machine."""
-    repositories, commit = tmp_path / "hub", "0" * 39 + "1"
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            parts = self.path.partition("?")[0].strip("/").split("/")
-            is_api = parts[:2] == ["api", "models"]
-            user, name, kind, _, *file = parts[2:] if is_api else parts
-            folder = repositories / user / name
-            if not folder.is_dir():
-                return self.answer(b"{}", status=404)
-            if kind == "resolve":
-                return self.answer(folder.joinpath(*file).read_bytes())
-            files = [path for path in folder.rglob("*") if path.is_file()]
-            listing = [
-                {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": "0" * 40}
-                for path in files
-            ]
-            return self.answer(json.dumps(listing if kind == "tree" else {"id": name, "sha": commit}).encode())
-
-        do_HEAD = do_GET
-
-        def answer(self, data, status=200):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
-        url, constants = f"http://127.0.0.1:{server.server_port}", huggingface_hub.constants
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield repositories
-        server.shutdown()
 
 
 def test_adapter_is_read_from_the_hub_and_then_from_the_cache_offline(hub, good, monkeypatch):

@@ -150,6 +150,9 @@ def test_ctrl_c_leaves_a_usable_model_and_a_checkpoint_to_resume_from(arguments,
             r"batch_size \(0\) must be(.|\n)*learning_rate \(0.0\) must be",
         ),
         ({"--top-k-lora": "3"}, r"top_k_lora \(3\) must be between 1 and the number of adapters \(2\)"),
+        ({"--output": f"{__file__}/out"}, r"output \(.*\) cannot be made: .*test_cli.py is a file, expected a folder"),
+        ({"--output": "/proc/weft"}, r"output \(/proc/weft\) cannot be made: "),
+        ({"--output": __file__}, r"output \(.*\) cannot be made: .*test_cli.py is a file, expected a folder"),
         ({"--resume": "true"}, r"resume \(True\) found no checkpoint in"),
     ],
 )
@@ -168,6 +171,14 @@ def test_bad_input_is_an_error_without_a_traceback(arguments, change, message, c
     assert re.search(message, errors), errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("weft.train.os.access", lambda *args: False)
+    arguments[arguments.index("--base") + 1] = "/nowhere"
+    assert main(arguments) == 1
+    message = f"output ({tmp_path / 'out'}) cannot be made: {tmp_path} is not yours to write in"
+    assert message in capsys.readouterr().err
 
 
 def test_a_used_output_folder_is_not_mixed_with_another_run(arguments, tmp_path, capsys):
@@ -204,7 +215,9 @@ def test_wrong_usage_exits_with_2(capsys):
     assert "train" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["generate"], ["chat"], ["fold"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["eval"], ["generate"], ["chat"], ["fold"], ["add-expert"], ["drop-expert"]]
+)
 def test_help_needs_no_torch(command):
     code = "import sys; from weft.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     shown = subprocess.run(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.callbacks import GateCallback
+    from weft.change_experts import add_expert, drop_expert
     from weft.config import XLoraConfig
     from weft.folding import fold, mean_scalings
     from weft.gate import XLoraClassifier
@@ -29,6 +30,8 @@ _HOMES = {
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
+    "add_expert": "weft.change_experts",
+    "drop_expert": "weft.change_experts",
     "fold": "weft.folding",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
@@ -48,6 +51,8 @@ __all__ = [
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
+    "add_expert",
+    "drop_expert",
     "fold",
     "from_adapters",
     "from_pretrained",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
 from weft.experts import refuse_dora
 
+_SHOWN = 8  # keys in one message
 KEY_PREFIX = "base_model.model."
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
 _UNMIXABLE = {
@@ -233,14 +234,17 @@ def _base_model_problems(adapters: list[Adapter]) -> list[str]:
     by_base: dict[str, list[str]] = {}
     for name, base in names.items():
         if base:
-            # A path in the Hub's cache: .../models--org--model/snapshots/<commit>
-            cached = re.search(r"models--([^/]+)", base)
-            last = cached.group(1).split("--")[-1] if cached else Path(base).name
-            by_base.setdefault(last.lower(), []).append(name)
+            by_base.setdefault(_model_name(base), []).append(name)
     if len(by_base) < 2:
         return []
     described = "; ".join(f"{name!r} of {names[name]}" for group in by_base.values() for name in group)
     return [f"they are of different base models ({described}): expected one base model for all"]
+
+
+def _model_name(base: str) -> str:
+    """The last part of a base model's path or Hub id."""
+    cached = re.search(r"models--([^/]+)", base)  # in the Hub's cache: .../models--org--model/snapshots/<commit>
+    return (cached.group(1).split("--")[-1] if cached else Path(base).name).lower()
 
 
 def _fill(base: nn.Module, adapter: Adapter) -> None:
@@ -254,6 +258,9 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
         problems.append("its parameters are on the meta device: load with low_cpu_mem_usage=False")
     if problems:
         file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
+        made_for, given = adapter.config.base_model_name_or_path, getattr(base, "name_or_path", None)
+        if made_for and given and _model_name(made_for) != _model_name(given):
+            problems.append(f"it was made for the base model {made_for}, and this one is {given}")
         raise AdapterError(f"adapter {adapter.name!r} ({file}) does not fit the base model:{bullet_list(problems)}")
     with torch.no_grad():
         for key, parameter in parameters.items():
@@ -269,16 +276,20 @@ def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> l
         problems.append(f"missing keys ({len(missing)}): {_preview(missing)}")
     if unexpected:
         problems.append(f"unexpected keys ({len(unexpected)}): {_preview(unexpected)}")
-    for key in sorted(weights.keys() & parameters.keys()):
-        if weights[key].shape != parameters[key].shape:
-            found, expected = list(weights[key].shape), list(parameters[key].shape)
-            problems.append(f"{key} has shape {found}, expected {expected}")
+    shapes = [
+        f"{key} has shape {list(weights[key].shape)}, expected {list(parameters[key].shape)}"
+        for key in sorted(weights.keys() & parameters.keys())
+        if weights[key].shape != parameters[key].shape
+    ]
+    problems += shapes[:_SHOWN]
+    if len(shapes) > _SHOWN:
+        problems.append(f"and {len(shapes) - _SHOWN} more of other shapes")
     return problems
 
 
-def _preview(keys: list[str], most: int = 8) -> str:
-    shown = ", ".join(keys[:most])
-    return shown if len(keys) <= most else f"{shown}, and {len(keys) - most} more"
+def _preview(keys: list[str]) -> str:
+    shown = ", ".join(keys[:_SHOWN])
+    return shown if len(keys) <= _SHOWN else f"{shown}, and {len(keys) - _SHOWN} more"
 
 
 def _converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
@@ -27,10 +27,33 @@ from weft.adapters import adapter_parameters, key_problems, local_folder, read_j
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
+from weft.whole import replace_file, replace_folder
 
+MODEL_CARD = "README.md"
 GATE_KEY = "internal_xlora_classifier."
 # Arguments of peft's own loading that are about fetching, not about the options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
+
+
+def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """peft's `save_pretrained`, after which the folder holds all of the model, or else what it held before.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written.
+    """
+    folder = Path(save_directory)
+    save = type(model).save_pretrained
+    if folder.is_file() or not kwargs.get("is_main_process", True):
+        save(model, str(folder), *args, **kwargs)
+        return
+
+    def write(part: Path) -> None:
+        card = folder / MODEL_CARD
+        if card.is_file():  # which peft keeps, and adds to
+            shutil.copy(card, part / MODEL_CARD)
+        save(model, str(part), *args, **kwargs)
+
+    replace_folder(folder, write, CONFIG_NAME)
 
 
 def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str] | None = None) -> None:
@@ -49,19 +72,29 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
         )
     if config.model is not None and gate_file.exists():
         assert config.expert_names is not None
-        assert config.layer_names is not None
         if config.use_trainable_adapters:
             _add_trained_experts(config, gate_file)
         for name in config.expert_names:
-            _write_expert(config, name, folder / EXPERTS_FOLDER / name)
-        manifest = manifest_of(folder, config.expert_names, config.layer_names)
-        replace_file(
-            folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        )
-        replaced |= {
-            "adapters": {name: f"{EXPERTS_FOLDER}/{name}" for name in config.expert_names},
-            "format_version": FORMAT_VERSION,
-        }
+            write_expert(config.model, name, folder / EXPERTS_FOLDER / name)
+        complete_folder(config, folder, **replaced)
+    else:
+        _write_options(config, folder, **replaced)
+
+
+def complete_folder(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
+    """Write the manifest of a folder in which gate and experts are, and then the options."""
+    assert config.expert_names is not None
+    assert config.layer_names is not None
+    manifest = manifest_of(folder, config.expert_names, config.layer_names)
+    replace_file(folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
+    replaced |= {
+        "adapters": {name: f"{EXPERTS_FOLDER}/{name}" for name in config.expert_names},
+        "format_version": FORMAT_VERSION,
+    }
+    _write_options(config, folder, **replaced)
+
+
+def _write_options(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
     text = config_json(config, **replaced)
     replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -144,8 +177,8 @@ def layer_mismatch(saved: list[str], found: list[str]) -> str:
     )
 
 
-def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:
-    model: Any = config.model
+def write_expert(model: Any, name: str, folder: Path) -> None:
+    """Write one expert of an X-LoRA model as an ordinary peft adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model.lora_model.model, name)
@@ -158,13 +191,6 @@ def _write_expert(config: XLoraConfig, name: str, folder: Path) -> None:
         expert.save_pretrained(str(folder))
     finally:
         expert.inference_mode = trainable
-
-
-def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside the old one and put it in its place when it is whole."""
-    unfinished = file.with_name(file.name + ".part")
-    write(unfinished)
-    os.replace(unfinished, file)
 
 
 def _resolve(folder: Path, path: str) -> str:

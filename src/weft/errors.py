@@ -38,6 +38,10 @@ class DataError(WeftError, ValueError):
     """A data file that cannot be read or holds nothing to learn from."""
 
 
+class TrainingError(WeftError, ArithmeticError):
+    """A training that went wrong, whose result so far is kept."""
+
+
 class CacheError(WeftError, ValueError):
     """A key/value cache was asked for where weft does not support one."""
 

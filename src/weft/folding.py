@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapters import KEY_PREFIX, read_json
-from weft.checkpoint import replace_file
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
 from weft.routing import ConstantWeights, constant_scalings
+from weft.whole import replace_file
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import transformers
@@ -20,7 +21,7 @@ from peft.utils import PeftType, TaskType
 from torch import nn
 
 from weft.adapters import local_folder
-from weft.checkpoint import load_gate
+from weft.checkpoint import load_gate, save_whole
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, first_line
 from weft.model import XLoraModel
@@ -73,7 +74,7 @@ def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, 
         >>> model.print_trainable_parameters()
     """
     options = XLoraConfig(adapters=adapters, **config)
-    model = _load_base(base, None)
+    model = base_model_of(base, None)
     if options.base_model_name_or_path is None:
         options.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     if options.task_type is None:
@@ -107,7 +108,7 @@ def from_pretrained(
     folder = local_folder(os.fspath(path), "the X-LoRA model")
     options = XLoraConfig.from_pretrained(folder, adapters=adapters)
     options.inference_mode = not is_trainable
-    model = _load_base(base, options)
+    model = base_model_of(base, options)
     if options.task_type is None:
         options.task_type = _task_type(model)
     was_training = model.training
@@ -128,6 +129,8 @@ def _build_peft_model(model: nn.Module, options: XLoraConfig) -> PeftModel:
     with _private_type(options):
         peft_model = wrapper(model, options)
     peft_model.peft_type = PeftType.XLORA
+    # peft writes file by file, over those of the model that was saved there before.
+    peft_model.save_pretrained = partial(save_whole, peft_model)  # type: ignore[method-assign]
     return peft_model
 
 
@@ -144,7 +147,12 @@ def _private_type(options: XLoraConfig) -> Iterator[None]:
         del PEFT_TYPE_TO_TUNER_MAPPING[own_type]
 
 
-def _load_base(base: nn.Module | str | os.PathLike[str] | None, options: XLoraConfig | None) -> nn.Module:
+def base_model_of(base: nn.Module | str | os.PathLike[str] | None, options: XLoraConfig | None) -> nn.Module:
+    """The base model itself, or the one of that name; None takes the one that the options name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if isinstance(base, nn.Module):
         return base
     name = base

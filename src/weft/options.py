@@ -23,6 +23,18 @@ class TrainOptions:
         data: Training texts: .jsonl with "text" or "messages", .parquet with such a column, plain text files, or the
             name of a data set of the `datasets` library; one or more, separated by spaces. EXPERT=FILE labels a file's
             texts for expert_label_loss_weight.
+        experts_from: Experts to train first, as name=DATA (files as for `data`), each on its data; they go to
+            OUTPUT-experts/NAME, and those that are complete there are not trained again. Without `data` the gate learns
+            on the data of all of them.
+        expert_rank: Rank of the experts that are trained.
+        expert_alpha: Their lora_alpha; what an expert adds is multiplied by lora_alpha / rank.
+        expert_targets: Names of the modules that they adapt, separated by spaces; all-linear adapts all linear layers
+            but the output layer.
+        expert_steps: Optimizer steps of each expert; 0 trains for `expert_epochs` instead.
+        expert_epochs: Passes over an expert's data when expert_steps is 0.
+        expert_learning_rate: Peak learning rate of the experts.
+        start_from: A trained mixture, folder or Hub id, to go on from: its experts, its gate and its options, in the
+            place of `adapters` and a new gate; null starts anew.
         output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
         epochs: Passes over the data when max_steps and max_tokens are 0.
@@ -72,6 +84,14 @@ class TrainOptions:
     base: str | None = None
     adapters: list[str] | dict[str, str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
+    experts_from: list[str] | dict[str, str] = field(default_factory=list)
+    expert_rank: int = 8
+    expert_alpha: int = 16
+    expert_targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    expert_steps: int = 0
+    expert_epochs: float = 1.0
+    expert_learning_rate: float = 2e-4
+    start_from: str | None = None
     output: str = "weft-model"
     max_steps: int = 0
     epochs: float = 1.0
@@ -237,3 +257,37 @@ class FoldOptions:
     batch_size: int = 4
     max_sequences: int = 0
     dtype: Dtype = "auto"
+
+
+@dataclass
+class AddExpertOptions:
+    """Add an expert to a trained mixture. What the gate has learned of the others stays; the new one starts neutral.
+
+    Train the gate further afterwards: `weft train --start-from` (docs/experts.md).
+
+    Args:
+        model: Folder or Hub id of a trained mixture.
+        expert: The new expert, as name=FOLDER (or name=HUB_ID): a LoRA adapter of the same base model.
+        output: Folder for the new mixture, or the model's own, which is then replaced; null takes MODEL-with-NAME.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+    """
+
+    model: str
+    expert: str
+    output: str | None = None
+    base: str | None = None
+
+
+@dataclass
+class DropExpertOptions:
+    """Drop an expert from a trained mixture. The others keep the ratios that the gate gives them.
+
+    Args:
+        model: Folder or Hub id of a trained mixture.
+        expert: The name of the expert.
+        output: Folder for the new mixture, or the model's own, which is then replaced; null takes MODEL-without-NAME.
+    """
+
+    model: str
+    expert: str
+    output: str | None = None

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.data import check_length
-from weft.errors import ConfigError
-from weft.integration import from_adapters
+from weft.errors import CheckpointError, ConfigError
+from weft.finite import FiniteLoss
+from weft.integration import from_adapters, from_pretrained
 from weft.labelled import label_problems, training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
@@ -29,6 +30,9 @@ from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
 from weft.progress import CountingTrainer, ProgressLine, TokenBudget, budget_in_steps
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
+from weft.start_from import continued
+from weft.whole import replace_folder
+from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
 
 _CONFIG_OPTIONS = (
     "layerwise_scalings",
@@ -57,26 +61,34 @@ def train(options: TrainOptions) -> Path:
         WeftError: the options, adapters or data cannot work.
         KeyboardInterrupt: after an interrupt, when the mixture so far and a checkpoint to resume from are saved.
     """
+    options = continued(options, _CONFIG_OPTIONS)
     adapters = parse_adapters(options.adapters)
-    _check(options, adapters)
+    check(options, adapters)
     assert options.base is not None
     model_options = {name: getattr(options, name) for name in _CONFIG_OPTIONS}
-    XLoraConfig(adapters=adapters, **model_options)  # says what is wrong before the base model is loaded
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     rows = training_rows(options.data, list(adapters), tokenizer, options.sequence_length)
     held_out = training_rows(options.eval_data, [], tokenizer, options.sequence_length) if options.eval_data else None
-    model = from_adapters(load_base(options.base, options.dtype), adapters, **model_options)
-    check_length(options.sequence_length, model.config)
+    base = load_base(options.base, options.dtype)
+    check_length(options.sequence_length, base.config)
+    if options.start_from is not None:
+        model = from_pretrained(options.start_from, base, is_trainable=True)
+    else:
+        model = from_adapters(base, adapters, **model_options)
 
     sequences = [row["input_ids"] for row in rows]
     if options.packing:
         check_packing(model, options.batch_size)
         rows = packed_rows(rows, options.sequence_length)
     output = Path(options.output)
+    try:
+        _checkpoints(options).mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"output ({output}) cannot be made: {err}") from err
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
-    schedule_steps, most_steps = _steps(options, len(rows), sum(len(sequence) - 1 for sequence in sequences))
-    arguments = _training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
+    schedule_steps, most_steps = steps_to_train(options, len(rows), sum(len(sequence) - 1 for sequence in sequences))
+    arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
     trainer = CountingTrainer(
         model,
         arguments,
@@ -87,17 +99,30 @@ def train(options: TrainOptions) -> Path:
     )
     trainer.schedule_steps = schedule_steps if options.max_tokens else None
     trainer.remove_callback(PrinterCallback)
+    FiniteLoss(trainer, tokenizer)
+    keep_checkpoints_whole(trainer)
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
     finally:
         progress.close()
+        interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # which an error leaves out
         # Also after a second interrupt or an error half-way: what was learned so far is kept.
         if trainer.state.global_step > 0:
-            model.save_pretrained(str(output))
-            tokenizer.save_pretrained(str(output))
+            _save(model, tokenizer, options)
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
+
+
+def _save(model: Any, tokenizer: Any, options: TrainOptions) -> None:
+    def write(part: Path) -> None:
+        PeftModel.save_pretrained(model, str(part))
+        tokenizer.save_pretrained(str(part))
+
+    try:
+        replace_folder(Path(options.output), write, CONFIG_NAME)
+    except CheckpointError as err:
+        raise CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}") from err
 
 
 def _collator(
@@ -121,11 +146,13 @@ def _collator(
     return ScalingCacheCollator(cache, collator)
 
 
-def parse_adapters(values: list[str] | dict[str, str]) -> dict[str, str]:
+def parse_adapters(
+    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
+) -> dict[str, str]:
     """["math=DIR", ...] as {name: folder}.
 
     Raises:
-        ConfigError: an entry is no name=FOLDER, or a name stands twice.
+        ConfigError: an entry is not as expected, or a name stands twice.
     """
     if isinstance(values, dict):
         return values
@@ -133,18 +160,23 @@ def parse_adapters(values: list[str] | dict[str, str]) -> dict[str, str]:
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or not name or not path:
-            raise ConfigError(f"adapters has the entry {value!r}, expected name=FOLDER or name=HUB_ID")
+            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
         if name in adapters:
-            raise ConfigError(f"adapters has the name {name!r} twice ({adapters[name]} and {path})")
+            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
         adapters[name] = path
     return adapters
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into an orderly stop: finish the step, write a checkpoint, end. The second one aborts."""
+    """Turns the first Ctrl-C into an orderly stop: finish the step, write a checkpoint, end. The second one aborts.
 
-    def __init__(self) -> None:
+    Args:
+        saves: write that checkpoint.
+    """
+
+    def __init__(self, *, saves: bool = True) -> None:
         self.requested = False
+        self._saves = saves
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,7 +189,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop here if it came."""
         if self.requested:
-            control.should_save = True
+            control.should_save = self._saves
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -177,7 +209,7 @@ def _checkpoints(options: TrainOptions) -> Path:
 def _last_checkpoint(options: TrainOptions) -> str | None:
     """The checkpoint to resume from, if that was asked for and there is one."""
     folder = _checkpoints(options)
-    return get_last_checkpoint(str(folder)) if options.resume and folder.is_dir() else None
+    return last_checkpoint(folder) if options.resume else None
 
 
 def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str]:
@@ -202,12 +234,19 @@ def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str
     ]
 
 
-def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
+def check(options: TrainOptions, adapters: dict[str, str]) -> None:
+    """Say what is wrong with the options before anything is loaded.
+
+    Raises:
+        ConfigError: with all that is wrong.
+    """
     problems = []
     if options.base is None:
         problems.append("base is missing: the folder or Hub id of the base model")
     if not adapters:
-        problems.append("adapters is missing: the experts, as name=FOLDER")
+        problems.append("adapters is missing: the experts, as name=FOLDER (or experts_from, as name=DATA)")
+    if options.experts_from:
+        problems.append(f"experts_from ({options.experts_from}) needs weft.train_experts.train_in_stages")
     if not options.data:
         problems.append("data is missing: one or more files of training text")
     for name in ("batch_size", "gradient_accumulation", "save_steps", "log_steps"):
@@ -219,14 +258,24 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
     if not 0 <= options.warmup <= 1:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
-    if Path(options.output).is_file():
-        problems.append(f"output ({options.output}) is a file, expected a folder")
     problems += monitoring_problems(options)
     problems += label_problems(options.data, list(adapters), options.expert_label_loss_weight)
     problems += _amount_problems(options)
+    problems += _output_problems(options)
     problems += _resume_problems(options, list(adapters))
     if problems:
         raise ConfigError("weft train cannot start:", problems)
+    XLoraConfig(adapters=adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
+
+
+def _output_problems(options: TrainOptions) -> list[str]:
+    output = Path(options.output).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        return [f"output ({options.output}) cannot be made: {there} is a file, expected a folder"]
+    if not os.access(there, os.W_OK):
+        return [f"output ({options.output}) cannot be made: {there} is not yours to write in"]
+    return []
 
 
 def _amount_problems(options: TrainOptions) -> list[str]:
@@ -241,7 +290,7 @@ def _amount_problems(options: TrainOptions) -> list[str]:
     return problems
 
 
-def _steps(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
+def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps as expected, and at most (0: `epochs` decides)."""
     per_step = options.batch_size * options.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     if options.max_tokens:
@@ -252,7 +301,15 @@ def _steps(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple
     return expected, options.max_steps
 
 
-def _training_arguments(options: TrainOptions, folder: Path, schedule_steps: int, most_steps: int) -> TrainingArguments:
+def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int, most_steps: int) -> TrainingArguments:
+    """The Trainer's options for a run, with checkpoints in `folder`.
+
+    Args:
+        options: of the run.
+        folder: for the checkpoints.
+        schedule_steps: optimizer steps over which the learning rate falls.
+        most_steps: at most so many; 0 where `epochs` decides.
+    """
     return TrainingArguments(
         output_dir=os.fspath(folder),
         max_steps=most_steps or -1,
@@ -266,6 +323,7 @@ def _training_arguments(options: TrainOptions, folder: Path, schedule_steps: int
         seed=options.seed,
         save_total_limit=2,
         logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,  # such a loss stops the run
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=options.bf16,

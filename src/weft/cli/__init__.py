@@ -1,4 +1,4 @@
-"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`.
+"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
 """
@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.options import ChatOptions, EvalOptions, FoldOptions, GenerateOptions, TrainOptions
+from weft.options import (
+    AddExpertOptions,
+    ChatOptions,
+    DropExpertOptions,
+    EvalOptions,
+    FoldOptions,
+    GenerateOptions,
+    TrainOptions,
+)
 
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data", "--eval_data", "--weights")
+_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,13 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(options: TrainOptions) -> None:
     _quiet()
-    from weft.train import train
+    from weft.train_experts import experts_folder, train_in_stages
 
     try:
-        output = train(options)
+        output = train_in_stages(options)
     except KeyboardInterrupt:
         if (Path(options.output) / "adapter_config.json").exists():
             print(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
+        elif options.experts_from:
+            print(
+                f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr
+            )
         raise
     print(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
@@ -81,12 +93,28 @@ def _chat(options: ChatOptions) -> None:
     chat(options)
 
 
+def _add_expert(options: AddExpertOptions) -> None:
+    _quiet()
+    from weft.cli.experts import add
+
+    add(options)
+
+
+def _drop_expert(options: DropExpertOptions) -> None:
+    _quiet()
+    from weft.cli.experts import drop
+
+    drop(options)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "train": (_train, TrainOptions),
     "eval": (_evaluate, EvalOptions),
     "generate": (_generate, GenerateOptions),
     "chat": (_chat, ChatOptions),
     "fold": (_fold, FoldOptions),
+    "add-expert": (_add_expert, AddExpertOptions),
+    "drop-expert": (_drop_expert, DropExpertOptions),
 }
 
 # What may follow an option that is on or off.

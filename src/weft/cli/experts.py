@@ -1,0 +1,31 @@
+"""`weft add-expert`, `weft drop-expert`: one expert more or less in a trained mixture."""
+
+from __future__ import annotations
+
+from weft.change_experts import add_expert, drop_expert
+from weft.errors import ConfigError
+from weft.options import AddExpertOptions, DropExpertOptions
+
+
+def add(options: AddExpertOptions) -> None:
+    """Write the mixture with the new expert, and say what to do next.
+
+    Raises:
+        WeftError: the mixture, the adapter or the output cannot work.
+    """
+    name, equals, path = options.expert.partition("=")
+    if not equals or not name or not path:
+        raise ConfigError(f"expert ({options.expert!r}) must be name=FOLDER or name=HUB_ID")
+    output = add_expert(options.model, name, path, options.output, base=options.base)
+    print(f"saved to {output}: {name!r} starts as an average expert, so train the gate further with")
+    print(f"  weft train --start-from {output} --data ... --output ...")
+
+
+def drop(options: DropExpertOptions) -> None:
+    """Write the mixture without the expert.
+
+    Raises:
+        WeftError: the mixture or the output cannot work.
+    """
+    output = drop_expert(options.model, options.expert, options.output)
+    print(f"saved to {output}: the other experts keep their ratios")

@@ -1,0 +1,217 @@
+"""The two-stage recipe: where a user has data but no adapters, the experts are trained first, then the gate.
+
+An expert is an ordinary LoRA adapter, trained with peft and transformers' `Trainer` on the base model. It is saved when
+it is complete, so that a run that was stopped goes on with the experts that are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME
+from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from weft.adapters import read_adapters, read_json
+from weft.data import check_length, read_texts, token_sequences
+from weft.errors import AdapterError, ConfigError
+from weft.finite import FiniteLoss
+from weft.labelled import labelled_source
+from weft.loading import load_base, load_tokenizer
+from weft.options import TrainOptions
+from weft.train import StopOnInterrupt, check, parse_adapters, steps_to_train, train, training_arguments
+from weft.whole import replace_folder
+from weft.whole_checkpoints import last_checkpoint
+
+RECORD = "weft_expert.json"
+# What an expert's training depends on, beside its data.
+_RECORDED = (
+    "base",
+    "expert_rank",
+    "expert_alpha",
+    "expert_targets",
+    "expert_steps",
+    "expert_epochs",
+    "expert_learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "sequence_length",
+    "warmup",
+    "seed",
+)
+
+
+def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -> Path:
+    """Train the experts of `experts_from` that are not there yet, each on its data, and then the gate.
+
+    Experts go to OUTPUT-experts/NAME, ordinary adapters. The gate learns on `data`, or without it on the data of all
+    experts. Without `experts_from` this is `weft.train.train`.
+
+    Args:
+        options: see `TrainOptions`.
+        say: told what goes on, a line at a time.
+
+    Returns:
+        The folder with the mixture and its tokenizer.
+
+    Raises:
+        WeftError: the options, adapters or data cannot work; found out before anything is trained.
+        KeyboardInterrupt: after an interrupt; complete experts stay.
+    """
+    if not options.experts_from:
+        return train(options)
+    sources = _sources(options)
+    folders = {name: experts_folder(options) / name for name in sources}
+    adapters = _all_adapters(options, folders)
+    resume = options.resume and last_checkpoint(Path(options.output) / "checkpoints") is not None
+    gate_options = dataclasses.replace(
+        options, experts_from=[], adapters=adapters, data=options.data or list(sources.values()), resume=resume
+    )
+    _check(options)
+    check(gate_options, adapters)
+    read_adapters(parse_adapters(options.adapters))
+    missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
+    if missing:
+        assert options.base is not None
+        tokenizer = load_tokenizer(options.base)
+        sequences = {
+            name: token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
+            for name, source in missing.items()
+        }
+        for source in options.data:
+            read_texts(labelled_source(source, list(adapters))[0], tokenizer)
+        for name in missing:
+            say(f"training expert {name!r} on {sources[name]}: {len(sequences[name])} sequences")
+            _train_expert(name, folders[name], sequences[name], tokenizer, options)
+    say(f"training the gate over {', '.join(adapters)}")
+    return train(gate_options)
+
+
+def experts_folder(options: TrainOptions) -> Path:
+    """Where the experts are that the recipe trains: beside the output."""
+    output = Path(options.output)
+    return output.with_name(f"{output.name}-experts")
+
+
+def _sources(options: TrainOptions) -> dict[str, str]:
+    return parse_adapters(options.experts_from, "experts_from", "name=DATA")
+
+
+def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, str]:
+    """The experts to be trained first, then those that are there already."""
+    given = parse_adapters(options.adapters)
+    twice = sorted(given.keys() & folders.keys())
+    if twice:
+        raise ConfigError(f"adapters and experts_from both name {twice}: each expert has one origin")
+    return {**{name: str(folder) for name, folder in folders.items()}, **given}
+
+
+def _check(options: TrainOptions) -> None:
+    problems = [
+        f"{name} ({getattr(options, name)}) must be at least 1"
+        for name in ("expert_rank", "expert_alpha")
+        if getattr(options, name) < 1
+    ]
+    if options.expert_steps < 0:
+        problems.append(f"expert_steps ({options.expert_steps}) must be at least 0")
+    if options.expert_steps == 0 and options.expert_epochs <= 0:
+        problems.append(f"expert_epochs ({options.expert_epochs}) must be above 0")
+    if options.expert_learning_rate <= 0:
+        problems.append(f"expert_learning_rate ({options.expert_learning_rate}) must be above 0")
+    if not options.expert_targets:
+        problems.append("expert_targets is empty: names of modules, or all-linear")
+    if options.start_from is not None:
+        problems.append(
+            f"experts_from ({options.experts_from}) and start_from ({options.start_from}) exclude each other: weft "
+            "add-expert adds an expert to a mixture"
+        )
+    if problems:
+        raise ConfigError("weft train cannot train experts:", problems)
+
+
+def _record(name: str, options: TrainOptions) -> dict[str, Any]:
+    return {"data": _sources(options)[name], **{option: getattr(options, option) for option in _RECORDED}}
+
+
+def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
+    """Whether an earlier run has trained this expert.
+
+    Raises:
+        ConfigError: it trained another one under this name.
+    """
+    if not (folder / CONFIG_NAME).exists():
+        return False
+    if not (folder / RECORD).exists():
+        raise ConfigError(
+            f"{folder} holds an adapter that weft did not train: give it with --adapters, or move it away"
+        )
+    saved, wanted = read_json(folder / RECORD), _record(name, options)
+    problems = [
+        f"{option} ({value!r}) must be what it was trained with ({saved.get(option)!r})"
+        for option, value in wanted.items()
+        if saved.get(option) != value
+    ]
+    if problems:
+        raise ConfigError(f"expert {name!r} is in {folder} from an earlier run (remove it to train it anew):", problems)
+    return True
+
+
+def _train_expert(name: str, folder: Path, sequences: list[list[int]], tokenizer: Any, options: TrainOptions) -> None:
+    """Train one expert on a base model of its own, and save it when it is complete."""
+    assert options.base is not None
+    set_seed(options.seed)
+    base = load_base(options.base, options.dtype)
+    check_length(options.sequence_length, base.config)
+    targets = options.expert_targets
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=options.expert_rank,
+        lora_alpha=options.expert_alpha,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as err:
+        raise AdapterError(f"expert_targets ({targets}) do not fit the base model: {err}") from err
+    own = dataclasses.replace(
+        options,
+        max_steps=options.expert_steps,
+        max_tokens=0,
+        epochs=options.expert_epochs,
+        learning_rate=options.expert_learning_rate,
+        eval_data=[],
+        report_to="none",
+    )
+    interrupt = StopOnInterrupt(saves=False)
+    with TemporaryDirectory() as unused:
+        steps = steps_to_train(own, len(sequences), sum(len(sequence) - 1 for sequence in sequences))
+        arguments = training_arguments(own, Path(unused), *steps)
+        arguments.save_strategy = SaveStrategy.NO  # an expert that is stopped starts anew
+        trainer: Any = Trainer(
+            model,
+            arguments,
+            train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            callbacks=[interrupt],
+        )
+        FiniteLoss(trainer, tokenizer)
+        try:
+            trainer.train()
+        finally:
+            interrupt.on_train_end(arguments, trainer.state, trainer.control)  # which an error leaves out
+    if interrupt.requested:
+        raise KeyboardInterrupt
+
+    def write(part: Path) -> None:
+        model.save_pretrained(str(part))
+        (part / RECORD).write_text(json.dumps(_record(name, options), indent=1), encoding="utf-8")
+
+    if trainer.is_world_process_zero():
+        replace_folder(folder, write, CONFIG_NAME)
+    trainer.accelerator.wait_for_everyone()
