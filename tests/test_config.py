@@ -17,7 +17,15 @@ from weft.config import PEFT_PLACEHOLDER_HIDDEN_SIZE, XLoraConfig, config_json
 from weft.errors import ConfigError, WeftError
 
 TWO = {"math": "adapters/math", "code": "adapters/code"}
-WEFTS_OWN = {"scaling_pass_layers", "gate_layer", "scalings_log_size", "expert_names", "layer_names", "format_version"}
+WEFTS_OWN = {
+    "scaling_pass_layers",
+    "gate_layer",
+    "allow_dora",
+    "scalings_log_size",
+    "expert_names",
+    "layer_names",
+    "format_version",
+}
 
 
 def fields(config_class):
@@ -120,7 +128,13 @@ OUT_OF_RANGE = [
     ),
     *(
         (name, value, "must be True or False")
-        for name in ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
+        for name in (
+            "enable_softmax",
+            "enable_softmax_topk",
+            "layerwise_scalings",
+            "use_trainable_adapters",
+            "allow_dora",
+        )
         for value in (1, 0, None, "yes")
     ),
 ]

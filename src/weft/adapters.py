@@ -47,21 +47,22 @@ class Adapter:
 _BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-def read_adapters(paths: dict[str, str]) -> list[Adapter]:
+def read_adapters(paths: dict[str, str], *, allow_dora: bool = False) -> list[Adapter]:
     """Read the adapters of one base model.
 
     Args:
         paths: name -> folder or Hub id, in the order of the gate's outputs.
+        allow_dora: take adapters with DoRA too.
 
     Raises:
-        AdapterError: files are missing or unreadable, an adapter is no plain LoRA, or they are of different base
-            models; all problems at once.
+        AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
+            base models; all problems at once.
     """
     adapters: list[Adapter] = []
     problems: list[str] = []
     for name, path in paths.items():
         try:
-            adapters.append(_read_adapter(name, path))
+            adapters.append(_read_adapter(name, path, allow_dora=allow_dora))
         except AdapterError as err:
             problems.append(str(err))
     problems += _base_model_problems(adapters)
@@ -122,6 +123,9 @@ def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor
             factors = getattr(module, attribute)
             if name in factors:
                 yield f"{KEY_PREFIX}{layer_name}.{attribute}", factors[name]
+        if name in module.lora_magnitude_vector:
+            magnitude = module.lora_magnitude_vector[name].get_parameter("weight")
+            yield f"{KEY_PREFIX}{layer_name}.lora_magnitude_vector", magnitude
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -175,7 +179,7 @@ def local_folder(path: str, what: str) -> Path:
         raise CheckpointError(message) from err
 
 
-def _read_adapter(name: str, path: str) -> Adapter:
+def _read_adapter(name: str, path: str, *, allow_dora: bool) -> Adapter:
     try:
         folder = local_folder(path, f"adapter {name!r}")
     except CheckpointError as err:
@@ -196,6 +200,8 @@ def _read_adapter(name: str, path: str) -> Adapter:
         unfetched = not Path(path).is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
         hint = "; weft does not fetch or open pickles (adapter_model.bin)" if unfetched else ""
         raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
+    if config.use_dora and not allow_dora:
+        refuse_dora(name)
     _refuse_unmixable(name, config)
     return Adapter(name, folder, config, weights)
 
@@ -208,8 +214,6 @@ def _read_config(name: str, folder: Path) -> LoraConfig:
 
 
 def _refuse_unmixable(name: str, config: LoraConfig) -> None:
-    if config.use_dora:
-        refuse_dora(name)
     start = str(config.init_lora_weights).lower()
     if start.startswith(_BASE_CHANGING_STARTS):
         raise AdapterError(

@@ -127,7 +127,7 @@ def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
     So every tool that loads the gate through peft (a Trainer that resumes or takes the best checkpoint) gets them too.
     """
     model: Any = config.model
-    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
     experts = {f"base_model.{key}": value for key, value in model.state_dict().items() if any(p in key for p in parts)}
     tensors = {**read_tensors(file), **experts}
     replace_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -58,6 +58,8 @@ class XLoraConfig(PeftConfig):
             leaves them; None runs all of them.
         gate_layer: no scaling pass: the gate reads what enters this decoder layer (counted from 0) in the only pass,
             and the layers from there on follow it; None for a scaling pass. Excludes `scaling_pass_layers`.
+        allow_dora: take experts with DoRA too, whose weight norms are computed once while they are frozen, and in every
+            call while they train.
         scalings_log_size: how many passes the scalings log keeps, 1 or more; older ones are dropped.
         expert_names: written by `save_pretrained`: the experts in the order of the gate's outputs.
         layer_names: written by `save_pretrained`: the LoRA layers in the order of the gate's outputs.
@@ -88,6 +90,7 @@ class XLoraConfig(PeftConfig):
     # weft's own
     scaling_pass_layers: int | None = None
     gate_layer: int | None = None
+    allow_dora: bool = False
     scalings_log_size: int = 256
     expert_names: list[str] | None = None
     layer_names: list[str] | None = None
@@ -267,7 +270,8 @@ def _range_problems(config: XLoraConfig) -> list[str]:
         value = getattr(config, name)
         if not _is_number(value) and not (value is None and not config.adapters):
             problems.append(f"{name} ({value!r}) must be a finite number")
-    for name in ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters"):
+    switches = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters", "allow_dora")
+    for name in switches:
         value = getattr(config, name)
         if not isinstance(value, bool):
             problems.append(f"{name} ({value!r}) must be True or False")

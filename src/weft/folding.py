@@ -75,7 +75,8 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
 
     Raises:
         ConfigError: the weights do not fit the model or are all 0, or the folder holds something else.
-        AdapterError: the experts' `lora_bias` cannot be written together with an embedding.
+        AdapterError: the experts' `lora_bias` cannot be written together with an embedding, or an expert that acts has
+            DoRA.
 
     Example:
         >>> model = weft.from_pretrained("my-mixture")
@@ -191,6 +192,11 @@ def _parts(layer: Any, weights: dict[str, float], global_weight: float) -> list[
             down, up = layer.lora_embedding_A[expert], layer.lora_embedding_B[expert]
         else:
             continue
+        if weight and layer.use_dora.get(expert, False):
+            raise AdapterError(
+                f"expert {expert!r} uses DoRA, which no sum of LoRA factors can express, so that it cannot be folded: "
+                "give it weight 0, or turn it into a plain LoRA with peft's convert_to_lora"
+            )
         scaling = layer.scaling[expert]
         bias = layer.lora_B[expert].bias * (scaling * global_weight) if layer.lora_bias[expert] else None
         parts.append(_Part(down, up, weight * scaling, bias))

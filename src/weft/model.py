@@ -85,7 +85,7 @@ class XLoraModel(BaseTuner):
             )
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
-        adapters = read_adapters(options.adapters or {})
+        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora)
 
         self.xlora_config = options
         self.peft_config = {adapter_name: options}

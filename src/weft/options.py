@@ -48,6 +48,7 @@ class TrainOptions:
         gate_layer: No scaling pass: the gate reads what enters this decoder layer in the only pass, and the layers from
             there on follow it; null for a scaling pass.
         use_trainable_adapters: Train the experts too.
+        allow_dora: Take adapters with DoRA too.
     """
 
     base: str | None = None
@@ -78,6 +79,7 @@ class TrainOptions:
     scaling_pass_layers: int | None = None
     gate_layer: int | None = None
     use_trainable_adapters: bool = False
+    allow_dora: bool = False
 
 
 @dataclass

@@ -34,6 +34,7 @@ _CONFIG_OPTIONS = (
     "scaling_pass_layers",
     "gate_layer",
     "use_trainable_adapters",
+    "allow_dora",
 )
 
 

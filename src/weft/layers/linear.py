@@ -23,7 +23,7 @@ class XLoraLinearLayer(XLoraLayer):
     layout = _LAYOUT
 
     def can_gather(self, x: Tensor, stack: Stack, kept: Tensor) -> bool:
-        alike = stack.rank_expert is None and stack.column_index is None and not stack.biased
+        alike = stack.rank_expert is None and stack.column_index is None and not (stack.biased or stack.dora)
         same_dtype = x.dtype == stack.down.dtype and not torch.is_autocast_enabled(x.device.type)
         return alike and same_dtype and x.shape[:-1] == kept.shape[:-1]
 
@@ -52,3 +52,6 @@ class XLoraLinearLayer(XLoraLayer):
 
     def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
         return add_product(result, h, up)
+
+    def base_rows(self, weight: Tensor) -> Tensor:
+        return weight.T if self.target.fan_in_fan_out else weight
