@@ -21,6 +21,7 @@ WEFTS_OWN = {
     "scaling_pass_layers",
     "gate_layer",
     "allow_dora",
+    "heads",
     "scalings_log_size",
     "expert_names",
     "layer_names",

@@ -18,7 +18,7 @@ ORDER = [
     ["gate", "experts", "backbone"],
     ["layers"],
     ["convert", "passes", "adapters"],
-    ["manifest", "seq2seq"],
+    ["manifest", "seq2seq", "heads"],
     ["checkpoint"],
     ["model"],
     ["integration", "speculation"],

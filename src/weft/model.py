@@ -15,7 +15,7 @@ from jaxtyping import Float
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType
+from peft.utils import PeftType, TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -24,9 +24,10 @@ from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
 from weft.config import XLoraConfig
-from weft.convert import convert_layers_to_xlora, restack
+from weft.convert import convert_layers_to_xlora, refuse_layers_beside_text, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
+from weft.heads import add_heads, find_heads, switch_heads
 from weft.passes import Passes, first_following_layer
 from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
@@ -47,6 +48,7 @@ class XLoraModel(BaseTuner):
         xlora_config: the options in force.
         lora_model: peft's `LoraModel` with the experts.
         internal_xlora_classifier: the gate.
+        expert_heads: by expert, tensors of heads of its own, which do not act but are saved with it.
 
     Raises:
         AdapterError, ConfigError: the experts, the options and the base model do not fit together. The base model is
@@ -72,12 +74,19 @@ class XLoraModel(BaseTuner):
     ) -> None:
         nn.Module.__init__(self)
         # A copy: one config may serve several models, and each writes its own layers and options into it.
-        options = copy.deepcopy(XLoraConfig.from_peft(config[adapter_name] if isinstance(config, dict) else config))
+        given = config[adapter_name] if isinstance(config, dict) else config
+        config_type = given.peft_type
+        options = copy.deepcopy(XLoraConfig.from_peft(given))
         options.peft_type = PeftType.XLORA
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
                 "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() "
                 "it first"
+            )
+        if config_type is PeftType.XLORA and options.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            raise ConfigError(
+                f"task_type ({options.task_type}) must be left out with get_peft_model, whose class for it needs "
+                "modules_to_save: name the head in heads, or use weft.from_adapters"
             )
         if adapter_name in (options.adapters or {}):
             raise ConfigError(
@@ -85,7 +94,9 @@ class XLoraModel(BaseTuner):
             )
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
-        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora)
+        heads = find_heads(model, self.backbone.module, options.heads)
+        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads)
+        self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
 
         self.xlora_config = options
         self.peft_config = {adapter_name: options}
@@ -98,6 +109,8 @@ class XLoraModel(BaseTuner):
         try:
             self.lora_model = inject_adapters(model, adapters)
             self._finish(options, model)
+            add_heads(model, heads, adapters, adapter_name)
+            switch_heads(model, adapter_name, inference_mode=options.inference_mode)
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
@@ -111,6 +124,7 @@ class XLoraModel(BaseTuner):
         names = list(options.adapters or {})
         frozen = options.inference_mode or not options.use_trainable_adapters
         self.lora_model.set_adapter(names, inference_mode=frozen)
+        refuse_layers_beside_text(model, self.backbone.text_model)
         num_layers = convert_layers_to_xlora(model, self, options)
         if num_layers == 0:
             raise AdapterError("no LoRA layer was found in the base model: the adapters have no targets in it")
@@ -238,6 +252,7 @@ class XLoraModel(BaseTuner):
         self.internal_xlora_classifier.requires_grad_(not inference_mode)
         if self.xlora_config.use_trainable_adapters:
             self.lora_model.set_adapter(self.xlora_config.expert_names or [], inference_mode=inference_mode)
+        switch_heads(self.lora_model.model, names[0], inference_mode=inference_mode)
 
     def unload(self) -> nn.Module:
         """Take the experts, the gate and the hooks out, and return the base model as it was."""
@@ -355,7 +370,9 @@ class XLoraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
-        problems = gate_problems(model, state_dict)
+        # peft has put its own names for the heads into the keys already.
+        saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
+        problems = gate_problems(model, saved)
         if problems:
             raise CheckpointError(f"the gate's tensors do not fit this model:{bullet_list(problems)}")
         return state_dict
