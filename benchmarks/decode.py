@@ -8,6 +8,7 @@ steps. About a quarter of an hour on two quiet cores. Writes `results/DATE-decod
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from transformers import DynamicCache, StaticCache
 
 import weft
@@ -36,6 +38,7 @@ from contenders import (
 from harness import save, setting
 
 PROMPT = 128
+COMPILED = ("base", "weft 4", "weft 4, scaling_pass_layers=4", "weft 4, gate_layer=4")
 TURN = 16  # tokens that a contender decodes before the next one's turn
 
 
@@ -49,16 +52,22 @@ def main() -> None:
     quiet()
     torch.manual_seed(0)
     base = load_base()
-    result: dict[str, Any] = {"setting": setting(), "read_gb_per_s": memory_bandwidth()}
+    result: dict[str, Any] = {"setting": setting()}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         models = contenders(base, save_adapters(base, 16, Path(folder)))
+        steps = {} if arguments.without_compile else compiled({name: models[name] for name in COMPILED})
+        print("measuring", file=sys.stderr, flush=True)
+        result["read_gb_per_s"] = memory_bandwidth()
         result["batch 1"] = decode(models, 1, arguments.new_tokens)
         result["batch 8"] = decode(models, 8, arguments.new_tokens)
         result["kilobytes per token"] = {name: cache_bytes(model) / 1000 for name, model in models.items()}
         result["peft X-LoRA 4, uncached"] = uncached(peft_model(base, save_adapters(base, 4, Path(folder))))
-        if not arguments.without_compile:
-            names = ("base", "one LoRA", "weft 4", "weft 4, scaling_pass_layers=4", "weft 4, gate_layer=4")
-            result["compiled"] = compiled({name: models[name] for name in names})
+        if steps:
+            seconds = in_turns(steps, 3)
+            result["compiled"] = {
+                name: {"tokens_per_s": 1 / value, "gb_read_per_s": weights_read(models[name]) / 1e9 / value}
+                for name, value in seconds.items()
+            }
     if not arguments.without_mistralrs:
         result["mistral.rs"] = mistralrs()
     save("decode", result, table(result))
@@ -83,15 +92,20 @@ def decode(models: dict[str, Any], batch: int, new_tokens: int) -> dict[str, flo
     ids = torch.randint(0, 40_000, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     steps = {name: stepper(model, ids, DynamicCache(config=model.config)) for name, model in models.items()}
     steps["weft 4, frozen"] = stepper(models["weft 4"], ids, DynamicCache(config=models["base"].config), frozen=True)
+    return {name: batch / seconds for name, seconds in in_turns(steps, max(1, new_tokens // TURN)).items()}
+
+
+def in_turns(steps: dict[str, Callable[[], None]], turns: int) -> dict[str, float]:
+    """Median seconds of a step of each."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(max(1, new_tokens // TURN)):
+    for _ in range(turns):
         for name, step in steps.items():
             step()  # brings the weights back into the caches of the processor, as in a run of its own
             for _ in range(TURN):
                 start = time.perf_counter()
                 step()
                 seconds[name].append(time.perf_counter() - start)
-    return {name: batch / statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def stepper(model: Any, ids: torch.Tensor, cache: Any, *, frozen: bool = False, call: Any = None) -> Callable[[], None]:
@@ -103,7 +117,7 @@ def stepper(model: Any, ids: torch.Tensor, cache: Any, *, frozen: bool = False, 
     else:
         output = model(input_ids=ids, **options)
     token, position = output.logits[:, -1:].argmax(-1), ids.shape[1]
-    run = call or model
+    run = model if call is None else call
 
     def step() -> None:
         nonlocal token, position
@@ -133,31 +147,27 @@ def uncached(model: Any, steps: int = 5) -> float:
     return 1 / statistics.median(seconds)
 
 
-def compiled(models: dict[str, Any], new_tokens: int = 48) -> dict[str, dict[str, float]]:
-    """Tokens per second with torch.compile and a static cache, and the share of the memory-bandwidth limit."""
+def compiled(models: dict[str, Any]) -> dict[str, Callable[[], None]]:
+    """The same steps with torch.compile and a static cache, compiled."""
+    # Weights become constants of the graph, and products are torch's own kernels where those are faster than MKL's.
+    inductor.freezing = inductor.max_autotune = True
+    inductor.max_autotune_gemm_backends = "CPP,ATEN"
     ids = torch.randint(0, 40_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     steps = {}
     for name, model in models.items():
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         cache = StaticCache(config=model.config, max_cache_len=2 * PROMPT)
-        # The compiled call is the base model's, hooks and both passes included.
-        steps[name] = stepper(model, ids, cache, call=torch.compile(inner, fullgraph=True, dynamic=False))
-        steps[name]()  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(new_tokens // TURN):
-        for name, step in steps.items():
-            step()
-            for _ in range(TURN):
-                start = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {
-            "tokens_per_s": 1 / statistics.median(values),
-            "gb_read_per_s": weights_read(models[name]) / 1e9 / statistics.median(values),
-        }
-        for name, values in seconds.items()
-    }
+        # A function around the base model's call, so that its hooks, which are the passes, are in the graph.
+        step = torch.compile(functools.partial(_call, inner), fullgraph=True, dynamic=False)
+        steps[name] = stepper(model, ids, cache, call=step)
+        start = time.perf_counter()
+        steps[name]()
+        print(f"compiled {name} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return steps
+
+
+def _call(model: Any, **inputs: Any) -> Any:
+    return model(**inputs)
 
 
 def weights_read(model: Any) -> float:
@@ -215,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
     if "compiled" in result:
         lines += [
             "",
-            "torch.compile (inductor) and a static cache, batch 1; reading memory at most "
+            "torch.compile (inductor, max_autotune, freezing) and a static cache, batch 1; a sum reads memory at "
             f"{result['read_gb_per_s']:.1f} GB/s:",
             "",
             "| | tokens/s | GB/s of weights | share of the limit |",

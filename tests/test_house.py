@@ -16,7 +16,7 @@ ORDER = [
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser"],
     ["config", "carrier", "cache", "short_backbone"],
     ["gate", "experts", "backbone"],
-    ["layers"],
+    ["layers", "rank_weights", "placement"],
     ["convert", "passes", "adapters"],
     ["manifest", "seq2seq", "heads"],
     ["checkpoint"],

@@ -322,13 +322,14 @@ def test_gathered_experts_add_what_all_of_them_masked_add(tmp_path, tokens, opti
         **options,
     ).eval()
     gathered = []
-    plain = XLoraLinearLayer.add_chosen
-    monkeypatch.setattr(XLoraLinearLayer, "add_chosen", lambda self, *args: gathered.append(self) or plain(self, *args))
+    plain = XLoraLinearLayer._add_chosen
+    counted = staticmethod(lambda *args: gathered.append(args) or plain(*args))
+    monkeypatch.setattr(XLoraLinearLayer, "_add_chosen", counted)
     ids = torch.randint(1, VOCAB, (1, tokens))
     with torch.no_grad():
         found = model(input_ids=ids).logits
         assert len(gathered) == 6  # two decoder layers of three
-        monkeypatch.setattr(XLoraLinearLayer, "can_gather", lambda *args: False)
+        monkeypatch.setattr(XLoraLinearLayer, "add_ready", lambda *args: None)
         torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -337,9 +338,9 @@ def test_gathering_is_left_where_it_costs_more_or_must_be_trained(tmp_path):
     model = quietly(weft.from_adapters, tiny_llama(), paths, top_k_lora=2).eval()
     one, three = torch.ones(1, 1).long(), torch.ones(3, 1).long()
     model(input_ids=one)
-    assert model.passes._followed.chosen is None  # gradients are wanted
+    assert model.passes._followed.ready is None  # gradients are wanted
     with torch.no_grad():
         model(input_ids=one)
-        assert model.passes._followed.chosen is not None
+        assert model.passes._followed.ready.chosen is not None
         model(input_ids=three)
-        assert model.passes._followed.chosen is None
+        assert model.passes._followed.ready.chosen is None

@@ -17,13 +17,31 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadyWeights:
+    """λ · s · g for the layers of a pass over few tokens: either per rank, or of the experts that the tokens chose.
+
+    Attributes:
+        stacks: by layer number, the stacked experts that the weights are for; None where a layer computes its own.
+        first_layer: number of the layer that `kept` and `chosen` begin with.
+        per_rank: by layer number, `[batch, seq, rank]` each.
+        kept: by layer, the weights of the chosen experts, `[tokens, top_k, 1]` each.
+        chosen: by layer, which experts, `[tokens * top_k]` each; None where `per_rank` is given.
+    """
+
+    stacks: tuple[Any, ...]
+    first_layer: int = 0
+    per_rank: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()
+    chosen: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Routing:
     """The scalings of one adapted pass, top-k applied.
 
     Attributes:
         scalings: λ per token, layer and expert; a layer axis of 1 is shared by all layers.
-        chosen: with top-k, the kept values and whose they are, `[batch, seq, layer, top_k]` each, where the tokens are
-            so few that it pays to gather their experts; or None.
+        ready: what the layers can use as it is, where the tokens are few; or None.
         first_layer: number of the layer that the layer axis begins with.
         padding: the pass's attention mask, or None: which tokens count in a mean over the sequence.
         output_layer: number of the LoRA layer that sees only `output_positions` of the sequence (an adapted LM head
@@ -32,7 +50,7 @@ class Routing:
     """
 
     scalings: Float[Tensor, "batch seq layer expert"]
-    chosen: tuple[Tensor, Tensor] | None = None
+    ready: ReadyWeights | None = None
     first_layer: int = 0
     padding: Shaped[Tensor, "batch total"] | None = None
     output_layer: int | None = None
@@ -43,13 +61,6 @@ class Routing:
         # One unbind for all layers: its backward is one stack, where a slice per layer would each time fill a zero
         # tensor of the full size.
         object.__setattr__(self, "_per_layer", self.scalings.unbind(2))
-
-    def chosen_of_layer(self, layer_number: int) -> tuple[Tensor, Tensor] | None:
-        """The kept values and their experts for one layer, `[batch, seq, top_k]` each; None to use `of_layer`."""
-        if self.chosen is None or layer_number == self.output_layer:
-            return None
-        place = 0 if len(self._per_layer) == 1 else layer_number - self.first_layer
-        return self.chosen[0][:, :, place], self.chosen[1][:, :, place]
 
     def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
         """λ for one LoRA layer."""

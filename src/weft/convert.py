@@ -10,7 +10,7 @@ from torch import nn
 
 from weft.config import XLoraConfig
 from weft.errors import AdapterError
-from weft.experts import own_tensors, refuse_variant
+from weft.experts import StackedExperts, own_tensors, refuse_variant
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
 from weft.layers.dora import refuse_base_of_dora
 
@@ -63,25 +63,10 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
     return len(layers)
 
 
-def refuse_layers_beside_text(base: Any, text_model: nn.Module | None) -> None:
-    """Raise where a layer of the part that reads images or sounds is adapted.
-
-    It has no tokens for scalings to belong to. With a mean over the text it would not be causal: what is seen in an
-    image would depend on the tokens that follow it, and a cache could not hold it.
-
-    Raises:
-        AdapterError: there is such a layer.
-    """
-    if text_model is None:
-        return
-    placed = {*text_model.modules(), base.get_input_embeddings(), base.get_output_embeddings()}
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and module not in placed:
-            raise AdapterError(
-                f"layer {name!r} is adapted by {list(module.active_adapters)}, but lies outside of the text model "
-                f"({type(text_model).__name__}), so that it has no tokens whose scalings it could follow: expected "
-                "adapters of the text model only (peft's exclude_modules keeps others out)"
-            )
+def linear_experts(target: Any) -> StackedExperts | None:
+    """The stacked experts of a converted layer, if it is linear."""
+    layer = target.forward.__self__
+    return layer.experts if isinstance(layer, XLoraLinearLayer) else None
 
 
 def restack(target: Any, incompatible_keys: Any = None) -> None:

@@ -42,13 +42,12 @@ class Storage:
         container = getattr(target, self.attribute)
         return cast(nn.Parameter, container[name].weight if isinstance(container, nn.ModuleDict) else container[name])
 
-    def owners(self, target: LoraLayer, name: str) -> list[tuple[dict[str, Any], str, Any]]:
-        """The dictionaries on the way to that parameter: (dictionary, key, what is there now)."""
+    def owners(self, target: LoraLayer) -> list[dict[str, Any]]:
+        """The dictionaries on the way to the parameters of all adapters."""
         container = getattr(target, self.attribute)
         if not isinstance(container, nn.ModuleDict):
-            return [(container._parameters, name, container[name])]
-        module = container[name]
-        return [(container._modules, name, module), (module._parameters, "weight", module.weight)]
+            return [container._parameters]
+        return [cast(dict, container._modules), *(cast(dict, module._parameters) for module in container.values())]
 
 
 def as_it_is(weight: Tensor) -> Tensor:
@@ -76,6 +75,7 @@ class Stack:
     Attributes:
         names: the active experts, in the order of their blocks.
         columns: each one's place among the layer's active adapters, which is its column in the scalings.
+        num_columns: how many active adapters the layer has.
         ranks: each one's rank.
         down: A, the rank first, then the input axes.
         up: B transposed. A grouped convolution has `rank / groups` rows.
@@ -88,6 +88,7 @@ class Stack:
 
     names: tuple[str, ...]
     columns: tuple[int, ...]
+    num_columns: int
     ranks: tuple[int, ...]
     down: Float[Tensor, "rank ..."]
     up: Float[Tensor, "rank_per_group out"]
@@ -131,9 +132,11 @@ class StackedExperts:
         self._stacks: tuple[Stack, ...] = ()
         self._active: list[str] | None = None
         self._scaling: dict[str, float] = {}
-        # What must be as it was for the stacks to hold: (dictionary, key, value), and parameters with their addresses.
-        self._owners: list[tuple[dict[str, Any], str, Any]] = []
-        self._addresses: list[tuple[nn.Parameter, int]] = []
+        # What must be as it was for the stacks to hold: what is in these dictionaries, and the parameters' addresses.
+        self._owners: list[dict[str, Any]] = []
+        self._owned: list[int] = []
+        self._parameters: list[nn.Parameter] = []
+        self._addresses: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are copies of their own: it stacks them again.
@@ -157,6 +160,11 @@ class StackedExperts:
                 self._build()
         return self._stacks
 
+    @property
+    def current(self) -> tuple[Stack, ...]:
+        """The stacks as they were last looked up."""
+        return self._stacks
+
     def differentiable(self, stack: Stack) -> tuple[Tensor, Tensor]:
         """The stack's (down, up) as autograd should see them: leaves where the experts are frozen."""
         if not torch.is_grad_enabled():
@@ -174,13 +182,9 @@ class StackedExperts:
         # This runs in every layer of every call: no public access, which is ten times slower.
         if self._active != self.target.active_adapters or self._scaling != self.target.scaling:
             return False
-        for dictionary, key, value in self._owners:
-            if dictionary.get(key) is not value:
-                return False
-        for parameter, address in self._addresses:  # noqa: SIM110 - a generator costs twice as much
-            if parameter.data_ptr() != address:
-                return False
-        return True
+        if [id(value) for dictionary in self._owners for value in dictionary.values()] != self._owned:
+            return False
+        return [parameter.data_ptr() for parameter in self._parameters] == self._addresses
 
     def _build(self) -> None:
         target, layout = self.target, self.layout
@@ -207,10 +211,11 @@ class StackedExperts:
         self._stacks = tuple(stacks)
         self._active = active
         self._scaling = dict(target.scaling)
-        storages = [(storage, name) for name in ordered for storage in (layout.down, layout.up)]
-        self._owners = [owner for storage, name in storages for owner in storage.owners(target, name)]
-        parameters = [storage.find(target, name) for storage, name in storages]
-        self._addresses = [(parameter, parameter.data_ptr()) for parameter in parameters]
+        storages = (layout.down, layout.up)
+        self._owners = [owner for storage in storages for owner in storage.owners(target)]
+        self._owned = [id(value) for dictionary in self._owners for value in dictionary.values()]
+        self._parameters = [storage.find(target, name) for storage in storages for name in ordered]
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
 
 
 def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -269,6 +274,7 @@ def _stack(
     return Stack(
         names=tuple(names),
         columns=tuple(columns),
+        num_columns=len(active),
         ranks=tuple(ranks),
         down=down[: sum(ranks)],
         up=up[:up_rows],

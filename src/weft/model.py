@@ -24,11 +24,13 @@ from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
 from weft.config import XLoraConfig
-from weft.convert import convert_layers_to_xlora, refuse_layers_beside_text, restack
+from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
 from weft.heads import add_heads, find_heads, switch_heads
-from weft.passes import Passes, first_following_layer
+from weft.passes import Passes
+from weft.placement import first_following_layer, refuse_layers_beside_text
+from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
 
@@ -124,7 +126,7 @@ class XLoraModel(BaseTuner):
         names = list(options.adapters or {})
         frozen = options.inference_mode or not options.use_trainable_adapters
         self.lora_model.set_adapter(names, inference_mode=frozen)
-        refuse_layers_beside_text(model, self.backbone.text_model)
+        refuse_layers_beside_text(self.backbone)
         num_layers = convert_layers_to_xlora(model, self, options)
         if num_layers == 0:
             raise AdapterError("no LoRA layer was found in the base model: the adapters have no targets in it")
@@ -154,6 +156,7 @@ class XLoraModel(BaseTuner):
             options,
             first_layer=first_layer,
             output_layer=next((number for number, layer in enumerate(layers.values()) if layer is output), None),
+            rank_weights=RankWeights([linear_experts(layer) for layer in layers.values()]),
         )
         self.passes.attach(model)
 

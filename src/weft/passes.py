@@ -25,17 +25,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from weft.backbone import Backbone
 from weft.cache import XLoraCache, doubled, leave_scaling_behind
-from weft.carrier import CheckpointedWithScalings, Routing, ScalingsCarrier
+from weft.carrier import CheckpointedWithScalings, ReadyWeights, Routing, ScalingsCarrier
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.freezing import SequenceMeans
 from weft.gate import XLoraClassifier
-from weft.routing import choose_top_k, keep_top_k
+from weft.rank_weights import RankWeights
+from weft.routing import keep_top_k
 from weft.scalings_log import ScalingsLog
 
 
@@ -49,6 +49,7 @@ class Passes:
         config: options, read at every call.
         first_layer: number of the first LoRA layer that follows the gate; those before have constant weights.
         output_layer: number of the LoRA layer that is the LM head, if it is adapted.
+        rank_weights: prepares what the layers need, where tokens are few.
 
     Attributes:
         disabled: leave the experts out altogether.
@@ -64,6 +65,7 @@ class Passes:
         *,
         first_layer: int,
         output_layer: int | None,
+        rank_weights: RankWeights,
     ) -> None:
         self.backbone = backbone
         self.carrier = carrier
@@ -71,6 +73,7 @@ class Passes:
         self.config = config
         self.first_layer = first_layer
         self.output_layer = output_layer
+        self._rank_weights = rank_weights
         self.disabled = False
         self.log = ScalingsLog(config.scalings_log_size)
         self._latest: Tensor | None = None
@@ -140,13 +143,22 @@ class Passes:
     def _top_k(self, scalings: Tensor) -> Tensor:
         return keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
 
-    def _chosen(self, scalings: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What the layers need to gather the chosen experts, if that is less work than to run all of them."""
-        top_k, (batch, seq, _, num_experts) = self.config.top_k_lora, scalings.shape
-        # Gathered weights are copied before they are used, so they cost about twice; and copies cannot be trained.
-        if top_k is None or 2 * batch * seq * top_k > num_experts or torch.is_grad_enabled():
-            return None
-        return choose_top_k(scalings, top_k, renormalise=self.config.enable_softmax_topk)
+    def _ready(self, scalings: Tensor, first_layer: int = 0) -> ReadyWeights | None:
+        """What the layers can use as it is to follow these scalings, top-k applied."""
+        return self._rank_weights.per_rank(scalings, first_layer, self.config.global_scaling_weight)
+
+    def _ready_by_gate(self, scalings: Tensor, followed: Tensor) -> ReadyWeights | None:
+        """The same for the gate's answer, of which `followed` has top-k applied: with few tokens, gather the chosen."""
+        config, ready = self.config, None
+        if config.top_k_lora is not None:
+            ready = self._rank_weights.of_chosen(
+                scalings,
+                config.top_k_lora,
+                self.first_layer,
+                config.global_scaling_weight,
+                renormalise=config.enable_softmax_topk,
+            )
+        return self._ready(followed, self.first_layer) if ready is None else ready
 
     def _whole(self, scalings: Tensor) -> Float[Tensor, "batch seq layer expert"]:
         if self.first_layer == 0:
@@ -179,14 +191,15 @@ class Passes:
         cache = arguments.get("past_key_values")
         if self._fixed is not None:
             leave_scaling_behind(cache)
-            self._follow(Routing(self._fixed))
+            self._follow(Routing(self._fixed, self._ready(self._fixed)))
         elif self.config.gate_layer is not None:
             leave_scaling_behind(cache)
             self.carrier.routing = self._constant()
             self._awaiting_gate = arguments
         elif isinstance(cache, XLoraCache) and cache.means is not None and cache.means.frozen:
             leave_scaling_behind(cache)
-            self._follow(Routing(cache.means.mean()))
+            means = cache.means.mean()
+            self._follow(Routing(means, self._ready(means)))
         else:
             self._ask_gate(arguments, cache)
         return (), arguments
@@ -308,7 +321,8 @@ class Passes:
     def _constant(self) -> Routing:
         # One position and one layer for all: every expert acts with the same weight everywhere.
         shape = (1, 1, 1, self.config.num_experts)
-        return Routing(torch.full(shape, self.config.constant_weight, device=self._device))
+        constant = torch.full(shape, self.config.constant_weight, device=self._device)
+        return Routing(constant, self._ready(constant))
 
     def _follow_gate(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Let the layers follow the gate's answer to `hidden` from here on."""
@@ -321,10 +335,11 @@ class Passes:
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
+        followed = self._top_k(scalings)
         self._follow(
             Routing(
-                self._top_k(scalings),
-                self._chosen(scalings),
+                followed,
+                self._ready_by_gate(scalings, followed),
                 first_layer=self.first_layer,
                 padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
                 output_layer=self.output_layer,
@@ -346,40 +361,3 @@ class Passes:
     def __getstate__(self) -> dict[str, Any]:
         # The latest scalings are part of a graph, which can neither be copied nor pickled.
         return {**self.__dict__, "_latest": None, "_followed": None, "_awaiting_gate": None}
-
-
-def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
-    """Number of the first LoRA layer that follows the gate; 0 but with `gate_layer`.
-
-    Raises:
-        ConfigError: `gate_layer` or `scaling_pass_layers` is no place in this base model, or no LoRA layer follows.
-    """
-    if not config.reads_inside:
-        return 0
-    if backbone.is_encoder_decoder:
-        name = "gate_layer" if config.scaling_pass_layers is None else "scaling_pass_layers"
-        raise ConfigError(
-            f"{name} ({getattr(config, name)}) must be None for an encoder-decoder ({type(backbone.base).__name__}): "
-            "leave it out"
-        )
-    decoder_layers = backbone.decoder_layers()
-    number = len(decoder_layers)
-    if config.scaling_pass_layers is not None:
-        if config.scaling_pass_layers > number:
-            raise ConfigError(
-                f"scaling_pass_layers ({config.scaling_pass_layers}) must be between 1 and the number of decoder "
-                f"layers ({number})"
-            )
-        return 0
-    assert config.gate_layer is not None
-    if config.gate_layer >= number:
-        raise ConfigError(f"gate_layer ({config.gate_layer}) must be below the number of decoder layers ({number})")
-    before = 0
-    modules = iter(backbone.base.modules())
-    while (module := next(modules)) is not decoder_layers[config.gate_layer]:
-        before += isinstance(module, LoraLayer)
-    if not any(isinstance(module, LoraLayer) for module in modules):
-        raise ConfigError(
-            f"gate_layer ({config.gate_layer}) leaves no LoRA layer that could follow the gate: choose a lower one"
-        )
-    return before

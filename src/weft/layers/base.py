@@ -19,7 +19,7 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from weft.carrier import ScalingsCarrier
+from weft.carrier import ReadyWeights, ScalingsCarrier
 from weft.config import XLoraConfig
 from weft.experts import Stack, StackedExperts, StorageLayout
 from weft.layers.dora import Dora
@@ -113,13 +113,20 @@ class XLoraLayer(ABC):
         carrier = self.carrier
         if target._disable_adapters or merged:
             return result.to(dtype)
-        padding = chosen = None
+        routing = carrier.routing
+        padding = None
         if scalings is not None:
             weights = self.get_maybe_topk_scalings(scalings)
-        elif carrier.routing is not None:
-            weights = carrier.routing.of_layer(self.layer_number)
-            chosen = carrier.routing.chosen_of_layer(self.layer_number)
-            padding = carrier.routing.padding
+        elif routing is not None:
+            stacks = self.experts.stacks()
+            ready = routing.ready
+            # Where an expert was changed since the weights were made ready, they are for another stack.
+            if ready is not None and len(stacks) == 1 and ready.stacks[self.layer_number] is stacks[0]:
+                sum_of_both = self.add_ready(result, x, stacks[0], ready)
+                if sum_of_both is not None:
+                    return sum_of_both if sum_of_both.dtype == dtype else sum_of_both.to(dtype)
+            weights = routing.of_layer(self.layer_number)
+            padding = routing.padding
         elif carrier.experts_off:
             return result.to(dtype)
         else:
@@ -128,10 +135,7 @@ class XLoraLayer(ABC):
         self._check_columns(weights)
         base_result = result
         for stack in self.experts.stacks():
-            if chosen is not None and self.can_gather(x, stack, chosen[0]):
-                result = self.add_chosen(result, x, stack, *chosen)
-            else:
-                result = self._add_mixture(result, base_result, x, stack, weights, padding)
+            result = self._add_mixture(result, base_result, x, stack, weights, padding)
         return result.to(dtype)
 
     def _refuse_blind_recomputation(self) -> None:
@@ -219,13 +223,9 @@ class XLoraLayer(ABC):
             result = result + bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
         return result
 
-    def can_gather(self, x: Tensor, stack: Stack, kept: Tensor) -> bool:
-        """Whether this layer can run each token's chosen experts only, whose weights are `kept`."""
-        return False
-
-    def add_chosen(self, result: Tensor, x: Tensor, stack: Stack, kept: Tensor, experts: Tensor) -> Tensor:
-        """result + the mixture of each token's chosen experts, `[batch, seq, top_k]` each."""
-        raise NotImplementedError
+    def add_ready(self, result: Tensor, x: Tensor, stack: Stack, ready: ReadyWeights) -> Tensor | None:
+        """result + the mixture with weights that are ready; None where they do not fit `x`."""
+        return None
 
     def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
         """The dtype that the layer's output must have."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weft.carrier import ReadyWeights
 from weft.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 from weft.layers.base import XLoraLayer, add_product
 
@@ -22,29 +23,39 @@ class XLoraLinearLayer(XLoraLayer):
 
     layout = _LAYOUT
 
-    def can_gather(self, x: Tensor, stack: Stack, kept: Tensor) -> bool:
-        alike = stack.rank_expert is None and stack.column_index is None and not (stack.biased or stack.dora)
-        same_dtype = x.dtype == stack.down.dtype and not torch.is_autocast_enabled(x.device.type)
-        return alike and same_dtype and x.shape[:-1] == kept.shape[:-1]
+    def add_ready(self, result: Tensor, x: Tensor, stack: Stack, ready: ReadyWeights) -> Tensor | None:
+        if self.target.training or x.dim() != 3:  # dropout, or something else than the sequence
+            return None
+        x = x.to(stack.down.dtype)
+        if ready.chosen is not None:
+            place = self.layer_number - ready.first_layer
+            return self._add_chosen(result, x, stack, ready.kept[place], ready.chosen[place])
+        weights = ready.per_rank[self.layer_number]
+        if weights.shape[0] not in (1, x.shape[0]) or weights.shape[1] not in (1, x.shape[1]):
+            return None
+        return add_product(result, F.linear(x, stack.down) * weights.to(x.dtype), stack.up)
 
-    def add_chosen(
-        self,
+    @staticmethod
+    def _add_chosen(
         result: Float[Tensor, "batch seq out"],
         x: Float[Tensor, "batch seq in"],
         stack: Stack,
-        kept: Float[Tensor, "batch seq top_k"],
-        experts: Int[Tensor, "batch seq top_k"],
-    ) -> Tensor:
-        batch, seq, top_k = kept.shape
-        tokens, num_experts, rank = batch * seq, len(stack.ranks), stack.ranks[0]
-        experts = experts.reshape(-1).to(x.device)
-        scales = kept.reshape(-1).to(x.device, x.dtype) * stack.scales.to(x.dtype).index_select(0, experts)
-        scales = (scales * self.config.global_scaling_weight).view(tokens, top_k, 1)
-        down = stack.down.view(num_experts, rank, -1).index_select(0, experts).view(tokens, top_k * rank, -1)
-        up = stack.up.view(num_experts, rank, -1).index_select(0, experts).view(tokens, top_k * rank, -1)
-        h = torch.bmm(down, x.reshape(tokens, -1, 1))  # [tokens, top_k * rank, 1]
-        h = (h.view(tokens, top_k, rank) * scales).view(tokens, 1, top_k * rank)
+        kept: Float[Tensor, "tokens top_k 1"],
+        experts: Int[Tensor, " chosen"],
+    ) -> Tensor | None:
+        tokens, top_k, _ = kept.shape
+        batch, seq, width = x.shape
+        if batch * seq != tokens:
+            return None
+        num_experts, rank = len(stack.ranks), stack.ranks[0]
+        down = stack.down.view(num_experts, rank * width).index_select(0, experts).view(tokens, top_k * rank, width)
+        up = stack.up.view(num_experts, -1).index_select(0, experts).view(tokens, top_k * rank, -1)
+        if tokens == 1:
+            h = F.linear(x, down[0]).view(1, top_k, rank) * kept.to(x.dtype)
+            return add_product(result, h.view(1, 1, top_k * rank), up[0])
+        h = torch.bmm(down, x.reshape(tokens, width, 1)).view(tokens, top_k, rank) * kept.to(x.dtype)
         flat = result.reshape(tokens, 1, -1)
+        h = h.view(tokens, 1, top_k * rank)
         return (torch.baddbmm(flat, h, up) if flat.dtype == h.dtype else flat + torch.bmm(h, up)).view(result.shape)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
