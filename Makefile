@@ -29,13 +29,13 @@ slow: env
 
 # Lint, format and types.
 check: env
-	$(RUN)/ruff check src tests demo benchmarks
-	$(RUN)/ruff format --check src tests demo benchmarks
+	$(RUN)/ruff check src tests demo benchmarks examples
+	$(RUN)/ruff format --check src tests demo benchmarks examples
 	$(RUN)/mypy
 
 format: env
-	$(RUN)/ruff check --fix src tests demo benchmarks
-	$(RUN)/ruff format src tests demo benchmarks
+	$(RUN)/ruff check --fix src tests demo benchmarks examples
+	$(RUN)/ruff format src tests demo benchmarks examples
 
 # Speed and memory against peft's X-LoRA; writes benchmarks/results/. About half an hour on two quiet cores.
 bench: env

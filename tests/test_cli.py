@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import weft
-from models import folder_files
+from models import folder_files, tiny_tokenizer
 from weft.cli import main
 
 
@@ -255,3 +255,55 @@ def test_options_of_decoding_are_checked_before_the_model_is_loaded(capsys):
     errors = capsys.readouterr().err
     assert "temperature (-1.0) must be a finite number of at least 0" in errors
     assert "top_k (0) must be at least 1" in errors
+
+
+def test_training_evaluates_reports_and_saves_the_best(arguments, data, tmp_path):
+    arguments += ["--eval-data", str(data), "--eval-steps", "1", "--early-stopping", "2", "--report-to", "tensorboard"]
+    arguments += ["--learning-rate", "20", "--log-steps", "1", "--balance-loss-weight", "0.1"]
+    arguments[arguments.index("--max-steps") + 1] = "30"
+    assert main(arguments) == 0
+    checkpoints = tmp_path / "out/checkpoints"
+    last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints))
+    state = json.loads((checkpoints / last / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert state["global_step"] == best + 2 < 30
+    saved = weft.from_pretrained(checkpoints / f"checkpoint-{best}").internal_xlora_classifier.state_dict()
+    assert all(torch.equal(value, gate(tmp_path / "out")[key]) for key, value in saved.items())
+    assert {"gate/share/math", "gate/entropy", "gate/balance_loss"} <= set(state["log_history"][0])
+    assert list(checkpoints.rglob("events.out.tfevents*"))
+
+
+def test_training_learns_which_file_belongs_to_which_expert(arguments, tmp_path):
+    for name, word in (("math", "seven"), ("code", "return")):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{word} " * 6}) for _ in range(8)))
+    start = arguments.index("--data")
+    files = [f"{name}={tmp_path / name}.jsonl" for name in ("math", "code")]
+    arguments[start + 1 : start + 2] = [*files, arguments[start + 1]]
+    arguments += ["--expert-label-loss-weight", "5", "--learning-rate", "0.05", "--log-steps", "30"]
+    arguments[arguments.index("--max-steps") + 1] = "30"
+    assert main(arguments) == 0
+    model, tokenizer = weft.from_pretrained(tmp_path / "out"), tiny_tokenizer()
+    for number, word in enumerate(("seven", "return")):
+        with torch.no_grad():
+            model(**tokenizer(f"{word} {word}", return_tensors="pt"))
+        assert model.get_latest_scalings().mean((0, 1, 2))[number] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eval-steps", "5"], r"eval_steps \(5\) needs eval_data: held-out texts"),
+        (["--early-stopping", "2"], r"early_stopping \(2\) needs eval_data: held-out texts"),
+        (["--early-stopping", "-1"], r"early_stopping \(-1\) must be at least 0"),
+        (["--eval-steps", "-1"], r"eval_steps \(-1\) must be at least 0"),
+        (["--balance-loss-weight", "-1"], r"balance_loss_weight \(-1.0\) must be a finite number of at least 0"),
+        (
+            ["--expert-label-loss-weight", "1"],
+            r"expert_label_loss_weight \(1.0\) needs data that is named for an expert \(\['math', 'code'\]\): name",
+        ),
+    ],
+)
+def test_options_of_evaluation_and_of_the_gates_losses_are_checked(arguments, options, message, capsys):
+    assert main([*arguments, *options]) == 1
+    assert re.search(message, capsys.readouterr().err)

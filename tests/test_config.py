@@ -18,14 +18,17 @@ from weft.errors import ConfigError, WeftError
 
 TWO = {"math": "adapters/math", "code": "adapters/code"}
 WEFTS_OWN = {
-    "scaling_pass_layers",
-    "gate_layer",
-    "allow_dora",
-    "heads",
-    "scalings_log_size",
-    "expert_names",
-    "layer_names",
-    "format_version",
+    *(
+        "scaling_pass_layers",
+        "gate_layer",
+        "allow_dora",
+        "heads",
+        "scalings_log_size",
+        "expert_names",
+        "layer_names",
+        "format_version",
+    ),
+    *("balance_loss_weight", "entropy_loss_weight", "expert_label_loss_weight"),
 }
 
 
@@ -122,6 +125,12 @@ OUT_OF_RANGE = [
         for value in (0, 0.0, -1.0, NAN, INF, None, "1")
     ),
     *(("scaling_pass_value", value, "must be a finite number") for value in (NAN, INF, "0", True)),
+    *(("entropy_loss_weight", value, "must be a finite number") for value in (NAN, INF, None, "0", True)),
+    *(
+        (name, value, "must be a finite number of at least 0")
+        for name in ("balance_loss_weight", "expert_label_loss_weight")
+        for value in (-0.1, NAN, INF, None, "0", True)
+    ),
     *(("global_scaling_weight", value, "must be a finite number") for value in (NAN, -INF, None, "1", False)),
     *(
         ("top_k_lora", value, "must be between 1 and the number of adapters (2)")

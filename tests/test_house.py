@@ -13,9 +13,9 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
     ["errors", "options"],
-    ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser"],
-    ["config", "carrier", "cache", "short_backbone"],
-    ["gate", "experts", "backbone"],
+    ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
+    ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled"],
+    ["gate", "experts", "backbone", "auxiliary", "callbacks"],
     ["layers", "rank_weights", "placement"],
     ["convert", "passes", "adapters"],
     ["manifest", "seq2seq", "heads"],
@@ -23,7 +23,7 @@ ORDER = [
     ["model"],
     ["integration", "speculation"],
     ["streaming"],
-    ["loading"],
+    ["loading", "monitoring"],
     ["train", "evaluate"],
     ["folding"],
     ["cli"],

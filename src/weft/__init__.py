@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weft.callbacks import GateCallback
     from weft.config import XLoraConfig
     from weft.folding import fold, mean_scalings
     from weft.gate import XLoraClassifier
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "GateCallback": "weft.callbacks",
     "Generation": "weft.streaming",
     "Step": "weft.streaming",
     "XLoraConfig": "weft.config",
@@ -35,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "GateCallback",
     "Generation",
     "Step",
     "XLoraClassifier",

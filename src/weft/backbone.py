@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from weft.errors import CacheError, ConfigError
 from weft.short_backbone import ShortBackbone
 
 # Outputs the scaling pass does not want, whoever asked for them.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", "past_key_values"}
-# Arguments of the loss, which models take through **kwargs.
-_LOSS_OPTIONS = {"num_items_in_batch"}
+# Arguments of the loss, which models take through **kwargs; the last one is TRL's.
+_LOSS_OPTIONS = {"num_items_in_batch", "shift_labels", "fused_lm_head"}
 
 
 class Backbone:
@@ -67,6 +68,12 @@ class Backbone:
     def named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of the base model, by name."""
         return {**dict(zip(self._positional, args, strict=False)), **kwargs}
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the base model's loss lets token t predict label t + 1."""
+        loss = LOSS_MAPPING.get(getattr(self.base, "loss_type", None) or "")
+        return loss is ForCausalLMLoss and not self.is_encoder_decoder
 
     def prompt_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Tokens of the prompt in the arguments of `generate`."""

@@ -23,6 +23,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from weft.errors import ConfigError
+from weft.losses import GATE_LOSSES
 
 _TITLE = "XLoraConfig cannot work:"
 _WRITTEN_BY_SAVE = {"expert_names", "layer_names", "format_version"}
@@ -64,6 +65,11 @@ class XLoraConfig(PeftConfig):
             a model that classifies; None trains none. They stand outside of the backbone. Experts that were trained
             with such a module of their own use the mixture's instead.
         scalings_log_size: how many passes the scalings log keeps, 1 or more; older ones are dropped.
+        balance_loss_weight: in training, adds so much of `weft.losses.balance_loss`, 0 or more: no expert starves. This
+            and the next two need `enable_softmax` or `enable_softmax_topk`.
+        entropy_loss_weight: adds so much of `weft.losses.entropy_loss`: above 0 the gate becomes sharper, below softer.
+        expert_label_loss_weight: adds so much of `weft.losses.expert_label_loss`, 0 or more, in calls that have
+            `expert_labels`: the expert that each example (or token) belongs to, by number.
         expert_names: written by `save_pretrained`: the experts in the order of the gate's outputs.
         layer_names: written by `save_pretrained`: the LoRA layers in the order of the gate's outputs.
         format_version: of the saved folder; None for one that weft did not write.
@@ -96,6 +102,9 @@ class XLoraConfig(PeftConfig):
     allow_dora: bool = False
     heads: list[str] | None = None
     scalings_log_size: int = 256
+    balance_loss_weight: float = 0.0
+    entropy_loss_weight: float = 0.0
+    expert_label_loss_weight: float = 0.0
     expert_names: list[str] | None = None
     layer_names: list[str] | None = None
     format_version: int | None = None
@@ -131,6 +140,12 @@ class XLoraConfig(PeftConfig):
     def constant_weight(self) -> float:
         """Every expert's weight where the gate has not decided yet: `scaling_pass_value`."""
         return float(self.scaling_pass_value or 0)
+
+    @property
+    def gate_loss_weights(self) -> dict[str, float]:
+        """The weights of the gate's own losses that are on, by the losses' names in `weft.losses`."""
+        weights = {name: float(getattr(self, f"{name}_weight")) for name in GATE_LOSSES}
+        return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def num_experts(self) -> int:
@@ -271,7 +286,11 @@ def _range_problems(config: XLoraConfig) -> list[str]:
         problems.append(f"xlora_dropout_p ({config.xlora_dropout_p!r}) must be in [0, 1)")
     if not _is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
         problems.append(f"softmax_temperature ({config.softmax_temperature!r}) must be a finite number above 0")
-    for name in ("scaling_pass_value", "global_scaling_weight"):
+    for name in ("balance_loss_weight", "expert_label_loss_weight"):
+        value = getattr(config, name)
+        if not _is_number(value) or value < 0:
+            problems.append(f"{name} ({value!r}) must be a finite number of at least 0")
+    for name in ("scaling_pass_value", "global_scaling_weight", "entropy_loss_weight"):
         value = getattr(config, name)
         if not _is_number(value) and not (value is None and not config.adapters):
             problems.append(f"{name} ({value!r}) must be a finite number")
@@ -296,6 +315,13 @@ def _routing_problems(config: XLoraConfig) -> list[str]:
         problems += top_k_problems(config.top_k_lora, num_adapters)
     elif config.enable_softmax_topk is True:
         problems.append("enable_softmax_topk (True) needs top_k_lora (None): set how many experts a token keeps")
+    if config.enable_softmax is False and config.enable_softmax_topk is False:
+        for name in GATE_LOSSES:
+            value = getattr(config, f"{name}_weight")
+            if value:
+                problems.append(
+                    f"{name}_weight ({value!r}) needs shares that sum to one: set enable_softmax or enable_softmax_topk"
+                )
     if config.enable_softmax is True and config.enable_softmax_topk is True:
         problems.append("enable_softmax (True) and enable_softmax_topk (True) exclude each other: switch one off")
     return problems

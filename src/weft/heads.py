@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft.config import PeftConfig
+from peft.utils import PeftType, TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -54,7 +56,22 @@ def find_heads(base: nn.Module, backbone: nn.Module, names: Sequence[str] | None
     return list(dict.fromkeys(found))
 
 
-def add_heads(base: nn.Module, paths: Sequence[str], adapters: list[Adapter], mixture_name: str) -> None:
+def refuse_task_of_peft(config: PeftConfig) -> None:
+    """Raise where peft itself builds the model, by a class for the task that cannot do without `modules_to_save`.
+
+    Raises:
+        ConfigError: it is such a task.
+    """
+    if config.peft_type is PeftType.XLORA and config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        raise ConfigError(
+            f"task_type ({config.task_type}) must be left out with get_peft_model, whose class for it needs "
+            "modules_to_save: name the head in heads, or use weft.from_adapters"
+        )
+
+
+def add_heads(
+    base: nn.Module, paths: Sequence[str], adapters: list[Adapter], mixture_name: str, *, inference_mode: bool
+) -> None:
     """Wrap the heads, and let them start from their experts' where those agree.
 
     Args:
@@ -62,6 +79,7 @@ def add_heads(base: nn.Module, paths: Sequence[str], adapters: list[Adapter], mi
         paths: full names of the heads.
         adapters: the experts.
         mixture_name: peft's name of the mixture.
+        inference_mode: freeze them.
 
     Raises:
         ConfigError: a head has LoRA layers.
@@ -88,6 +106,7 @@ def add_heads(base: nn.Module, paths: Sequence[str], adapters: list[Adapter], mi
             own.load_state_dict(common)
         parent, _, attribute = path.rpartition(".")
         setattr(base.get_submodule(parent), attribute, wrapper)
+    switch_heads(base, mixture_name, inference_mode=inference_mode)
 
 
 def switch_heads(base: nn.Module, mixture_name: str, *, inference_mode: bool) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import PeftType, TaskType
+from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -27,7 +27,8 @@ from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
-from weft.heads import add_heads, find_heads, switch_heads
+from weft.gate_metrics import GateMetrics
+from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
 from weft.passes import Passes
 from weft.placement import first_following_layer, refuse_layers_beside_text
 from weft.rank_weights import RankWeights
@@ -77,18 +78,13 @@ class XLoraModel(BaseTuner):
         nn.Module.__init__(self)
         # A copy: one config may serve several models, and each writes its own layers and options into it.
         given = config[adapter_name] if isinstance(config, dict) else config
-        config_type = given.peft_type
+        refuse_task_of_peft(given)
         options = copy.deepcopy(XLoraConfig.from_peft(given))
         options.peft_type = PeftType.XLORA
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
                 "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() "
                 "it first"
-            )
-        if config_type is PeftType.XLORA and options.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
-            raise ConfigError(
-                f"task_type ({options.task_type}) must be left out with get_peft_model, whose class for it needs "
-                "modules_to_save: name the head in heads, or use weft.from_adapters"
             )
         if adapter_name in (options.adapters or {}):
             raise ConfigError(
@@ -111,8 +107,7 @@ class XLoraModel(BaseTuner):
         try:
             self.lora_model = inject_adapters(model, adapters)
             self._finish(options, model)
-            add_heads(model, heads, adapters, adapter_name)
-            switch_heads(model, adapter_name, inference_mode=options.inference_mode)
+            add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
@@ -344,6 +339,11 @@ class XLoraModel(BaseTuner):
     def clear_scalings_log(self) -> None:
         """Forget the recorded scalings."""
         self.passes.log.clear()
+
+    @property
+    def gate_metrics(self) -> GateMetrics:
+        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
+        return self.passes.losses.metrics
 
     # ------------------------------------------------------------------ peft's machinery
 

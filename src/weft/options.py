@@ -20,7 +20,8 @@ class TrainOptions:
         base: Folder or Hub id of the base model (a causal language model).
         adapters: The experts, as name=FOLDER (or name=HUB_ID), two or more, separated by spaces.
         data: Training texts: .jsonl with "text" or "messages", .parquet with such a column, plain text files, or the
-            name of a data set of the `datasets` library; one or more, separated by spaces.
+            name of a data set of the `datasets` library; one or more, separated by spaces. EXPERT=FILE labels a file's
+            texts for expert_label_loss_weight.
         output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
         epochs: Passes over the data when max_steps is 0.
@@ -33,6 +34,10 @@ class TrainOptions:
         save_steps: Steps between two checkpoints.
         log_steps: Steps between two lines of loss.
         resume: Continue from the last checkpoint in the output folder.
+        eval_data: Held-out texts, files as for data; the mixture with the lowest loss on them is the one that is saved.
+        eval_steps: Steps between two evaluations, each with a checkpoint; 0 evaluates every save_steps.
+        early_stopping: Stop after so many evaluations in a row without a lower loss; 0 never does.
+        report_to: Where the log goes beside the screen; tensorboard writes into the folder of the checkpoints.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         dtype: The base model's number format; auto takes what it is saved in.
         bf16: Mixed precision training in bfloat16.
@@ -49,6 +54,10 @@ class TrainOptions:
             there on follow it; null for a scaling pass.
         use_trainable_adapters: Train the experts too.
         allow_dora: Take adapters with DoRA too.
+        balance_loss_weight: Adds so much of a loss that is lowest where all experts are used alike; try 0.01.
+        entropy_loss_weight: Adds so much of the shares' entropy: above 0 the gate becomes sharper, below 0 softer.
+        expert_label_loss_weight: Adds so much of the cross entropy of the gate against the experts that data files are
+            named for (EXPERT=FILE).
     """
 
     base: str | None = None
@@ -66,6 +75,10 @@ class TrainOptions:
     save_steps: int = 100
     log_steps: int = 5
     resume: bool = False
+    eval_data: list[str] = field(default_factory=list)
+    eval_steps: int = 0
+    early_stopping: int = 0
+    report_to: Literal["none", "tensorboard"] = "none"
     gradient_checkpointing: bool = False
     dtype: Dtype = "auto"
     bf16: bool = False
@@ -80,6 +93,9 @@ class TrainOptions:
     gate_layer: int | None = None
     use_trainable_adapters: bool = False
     allow_dora: bool = False
+    balance_loss_weight: float = 0.0
+    entropy_loss_weight: float = 0.0
+    expert_label_loss_weight: float = 0.0
 
 
 @dataclass

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from weft.auxiliary import AuxiliaryLosses
 from weft.backbone import Backbone
 from weft.cache import XLoraCache, doubled, leave_scaling_behind
 from weft.carrier import CheckpointedWithScalings, ReadyWeights, Routing, ScalingsCarrier
@@ -54,6 +55,7 @@ class Passes:
     Attributes:
         disabled: leave the experts out altogether.
         log: a record of the scalings.
+        losses: the gate's own losses and metrics in training.
     """
 
     def __init__(
@@ -76,6 +78,9 @@ class Passes:
         self._rank_weights = rank_weights
         self.disabled = False
         self.log = ScalingsLog(config.scalings_log_size)
+        self.losses = AuxiliaryLosses(
+            config, shifts_labels=backbone.shifts_labels, labels_are_targets=backbone.is_encoder_decoder
+        )
         self._latest: Tensor | None = None
         self._followed: Routing | None = None
         self._fixed: Tensor | None = None
@@ -176,9 +181,10 @@ class Passes:
         if self.carrier.in_scaling_pass:
             return None
         arguments = self.backbone.named_arguments(args, kwargs)
+        taken = self.losses.begin(arguments, training=base.training and torch.is_grad_enabled() and self.gate_decides)
         if self.disabled:
             leave_scaling_behind(arguments.get("past_key_values"))
-            return None
+            return ((), arguments) if taken else None
         if getattr(base, "_is_replica", False):
             raise RuntimeError(
                 "X-LoRA cannot run in torch.nn.DataParallel, whose threads would share one model's scalings: start one "
@@ -291,10 +297,12 @@ class Passes:
         finally:
             self._freeze_at = before
 
-    def _after(self, base: nn.Module, args: Any, output: Any) -> None:
-        if not self.carrier.in_scaling_pass:
-            self.carrier.clear()
-            self._awaiting_gate = None
+    def _after(self, base: nn.Module, args: Any, output: Any) -> Any:
+        if self.carrier.in_scaling_pass:
+            return None
+        self.carrier.clear()
+        self._awaiting_gate = None
+        return self.losses.finish(output)
 
     def _at_gate_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments, self._awaiting_gate = self._awaiting_gate, None
@@ -332,6 +340,8 @@ class Passes:
         if not self.config.layerwise_scalings:
             scalings = scalings[:, :, :1]  # one computation for all layers
         padding = arguments.get("attention_mask")
+        padding = padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        self.losses.gate_answered(scalings, padding)
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
@@ -341,7 +351,7 @@ class Passes:
                 followed,
                 self._ready_by_gate(scalings, followed),
                 first_layer=self.first_layer,
-                padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
+                padding=padding,
                 output_layer=self.output_layer,
                 output_positions=keep,
             )

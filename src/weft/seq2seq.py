@@ -135,9 +135,9 @@ class Seq2SeqPasses(Passes):
         self._call = None
         return super()._before(base, args, kwargs)
 
-    def _after(self, base: nn.Module, args: Any, output: Any) -> None:
-        super()._after(base, args, output)
+    def _after(self, base: nn.Module, args: Any, output: Any) -> Any:
         self._call = None
+        return super()._after(base, args, output)
 
     def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
         """Note the call; the hooks of the encoder and the decoder ask the gate."""
@@ -170,14 +170,13 @@ class Seq2SeqPasses(Passes):
             self._carry_scalings_through_checkpoints(encoder)
         arguments = _by_name(encoder, args, kwargs)
         hidden = self._read(encoder, arguments)
-        scalings = self._source_scalings(hidden)
+        padding = arguments.get("attention_mask")
+        padding = padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        scalings = self._source_scalings(hidden, padding)
         if self._call is not None:
             self._call.hidden, self._call.scalings = hidden, scalings
         self._encoding = _Encoding(before, hidden)
-        padding = arguments.get("attention_mask")
-        self.carrier.routing = Routing(
-            scalings, padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
-        )
+        self.carrier.routing = Routing(scalings, padding=padding)
 
     def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
         encoding = self._encoding
@@ -217,7 +216,9 @@ class Seq2SeqPasses(Passes):
         )
         # Where the keys and values of cross-attention are cached, no layer sees source tokens any more.
         if cache is None or not any(cache.is_updated.values()):
-            self._follow_source_too(self._source_scalings(call.hidden) if call.scalings is None else call.scalings)
+            if call.scalings is None:
+                call.scalings = self._source_scalings(call.hidden, call.arguments.get("attention_mask"))
+            self._follow_source_too(call.scalings)
 
     def _follow_source_too(self, source: Tensor) -> None:
         target = self.carrier.routing
@@ -231,10 +232,12 @@ class Seq2SeqPasses(Passes):
             source_layers=self._source_layers,
         )
 
-    def _source_scalings(self, hidden: Tensor) -> Float[Tensor, "batch seq layer expert"]:
+    def _source_scalings(self, hidden: Tensor, padding: Tensor | None) -> Float[Tensor, "batch seq layer expert"]:
         """The gate's answer for source tokens, as the layers follow it."""
         scalings = self.latest_source_scalings = self.gate(hidden.to(self._device))
-        return self._top_k(scalings if self.config.layerwise_scalings else scalings[:, :, :1])
+        scalings = scalings if self.config.layerwise_scalings else scalings[:, :, :1]
+        self.losses.gate_answered(scalings, padding)
+        return self._top_k(scalings)
 
     def _read(self, module: nn.Module, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
         """The last hidden state of a scaling pass of the encoder or the decoder."""

@@ -17,10 +17,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from weft.adapters import read_json
 from weft.config import XLoraConfig
-from weft.data import check_length, read_texts, token_sequences
+from weft.data import check_length
 from weft.errors import ConfigError
 from weft.integration import from_adapters
+from weft.labelled import label_problems, training_rows
 from weft.loading import load_base, load_tokenizer
+from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
 
 _CONFIG_OPTIONS = (
@@ -35,6 +37,9 @@ _CONFIG_OPTIONS = (
     "gate_layer",
     "use_trainable_adapters",
     "allow_dora",
+    "balance_loss_weight",
+    "entropy_loss_weight",
+    "expert_label_loss_weight",
 )
 
 
@@ -55,11 +60,8 @@ def train(options: TrainOptions) -> Path:
     XLoraConfig(adapters=adapters, **model_options)  # says what is wrong before the base model is loaded
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
-    sequences = [
-        sequence
-        for source in options.data
-        for sequence in token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
-    ]
+    rows = training_rows(options.data, list(adapters), tokenizer, options.sequence_length)
+    held_out = training_rows(options.eval_data, [], tokenizer, options.sequence_length) if options.eval_data else None
     model = from_adapters(load_base(options.base, options.dtype), adapters, **model_options)
     check_length(options.sequence_length, model.config)
 
@@ -67,10 +69,11 @@ def train(options: TrainOptions) -> Path:
     interrupt = StopOnInterrupt()
     trainer = Trainer(
         model,
-        _training_arguments(options, _checkpoints(options), len(sequences)),
-        train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+        _training_arguments(options, _checkpoints(options), len(rows)),
+        train_dataset=rows,
+        eval_dataset=held_out,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        callbacks=[interrupt],
+        callbacks=[interrupt, *monitoring_callbacks(options)],
     )
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
@@ -186,6 +189,8 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
     if Path(options.output).is_file():
         problems.append(f"output ({options.output}) is a file, expected a folder")
+    problems += monitoring_problems(options)
+    problems += label_problems(options.data, list(adapters), options.expert_label_loss_weight)
     problems += _resume_problems(options, list(adapters))
     if problems:
         raise ConfigError("weft train cannot start:", problems)
@@ -205,13 +210,13 @@ def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int)
         warmup_steps=int(options.warmup * steps),
         weight_decay=0.0,
         seed=options.seed,
-        save_steps=options.save_steps,
         save_total_limit=2,
         logging_steps=options.log_steps,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=options.bf16,
-        report_to="none",
+        remove_unused_columns=False,
+        **monitoring_arguments(options),
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -16,7 +16,7 @@ from weft.errors import WeftError
 from weft.options import ChatOptions, EvalOptions, FoldOptions, GenerateOptions, TrainOptions
 
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data", "--weights")
+_LISTS = ("--adapters", "--data", "--eval_data", "--weights")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
