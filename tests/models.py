@@ -22,8 +22,8 @@ def lora(**options):
 
 
 def is_expert(name):
-    """Whether a parameter of this name is a LoRA factor."""
-    return any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding_"))
+    """Whether a parameter of this name is a LoRA factor or a magnitude."""
+    return any(part in name for part in ("lora_A.", "lora_B.", "lora_embedding_", "lora_magnitude_vector"))
 
 
 def randomise(module, seed):
@@ -32,7 +32,9 @@ def randomise(module, seed):
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if is_expert(name):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                noise = torch.randn(parameter.shape, generator=generator) * 0.3
+                # A magnitude is as large as the weights are.
+                parameter.copy_(parameter * (1 + noise) if "magnitude" in name else noise)
 
 
 def quietly(function, *args, **kwargs):

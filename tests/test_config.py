@@ -18,7 +18,16 @@ from weft.errors import ConfigError, WeftError
 
 TWO = {"math": "adapters/math", "code": "adapters/code"}
 WEFTS_OWN = {
-    *("scaling_pass_layers", "gate_layer", "scalings_log_size", "expert_names", "layer_names", "format_version"),
+    *(
+        "scaling_pass_layers",
+        "gate_layer",
+        "allow_dora",
+        "heads",
+        "scalings_log_size",
+        "expert_names",
+        "layer_names",
+        "format_version",
+    ),
     *("balance_loss_weight", "entropy_loss_weight", "expert_label_loss_weight"),
 }
 
@@ -129,7 +138,13 @@ OUT_OF_RANGE = [
     ),
     *(
         (name, value, "must be True or False")
-        for name in ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters")
+        for name in (
+            "enable_softmax",
+            "enable_softmax_topk",
+            "layerwise_scalings",
+            "use_trainable_adapters",
+            "allow_dora",
+        )
         for value in (1, 0, None, "yes")
     ),
 ]

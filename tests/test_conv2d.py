@@ -153,3 +153,29 @@ def test_a_vision_model_with_convolutional_experts_works_end_to_end(name, tmp_pa
         loss.backward()
         optimizer.step()
     assert loss < first
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_vision_model_with_a_trained_head_and_dora_comes_back_as_saved(name, tmp_path):
+    make, targets, size, _ = VISION[name]
+    paths = {
+        f"e{i}": save_adapter(
+            make(), lora(task_type=None, target_modules=targets, use_dora=bool(i)), tmp_path / f"e{i}", seed=i
+        )
+        for i in range(2)
+    }
+    model = weft.from_adapters(make(), paths, layerwise_scalings=True, allow_dora=True, heads=["classifier"])
+    images, labels = torch.randn(BATCH, 3, size, size), torch.tensor([0, 1])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(4):
+        loss = model(pixel_values=images, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path / "mixture")
+    loaded = weft.from_pretrained(tmp_path / "mixture", make())
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values=images).logits, model(pixel_values=images).logits)

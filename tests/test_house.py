@@ -19,7 +19,7 @@ ORDER = [
     ["gate", "experts", "backbone", "auxiliary", "callbacks"],
     ["layers", "rank_weights", "placement", "given_hidden"],
     ["convert", "passes", "adapters"],
-    ["manifest", "seq2seq", "finite", "whole_checkpoints"],
+    ["manifest", "seq2seq", "finite", "whole_checkpoints", "heads"],
     ["checkpoint"],
     ["model"],
     ["integration", "speculation"],

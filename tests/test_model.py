@@ -63,7 +63,7 @@ def test_scaling_pass_runs_the_backbone_alone_without_head_or_lora(model, ids):
     original = XLoraLayer._add_mixture
     XLoraLayer._add_mixture = lambda *args: count("down")() or original(*args)
     try:
-        logits(model, ids)
+        logits(model, ids.repeat(1, 5))  # more tokens than have their weights made ready
     finally:
         XLoraLayer._add_mixture = original
         for handle in handles:

@@ -508,6 +508,33 @@ def test_gradient_checkpointing_gives_the_same_gradients(two, reentrant):
             torch.testing.assert_close(parameter.grad, experts[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_seq2seq_trainer_lowers_the_loss_and_the_mixture_comes_back_as_saved(two, tmp_path):
+    model = mixture(two, use_trainable_adapters=True)
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(source()["input_ids"], target(), strict=True)]
+    arguments = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        max_steps=5,
+        predict_with_generate=True,
+        generation_max_length=4,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        label_names=["labels"],
+    )
+    trainer = transformers.Seq2SeqTrainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = quietly(trainer.evaluate)["eval_loss"]
+    quietly(trainer.train)
+    assert quietly(trainer.evaluate)["eval_loss"] < before
+    predicted = torch.as_tensor(quietly(trainer.predict, rows).predictions)
+    model.save_pretrained(tmp_path / "mixture")
+    loaded = quietly(weft.from_pretrained, tmp_path / "mixture", make_base(two[0]))
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch()).logits, model.eval()(**batch()).logits)
+        assert torch.equal(loaded.generate(input_ids=source()["input_ids"], max_length=4), predicted[:, :4])
+
+
 # -------------------------------------------------------------------------------------- on, off, out and back
 
 

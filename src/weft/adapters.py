@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ _SHOWN = 8  # keys in one message
 KEY_PREFIX = "base_model.model."
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
 _UNMIXABLE = {
-    "modules_to_save": "trains whole modules of its own",
     "layer_replication": "replicates layers of the base model",
     "target_parameters": "adapts bare parameters",
     "trainable_token_indices": "trains embeddings of its own",
@@ -36,33 +36,37 @@ _UNMIXABLE = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter as read from its folder."""
+    """One LoRA adapter as read from its folder; `heads` are tensors of whole modules, which do not act in a mixture."""
 
     name: str
     folder: Path
     config: LoraConfig
     weights: dict[str, Tensor]
+    heads: dict[str, Tensor]
 
 
 # Initialisations that take the adapter's start out of the base weights: such an adapter is of another base model.
 _BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-def read_adapters(paths: dict[str, str]) -> list[Adapter]:
+def read_adapters(paths: dict[str, str], *, allow_dora: bool = False, heads: Sequence[str] = ()) -> list[Adapter]:
     """Read the adapters of one base model.
 
     Args:
         paths: name -> folder or Hub id, in the order of the gate's outputs.
+        allow_dora: take adapters with DoRA too.
+        heads: modules of the base model which the mixture has one of, so that adapters may have their own, which does
+            not act.
 
     Raises:
-        AdapterError: files are missing or unreadable, an adapter is no plain LoRA, or they are of different base
-            models; all problems at once.
+        AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
+            base models; all problems at once.
     """
     adapters: list[Adapter] = []
     problems: list[str] = []
     for name, path in paths.items():
         try:
-            adapters.append(_read_adapter(name, path))
+            adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads))
         except AdapterError as err:
             problems.append(str(err))
     problems += _base_model_problems(adapters)
@@ -93,6 +97,7 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
             raise AdapterError(
                 f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
             ) from err
+        remove_wrappers(base)  # peft's, around modules of the adapter's own: they do not act in a mixture
         lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
         _fill(base, adapter)
     assert lora_model is not None
@@ -100,13 +105,22 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
 
 
 def remove_adapters(base: nn.Module) -> None:
-    """Put the base layers back in the place of all LoRA layers."""
+    """Put the base layers back in the place of all LoRA layers, and of modules that are trained as a whole."""
+    remove_wrappers(base)
     for name, module in list(base.named_modules()):
         if isinstance(module, LoraLayer):
             parent, _, attribute = name.rpartition(".")
             setattr(base.get_submodule(parent), attribute, module.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config
+
+
+def remove_wrappers(base: nn.Module) -> None:
+    """Put the base model's own modules back in the place of those that are trained as a whole."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, module.original_module)
 
 
 def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -123,6 +137,9 @@ def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor
             factors = getattr(module, attribute)
             if name in factors:
                 yield f"{KEY_PREFIX}{layer_name}.{attribute}", factors[name]
+        if name in module.lora_magnitude_vector:
+            magnitude = module.lora_magnitude_vector[name].get_parameter("weight")
+            yield f"{KEY_PREFIX}{layer_name}.lora_magnitude_vector", magnitude
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -176,7 +193,7 @@ def local_folder(path: str, what: str) -> Path:
         raise CheckpointError(message) from err
 
 
-def _read_adapter(name: str, path: str) -> Adapter:
+def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str]) -> Adapter:
     try:
         folder = local_folder(path, f"adapter {name!r}")
     except CheckpointError as err:
@@ -197,8 +214,12 @@ def _read_adapter(name: str, path: str) -> Adapter:
         unfetched = not Path(path).is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
         hint = "; weft does not fetch or open pickles (adapter_model.bin)" if unfetched else ""
         raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
-    _refuse_unmixable(name, config)
-    return Adapter(name, folder, config, weights)
+    if config.use_dora and not allow_dora:
+        refuse_dora(name)
+    _refuse_unmixable(name, config, has_heads=bool(heads))
+    prefixes = tuple(f"{KEY_PREFIX}{path}." for path in heads)
+    own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefixes) and ".lora_" not in key}
+    return Adapter(name, folder, config, weights, own)
 
 
 def _read_config(name: str, folder: Path) -> LoraConfig:
@@ -208,14 +229,17 @@ def _read_config(name: str, folder: Path) -> LoraConfig:
         raise AdapterError(f"adapter {name!r}: peft refuses {folder / CONFIG_NAME}: {err}") from err
 
 
-def _refuse_unmixable(name: str, config: LoraConfig) -> None:
-    if config.use_dora:
-        refuse_dora(name)
+def _refuse_unmixable(name: str, config: LoraConfig, *, has_heads: bool) -> None:
     start = str(config.init_lora_weights).lower()
     if start.startswith(_BASE_CHANGING_STARTS):
         raise AdapterError(
             f"adapter {name!r} has init_lora_weights ({start!r}), which changes the base model's weights, and that "
             "cannot be mixed: save it again as a plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
+    if config.modules_to_save and not has_heads:
+        raise AdapterError(
+            f"adapter {name!r} has modules_to_save ({config.modules_to_save!r}): it trains whole modules of its own, "
+            "which cannot be mixed. The mixture can have such a module of its own in their place: name it in heads"
         )
     for option, what in _UNMIXABLE.items():
         value = getattr(config, option, None)
@@ -315,7 +339,7 @@ def _without_base_weights(base: nn.Module, adapter: Adapter) -> dict[str, Tensor
         elif own.shape != value.shape or not _equal_in_either_dtype(own.cpu(), value.cpu()):
             raise AdapterError(
                 f"adapter {adapter.name!r} carries its own {key}, which differs from the base model's: an adapter with "
-                "retrained or resized embeddings cannot be mixed"
+                "retrained or resized embeddings or other modules cannot be mixed"
             )
     return kept
 

@@ -57,6 +57,14 @@ class Backbone:
         """The module that runs the layers; the base model itself where it has no head."""
         return getattr(self.base, self.base.base_model_prefix, self.base)
 
+    @property
+    def text_model(self) -> nn.Module | None:
+        """The part that reads text, where others read images or sounds for it; None where the whole model does."""
+        config = self.base.config
+        if self.is_encoder_decoder or config.get_text_config() is config:
+            return None
+        return self.base.get_decoder()
+
     def named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of the base model, by name."""
         return {**dict(zip(self._positional, args, strict=False)), **kwargs}
@@ -158,8 +166,10 @@ class Backbone:
 
     def _path_of_layers(self) -> str:
         number = getattr(self.base.config.get_text_config(), "num_hidden_layers", None)
+        text = self.text_model
+        inside = set((self.module if text is None else text).modules())
         for path, module in self.module.named_modules():
-            if isinstance(module, nn.ModuleList) and len(module) == number:
+            if isinstance(module, nn.ModuleList) and len(module) == number and module in inside:
                 return path
         raise ConfigError(
             f"gate_layer and scaling_pass_layers need a base model with its {number} decoder layers in one list, which "

@@ -1,7 +1,7 @@
 """The self-contained folder: gate, experts and options of one mixture.
 
     adapter_config.json           the options (peft's X-LoRA config): names and layers in order, relative paths
-    adapter_model.safetensors     the gate, under peft's keys (and copies of trained experts, for tools that resume)
+    adapter_model.safetensors     gate and heads, under peft's keys (and copies of trained experts, for tools to resume)
     weft_manifest.json            digests of all tensors, and of the experts' configs
     experts/math/                 each expert, an ordinary peft adapter: adapter_config.json, adapter_model.safetensors
 
@@ -22,10 +22,12 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from torch import Tensor
 
 from weft.adapters import adapter_parameters, key_problems, local_folder, read_json, read_tensors
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.heads import head_tensors
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
 from weft.whole import replace_file, replace_folder
 
@@ -142,16 +144,20 @@ def load_gate(model: torch.nn.Module, folder: Path) -> None:
     if problems:
         raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
     with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if GATE_KEY in key:
-                value.copy_(weights[key])
+        for key, value in _mixture_tensors(model).items():
+            value.copy_(weights[key])
 
 
 def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
-    """What hinders these tensors from being a PeftModel's gate; copies of its experts' tensors beside it do not."""
-    own = model.state_dict()
-    gate = {key: value for key, value in own.items() if GATE_KEY in key}
-    return key_problems({key: value for key, value in weights.items() if GATE_KEY in key or key not in own}, gate)
+    """What hinders these tensors from being a PeftModel's gate and heads; copies of its experts' beside them do not."""
+    own, everything = _mixture_tensors(model), model.state_dict()
+    return key_problems({key: value for key, value in weights.items() if key in own or key not in everything}, own)
+
+
+def _mixture_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of a PeftModel's gate and heads, under the names that peft saves them by."""
+    gate = {key: value for key, value in model.state_dict().items() if GATE_KEY in key}
+    return {**gate, **head_tensors(model)}
 
 
 def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
@@ -160,7 +166,7 @@ def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
     So every tool that loads the gate through peft (a Trainer that resumes or takes the best checkpoint) gets them too.
     """
     model: Any = config.model
-    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.")
+    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
     experts = {f"base_model.{key}": value for key, value in model.state_dict().items() if any(p in key for p in parts)}
     tensors = {**read_tensors(file), **experts}
     replace_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -183,6 +189,7 @@ def write_expert(model: Any, name: str, folder: Path) -> None:
     tensors = {
         key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model.lora_model.model, name)
     }
+    tensors |= model.expert_heads[name]
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     expert: LoraConfig = model.lora_model.peft_config[name]
     trainable = expert.inference_mode

@@ -59,6 +59,11 @@ class XLoraConfig(PeftConfig):
             leaves them; None runs all of them.
         gate_layer: no scaling pass: the gate reads what enters this decoder layer (counted from 0) in the only pass,
             and the layers from there on follow it; None for a scaling pass. Excludes `scaling_pass_layers`.
+        allow_dora: take experts with DoRA too, whose weight norms are computed once while they are frozen, and in every
+            call while they train.
+        heads: modules of the base model that are trained and saved with the gate, by name, such as the `classifier` of
+            a model that classifies; None trains none. They stand outside of the backbone. Experts that were trained
+            with such a module of their own use the mixture's instead.
         scalings_log_size: how many passes the scalings log keeps, 1 or more; older ones are dropped.
         balance_loss_weight: in training, adds so much of `weft.losses.balance_loss`, 0 or more: no expert starves. This
             and the next two need `enable_softmax` or `enable_softmax_topk`.
@@ -94,6 +99,8 @@ class XLoraConfig(PeftConfig):
     # weft's own
     scaling_pass_layers: int | None = None
     gate_layer: int | None = None
+    allow_dora: bool = False
+    heads: list[str] | None = None
     scalings_log_size: int = 256
     balance_loss_weight: float = 0.0
     entropy_loss_weight: float = 0.0
@@ -120,6 +127,7 @@ class XLoraConfig(PeftConfig):
         return [
             *_adapter_problems(self.adapters, self.expert_names),
             *_range_problems(self),
+            *_heads_problems(self.heads),
             *_routing_problems(self),
         ]
 
@@ -230,7 +238,7 @@ def unknown_option_problems(names: Iterable[str]) -> list[str]:
     problems = []
     for name in names:
         if name not in _OPTIONS:
-            nearest = difflib.get_close_matches(name, users, n=1, cutoff=0.4)
+            nearest = ["heads"] if name == "modules_to_save" else difflib.get_close_matches(name, users, 1, 0.4)
             hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(users)}"
             problems.append(f"{name} is not an option: {hint}")
     return problems
@@ -286,11 +294,18 @@ def _range_problems(config: XLoraConfig) -> list[str]:
         value = getattr(config, name)
         if not _is_number(value) and not (value is None and not config.adapters):
             problems.append(f"{name} ({value!r}) must be a finite number")
-    for name in ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters"):
+    switches = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters", "allow_dora")
+    for name in switches:
         value = getattr(config, name)
         if not isinstance(value, bool):
             problems.append(f"{name} ({value!r}) must be True or False")
     return problems
+
+
+def _heads_problems(heads: Any) -> list[str]:
+    if heads is None or (isinstance(heads, list) and heads and all(isinstance(n, str) and n for n in heads)):
+        return []
+    return [f"heads ({heads!r}) must be a list of module names, or None"]
 
 
 def _routing_problems(config: XLoraConfig) -> list[str]:

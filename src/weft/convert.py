@@ -12,6 +12,7 @@ from weft.config import XLoraConfig
 from weft.errors import AdapterError
 from weft.experts import StackedExperts, own_tensors, refuse_variant
 from weft.layers import XLoraConv2dLayer, XLoraEmbeddingLayer, XLoraLayer, XLoraLinearLayer
+from weft.layers.dora import refuse_base_of_dora
 
 _LAYER_CLASSES: dict[type[LoraLayer], type[XLoraLayer]] = {
     lora.Linear: XLoraLinearLayer,
@@ -49,12 +50,13 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
                 f"not support: expected one of {kinds}"
             )
         for adapter in module.active_adapters:
-            refuse_variant(module, adapter)
+            refuse_variant(module, adapter, allow_dora=config.allow_dora)
+        refuse_base_of_dora(module, name, module.active_adapters)
         forward = module.forward  # type: ignore[attr-defined]
         layers.append(layer_class(xloramodel, module, forward, len(layers), config))
     for layer in layers:
         # At once, not at the first forward: what wraps the model (DDP) must see the parameters as they will stay.
-        layer.experts.stacks()
+        layer.prepare()
         layer.target.register_state_dict_post_hook(own_tensors)
         layer.target.register_load_state_dict_post_hook(restack)
         layer.target.forward = layer.forward
@@ -72,4 +74,4 @@ def restack(target: Any, incompatible_keys: Any = None) -> None:
 
     A hook for what loads a layer's state.
     """
-    target.forward.__self__.experts.stacks()
+    target.forward.__self__.prepare()

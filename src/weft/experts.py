@@ -70,7 +70,7 @@ class StorageLayout:
 
 @dataclass(frozen=True)
 class Stack:
-    """Some experts of one layer (those of one dtype and device), stacked.
+    """Some experts of one layer (those of one dtype and device, plain or with DoRA), stacked.
 
     Attributes:
         names: the active experts, in the order of their blocks.
@@ -81,6 +81,7 @@ class Stack:
         up: B transposed. A grouped convolution has `rank / groups` rows.
         scales: peft's `scaling` of each.
         biased: those with a `lora_bias`.
+        dora: they are DoRA experts, whose `scales` are 1: their own scaling is in their factors (see `layers/dora.py`).
         rank_expert: for each rank, the expert it belongs to; None where all ranks are equal.
         column_index: `columns` as a tensor; None where they are all columns in order.
     """
@@ -93,6 +94,7 @@ class Stack:
     up: Float[Tensor, "rank_per_group out"]
     scales: Float[Tensor, " expert"]
     biased: tuple[str, ...]
+    dora: bool
     rank_expert: Tensor | None
     column_index: Tensor | None
 
@@ -115,16 +117,18 @@ class _ViewsOfStack(torch.autograd.Function):
 
 
 class StackedExperts:
-    """The experts of one LoRA layer as stacks, one per dtype and device, made on first use.
+    """The experts of one LoRA layer as stacks, one per dtype and device (and for DoRA), made on first use.
 
     Args:
         target: peft's LoRA layer.
         layout: where this kind of layer keeps its factors.
+        allow_dora: take DoRA experts too.
     """
 
-    def __init__(self, target: LoraLayer, layout: StorageLayout) -> None:
+    def __init__(self, target: LoraLayer, layout: StorageLayout, *, allow_dora: bool = False) -> None:
         self.target = target
         self.layout = layout
+        self.allow_dora = allow_dora
         self._stacks: tuple[Stack, ...] = ()
         self._active: list[str] | None = None
         self._scaling: dict[str, float] = {}
@@ -136,7 +140,7 @@ class StackedExperts:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters are copies of their own: it stacks them again.
-        return {"target": self.target, "layout": self.layout}
+        return {"target": self.target, "layout": self.layout, "allow_dora": self.allow_dora}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -148,7 +152,7 @@ class StackedExperts:
         call that was not compiled (`generate` makes one for all layers before it starts).
 
         Raises:
-            AdapterError: an active adapter is no plain LoRA (DoRA, for one).
+            AdapterError: an active adapter is no plain LoRA, nor one with DoRA where that is allowed.
         """
         if not torch.compiler.is_compiling() and not self._still_ours():
             # Not in inference mode, whose tensors could never be trained on.
@@ -188,13 +192,14 @@ class StackedExperts:
         present = list(getattr(target, layout.down.attribute).keys())
         for name in active:
             if name in present:
-                refuse_variant(target, name)
+                refuse_variant(target, name, allow_dora=self.allow_dora)
         # Inactive experts move along, or they would keep the storage of an earlier stack alive.
         ordered = [name for name in active if name in present] + [name for name in present if name not in active]
-        by_kind: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        by_kind: dict[tuple[torch.dtype, torch.device, bool], list[str]] = {}
         for name in ordered:
             parameter = layout.down.find(target, name)
-            by_kind.setdefault((parameter.dtype, parameter.device), []).append(name)
+            kind = parameter.dtype, parameter.device, bool(target.use_dora.get(name, False))
+            by_kind.setdefault(kind, []).append(name)
 
         stacks = []
         for names in by_kind.values():
@@ -224,19 +229,20 @@ def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
 
 
 def refuse_dora(name: str) -> None:
-    """Raise for an adapter with DoRA."""
+    """Raise for an adapter with DoRA that is not allowed."""
     raise AdapterError(
-        f"adapter {name!r} uses DoRA, which X-LoRA does not support: its norm depends on the whole weight, so it "
-        "cannot be scaled token by token. Leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
+        f"adapter {name!r} uses DoRA, for which allow_dora (False) must be True, as it needs a norm of every adapted "
+        "weight: set it, leave the adapter out, or turn it into a plain LoRA with peft's convert_to_lora"
     )
 
 
-def refuse_variant(target: LoraLayer, name: str) -> None:
-    """Raise where adapter `name` computes something else than B A x, as DoRA does."""
-    if target.use_dora.get(name, False):
+def refuse_variant(target: LoraLayer, name: str, *, allow_dora: bool) -> None:
+    """Raise where adapter `name` computes something else than B A x, or DoRA where that is allowed."""
+    dora = target.use_dora.get(name, False)
+    if dora and not allow_dora:
         refuse_dora(name)
     variant = target.lora_variant.get(name)
-    if variant is not None:
+    if variant is not None and not dora:
         raise AdapterError(
             f"adapter {name!r} uses the LoRA variant {type(variant).__name__}, which X-LoRA does not support: "
             "leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
@@ -263,6 +269,7 @@ def _stack(
     device = down.device
     wide = torch.promote_types(down.dtype, torch.float32)
     uniform = len(set(ranks)) == 1
+    dora = bool(target.use_dora.get(names[0], False))
     all_columns = columns == list(range(len(active)))
     return Stack(
         names=tuple(names),
@@ -272,7 +279,10 @@ def _stack(
         down=down[: sum(ranks)],
         up=up[:up_rows],
         biased=tuple(name for name in names if target.lora_bias[name]),
-        scales=torch.tensor([float(target.scaling[name]) for name in names], dtype=wide, device=device),
+        dora=dora,
+        scales=torch.tensor(
+            [1.0 if dora else float(target.scaling[name]) for name in names], dtype=wide, device=device
+        ),
         rank_expert=None
         if uniform
         else torch.arange(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device)),

@@ -35,6 +35,7 @@ from weft.adapters import KEY_PREFIX, read_json
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
+from weft.heads import head_tensors, wrappers
 from weft.routing import ConstantWeights, constant_scalings
 from weft.whole import replace_file
 
@@ -62,7 +63,8 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
 
     Its change of layer l is Σ_e w_{l,e} · g · s_e · B_e A_e, exactly that of `model.fixed_scalings(weights)`. An expert
     whose weight is 0 in a layer takes no rank there; a layer where none acts is no target of the adapter. Where experts
-    have a `lora_bias`, so has the adapter: peft loads it, servers may not.
+    have a `lora_bias`, so has the adapter: peft loads it, servers may not. The mixture's heads become the adapter's
+    `modules_to_save`.
 
     Args:
         model: an X-LoRA model, as `weft.from_pretrained` gives it; it stays as it is.
@@ -75,7 +77,8 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
 
     Raises:
         ConfigError: the weights do not fit the model or are all 0, or the folder holds something else.
-        AdapterError: the experts' `lora_bias` cannot be written together with an embedding.
+        AdapterError: the experts' `lora_bias` cannot be written together with an embedding, or an expert that acts has
+            DoRA.
 
     Example:
         >>> model = weft.from_pretrained("my-mixture")
@@ -109,6 +112,7 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
         for key, value in _folded(layer, parts, rank, dtype, with_bias=with_bias).items()
     }
     config = _adapter_config(model, list(layers), rank, with_bias=with_bias)
+    tensors |= _heads(base)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -191,6 +195,11 @@ def _parts(layer: Any, weights: dict[str, float], global_weight: float) -> list[
             down, up = layer.lora_embedding_A[expert], layer.lora_embedding_B[expert]
         else:
             continue
+        if weight and layer.use_dora.get(expert, False):
+            raise AdapterError(
+                f"expert {expert!r} uses DoRA, which no sum of LoRA factors can express, so that it cannot be folded: "
+                "give it weight 0, or turn it into a plain LoRA with peft's convert_to_lora"
+            )
         scaling = layer.scaling[expert]
         bias = layer.lora_B[expert].bias * (scaling * global_weight) if layer.lora_bias[expert] else None
         parts.append(_Part(down, up, weight * scaling, bias))
@@ -250,6 +259,10 @@ def _folded(layer: Any, parts: list[_Part], rank: int, dtype: torch.dtype, *, wi
     return tensors
 
 
+def _heads(base: nn.Module) -> dict[str, Tensor]:
+    return {f"{KEY_PREFIX}{key}": value.contiguous() for key, value in head_tensors(base).items()}
+
+
 def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias: bool) -> LoraConfig:
     base, options = model.lora_model.model, model.xlora_config
     expert = model.lora_model.peft_config[options.expert_names[0]]
@@ -265,6 +278,7 @@ def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias:
     )
     # Not through the constructor, which makes a set of it, whose order in the file is chance.
     config.target_modules = _target_modules(base, layer_names)
+    config.modules_to_save = [path for path, _ in wrappers(base)] or None
     return config
 
 

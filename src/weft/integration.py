@@ -27,6 +27,12 @@ from weft.errors import CheckpointError, first_line
 from weft.model import XLoraModel
 
 _peft_own: dict[str, Any] = {}
+# Tasks whose models have a head to be trained.
+_WITH_HEADS: dict[str, Any] = {
+    TaskType.SEQ_CLS: transformers.AutoModelForSequenceClassification,
+    TaskType.TOKEN_CLS: transformers.AutoModelForTokenClassification,
+    TaskType.QUESTION_ANS: transformers.AutoModelForQuestionAnswering,
+}
 
 
 def register_with_peft() -> None:
@@ -126,6 +132,9 @@ def from_pretrained(
 def _build_peft_model(model: nn.Module, options: XLoraConfig) -> PeftModel:
     """peft's model class for the task, with weft's X-LoRA in it whether or not weft is registered."""
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(options.task_type or "", PeftModel)
+    if options.task_type in _WITH_HEADS:
+        # peft's own classes would take the gate for a head, by the end of its name; the mixture adds its heads itself.
+        wrapper = PeftModel
     with _private_type(options):
         peft_model = wrapper(model, options)
     peft_model.peft_type = PeftType.XLORA
@@ -173,6 +182,8 @@ def _loader(name: str, options: XLoraConfig | None) -> Callable[..., nn.Module]:
     if saved_class is not None and hasattr(transformers, saved_class):
         return getattr(transformers, saved_class).from_pretrained
     task_type = options.task_type if options is not None else None
+    if task_type in _WITH_HEADS:
+        return _WITH_HEADS[task_type].from_pretrained
     if task_type is None and transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
         task_type = TaskType.SEQ_2_SEQ_LM
     if task_type == TaskType.SEQ_2_SEQ_LM:

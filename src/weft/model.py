@@ -28,8 +28,9 @@ from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
 from weft.gate_metrics import GateMetrics
+from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
 from weft.passes import Passes
-from weft.placement import first_following_layer
+from weft.placement import first_following_layer, refuse_layers_beside_text
 from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
@@ -50,6 +51,7 @@ class XLoraModel(BaseTuner):
         xlora_config: the options in force.
         lora_model: peft's `LoraModel` with the experts.
         internal_xlora_classifier: the gate.
+        expert_heads: by expert, tensors of heads of its own, which do not act but are saved with it.
 
     Raises:
         AdapterError, ConfigError: the experts, the options and the base model do not fit together. The base model is
@@ -75,7 +77,9 @@ class XLoraModel(BaseTuner):
     ) -> None:
         nn.Module.__init__(self)
         # A copy: one config may serve several models, and each writes its own layers and options into it.
-        options = copy.deepcopy(XLoraConfig.from_peft(config[adapter_name] if isinstance(config, dict) else config))
+        given = config[adapter_name] if isinstance(config, dict) else config
+        refuse_task_of_peft(given)
+        options = copy.deepcopy(XLoraConfig.from_peft(given))
         options.peft_type = PeftType.XLORA
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
@@ -88,7 +92,9 @@ class XLoraModel(BaseTuner):
             )
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
-        adapters = read_adapters(options.adapters or {})
+        heads = find_heads(model, self.backbone.module, options.heads)
+        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads)
+        self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
 
         self.xlora_config = options
         self.peft_config = {adapter_name: options}
@@ -101,6 +107,7 @@ class XLoraModel(BaseTuner):
         try:
             self.lora_model = inject_adapters(model, adapters)
             self._finish(options, model)
+            add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
@@ -114,6 +121,7 @@ class XLoraModel(BaseTuner):
         names = list(options.adapters or {})
         frozen = options.inference_mode or not options.use_trainable_adapters
         self.lora_model.set_adapter(names, inference_mode=frozen)
+        refuse_layers_beside_text(self.backbone)
         num_layers = convert_layers_to_xlora(model, self, options)
         if num_layers == 0:
             raise AdapterError("no LoRA layer was found in the base model: the adapters have no targets in it")
@@ -242,6 +250,7 @@ class XLoraModel(BaseTuner):
         self.internal_xlora_classifier.requires_grad_(not inference_mode)
         if self.xlora_config.use_trainable_adapters:
             self.lora_model.set_adapter(self.xlora_config.expert_names or [], inference_mode=inference_mode)
+        switch_heads(self.lora_model.model, names[0], inference_mode=inference_mode)
 
     def unload(self) -> nn.Module:
         """Take the experts, the gate and the hooks out, and return the base model as it was."""
@@ -364,7 +373,9 @@ class XLoraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
-        problems = gate_problems(model, state_dict)
+        # peft has put its own names for the heads into the keys already.
+        saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
+        problems = gate_problems(model, saved)
         if problems:
             raise CheckpointError(f"the gate's tensors do not fit this model:{bullet_list(problems)}")
         return state_dict

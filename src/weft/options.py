@@ -75,6 +75,7 @@ class TrainOptions:
         gate_layer: No scaling pass: the gate reads what enters this decoder layer in the only pass, and the layers from
             there on follow it; null for a scaling pass.
         use_trainable_adapters: Train the experts too.
+        allow_dora: Take adapters with DoRA too.
         balance_loss_weight: Adds so much of a loss that is lowest where all experts are used alike; try 0.01.
         entropy_loss_weight: Adds so much of the shares' entropy: above 0 the gate becomes sharper, below 0 softer.
         expert_label_loss_weight: Adds so much of the cross entropy of the gate against the experts that data files are
@@ -127,6 +128,7 @@ class TrainOptions:
     scaling_pass_layers: int | None = None
     gate_layer: int | None = None
     use_trainable_adapters: bool = False
+    allow_dora: bool = False
     balance_loss_weight: float = 0.0
     entropy_loss_weight: float = 0.0
     expert_label_loss_weight: float = 0.0

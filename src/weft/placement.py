@@ -1,4 +1,4 @@
-"""Where in a base model the gate reads, and which LoRA layers follow it."""
+"""Where in a base model the gate reads, and which LoRA layers follow it or cannot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from peft.tuners.lora import LoraLayer
 
 from weft.backbone import Backbone
 from weft.config import XLoraConfig
-from weft.errors import ConfigError
+from weft.errors import AdapterError, ConfigError
 
 
 def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
@@ -44,3 +44,25 @@ def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
             f"gate_layer ({config.gate_layer}) leaves no LoRA layer that could follow the gate: choose a lower one"
         )
     return before
+
+
+def refuse_layers_beside_text(backbone: Backbone) -> None:
+    """Raise where a layer of the part that reads images or sounds is adapted.
+
+    It has no tokens for scalings to belong to. With a mean over the text it would not be causal: what is seen in an
+    image would depend on the tokens that follow it, and a cache could not hold it.
+
+    Raises:
+        AdapterError: there is such a layer.
+    """
+    base, text_model = backbone.base, backbone.text_model
+    if text_model is None:
+        return
+    placed = {*text_model.modules(), base.get_input_embeddings(), base.get_output_embeddings()}
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer) and module not in placed:
+            raise AdapterError(
+                f"layer {name!r} is adapted by {list(module.active_adapters)}, but lies outside of the text model "
+                f"({type(text_model).__name__}), so that it has no tokens whose scalings it could follow: expected "
+                "adapters of the text model only (peft's exclude_modules keeps others out)"
+            )

@@ -145,7 +145,7 @@ class RankWeights:
 
     def _usable(self, number: int, num_experts: int, device: torch.device) -> Stack | None:
         stacks = self._seen[number]
-        if len(stacks) != 1 or stacks[0].biased or stacks[0].down.device != device:
+        if len(stacks) != 1 or stacks[0].biased or stacks[0].dora or stacks[0].down.device != device:
             return None
         return stacks[0] if stacks[0].num_columns == num_experts else None
 

@@ -45,6 +45,7 @@ _CONFIG_OPTIONS = (
     "scaling_pass_layers",
     "gate_layer",
     "use_trainable_adapters",
+    "allow_dora",
     "balance_loss_weight",
     "entropy_loss_weight",
     "expert_label_loss_weight",

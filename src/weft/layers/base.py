@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weft.carrier import ReadyWeights, ScalingsCarrier
 from weft.config import XLoraConfig
 from weft.experts import Stack, StackedExperts, StorageLayout
+from weft.layers.dora import Dora
 from weft.routing import align_to_cells, keep_top_k
 
 
@@ -62,7 +63,15 @@ class XLoraLayer(ABC):
         self.config = config
         carrier = getattr(model, "carrier", None)
         self.carrier = carrier if isinstance(carrier, ScalingsCarrier) else ScalingsCarrier()
-        self.experts = StackedExperts(target, self.layout)
+        self.experts = StackedExperts(target, self.layout, allow_dora=config.allow_dora)
+        self.dora = Dora(target, self.layout, self.base_rows, self.channel_axis)
+
+    def prepare(self) -> None:
+        """Stack the experts, where that has not been done, ahead of a call that cannot: a compiled one."""
+        with torch.no_grad():
+            for stack in self.experts.stacks():
+                if stack.dora:
+                    self.dora.factors(stack, stack.up)
 
     @staticmethod
     def apply_scalings_to_x(
@@ -92,7 +101,7 @@ class XLoraLayer(ABC):
             **kwargs: passed on to the base layer.
 
         Raises:
-            AdapterError: an active adapter uses DoRA or another variant of LoRA.
+            AdapterError: an active adapter uses DoRA that is not allowed, or another variant of LoRA.
             ValueError: the scalings fit neither the batch nor the tokens of `x`.
         """
         target = self.target
@@ -124,8 +133,9 @@ class XLoraLayer(ABC):
             self._refuse_blind_recomputation()
             weights = None
         self._check_columns(weights)
+        base_result = result
         for stack in self.experts.stacks():
-            result = self._add_mixture(result, x, stack, weights, padding)
+            result = self._add_mixture(result, base_result, x, stack, weights, padding)
         return result.to(dtype)
 
     def _refuse_blind_recomputation(self) -> None:
@@ -145,11 +155,20 @@ class XLoraLayer(ABC):
             )
 
     def _add_mixture(
-        self, result: Tensor, x: Tensor, stack: Stack, weights: Tensor | None, padding: Tensor | None
+        self,
+        result: Tensor,
+        base_result: Tensor,
+        x: Tensor,
+        stack: Stack,
+        weights: Tensor | None,
+        padding: Tensor | None,
     ) -> Tensor:
-        """result + Σ_e s_e · g · B_e(A_e(dropout(λ_e · x))) over the experts of one stack."""
+        """result + Σ_e s_e · g · B_e(A_e(dropout(λ_e · x))) over the experts of one stack; DoRA as `dora.py` has it."""
         down, up = self.experts.differentiable(stack)
-        h = self._down_with_dropout(x, stack, down)  # [batch, *cells, rank], the rank at channel_axis
+        dora = self.dora.factors(stack, up) if stack.dora else None
+        x = self.prepare_input(x, down.dtype)
+        dropped = self.dropped_inputs(x, stack)
+        h = self._down(x, dropped, stack, down)  # [batch, *cells, rank], the rank at channel_axis
         rank_axis = self.channel_axis % h.dim()
         scales = stack.scales.to(h.dtype)
         if weights is not None:
@@ -164,7 +183,10 @@ class XLoraLayer(ABC):
         else:
             scales = scales.view(-1, *(1 for _ in range(rank_axis + 1, h.dim())))
         h = _scale_blocks(h, scales, stack, rank_axis)
-        result = self.add_up(result, h, up, stack)
+        result = self.add_up(result, h, up if dora is None else dora.up, stack)
+        if dora is not None:
+            plain = self.dora.plain(base_result) if dropped is None else self.dora.plain_of_each(dropped)
+            result = result + dora.change_of_base(scales, scales.dim() - (h.dim() - rank_axis), plain)
         if stack.biased:
             result = self._add_biases(result, stack, self.config.global_scaling_weight if weights is not None else 1.0)
         return result
@@ -176,14 +198,20 @@ class XLoraLayer(ABC):
         cells = tuple(size for axis, size in enumerate(h.shape) if axis not in (0, rank_axis))
         return align_to_cells(weights, h.shape[0], cells, padding)
 
-    def _down_with_dropout(self, x: Tensor, stack: Stack, down: Tensor) -> Tensor:
-        """h = A x for all experts at once, or expert by expert where each has a dropout mask of its own."""
-        x = self.prepare_input(x, down.dtype)
+    def dropped_inputs(self, x: Tensor, stack: Stack) -> list[Tensor] | None:
+        """Each expert's own dropout of x; None where none is active."""
         # λ·dropout(x) = dropout(λ·x), so only the masks, never the scalings, need the expert's own product.
         dropouts = [self.target.lora_dropout[name] for name in stack.names] if self.target.training else []
         if not any(isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 for dropout in dropouts):
+            return None
+        return [dropout(x) for dropout in dropouts]
+
+    def _down(self, x: Tensor, dropped: list[Tensor] | None, stack: Stack, down: Tensor) -> Tensor:
+        """h = A x for all experts at once, or expert by expert where each has a dropout mask of its own."""
+        if dropped is None:
             return self.down(x, down)
-        return self.down_per_expert(x, list(zip(dropouts, down.split(stack.ranks), strict=True)))
+        parts = zip(dropped, down.split(stack.ranks), strict=True)
+        return torch.cat([self.down(one, weight) for one, weight in parts], dim=self.channel_axis)
 
     def _add_biases(self, result: Tensor, stack: Stack, global_weight: float) -> Tensor:
         """Add the `lora_bias` of the experts that have one.
@@ -211,13 +239,13 @@ class XLoraLayer(ABC):
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         """A x, for A with the rank as its first axis; the ranks come out at `channel_axis`."""
 
-    def down_per_expert(self, x: Tensor, experts: list[tuple[nn.Module, Tensor]]) -> Tensor:
-        """[A_1 dropout_1(x); ...; A_N dropout_N(x)]."""
-        return torch.cat([self.down(dropout(x), weight) for dropout, weight in experts], dim=self.channel_axis)
-
     @abstractmethod
     def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
         """result + B h, for B transposed; in the wider dtype of the two."""
+
+    @abstractmethod
+    def base_rows(self, weight: Tensor) -> Tensor:
+        """The base layer's weight as W, [out, in]."""
 
 
 def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int) -> Tensor:

@@ -48,6 +48,9 @@ class XLoraConv2dLayer(XLoraLayer):
             h = h.index_select(1, _group_major(stack.ranks, groups, h.device))
         return result + F.conv2d(h, _to_1x1(up), groups=groups)
 
+    def base_rows(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
 
 def _group_major(ranks: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
     """Order that turns rank channels sorted by expert into channels sorted by group, then expert."""

@@ -35,11 +35,14 @@ class XLoraEmbeddingLayer(XLoraLayer):
         base = self.target.get_base_layer()
         return F.embedding(x, weight.T, padding_idx=base.padding_idx)  # [batch, seq, rank]
 
-    def down_per_expert(self, x: Tensor, experts: list) -> Tensor:
-        return torch.cat([self.down(x, weight) for _, weight in experts], dim=-1)
+    def dropped_inputs(self, x: Tensor, stack: Stack) -> list[Tensor] | None:
+        return None
 
     def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
         embed_scale = self.target._get_embed_scale()
         if embed_scale is not None:
             h = h * embed_scale.to(h.dtype)
         return add_product(result, h, up)
+
+    def base_rows(self, weight: Tensor) -> Tensor:
+        return weight.T

@@ -63,3 +63,6 @@ class XLoraLinearLayer(XLoraLayer):
 
     def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
         return add_product(result, h, up)
+
+    def base_rows(self, weight: Tensor) -> Tensor:
+        return weight.T if self.target.fan_in_fan_out else weight
