@@ -12,7 +12,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options"],
+    ["errors", "options", "placement", "quantised"],
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser"],
     ["config", "carrier", "cache", "short_backbone"],
     ["gate", "experts", "backbone"],

@@ -28,6 +28,8 @@ from weft.convert import convert_layers_to_xlora, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
 from weft.passes import Passes, first_following_layer
+from weft.placement import execution_device, is_offloaded
+from weft.quantised import keep_unpacked, let_repack
 from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
 
@@ -94,6 +96,7 @@ class XLoraModel(BaseTuner):
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._input_gradient_hooks = input_gradient_hooks(model)
+        self._kept_unpacked = keep_unpacked(model)
         base_peft_config = getattr(model, "peft_config", None)
         try:
             self.lora_model = inject_adapters(model, adapters)
@@ -104,6 +107,7 @@ class XLoraModel(BaseTuner):
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self._restore_requires_grad(model)
+            let_repack(self._kept_unpacked)
             raise
 
     def _finish(self, options: XLoraConfig, model: Any) -> None:
@@ -247,6 +251,7 @@ class XLoraModel(BaseTuner):
         remove_adapters(model)
         self._restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
+        let_repack(self._kept_unpacked)
         self.xlora_config.bind_model(None)
         return model
 
@@ -335,8 +340,10 @@ class XLoraModel(BaseTuner):
             return
         for module in self.lora_model.model.modules():
             if isinstance(module, LoraLayer):
+                base_layer = module.get_base_layer()
+                device = execution_device(base_layer) if is_offloaded(base_layer) else None
                 for name in self.xlora_config.expert_names or ():
-                    module._move_adapter_to_device_of_base_layer(name)
+                    module._move_adapter_to_device_of_base_layer(name, device=device)
 
     @classmethod
     def _get_adapter_state_dict(

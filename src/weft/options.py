@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
 
 
 @dataclass
@@ -35,6 +36,8 @@ class TrainOptions:
         resume: Continue from the last checkpoint in the output folder.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         bf16: Mixed precision training in bfloat16.
         layerwise_scalings: Weights per LoRA layer rather than one set for all layers.
         xlora_depth: Linear layers of the gate, 1 or more.
@@ -67,6 +70,7 @@ class TrainOptions:
     resume: bool = False
     gradient_checkpointing: bool = False
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     bf16: bool = False
     layerwise_scalings: bool = True
     xlora_depth: int = 1
@@ -92,6 +96,8 @@ class EvalOptions:
         batch_size: Sequences per forward pass.
         max_sequences: At most so many sequences per data set, the first ones; 0 takes all.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         output: File for the table as JSON; null writes none.
     """
 
@@ -102,6 +108,7 @@ class EvalOptions:
     batch_size: int = 4
     max_sequences: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     output: str | None = None
 
 
@@ -119,6 +126,8 @@ class GenerateOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
             itself or the prompt; 0 does not.
         freeze_scalings_after: Ask the gate for the prompt and so many new tokens only, then keep their mean scalings:
@@ -135,6 +144,7 @@ class GenerateOptions:
     top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     speculate: int = 0
     freeze_scalings_after: int | None = None
     show_experts: bool = False
@@ -154,6 +164,8 @@ class ChatOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
             itself or the prompt; 0 does not.
         show_experts: Colour each token by the expert with the largest share in it, with a legend.
@@ -168,6 +180,7 @@ class ChatOptions:
     top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     speculate: int = 0
     show_experts: bool = False
 
@@ -194,6 +207,8 @@ class FoldOptions:
         batch_size: Sequences per forward pass.
         max_sequences: At most so many sequences per data file, the first ones; 0 takes all.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
     """
 
     model: str
@@ -205,3 +220,4 @@ class FoldOptions:
     batch_size: int = 4
     max_sequences: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None

@@ -35,7 +35,8 @@ from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.freezing import SequenceMeans
 from weft.gate import XLoraClassifier
-from weft.routing import choose_top_k, keep_top_k
+from weft.placement import resident_device
+from weft.routing import choose_top_k, keep_top_k, padding_mask
 from weft.scalings_log import ScalingsLog
 
 
@@ -157,7 +158,7 @@ class Passes:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.gate.parameters()).device
+        return resident_device(self.gate)
 
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._awaiting_gate = None
@@ -235,7 +236,8 @@ class Passes:
             padding = None
         if cache.means is None:
             cache.means = SequenceMeans(length=int(cache.get_seq_length()))
-        cache.means.add(self._top_k(self._latest.detach()), padding)
+        scalings = self._top_k(self._latest.detach())
+        cache.means.add(scalings, None if padding is None else padding.to(scalings.device))
         cache.means.frozen = cache.means.length >= freeze_at
 
     def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
@@ -317,16 +319,17 @@ class Passes:
             self.log.record(self._whole(scalings))
         if not self.config.layerwise_scalings:
             scalings = scalings[:, :, :1]  # one computation for all layers
-        padding = arguments.get("attention_mask")
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
+        elif isinstance(keep, Tensor):
+            keep = keep.to(scalings.device)
         self._follow(
             Routing(
                 self._top_k(scalings),
                 self._chosen(scalings),
                 first_layer=self.first_layer,
-                padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None,
+                padding=padding_mask(arguments, scalings.device),
                 output_layer=self.output_layer,
                 output_positions=keep,
             )

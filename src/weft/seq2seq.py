@@ -34,6 +34,7 @@ from weft.cache import ENCODER_DECODER_CACHE, XLoraCache, doubled
 from weft.carrier import Routing
 from weft.errors import CacheError, ConfigError
 from weft.passes import Passes
+from weft.routing import padding_mask
 
 # The entry of the encoder's output that holds what the gate reads for source tokens.
 SOURCE_ENTRY = "scaling_pass_hidden_state"
@@ -174,10 +175,7 @@ class Seq2SeqPasses(Passes):
         if self._call is not None:
             self._call.hidden, self._call.scalings = hidden, scalings
         self._encoding = _Encoding(before, hidden)
-        padding = arguments.get("attention_mask")
-        self.carrier.routing = Routing(
-            scalings, padding=padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
-        )
+        self.carrier.routing = Routing(scalings, padding=padding_mask(arguments, scalings.device))
 
     def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
         encoding = self._encoding

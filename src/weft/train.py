@@ -59,7 +59,7 @@ def train(options: TrainOptions) -> Path:
         for source in options.data
         for sequence in token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
     ]
-    model = from_adapters(load_base(options.base, options.dtype), adapters, **model_options)
+    model = from_adapters(load_base(options.base, options.dtype, options.quantization), adapters, **model_options)
     check_length(options.sequence_length, model.config)
 
     output = Path(options.output)
