@@ -9,6 +9,7 @@ import transformers
 import weft
 from models import VOCAB, gate_options, lora, quietly, save_adapter, tiny_llama
 from pretend_devices import PretendedDevices, dispatch, whereabouts
+from weft.errors import AdapterError
 from weft.evaluate import perplexity
 from weft.placement import execution_device
 
@@ -288,6 +289,17 @@ def test_a_mixture_may_be_offloaded_after_it_was_made(llama_adapters, ids):
     assert away
     assert not any("lora_A" in name or "lora_B" in name or "classifier" in name for name in away)
     model.base_model._restack()  # as `generate` does
+
+
+def test_a_base_that_lost_its_hooks_on_disk_is_refused_with_a_way_out(llama_adapters, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    places = {name: "disk" if name == "model.layers.1" else "cpu" for name in DEVICE_MAP}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "weights"))
+    accelerate.hooks.remove_hook_from_submodules(base)  # as peft's own from_pretrained does first
+    pattern = r"adapter 'math' .* on the meta device: load with low_cpu_mem_usage=False, and with weft\.from_pretrained"
+    with pytest.raises(AdapterError, match=r"(?s)" + pattern):
+        mixture(base, llama_adapters)
 
 
 def test_where_a_module_computes():
