@@ -12,12 +12,12 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options"],
+    ["errors", "options", "placement", "quantised"],
     ["whole"],
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled"],
     ["gate", "experts", "backbone", "auxiliary", "callbacks"],
-    ["layers", "rank_weights", "placement", "given_hidden"],
+    ["layers", "rank_weights", "gate_place", "given_hidden"],
     ["convert", "passes", "adapters"],
     ["manifest", "seq2seq", "finite", "whole_checkpoints", "heads"],
     ["checkpoint"],

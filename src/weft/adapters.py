@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
 from weft.experts import refuse_dora
+from weft.placement import execution_device, is_offloaded, offloaded_weights
 
 _SHOWN = 8  # keys in one message
 KEY_PREFIX = "base_model.model."
@@ -93,15 +94,35 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
             else:
                 lora_model.peft_config[adapter.name] = config
                 lora_model.inject_adapter(base, adapter.name)
-        except ValueError as err:
+        except (
+            ValueError,
+            TypeError,
+        ) as err:  # a TypeError where peft knows the layers' quantisation, but not their LoRA
             raise AdapterError(
                 f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
             ) from err
         remove_wrappers(base)  # peft's, around modules of the adapter's own: they do not act in a mixture
         lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
+        _leave_meta(base, adapter.name)
         _fill(base, adapter)
     assert lora_model is not None
     return lora_model
+
+
+def _leave_meta(base: nn.Module, name: str) -> None:
+    """Bring an adapter to where its layers compute, whose own weights are offloaded; peft puts it beside these."""
+    for module in base.modules():
+        if not isinstance(module, LoraLayer) or not is_offloaded(module.get_base_layer()):
+            continue
+        device = execution_device(module.get_base_layer())
+        for attribute in ("lora_A", "lora_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                factors[name].to_empty(device=device)
+        for attribute in ("lora_embedding_A", "lora_embedding_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                factors[name] = nn.Parameter(torch.empty_like(factors[name], device=device))
 
 
 def remove_adapters(base: nn.Module) -> None:
@@ -279,7 +300,10 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
         weights = _converted(base, adapter, weights)
     problems = key_problems(weights, parameters)
     if any(parameter.is_meta for parameter in parameters.values()):
-        problems.append("its parameters are on the meta device: load with low_cpu_mem_usage=False")
+        problems.append(
+            "its parameters are on the meta device: load with low_cpu_mem_usage=False, and with weft.from_pretrained "
+            "where the base model is offloaded to disk"
+        )
     if problems:
         file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
         made_for, given = adapter.config.base_model_name_or_path, getattr(base, "name_or_path", None)
@@ -330,10 +354,14 @@ def _converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) ->
 
 def _without_base_weights(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Drop copies of the base model's own embeddings, which peft adds to adapters that target them."""
-    base_weights = dict(base.named_parameters(remove_duplicate=False))
+    base_weights: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
     kept = {}
     for key, value in adapter.weights.items():
-        own = base_weights.get(key.removeprefix(KEY_PREFIX))
+        name = key.removeprefix(KEY_PREFIX)
+        own = base_weights.get(name)
+        if own is not None and own.is_meta:
+            path, _, attribute = name.rpartition(".")
+            own = offloaded_weights(base.get_submodule(path)).get(attribute)
         if own is None:
             kept[key] = value
         elif own.shape != value.shape or not _equal_in_either_dtype(own.cpu(), value.cpu()):

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from weft.errors import CacheError, ConfigError
+from weft.placement import where_it_starts
 from weft.short_backbone import ShortBackbone
 
 # Outputs the scaling pass does not want, whoever asked for them.
@@ -141,6 +142,8 @@ class Backbone:
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
     def _call(self, module: nn.Module, arguments: dict[str, Any], cache: Cache | None) -> Any:
+        # The backbone is called by itself, so nothing else brings the tokens to where it starts.
+        arguments = where_it_starts(self.base, arguments)
         call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
         if "use_cache" in self._accepted:
             call["use_cache"] = cache is not None

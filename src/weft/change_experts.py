@@ -36,9 +36,9 @@ from weft.adapters import KEY_PREFIX, local_folder, read_tensors
 from weft.checkpoint import GATE_KEY, complete_folder, read_config, write_expert
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
+from weft.gate_place import first_following_layer
 from weft.integration import base_model_of, from_adapters
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
-from weft.placement import first_following_layer
 from weft.whole import replace_folder
 
 _TRAINING_STATE = "trainer_state.json"

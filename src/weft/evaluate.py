@@ -22,6 +22,7 @@ from weft.data import check_length, named_sources, read_texts, token_sequences
 from weft.errors import ConfigError
 from weft.loading import load_mixture
 from weft.options import EvalOptions
+from weft.placement import execution_device
 
 Row = tuple[str, Callable[[], AbstractContextManager[Any]]]
 
@@ -42,7 +43,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
             f"batch_size ({options.batch_size}) must be at least 1, max_sequences ({options.max_sequences}) at least 0"
         )
     sources = named_sources(options.data)
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype)
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
     check_length(options.sequence_length, model.config)
     data_sets = {
         name: token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)[
@@ -96,9 +97,9 @@ def perplexity(
     Padding is never predicted; the first token of a sequence, which nothing precedes, is not predicted either. The sum
     runs in float64 over float32 log-likelihoods.
     """
-    total, count = 0.0, 0
+    total, count, device = 0.0, 0, execution_device(model)
     for input_ids, attention_mask in padded_batches(sequences, batch_size):
-        input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+        input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         total += negative_log_likelihood(logits, input_ids, attention_mask)
         count += int(attention_mask[:, 1:].sum())

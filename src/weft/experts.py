@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from weft.errors import AdapterError
+from weft.placement import execution_device, keep_resident
 
 _Rows = Callable[[Tensor], Tensor]
 
@@ -188,6 +189,9 @@ class StackedExperts:
 
     def _build(self) -> None:
         target, layout = self.target, self.layout
+        for storage in (layout.down, layout.up):
+            # A stack reads its parameters, which have no forward that would bring them back from an offload.
+            keep_resident(getattr(target, storage.attribute), execution_device(target.get_base_layer()))
         active = list(target.active_adapters)
         present = list(getattr(target, layout.down.attribute).keys())
         for name in active:

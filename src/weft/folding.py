@@ -36,6 +36,7 @@ from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
 from weft.heads import head_tensors, wrappers
+from weft.placement import execution_device
 from weft.routing import ConstantWeights, constant_scalings
 from weft.whole import replace_file
 
@@ -159,8 +160,9 @@ def mean_scalings(
         raise RuntimeError("the gate does not run inside of fixed_scalings() or disable_adapter(): leave them first")
     options = model.xlora_config
     total = torch.zeros(len(options.layer_names), len(options.expert_names), dtype=torch.float64)
+    device = execution_device(model)
     for input_ids, attention_mask in padded_batches(sequences, batch_size):
-        model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), use_cache=False)
+        model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
         scalings = model.passes.followed()
         total += scalings[attention_mask.bool().to(scalings.device)].double().sum(0).cpu()
         advance(len(input_ids))

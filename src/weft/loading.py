@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from weft.adapters import local_folder, read_json
-from weft.errors import CheckpointError, first_line
+from weft.errors import CheckpointError, ConfigError, first_line
 from weft.integration import from_pretrained
 
 
-def load_base(name: str, dtype: str) -> Any:
+def load_base(name: str, dtype: str, quantization: str | None = None) -> Any:
     """A causal language model.
+
+    Args:
+        name: folder or Hub id.
+        dtype: the number format of what is not quantised; "auto" takes what it is saved in.
+        quantization: "nf4" or "int8"; None takes the model as it is saved.
 
     Raises:
         CheckpointError: there is none of that name.
+        ConfigError: the library for the quantisation is missing.
     """
+    if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantization ({quantization!r}) needs the package bitsandbytes, which is not installed: "
+            "pip install bitsandbytes, or leave quantization out"
+        )
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+        if quantization is not None:
+            options["quantization_config"] = _quantization_config(name, options["dtype"], quantization)
+        return AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError) as err:
         raise CheckpointError(f"base ({name}) cannot be loaded as a causal language model: {first_line(err)}") from err
+
+
+def _quantization_config(name: str, dtype: Any, quantization: str) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # Without this, four-bit layers compute in float32, whatever the model's dtype.
+    compute = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -41,11 +64,12 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_mixture(path: str, base: str | None, dtype: str) -> tuple[PeftModel, Any]:
+def load_mixture(path: str, base: str | None, dtype: str, quantization: str | None = None) -> tuple[PeftModel, Any]:
     """A trained mixture on its base model, and the base's tokenizer.
 
     Raises:
         CheckpointError: one of them is missing, broken or of another model.
+        ConfigError: the library for the quantisation is missing.
     """
     folder = local_folder(path, "model")
     config = read_json(folder / CONFIG_NAME)
@@ -54,7 +78,8 @@ def load_mixture(path: str, base: str | None, dtype: str) -> tuple[PeftModel, An
     name = base or config.get("base_model_name_or_path")
     if name is None:
         raise CheckpointError(f"{folder} does not name its base model: give it with --base")
-    model = from_pretrained(folder, load_base(name, dtype))
-    if torch.cuda.is_available():
+    loaded = load_base(name, dtype, quantization)
+    model = from_pretrained(folder, loaded)
+    if torch.cuda.is_available() and not getattr(loaded, "is_quantized", False):  # which is there already
         model.to("cuda")
     return model, load_tokenizer(name)

@@ -27,16 +27,18 @@ from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
-from weft.gate_metrics import GateMetrics
+from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
 from weft.passes import Passes
-from weft.placement import first_following_layer, refuse_layers_beside_text
+from weft.placement import execution_device, is_offloaded
+from weft.quantised import keep_unpacked, let_repack
 from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings
+from weft.scalings_log import ScalingsLogMethods
 from weft.seq2seq import Seq2SeqPasses
 
 
-class XLoraModel(BaseTuner):
+class XLoraModel(ScalingsLogMethods, BaseTuner):
     """A base model with several LoRA experts and a gate that mixes them per token and layer (arXiv 2402.07148).
 
     Use `weft.from_adapters` or, after `weft.register_with_peft()`, peft's `get_peft_model` to make one; both give a
@@ -103,6 +105,7 @@ class XLoraModel(BaseTuner):
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._input_gradient_hooks = input_gradient_hooks(model)
+        self._kept_unpacked = keep_unpacked(model)
         base_peft_config = getattr(model, "peft_config", None)
         try:
             self.lora_model = inject_adapters(model, adapters)
@@ -114,6 +117,7 @@ class XLoraModel(BaseTuner):
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self._restore_requires_grad(model)
+            let_repack(self._kept_unpacked)
             raise
 
     def _finish(self, options: XLoraConfig, model: Any) -> None:
@@ -260,6 +264,7 @@ class XLoraModel(BaseTuner):
         remove_adapters(model)
         self._restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
+        let_repack(self._kept_unpacked)
         self.xlora_config.bind_model(None)
         return model
 
@@ -320,31 +325,6 @@ class XLoraModel(BaseTuner):
         """
         return self.passes.latest_scalings
 
-    def enable_scalings_logging(self) -> None:
-        """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
-        self.passes.log.enabled = True
-
-    def disable_scalings_logging(self) -> None:
-        """Stop recording; what is recorded stays."""
-        self.passes.log.enabled = False
-
-    def get_scalings_log(self) -> list[Tensor]:
-        """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
-        return self.passes.log.entries()
-
-    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Sequence length -> (places in the log, scalings)."""
-        return self.passes.log.by_sequence_length()
-
-    def clear_scalings_log(self) -> None:
-        """Forget the recorded scalings."""
-        self.passes.log.clear()
-
-    @property
-    def gate_metrics(self) -> GateMetrics:
-        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
-        return self.passes.losses.metrics
-
     # ------------------------------------------------------------------ peft's machinery
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -353,8 +333,10 @@ class XLoraModel(BaseTuner):
             return
         for module in self.lora_model.model.modules():
             if isinstance(module, LoraLayer):
+                base_layer = module.get_base_layer()
+                device = execution_device(base_layer) if is_offloaded(base_layer) else None
                 for name in self.xlora_config.expert_names or ():
-                    module._move_adapter_to_device_of_base_layer(name)
+                    module._move_adapter_to_device_of_base_layer(name, device=device)
 
     @classmethod
     def _get_adapter_state_dict(

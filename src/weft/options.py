@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
 
 
 @dataclass
@@ -62,6 +63,8 @@ class TrainOptions:
         report_to: Where the log goes beside the screen; tensorboard writes into the folder of the checkpoints.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         bf16: Mixed precision training in bfloat16.
         layerwise_scalings: Weights per LoRA layer rather than one set for all layers.
         xlora_depth: Linear layers of the gate, 1 or more.
@@ -117,6 +120,7 @@ class TrainOptions:
     report_to: Literal["none", "tensorboard"] = "none"
     gradient_checkpointing: bool = False
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     bf16: bool = False
     layerwise_scalings: bool = True
     xlora_depth: int = 1
@@ -146,6 +150,8 @@ class EvalOptions:
         batch_size: Sequences per forward pass.
         max_sequences: At most so many sequences per data set, the first ones; 0 takes all.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         output: File for the table as JSON; null writes none.
     """
 
@@ -156,6 +162,7 @@ class EvalOptions:
     batch_size: int = 4
     max_sequences: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     output: str | None = None
 
 
@@ -173,6 +180,8 @@ class GenerateOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
             itself or the prompt; 0 does not.
         freeze_scalings_after: Ask the gate for the prompt and so many new tokens only, then keep their mean scalings:
@@ -189,6 +198,7 @@ class GenerateOptions:
     top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     speculate: int = 0
     freeze_scalings_after: int | None = None
     show_experts: bool = False
@@ -208,6 +218,8 @@ class ChatOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
         speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
             itself or the prompt; 0 does not.
         show_experts: Colour each token by the expert with the largest share in it, with a legend.
@@ -222,6 +234,7 @@ class ChatOptions:
     top_p: float | None = None
     seed: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
     speculate: int = 0
     show_experts: bool = False
 
@@ -248,6 +261,8 @@ class FoldOptions:
         batch_size: Sequences per forward pass.
         max_sequences: At most so many sequences per data file, the first ones; 0 takes all.
         dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
     """
 
     model: str
@@ -259,6 +274,7 @@ class FoldOptions:
     batch_size: int = 4
     max_sequences: int = 0
     dtype: Dtype = "auto"
+    quantization: Quantization | None = None
 
 
 @dataclass

@@ -36,8 +36,9 @@ from weft.errors import ConfigError
 from weft.freezing import SequenceMeans
 from weft.gate import XLoraClassifier
 from weft.given_hidden import take_given_hidden
+from weft.placement import resident_device
 from weft.rank_weights import RankWeights
-from weft.routing import keep_top_k
+from weft.routing import keep_top_k, padding_mask
 from weft.scalings_log import ScalingsLog
 
 
@@ -175,7 +176,7 @@ class Passes:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.gate.parameters()).device
+        return resident_device(self.gate)
 
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._awaiting_gate = None
@@ -264,7 +265,8 @@ class Passes:
             padding = None
         if cache.means is None:
             cache.means = SequenceMeans(length=int(cache.get_seq_length()))
-        cache.means.add(self._top_k(self._latest.detach()), padding)
+        scalings = self._top_k(self._latest.detach())
+        cache.means.add(scalings, None if padding is None else padding.to(scalings.device))
         cache.means.frozen = cache.means.length >= freeze_at
 
     def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
@@ -349,12 +351,13 @@ class Passes:
             self.log.record(self._whole(scalings))
         if not self.config.layerwise_scalings:
             scalings = scalings[:, :, :1]  # one computation for all layers
-        padding = arguments.get("attention_mask")
-        padding = padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        padding = padding_mask(arguments, scalings.device)
         self.losses.gate_answered(scalings, padding)
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
+        elif isinstance(keep, Tensor):
+            keep = keep.to(scalings.device)
         followed = self._top_k(scalings)
         self._follow(
             Routing(

@@ -1,68 +1,86 @@
-"""Where in a base model the gate reads, and which LoRA layers follow it or cannot."""
+"""On which device a part of the model computes, and that experts and gate stay there.
+
+Under `device_map` with offload, accelerate keeps a module's weights elsewhere (a placeholder on the meta device stands
+in their place) and brings them for the time of its forward. A stack of experts has no forward of its own, and is
+small: it stays on the device where the layer around it computes.
+"""
 
 from __future__ import annotations
 
-from peft.tuners.lora import LoraLayer
+from typing import Any
 
-from weft.backbone import Backbone
-from weft.config import XLoraConfig
-from weft.errors import AdapterError, ConfigError
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 
 
-def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
-    """Number of the first LoRA layer that follows the gate; 0 but with `gate_layer`.
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module's first weights are when it runs; the CPU where it has none."""
+    for part in module.modules():
+        device = _hooks_device(part)
+        if device is not None:
+            return device
+        # Some quantised layers have buffers only.
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            if not tensor.is_meta:
+                return tensor.device
+    return torch.device("cpu")
 
-    Raises:
-        ConfigError: `gate_layer` or `scaling_pass_layers` is no place in this base model, or no LoRA layer follows.
+
+def where_it_starts(base: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments on the device where accelerate's hook on the base model would bring them.
+
+    What runs a part of the model by itself goes past that hook.
     """
-    if not config.reads_inside:
-        return 0
-    if backbone.is_encoder_decoder:
-        name = "gate_layer" if config.scaling_pass_layers is None else "scaling_pass_layers"
-        raise ConfigError(
-            f"{name} ({getattr(config, name)}) must be None for an encoder-decoder ({type(backbone.base).__name__}): "
-            "leave it out"
-        )
-    decoder_layers = backbone.decoder_layers()
-    number = len(decoder_layers)
-    if config.scaling_pass_layers is not None:
-        if config.scaling_pass_layers > number:
-            raise ConfigError(
-                f"scaling_pass_layers ({config.scaling_pass_layers}) must be between 1 and the number of decoder "
-                f"layers ({number})"
-            )
-        return 0
-    assert config.gate_layer is not None
-    if config.gate_layer >= number:
-        raise ConfigError(f"gate_layer ({config.gate_layer}) must be below the number of decoder layers ({number})")
-    before = 0
-    modules = iter(backbone.base.modules())
-    while (module := next(modules)) is not decoder_layers[config.gate_layer]:
-        before += isinstance(module, LoraLayer)
-    if not any(isinstance(module, LoraLayer) for module in modules):
-        raise ConfigError(
-            f"gate_layer ({config.gate_layer}) leaves no LoRA layer that could follow the gate: choose a lower one"
-        )
-    return before
+    device = _hooks_device(base)
+    return arguments if device is None else send_to_device(arguments, device, skip_keys=["past_key_values"])
 
 
-def refuse_layers_beside_text(backbone: Backbone) -> None:
-    """Raise where a layer of the part that reads images or sounds is adapted.
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps this module's own weights elsewhere between its forwards."""
+    return any(getattr(hook, "offload", False) for hook in _hooks(module))
 
-    It has no tokens for scalings to belong to. With a mean over the text it would not be causal: what is seen in an
-    image would depend on the tokens that follow it, and a cache could not hold it.
 
-    Raises:
-        AdapterError: there is such a layer.
-    """
-    base, text_model = backbone.base, backbone.text_model
-    if text_model is None:
-        return
-    placed = {*text_model.modules(), base.get_input_embeddings(), base.get_output_embeddings()}
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and module not in placed:
-            raise AdapterError(
-                f"layer {name!r} is adapted by {list(module.active_adapters)}, but lies outside of the text model "
-                f"({type(text_model).__name__}), so that it has no tokens whose scalings it could follow: expected "
-                "adapters of the text model only (peft's exclude_modules keeps others out)"
-            )
+def offloaded_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Where they are offloaded, a module's own weights; empty where they are not."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    for hook in _hooks(module):
+        if getattr(hook, "offload", False):
+            return {name: hook.weights_map[name] for name in names}
+    return {}
+
+
+def resident_device(module: nn.Module) -> torch.device:
+    """The device of a module's weights, which are brought back where they are offloaded."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    device = execution_device(module)
+    keep_resident(module, device)
+    return device
+
+
+def keep_resident(module: nn.Module, device: torch.device) -> None:
+    """Undo the offload of a module that was put under accelerate's hooks: its weights come to `device` and stay."""
+    for part in module.modules():
+        weights = offloaded_weights(part)
+        if not weights:
+            continue
+        remove_hook_from_module(part)
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            value = weights[name].to(device=device, dtype=parameter.dtype, copy=True)
+            part.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook: Any = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _hooks_device(module: nn.Module) -> torch.device | None:
+    for hook in _hooks(module):
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None

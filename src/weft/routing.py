@@ -7,6 +7,7 @@ input's dtype where that is wider).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -96,6 +97,12 @@ def constant_scalings(
     if not table.isfinite().all():
         raise ConfigError(f"weights ({weights}) must be finite numbers")
     return table
+
+
+def padding_mask(arguments: dict[str, Any], device: torch.device) -> Tensor | None:
+    """The attention mask of a call, where it tells padding from tokens."""
+    mask = arguments.get("attention_mask")
+    return mask.to(device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def mean_over_tokens(

@@ -170,8 +170,7 @@ class Seq2SeqPasses(Passes):
             self._carry_scalings_through_checkpoints(encoder)
         arguments = _by_name(encoder, args, kwargs)
         hidden = self._read(encoder, arguments)
-        padding = arguments.get("attention_mask")
-        padding = padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        padding = padding_mask(arguments, self._device)
         scalings = self._source_scalings(hidden, padding)
         if self._call is not None:
             self._call.hidden, self._call.scalings = hidden, scalings

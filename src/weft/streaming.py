@@ -24,6 +24,7 @@ from transformers import Cache
 from weft.detokeniser import Detokeniser
 from weft.errors import CacheError, ConfigError
 from weft.model import XLoraModel
+from weft.placement import execution_device
 from weft.sampling import Sampler, check_decoding
 from weft.speculation import Speculation
 
@@ -120,7 +121,7 @@ def stream(
             f"model ({type(tuner.backbone.base).__name__}) keeps its state in something else than past_key_values, "
             "which stream needs: use model.generate(..., use_cache=False)"
         )
-    input_ids = _token_ids(prompt, tokenizer).to(tuner.backbone.base.device)
+    input_ids = _token_ids(prompt, tokenizer).to(execution_device(tuner.backbone.base))
     cache = tuner.backbone.empty_cache() if past_key_values is None else past_key_values
     max_new_tokens = _that_fit(max_new_tokens, tuner, input_ids, cache)
     _check_shortcuts(tuner, cache, speculate, freeze_scalings_after)

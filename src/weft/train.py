@@ -71,7 +71,7 @@ def train(options: TrainOptions) -> Path:
     tokenizer = load_tokenizer(options.base)
     rows = training_rows(options.data, list(adapters), tokenizer, options.sequence_length)
     held_out = training_rows(options.eval_data, [], tokenizer, options.sequence_length) if options.eval_data else None
-    base = load_base(options.base, options.dtype)
+    base = load_base(options.base, options.dtype, options.quantization)
     check_length(options.sequence_length, base.config)
     if options.start_from is not None:
         model = from_pretrained(options.start_from, base, is_trainable=True)

@@ -166,7 +166,7 @@ def _train_expert(name: str, folder: Path, sequences: list[list[int]], tokenizer
     """Train one expert on a base model of its own, and save it when it is complete."""
     assert options.base is not None
     set_seed(options.seed)
-    base = load_base(options.base, options.dtype)
+    base = load_base(options.base, options.dtype, options.quantization)
     check_length(options.sequence_length, base.config)
     targets = options.expert_targets
     config = LoraConfig(

@@ -122,7 +122,7 @@ def chat(options: ChatOptions) -> None:
         WeftError: the model or the options cannot work.
     """
     check_decoding(**decoding(options))
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype)
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
     conversation = Conversation(model, tokenizer, options)
     printer = StepPrinter(model.xlora_config.expert_names, options.show_experts)
     interactive = sys.stdin.isatty()

@@ -24,7 +24,7 @@ def fold_mixture(options: FoldOptions) -> None:
     weights = parse_weights(options.weights)
     _check(options)
     assert options.output is not None
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype)
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
     check_output(Path(options.output), model.xlora_config)  # before a long look at the data
     config = fold(model, options.output, weights or _mean_over_data(model, tokenizer, options))
     print(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")

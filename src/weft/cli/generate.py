@@ -19,7 +19,7 @@ def generate(options: GenerateOptions) -> None:
     if not options.prompt:
         raise ConfigError("prompt is missing: the text to continue")
     check_decoding(**decoding(options))
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype)
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
     steps = stream(
         model,
         options.prompt,
