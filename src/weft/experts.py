@@ -136,6 +136,7 @@ class StackedExperts:
         # What must be as it was for the stacks to hold: what is in these dictionaries, and the parameters' addresses.
         self._owners: list[dict[str, Any]] = []
         self._owned: list[int] = []
+        self._kept: list[Any] = []  # so that no other object gets the id of one of them
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[int] = []
 
@@ -217,7 +218,8 @@ class StackedExperts:
         self._scaling = dict(target.scaling)
         storages = (layout.down, layout.up)
         self._owners = [owner for storage in storages for owner in storage.owners(target)]
-        self._owned = [id(value) for dictionary in self._owners for value in dictionary.values()]
+        self._kept = [value for dictionary in self._owners for value in dictionary.values()]
+        self._owned = [id(value) for value in self._kept]
         self._parameters = [storage.find(target, name) for storage in storages for name in ordered]
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
 
