@@ -22,7 +22,7 @@ demo: env
 
 # The whole suite but what needs minutes (slow) or a GPU (gpu).
 test: env
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2
 
 slow: env
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -m slow

@@ -149,21 +149,6 @@ def test_without_its_moves_it_would_fail(llama_adapters, ids, mask, file):
         over_two_devices(llama_adapters)(input_ids=ids, attention_mask=mask)
 
 
-def test_without_the_move_of_the_gathered_experts_it_would_fail(alike, ids):
-    def read():
-        with torch.no_grad():
-            return over_two_devices(alike, top_k_lora=1)(input_ids=ids[:1, :1])
-
-    with PretendedDevices() as devices:
-        read()
-    assert "layers/linear.py" in devices.moves
-    with (
-        PretendedDevices(without_moves_in="layers/linear.py"),
-        pytest.raises(RuntimeError, match="expected all tensors on one"),
-    ):
-        read()
-
-
 @pytest.mark.parametrize("scheme", ["two passes", "short"])
 def test_the_scaling_pass_gets_the_tokens_where_the_adapted_pass_gets_them(llama_adapters, ids, mask, scheme):
     with PretendedDevices():

@@ -11,7 +11,9 @@ from test_cli import arguments, data, gate  # noqa: F401 - fixtures
 from weft.cli import main
 from weft.progress import ProgressLine, budget_in_steps
 
-LINE = r"step \d+/\d+  loss \d+\.\d{4}  learning_rate [\d.e-]+  [\d,]+ tokens/s  \d+:\d\d:\d\d left"
+LINE = (
+    r"step \d+/\d+  loss \d+\.\d{4}  learning_rate [\d.e-]+  math \d+%  code \d+%  [\d,]+ tokens/s  \d+:\d\d:\d\d left"
+)
 
 
 @pytest.fixture

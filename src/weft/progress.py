@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import Trainer, TrainerCallback
 
 # Entries of a log line that say nothing new, or that the line says in words.
+# Names of what the gate did, in the log.
+_GATE, _SHARE = "gate/", "gate/share/"
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
 
@@ -106,7 +108,11 @@ class ProgressLine(TrainerCallback):
             self._losses.append(float(logs["loss"]))
             parts.append(f"loss {self._losses[-1]:.4f}")
         for name, value in logs.items():
-            if name not in _LEFT_OUT and not name.endswith(_LEFT_OUT_ENDS):
+            if name.startswith(_SHARE):
+                parts.append(f"{name.removeprefix(_SHARE)} {value:.0%}")
+            elif name.startswith(_GATE) and not name.endswith("_loss"):
+                continue  # there for the reports
+            elif name not in _LEFT_OUT and not name.endswith(_LEFT_OUT_ENDS):
                 parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         if "loss" in logs:
             parts += [f"{_rate(self._last, now):,.0f} tokens/s", self._left(now)]

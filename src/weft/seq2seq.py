@@ -34,6 +34,7 @@ from weft.cache import ENCODER_DECODER_CACHE, XLoraCache, doubled
 from weft.carrier import Routing
 from weft.errors import CacheError, ConfigError
 from weft.passes import Passes
+from weft.routing import padding_mask
 
 # The entry of the encoder's output that holds what the gate reads for source tokens.
 SOURCE_ENTRY = "scaling_pass_hidden_state"

@@ -83,19 +83,20 @@ def train(options: TrainOptions) -> Path:
         check_packing(model, options.batch_size)
         rows = packed_rows(rows, options.sequence_length)
     output = Path(options.output)
+    interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
+    schedule_steps, most_steps = steps_to_train(options, len(rows), sum(len(sequence) - 1 for sequence in sequences))
+    arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
+    collator = _collator(options, tokenizer, model, sequences, arguments)
     try:
         _checkpoints(options).mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"output ({output}) cannot be made: {err}") from err
-    interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
-    schedule_steps, most_steps = steps_to_train(options, len(rows), sum(len(sequence) - 1 for sequence in sequences))
-    arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
     trainer = CountingTrainer(
         model,
         arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=_collator(options, tokenizer, model, sequences, arguments),
+        data_collator=collator,
         callbacks=[interrupt, TokenBudget(options.max_tokens), progress, *monitoring_callbacks(options)],
     )
     trainer.schedule_steps = schedule_steps if options.max_tokens else None
