@@ -23,7 +23,7 @@ ORDER = [
     ["model"],
     ["integration", "speculation"],
     ["streaming"],
-    ["loading"],
+    ["loading", "distributed"],
     ["train", "evaluate"],
     ["folding"],
     ["cli"],

@@ -54,16 +54,16 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
         layers.append(layer_class(xloramodel, module, forward, len(layers), config))
     for layer in layers:
         # At once, not at the first forward: what wraps the model (DDP) must see the parameters as they will stay.
-        layer.experts.stacks()
+        layer.experts.refresh()
         layer.target.register_state_dict_post_hook(own_tensors)
         layer.target.register_load_state_dict_post_hook(restack)
         layer.target.forward = layer.forward
     return len(layers)
 
 
-def restack(target: Any, incompatible_keys: Any = None) -> None:
+def restack(target: Any, incompatible_keys: Any = None, *, own: bool = True) -> None:
     """Stack a converted layer's experts anew if their storage changed; compiled graphs cannot see for themselves.
 
-    A hook for what loads a layer's state.
+    A hook for what loads a layer's state. With `own` False their storage stays what it is.
     """
-    target.forward.__self__.experts.stacks()
+    target.forward.__self__.experts.refresh(own=own)

@@ -3,12 +3,14 @@
 With A = [A_1; ...; A_N] ([rank, in]) and B = [B_1, ..., B_N] ([out, rank]), the sum of all experts is B (A x), and a
 weight per expert acts on its block of the rank axis. The stack takes over the adapters' storage: peft's parameters
 become views of it, so nothing is held twice, and what changes a parameter in place (loading, an optimizer) changes the
-stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed at the next forward, which stacks
-again.
+stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed, at the next forward at the latest,
+and stacked again. In distributed training others keep parameters in storage of their own (FSDP's shards, ZeRO's flat
+buffers) and need them to stay there: then the stack is a copy, made at every call.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 from weft.errors import AdapterError
 
 _Rows = Callable[[Tensor], Tensor]
+# torch's mark on the modules whose parameters FSDP manages.
+_FSDP = "_is_fsdp_managed_module"
 
 
 @dataclass(frozen=True)
@@ -147,11 +151,29 @@ class StackedExperts:
         Raises:
             AdapterError: an active adapter is no plain LoRA (DoRA, for one).
         """
-        if not torch.compiler.is_compiling() and not self._still_ours():
-            # Not in inference mode, whose tensors could never be trained on.
-            with torch.inference_mode(False), torch.no_grad():
-                self._build()
-        return self._stacks
+        if torch.compiler.is_compiling():
+            ours = self._active is not None and not getattr(self.target, _FSDP, False)
+            return self._stacks if ours else self._uncompiled()
+        return self._stacks if self._still_ours() else self._build(own=not others_have_parameters())
+
+    def refresh(self, *, own: bool = True) -> None:
+        """Stack again where the storage has changed; not where FSDP has it, which is whole in the forward only.
+
+        Args:
+            own: the stack becomes the parameters' storage. (Never where FSDP is to come, which takes contiguous
+                parameters only: B's, which lie transposed in a stack, are none.)
+        """
+        if not self.sharded and not fsdp_is_to_come() and not self._still_ours():
+            self._build(own)
+
+    @torch.compiler.disable
+    def _uncompiled(self) -> tuple[Stack, ...]:
+        return self.stacks()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP manages the parameters."""
+        return any(getattr(module, _FSDP, False) for module in self.target.modules())
 
     def differentiable(self, stack: Stack) -> tuple[Tensor, Tensor]:
         """The stack's (down, up) as autograd should see them: leaves where the experts are frozen."""
@@ -178,7 +200,10 @@ class StackedExperts:
                 return False
         return True
 
-    def _build(self) -> None:
+    # Not in inference mode, whose tensors could never be trained on.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _build(self, own: bool) -> tuple[Stack, ...]:
         target, layout = self.target, self.layout
         active = list(target.active_adapters)
         present = list(getattr(target, layout.down.attribute).keys())
@@ -193,12 +218,16 @@ class StackedExperts:
             by_kind.setdefault((parameter.dtype, parameter.device), []).append(name)
 
         stacks = []
+        stacked = _take_over if own else _copy
         for names in by_kind.values():
-            down = _take_over(target, layout.down, names)
-            up = _take_over(target, layout.up, names)
+            down = stacked(target, layout.down, names)
+            up = stacked(target, layout.up, names)
             names = [name for name in names if name in active]
             if names:
                 stacks.append(_stack(target, layout, names, active, down, up))
+        if not own:
+            self.__init__(target, layout)  # type: ignore[misc] # nothing is kept until the next call
+            return tuple(stacks)
         self._stacks = tuple(stacks)
         self._active = active
         self._scaling = dict(target.scaling)
@@ -206,6 +235,7 @@ class StackedExperts:
         self._owners = [owner for storage, name in storages for owner in storage.owners(target, name)]
         parameters = [storage.find(target, name) for storage, name in storages]
         self._addresses = [(parameter, parameter.data_ptr()) for parameter in parameters]
+        return self._stacks
 
 
 def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -216,6 +246,26 @@ def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
     for key, value in state_dict.items():
         if key.startswith(f"{prefix}lora_") and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             state_dict[key] = value.clone(memory_format=torch.contiguous_format)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this tensor is a shard (a DTensor of FSDP's), whose whole is spread over several processes."""
+    return hasattr(parameter, "full_tensor")
+
+
+def fsdp_is_to_come() -> bool:
+    """Whether accelerate was launched to shard models with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def others_have_parameters() -> bool:
+    """Whether a parameter's new storage may be that of somebody who needs it to stay."""
+    return in_distributed_training() or fsdp_is_to_come()
+
+
+def in_distributed_training() -> bool:
+    """Whether this process is one of several that train together, so that others may look after the parameters."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def refuse_dora(name: str) -> None:
@@ -236,6 +286,17 @@ def refuse_variant(target: LoraLayer, name: str) -> None:
             f"adapter {name!r} uses the LoRA variant {type(variant).__name__}, which X-LoRA does not support: "
             "leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
         )
+
+
+def _copy(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
+    """The parameters in one new tensor, rank first."""
+    for name in names:
+        if storage.find(target, name).numel() == 0:
+            raise AdapterError(
+                f"expert {name!r} has an empty {storage.attribute} here, as DeepSpeed's ZeRO-3 leaves parameters between "
+                "their uses: X-LoRA needs its experts whole, with ZeRO-2 or FSDP2"
+            )
+    return torch.cat([storage.to_rows(storage.find(target, name)) for name in names])
 
 
 def _take_over(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:

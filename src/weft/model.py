@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from weft.adapters import adapter_parameters, inject_adapters, read_adapters, remove_adapters
 from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
 from weft.carrier import ScalingsCarrier
-from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
+from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismatch
 from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
+from weft.experts import others_have_parameters
 from weft.gate import XLoraClassifier
 from weft.passes import Passes, first_following_layer
 from weft.routing import ConstantWeights, constant_scalings
@@ -91,6 +92,7 @@ class XLoraModel(BaseTuner):
         self.peft_config = {adapter_name: options}
         self.active_adapter = adapter_name
         self.carrier = ScalingsCarrier()
+        self.given_experts: dict[str, Tensor] = {}
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._input_gradient_hooks = input_gradient_hooks(model)
@@ -162,7 +164,7 @@ class XLoraModel(BaseTuner):
         Raises:
             ConfigError: `freeze_scalings_after` cannot work with the other options.
         """
-        self._restack()  # for a decoding step that is compiled
+        self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
         frozen: AbstractContextManager[None] = nullcontext()
         if freeze_scalings_after is not None:
             self.passes.check_freezing(freeze_scalings_after, kwargs)
@@ -196,10 +198,10 @@ class XLoraModel(BaseTuner):
         self._restack()
         return self
 
-    def _restack(self) -> None:
+    def _restack(self, *, own: bool = True) -> None:
         for module in self.lora_model.model.modules():
             if isinstance(module, LoraLayer):
-                restack(module)
+                restack(module, own=own)
 
     # ------------------------------------------------------------------ on, off and out
 
@@ -348,6 +350,8 @@ class XLoraModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        tuner: Any = model.base_model
+        tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
         return {key: value for key, value in state_dict.items() if GATE_KEY in key}
 
     @classmethod

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.data import check_length, read_texts, token_sequences
+from weft.distributed import EvenTrainer, RowsAndABlank, any_process, number_of_processes
 from weft.errors import ConfigError
 from weft.integration import from_adapters
 from weft.loading import load_base, load_tokenizer
@@ -64,20 +65,22 @@ def train(options: TrainOptions) -> Path:
 
     output = Path(options.output)
     interrupt = StopOnInterrupt()
-    trainer = Trainer(
+    trainer = EvenTrainer(
         model,
         _training_arguments(options, _checkpoints(options), len(sequences)),
-        train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+        train_dataset=RowsAndABlank([{"input_ids": sequence, "labels": sequence} for sequence in sequences]),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         callbacks=[interrupt],
     )
+    finished = False
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
+        finished = True
     finally:
-        # Also after a second interrupt or an error half-way: what was learned so far is kept.
-        if trainer.state.global_step > 0:
-            model.save_pretrained(str(output))
-            tokenizer.save_pretrained(str(output))
+        # Also after a second interrupt or an error half-way: what was learned so far is kept. A model in shards takes
+        # all processes to save, of which some may be elsewhere then: it has its checkpoints.
+        if trainer.state.global_step > 0 and (finished or not trainer.in_shards):
+            trainer.save_mixture(output, tokenizer)
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
@@ -117,7 +120,8 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop here if it came."""
+        """Stop here if it came, to whichever process."""
+        self.requested = any_process(self.requested, args.device)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
@@ -191,7 +195,8 @@ def _check(options: TrainOptions, adapters: dict[str, str]) -> None:
 
 
 def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int) -> TrainingArguments:
-    steps_per_epoch = max(1, num_sequences // (options.batch_size * options.gradient_accumulation))
+    batch_size = options.batch_size * options.gradient_accumulation * number_of_processes()
+    steps_per_epoch = max(1, num_sequences // batch_size)
     steps = options.max_steps or max(1, int(options.epochs * steps_per_epoch))
     return TrainingArguments(
         output_dir=os.fspath(folder),
@@ -213,4 +218,6 @@ def _training_arguments(options: TrainOptions, folder: Path, num_sequences: int)
         report_to="none",
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
     )
