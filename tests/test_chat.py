@@ -195,7 +195,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(mixture, say, capsys, monkeypa
     whole = capsys.readouterr().out
     say("hi", "/reset", "hi")
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", interrupted)
-    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
+    # A suite that was started in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out.endswith(whole[len(whole) // 2 :])
     assert len(calls) == 3 + 6
 
