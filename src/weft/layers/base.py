@@ -119,7 +119,8 @@ class XLoraLayer(ABC):
             weights = self.get_maybe_topk_scalings(scalings)
         elif routing is not None:
             stacks = self.experts.stacks()
-            ready = routing.ready
+            # An adapted LM head may see other positions, in another order, than the scalings are for.
+            ready = routing.ready if self.layer_number != routing.output_layer else None
             # Where an expert was changed since the weights were made ready, they are for another stack.
             if ready is not None and len(stacks) == 1 and ready.stacks[self.layer_number] is stacks[0]:
                 sum_of_both = self.add_ready(result, x, stacks[0], ready)
