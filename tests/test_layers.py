@@ -322,13 +322,17 @@ def test_gathered_experts_add_what_all_of_them_masked_add(tmp_path, tokens, opti
         **options,
     ).eval()
     gathered = []
-    plain = XLoraLinearLayer._add_chosen
-    counted = staticmethod(lambda *args: gathered.append(args) or plain(*args))
-    monkeypatch.setattr(XLoraLinearLayer, "_add_chosen", counted)
+    plain = XLoraLinearLayer.add_ready
+
+    def counted(self, result, x, stack, ready):
+        gathered.append(ready.chosen is not None)
+        return plain(self, result, x, stack, ready)
+
+    monkeypatch.setattr(XLoraLinearLayer, "add_ready", counted)
     ids = torch.randint(1, VOCAB, (1, tokens))
     with torch.no_grad():
         found = model(input_ids=ids).logits
-        assert len(gathered) == 6  # two decoder layers of three
+        assert gathered == [True] * 6  # two decoder layers of three
         monkeypatch.setattr(XLoraLinearLayer, "add_ready", lambda *args: None)
         torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 

@@ -22,16 +22,16 @@ class ReadyWeights:
 
     Attributes:
         stacks: by layer number, the stacked experts that the weights are for; None where a layer computes its own.
-        first_layer: number of the layer that `kept` and `chosen` begin with.
-        per_rank: by layer number, `[batch, seq, rank]` each.
-        kept: by layer, the weights of the chosen experts, `[tokens, top_k, 1]` each.
-        chosen: by layer, which experts, `[tokens * top_k]` each; None where `per_rank` is given.
+        tokens: (batch, seq) of the input that they are for; None for any, which one row of weights is for.
+        first_layer: number of the layer that `weights` and `chosen` begin with.
+        weights: by layer, `[token, rank]` each: of all ranks, or of those of the chosen experts.
+        chosen: by layer, which ranks of the stack, `[token * rank]` each; None for all.
     """
 
     stacks: tuple[Any, ...]
-    first_layer: int = 0
-    per_rank: tuple[Tensor, ...] = ()
-    kept: tuple[Tensor, ...] = ()
+    tokens: tuple[int, ...] | None
+    first_layer: int
+    weights: tuple[Tensor, ...]
     chosen: tuple[Tensor, ...] | None = None
 
 

@@ -45,15 +45,17 @@ class _RankTable:
 
 @dataclass(frozen=True)
 class _ExpertTable:
-    """The same per expert, for layers whose experts all have the same rank.
+    """The same per expert, for layers whose experts all have one rank.
 
     Attributes:
-        stacks: by layer number; None where a layer is not such.
+        stacks: by layer number; None where a layer is not such, or has another rank.
         scales: s of each expert; zeros for None.
+        rank: of each expert.
     """
 
     stacks: tuple[Stack | None, ...]
     scales: Float[Tensor, "layer expert"]
+    rank: int
 
 
 class RankWeights:
@@ -118,8 +120,9 @@ class RankWeights:
         table = self._tables.get(key)
         if table is None or not few:
             return None
-        weights = scalings.flatten(2).index_select(2, table.index) * (table.scales * global_weight)
-        return ReadyWeights(table.stacks, per_rank=weights.split(table.sizes, 2))
+        tokens = scalings.shape[:2]
+        weights = scalings.flatten(2).flatten(0, 1).index_select(1, table.index) * (table.scales * global_weight)
+        return ReadyWeights(table.stacks, tokens if tokens.numel() > 1 else None, 0, weights.split(table.sizes, 1))
 
     def of_chosen(
         self,
@@ -154,11 +157,13 @@ class RankWeights:
         kept, experts = choose_top_k(scalings.flatten(0, 1), top_k, renormalise=renormalise)
         experts = experts.expand(tokens, len(scales), top_k)
         weights = kept * scales.expand(tokens, -1, -1).gather(2, experts) * global_weight
+        ranks = experts[..., None] * table.rank + torch.arange(table.rank, device=scalings.device)
         return ReadyWeights(
             table.stacks,
-            first_layer=first_layer,
-            kept=weights.unsqueeze(3).unbind(1),
-            chosen=experts.transpose(0, 1).flatten(1).unbind(0),
+            (batch, seq),
+            first_layer,
+            weights.repeat_interleave(table.rank, 2).unbind(1),
+            chosen=ranks.transpose(0, 1).flatten(1).unbind(0),
         )
 
     def _refresh(self, few: bool) -> bool:
@@ -211,13 +216,15 @@ class RankWeights:
         return _RankTable(tuple(stacks), sizes, torch.cat(index).to(device), torch.cat(scales).to(device))
 
     def _expert_table(self, num_experts: int, device: torch.device) -> _ExpertTable:
-        stacks: list[Stack | None] = []
-        for number in range(len(self._experts)):
-            stack = self._usable(number, num_experts, device)
-            alike = stack is not None and stack.rank_expert is None and stack.column_index is None
-            stacks.append(stack if alike else None)
+        usable = [self._usable(number, num_experts, device) for number in range(len(self._experts))]
+        alike = [
+            None if stack is None or stack.rank_expert is not None or stack.column_index is not None else stack
+            for stack in usable
+        ]
+        rank = next((stack.ranks[0] for stack in alike if stack is not None), 1)
+        stacks = tuple(stack if stack is not None and stack.ranks[0] == rank else None for stack in alike)
         none = torch.zeros(num_experts, device=device)
-        return _ExpertTable(tuple(stacks), torch.stack([none if one is None else one.scales for one in stacks]))
+        return _ExpertTable(stacks, torch.stack([none if one is None else one.scales for one in stacks]), rank)
 
 
 def _few(scalings: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from weft.carrier import ReadyWeights
@@ -24,39 +23,30 @@ class XLoraLinearLayer(XLoraLayer):
     layout = _LAYOUT
 
     def add_ready(self, result: Tensor, x: Tensor, stack: Stack, ready: ReadyWeights) -> Tensor | None:
+        # This runs in every layer for every token of a text: nothing that is not needed, not even a view.
         if self.target.training or x.dim() != 3:  # dropout, or something else than the sequence
             return None
-        x = x.to(stack.down.dtype)
+        *tokens, width = x.shape
+        if ready.tokens is not None and ready.tokens != (*tokens,):
+            return None
+        down, up = stack.down, stack.up
+        if x.dtype != down.dtype:
+            x = x.to(down.dtype)
+        place = self.layer_number - ready.first_layer
+        weights = ready.weights[place]
+        if weights.dtype != x.dtype:
+            weights = weights.to(x.dtype)
+        rows, base = x.reshape(-1, width), result.reshape(-1, result.shape[2])
         if ready.chosen is not None:
-            place = self.layer_number - ready.first_layer
-            return self._add_chosen(result, x, stack, ready.kept[place], ready.chosen[place])
-        weights = ready.per_rank[self.layer_number]
-        if weights.shape[0] not in (1, x.shape[0]) or weights.shape[1] not in (1, x.shape[1]):
-            return None
-        return add_product(result, F.linear(x, stack.down) * weights.to(x.dtype), stack.up)
-
-    @staticmethod
-    def _add_chosen(
-        result: Float[Tensor, "batch seq out"],
-        x: Float[Tensor, "batch seq in"],
-        stack: Stack,
-        kept: Float[Tensor, "tokens top_k 1"],
-        experts: Int[Tensor, " chosen"],
-    ) -> Tensor | None:
-        tokens, top_k, _ = kept.shape
-        batch, seq, width = x.shape
-        if batch * seq != tokens:
-            return None
-        num_experts, rank = len(stack.ranks), stack.ranks[0]
-        down = stack.down.view(num_experts, rank * width).index_select(0, experts).view(tokens, top_k * rank, width)
-        up = stack.up.view(num_experts, -1).index_select(0, experts).view(tokens, top_k * rank, -1)
-        if tokens == 1:
-            h = F.linear(x, down[0]).view(1, top_k, rank) * kept.to(x.dtype)
-            return add_product(result, h.view(1, 1, top_k * rank), up[0])
-        h = torch.bmm(down, x.reshape(tokens, width, 1)).view(tokens, top_k, rank) * kept.to(x.dtype)
-        flat = result.reshape(tokens, 1, -1)
-        h = h.view(tokens, 1, top_k * rank)
-        return (torch.baddbmm(flat, h, up) if flat.dtype == h.dtype else flat + torch.bmm(h, up)).view(result.shape)
+            down, up = down.index_select(0, ready.chosen[place]), up.index_select(0, ready.chosen[place])
+        if len(down) == weights.shape[1]:
+            h = F.linear(rows, down) * weights
+            rows = torch.addmm(base, h, up) if base.dtype == h.dtype else base + h @ up
+        else:  # each of several tokens has chosen its own
+            down, up = down.unflatten(0, weights.shape), up.unflatten(0, weights.shape)
+            h = (torch.bmm(down, rows.unsqueeze(2)).squeeze(2) * weights).unsqueeze(1)
+            rows = base + torch.bmm(h, up).squeeze(1)
+        return rows.view(*tokens, -1)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
