@@ -3,7 +3,7 @@
 Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the demo's own;
 each row is the perplexity on held-out texts that switch between the domains, and on each domain. Results are kept in
 `.bench/quality/` as they come, so that an interrupted run goes on; about half an hour on two quiet cores. Writes
-`results/DATE-quality.{json,md}`.
+`results/DATE-quality-STEPS-steps.{json,md}`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
                 for data, value in values.items():
                     rows.setdefault(row, {}).setdefault(data, []).append(value)
     result = {"setting": setting(), "steps": arguments.steps, "seeds": arguments.seeds, "perplexity": rows}
-    save("quality", result, table(rows, arguments))
+    save(f"quality-{arguments.steps}-steps", result, table(rows, arguments))
 
 
 def measured(name: str, options: dict[str, Any], seed: int, steps: int, sequences: int) -> dict[str, dict[str, float]]:
