@@ -26,7 +26,7 @@ ORDER = [
     ["change_experts"],
     ["streaming"],
     ["loading", "monitoring", "scaling_cache", "packing", "progress"],
-    ["start_from"],
+    ["distributed", "start_from"],
     ["train", "evaluate"],
     ["train_experts"],
     ["folding"],

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.data import check_length
+from weft.distributed import EvenTrainer, RowsAndABlank, any_process, number_of_processes
 from weft.errors import CheckpointError, ConfigError
 from weft.finite import FiniteLoss
 from weft.integration import from_adapters, from_pretrained
@@ -28,10 +28,9 @@ from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
-from weft.progress import CountingTrainer, ProgressLine, TokenBudget, budget_in_steps
+from weft.progress import ProgressLine, TokenBudget, budget_in_steps
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued
-from weft.whole import replace_folder
 from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
 
 _CONFIG_OPTIONS = (
@@ -91,10 +90,10 @@ def train(options: TrainOptions) -> Path:
         _checkpoints(options).mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"output ({output}) cannot be made: {err}") from err
-    trainer = CountingTrainer(
+    trainer = EvenTrainer(
         model,
         arguments,
-        train_dataset=rows,
+        train_dataset=RowsAndABlank(rows),
         eval_dataset=held_out,
         data_collator=collator,
         callbacks=[interrupt, TokenBudget(options.max_tokens), progress, *monitoring_callbacks(options)],
@@ -103,26 +102,25 @@ def train(options: TrainOptions) -> Path:
     trainer.remove_callback(PrinterCallback)
     FiniteLoss(trainer, tokenizer)
     keep_checkpoints_whole(trainer)
+    finished = False
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
+        finished = True
     finally:
         progress.close()
         interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # which an error leaves out
-        # Also after a second interrupt or an error half-way: what was learned so far is kept.
-        if trainer.state.global_step > 0:
-            _save(model, tokenizer, options)
+        # Also after a second interrupt or an error half-way: what was learned so far is kept. A model in shards takes
+        # all processes to save, of which some may be elsewhere then: it has its checkpoints.
+        if trainer.state.global_step > 0 and (finished or not trainer.in_shards):
+            _save(trainer, tokenizer, options, together=finished)
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
 
 
-def _save(model: Any, tokenizer: Any, options: TrainOptions) -> None:
-    def write(part: Path) -> None:
-        PeftModel.save_pretrained(model, str(part))
-        tokenizer.save_pretrained(str(part))
-
+def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:
     try:
-        replace_folder(Path(options.output), write, CONFIG_NAME)
+        trainer.save_mixture(Path(options.output), tokenizer, together=together)
     except CheckpointError as err:
         raise CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}") from err
 
@@ -189,7 +187,8 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop here if it came."""
+        """Stop here if it came, to whichever process."""
+        self.requested = any_process(self.requested, args.device)
         if self.requested:
             control.should_save = self._saves
             control.should_training_stop = True
@@ -294,7 +293,7 @@ def _amount_problems(options: TrainOptions) -> list[str]:
 
 def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps as expected, and at most (0: `epochs` decides)."""
-    per_step = options.batch_size * options.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = options.batch_size * options.gradient_accumulation * number_of_processes()
     if options.max_tokens:
         expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
         limit = options.max_steps or most
@@ -335,4 +334,6 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         **monitoring_arguments(options),
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
     )

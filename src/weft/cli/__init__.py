@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,7 +63,8 @@ def _train(options: TrainOptions) -> None:
                 f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr
             )
         raise
-    print(f"saved to {output}: try  weft generate {output} --prompt '...'")
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
 
 def _evaluate(options: EvalOptions) -> None:

@@ -66,10 +66,15 @@ class XLoraLayer(ABC):
         self.experts = StackedExperts(target, self.layout, allow_dora=config.allow_dora)
         self.dora = Dora(target, self.layout, self.base_rows, self.channel_axis)
 
-    def prepare(self) -> None:
-        """Stack the experts, where that has not been done, ahead of a call that cannot: a compiled one."""
+    def prepare(self, *, own: bool = True) -> None:
+        """Stack the experts, where that has not been done, ahead of a call that cannot: a compiled one.
+
+        Args:
+            own: as in `StackedExperts.refresh`.
+        """
+        self.experts.refresh(own=own)
         with torch.no_grad():
-            for stack in self.experts.stacks():
+            for stack in self.experts.current:
                 if stack.dora:
                     self.dora.factors(stack, stack.up)
 
@@ -114,7 +119,7 @@ class XLoraLayer(ABC):
         if target._disable_adapters or merged:
             return result.to(dtype)
         routing = carrier.routing
-        padding = None
+        padding = stacks = None
         if scalings is not None:
             weights = self.get_maybe_topk_scalings(scalings)
         elif routing is not None:
@@ -135,7 +140,7 @@ class XLoraLayer(ABC):
             weights = None
         self._check_columns(weights)
         base_result = result
-        for stack in self.experts.stacks():
+        for stack in self.experts.stacks() if stacks is None else stacks:
             result = self._add_mixture(result, base_result, x, stack, weights, padding)
         return result.to(dtype)
 
