@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from weft.experts import in_distributed_training
+from weft.adapters import read_tensors
+from weft.experts import in_distributed_training, is_sharded
 from weft.integration import register_with_peft
 from weft.progress import CountingTrainer
 from weft.whole import replace_folder
@@ -128,3 +131,68 @@ class EvenTrainer(CountingTrainer):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.world_size
         return FullBatches(len(self.train_dataset), batch_size, self.args.seed)  # type: ignore[arg-type]
+
+    # Of FSDP's shards, transformers' Trainer would write checkpoints that FSDP alone can read.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self.optimizer.state_dict()
+        state["state"] = {number: _gathered(entries) for number, entries in state["state"].items()}
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        tensors = read_tensors(Path(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME))
+        with torch.no_grad():
+            for name, parameter in self.model_wrapped.named_parameters():
+                if name in tensors:
+                    parameter.copy_(_like(parameter, tensors[name]))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            _lay_out_as_parameters(self.optimizer)
+            return
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state["state"] = {
+            number: {name: _like(parameters[number], value) for name, value in entries.items()}
+            for number, entries in state["state"].items()
+        }
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+
+def _lay_out_as_parameters(optimizer: Any) -> None:
+    """Give the optimizer's tensors their parameters' strides: fused AdamW takes for granted that they have them.
+
+    Stacked experts lie transposed, those of FSDP's checkpoints do not.
+    """
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _gathered(entries: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps of one parameter, whole and on the CPU."""
+    return {
+        name: value.full_tensor().cpu() if isinstance(value, Tensor) and is_sharded(value) else value
+        for name, value in entries.items()
+    }
+
+
+def _like(parameter: Any, value: Any) -> Any:
+    """A tensor of a parameter's shape, in shards where the parameter is; anything else as it is."""
+    if not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = parameter.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"weft {command}: error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"weft {command}: interrupted", file=sys.stderr)
+        if _speaks():
+            print(f"weft {command}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -56,15 +57,20 @@ def _train(options: TrainOptions) -> None:
     try:
         output = train_in_stages(options)
     except KeyboardInterrupt:
-        if (Path(options.output) / "adapter_config.json").exists():
+        if _speaks() and (Path(options.output) / "adapter_config.json").exists():
             print(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
         elif options.experts_from:
             print(
                 f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr
             )
         raise
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if _speaks():
         print(f"saved to {output}: try  weft generate {output} --prompt '...'")
+
+
+def _speaks() -> bool:
+    """Whether this is the one of several processes that says what they did."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _evaluate(options: EvalOptions) -> None:
