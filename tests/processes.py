@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -50,10 +50,8 @@ def started(command, **environment):
         pids = children.read_text().split() if children.exists() else []
         # Launchers give each worker a session of its own.
         for group in [process.pid, *map(int, pids)]:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait()
 
 

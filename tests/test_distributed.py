@@ -66,7 +66,9 @@ def assert_same_tensors(one, other):
     expected, found = tensors(one), tensors(other)
     assert expected.keys() <= found.keys()
     for file, values in expected.items():
-        torch.testing.assert_close(found[file], values, atol=1e-4, rtol=0, msg=lambda text, file=file: f"{file}: {text}")
+        torch.testing.assert_close(
+            found[file], values, atol=1e-4, rtol=0, msg=lambda text, file=file: f"{file}: {text}"
+        )
 
 
 def losses(folder, step):
@@ -213,6 +215,7 @@ def test_without_other_processes_nobody_has_to_agree():
             {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_activation_checkpointing": False},
         ),
         ("zero2", "DEEPSPEED", {"zero_stage": 2}),
+        ("zero3", "DEEPSPEED", {"zero_stage": 3, "zero3_save_16bit_model": True}),
     ],
 )
 def test_accelerate_reads_the_shipped_configs(name, kind, fields):

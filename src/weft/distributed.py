@@ -95,6 +95,9 @@ class EvenTrainer(CountingTrainer):
     Its training data are `RowsAndABlank`.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     @property
     def in_shards(self) -> bool:
         """Whether no process holds the whole model."""
@@ -119,6 +122,13 @@ class EvenTrainer(CountingTrainer):
             replace_folder(folder, write, CONFIG_NAME)
         if together:
             self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers', which would leave frozen experts out of what it gathers for ZeRO-3."""
+        if self.is_deepspeed_enabled:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model_wrapped))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _wrap_model(self, *args: Any, **kwargs: Any) -> Any:
         if self.in_shards:
@@ -182,15 +192,12 @@ def _lay_out_as_parameters(optimizer: Any) -> None:
 
 def _gathered(entries: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer keeps of one parameter, whole and on the CPU."""
-    return {
-        name: value.full_tensor().cpu() if isinstance(value, Tensor) and is_sharded(value) else value
-        for name, value in entries.items()
-    }
+    return {name: value.full_tensor().cpu() if is_sharded(value) else value for name, value in entries.items()}
 
 
 def _like(parameter: Any, value: Any) -> Any:
     """A tensor of a parameter's shape, in shards where the parameter is; anything else as it is."""
-    if not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor) or not is_sharded(parameter) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -176,10 +176,10 @@ class StackedExperts:
 
         Args:
             own: the stack becomes the parameters' storage, or else nothing is stacked until the next call. (Never
-                where FSDP is to come, which takes contiguous parameters only: B's, which lie transposed in a stack,
-                are none.)
+                where FSDP or DeepSpeed is to come, which take contiguous parameters only: B's, which lie transposed in
+                a stack, are none.)
         """
-        if self.sharded or fsdp_is_to_come() or self._still_ours():
+        if self.sharded or sharding_is_to_come() or self._still_ours():
             return
         if own:
             self._build(own)
@@ -193,7 +193,8 @@ class StackedExperts:
     @property
     def sharded(self) -> bool:
         """Whether FSDP manages the parameters."""
-        return any(getattr(module, _FSDP, False) for module in self.target.modules())
+        target: Any = self.target
+        return any(getattr(module, _FSDP, False) for module in target.modules())
 
     @property
     def current(self) -> tuple[Stack, ...]:
@@ -275,19 +276,21 @@ def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
             state_dict[key] = value.clone(memory_format=torch.contiguous_format)
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether this tensor is a shard (a DTensor of FSDP's), whose whole is spread over several processes."""
-    return hasattr(parameter, "full_tensor")
+def is_sharded(parameter: Any) -> bool:
+    """Whether the whole of this tensor is spread over several processes: a shard of FSDP's, or empty with ZeRO-3."""
+    return hasattr(parameter, "full_tensor") or (isinstance(parameter, Tensor) and parameter.numel() == 0)
 
 
-def fsdp_is_to_come() -> bool:
-    """Whether accelerate was launched to shard models with FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+def sharding_is_to_come() -> bool:
+    """Whether accelerate was launched to shard models, with FSDP or DeepSpeed."""
+    return any(
+        os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")
+    )
 
 
 def others_have_parameters() -> bool:
     """Whether a parameter's new storage may be that of somebody who needs it to stay."""
-    return in_distributed_training() or fsdp_is_to_come()
+    return in_distributed_training() or sharding_is_to_come()
 
 
 def in_distributed_training() -> bool:
@@ -321,8 +324,8 @@ def _copy(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
     for name in names:
         if storage.find(target, name).numel() == 0:
             raise AdapterError(
-                f"expert {name!r} has an empty {storage.attribute} here, as DeepSpeed's ZeRO-3 leaves parameters between "
-                "their uses: X-LoRA needs its experts whole, with ZeRO-2 or FSDP2"
+                f"expert {name!r} has an empty {storage.attribute} here, as ZeRO-3 leaves parameters outside of a call of "
+                "the whole model: call that, not a part of it"
             )
     return torch.cat([storage.to_rows(storage.find(target, name)) for name in names])
 
