@@ -1,4 +1,4 @@
-"""The weft command with the processes of `accelerate launch` on the CPU, in the shards that accelerate keeps for GPUs."""
+"""The weft command under `accelerate launch` on the CPU, with FSDP2, which accelerate keeps for GPUs."""
 
 import sys
 

@@ -186,14 +186,15 @@ def given_experts(model: torch.nn.Module, state_dict: dict[str, Any]) -> dict[st
     Raises:
         CheckpointError: the state dict has shards too.
     """
-    if not any(map(is_sharded, model.parameters())):
+    own = {key: value for key, value in state_dict.items() if is_expert_key(key) or GATE_KEY in key}
+    if not any(is_sharded(parameter) for name, parameter in model.named_parameters() if is_expert_key(name)):
         return {}
-    if any(map(is_sharded, state_dict.values())):
+    if any(map(is_sharded, own.values())):
         raise CheckpointError(
             "the model is sharded over several processes: gather it with accelerator.get_state_dict(model) in all of "
             "them, and in the first call save_pretrained(folder, state_dict=...) with what came out"
         )
-    return {key: value for key, value in state_dict.items() if is_expert_key(key)}
+    return own
 
 
 def _whole(model: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -324,8 +324,8 @@ def _copy(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
     for name in names:
         if storage.find(target, name).numel() == 0:
             raise AdapterError(
-                f"expert {name!r} has an empty {storage.attribute} here, as ZeRO-3 leaves parameters outside of a call of "
-                "the whole model: call that, not a part of it"
+                f"expert {name!r} has an empty {storage.attribute} here, as ZeRO-3 leaves parameters outside of a call "
+                "of the whole model: call that, not a part of it"
             )
     return torch.cat([storage.to_rows(storage.find(target, name)) for name in names])
 
