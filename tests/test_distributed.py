@@ -17,7 +17,8 @@ import weft
 from models import folder_files
 from processes import ROOT, accelerate_launch, run, started, torchrun
 from weft.cli import main
-from weft.distributed import FullBatches, RowsAndABlank, any_process
+from weft.distributed import FullBatches, RowsAndABlank
+from weft.processes import any_process
 
 CONFIGS = ROOT / "examples/accelerate"
 SHARDED = str(ROOT / "tests/on_cpu.py")
@@ -189,13 +190,13 @@ def test_a_users_own_trainer_trains_the_same_in_two_processes(llama_adapters, tm
 
 def test_batches_are_filled_with_rows_that_teach_nothing():
     rows = RowsAndABlank([{"input_ids": [i, i, i], "labels": [i, i, i]} for i in range(5)])
-    sampler = FullBatches(len(rows), batch_size=4, seed=7)
+    sampler = FullBatches(len(rows), multiple=4, seed=7)
     first, again = list(sampler), list(sampler)
     assert first == again
     assert len(first) == len(sampler) == 8
     assert sorted(first) == [0, 1, 2, 3, 4, 5, 5, 5]
     assert first[5:] == [5, 5, 5]
-    assert rows[5] == {"input_ids": [0, 0], "labels": [-100, -100]}
+    assert rows[5] == {"input_ids": [0, 0, 0], "labels": [-100, -100, -100]}
     sampler.set_epoch(1)
     assert list(sampler) != first
 

@@ -8,11 +8,15 @@ Accumulated micro-batches give the gradient of their mean. A Trainer that passes
 labels in all of them, does not divide by the number of micro-batches: the language model's loss is then a sum over
 tokens divided by that number, and the gate's losses are multiplied by the micro-batch's part of it. TRL's SFTTrainer
 ignores the loss of a call and makes its own of `log_probs`, so the losses travel with those, whose values they leave.
+
+A row whose labels are all -100 teaches nothing, so neither does it count in the gate's losses and metrics: such rows
+fill batches up in distributed training.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,6 +88,8 @@ class AuxiliaryLosses:
             return
         if padding is None and self.labels_are_targets and call.labels is not None:
             padding = call.labels != NO_EXPERT if call.labels.shape == scalings.shape[:2] else None
+        if call.labels is not None:
+            padding = _without_rows_to_fill(padding, call.labels, scalings.shape[:2])
         if padding is not None:
             padding = padding.to(scalings.device)
         shares = self._shares(scalings)
@@ -104,7 +110,8 @@ class AuxiliaryLosses:
         if call is None or output is None or call.labels is None or not call.answers or not weighted:
             return None
         losses = self._losses(call)
-        self.metrics.add_losses(losses)
+        masks = [mask for _, mask in call.answers if mask is not None]
+        self.metrics.add_losses(losses, torch.stack([mask.any() for mask in masks]).any() if masks else None)
         if not losses:
             return None
         total = torch.stack([weighted[name] * loss for name, loss in losses.items()]).sum()
@@ -200,6 +207,15 @@ class _WithLoss(torch.autograd.Function):
             )
         device, dtype = ctx.like
         return gradient, None, -of_labels.sum().to(device, dtype)
+
+
+def _without_rows_to_fill(padding: Tensor | None, labels: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """The padding mask with no tokens in rows whose labels are all -100."""
+    batch, seq = shape
+    if labels.is_floating_point() or labels.shape[0] != batch:
+        return padding
+    teaches = (labels != NO_EXPERT).view(batch, -1).any(1)[:, None]
+    return teaches.expand(batch, seq) if padding is None else (padding != 0) & teaches.to(padding.device)
 
 
 def _sum(loss: Tensor, addition: Tensor) -> Tensor:

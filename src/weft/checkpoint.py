@@ -27,9 +27,9 @@ from torch import Tensor
 from weft.adapters import adapter_parameters, key_problems, local_folder, read_json, read_tensors
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
-from weft.experts import is_sharded
 from weft.heads import head_tensors
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
+from weft.processes import is_sharded
 from weft.whole import replace_file, replace_folder
 
 MODEL_CARD = "README.md"
@@ -81,7 +81,8 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
             _add_trained_experts(config, gate_file)
         for name in config.expert_names:
             write_expert(config.model, name, folder / EXPERTS_FOLDER / name)
-        config.model.given_experts = {}
+        model: Any = config.model
+        model.given_experts = {}
         complete_folder(config, folder, **replaced)
     else:
         _write_options(config, folder, **replaced)

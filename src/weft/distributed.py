@@ -6,10 +6,9 @@ to the program is here.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,45 +16,44 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from weft.adapters import read_tensors
-from weft.experts import in_distributed_training, is_sharded
+from weft.errors import CheckpointError
 from weft.integration import register_with_peft
+from weft.losses import NO_EXPERT
+from weft.processes import fail_together, is_sharded
 from weft.progress import CountingTrainer
 from weft.whole import replace_folder
-
-
-def number_of_processes() -> int:
-    """How many processes train together, as their launcher says; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any of the processes, which all ask this at the same point; `device` is this one's."""
-    if not in_distributed_training():
-        return flag
-    flags = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())
 
 
 class RowsAndABlank(Dataset):
     """The rows of a data set and, behind them, one without anything to learn, to fill batches up with.
 
+    The blank row is the shortest one without its labels, so that whatever makes batches of rows (packed or not, with a
+    scaling pass from a cache) takes it too.
+
     Args:
-        rows: `input_ids` and `labels` of each.
+        rows: with `input_ids` and `labels` each.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = rows
+        shortest = min(rows, key=lambda row: len(row["input_ids"]))
+        without: dict[str, Any] = {"labels": [NO_EXPERT] * len(shortest["input_ids"])}
+        if "expert_labels" in shortest:
+            own = shortest["expert_labels"]
+            without["expert_labels"] = [NO_EXPERT] * len(own) if isinstance(own, list) else NO_EXPERT
+        self.blank = {**shortest, **without}
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
     def __getitem__(self, place: int) -> dict[str, Any]:
-        if place < len(self.rows):
-            return self.rows[place]
-        return {"input_ids": self.rows[0]["input_ids"][:2], "labels": [-100, -100]}
+        return self.rows[place] if place < len(self.rows) else self.blank
 
 
 class FullBatches(Sampler[int]):
@@ -66,14 +64,20 @@ class FullBatches(Sampler[int]):
 
     Args:
         num_rows: without the blank one, whose place is `num_rows`.
-        batch_size: of all processes together.
+        multiple: the number of places is one of this.
         seed: of the order.
+        lengths: of the rows, to put those of similar length together; None for any order.
+        group_size: how many rows are used together, and should be alike.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, num_rows: int, multiple: int, seed: int, *, lengths: list[int] | None = None, group_size: int = 1
+    ) -> None:
         self.num_rows = num_rows
-        self.batch_size = batch_size
+        self.multiple = multiple
         self.seed = seed
+        self.lengths = lengths
+        self.group_size = group_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -81,18 +85,22 @@ class FullBatches(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_rows // self.batch_size) * self.batch_size
+        return -(-self.num_rows // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.num_rows, generator=generator).tolist()
+        if self.lengths is None:
+            yield from torch.randperm(self.num_rows, generator=generator).tolist()
+        else:
+            yield from get_length_grouped_indices(self.lengths, self.group_size, generator=generator)
         yield from [self.num_rows] * (len(self) - self.num_rows)
 
 
 class EvenTrainer(CountingTrainer):
     """A Trainer that gives the same model with any number of processes of the same batch together.
 
-    Its training data are `RowsAndABlank`.
+    Its training data are `RowsAndABlank`. Where a model's loss does not count the tokens of all rows (its forward takes
+    no `num_items_in_batch`), rows are repeated, as accelerate does.
     """
 
     optimizer: Any
@@ -103,25 +111,42 @@ class EvenTrainer(CountingTrainer):
         """Whether no process holds the whole model."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def save_mixture(self, folder: Path, tokenizer: Any, *, together: bool) -> None:
-        """Write the mixture and its tokenizer, from one process.
+    def whole_state(self) -> dict[str, Any] | None:
+        """The state dict of a model in shards, gathered; all processes call this. None where it is not in shards."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.in_shards else None
+
+    def write_together(self, folder: Path, write: Callable[[Path], None], *, together: bool = True) -> None:
+        """Let the first process replace a folder.
 
         Args:
-            folder: then has all of it, or what it had before.
-            tokenizer: of the base model.
+            folder: then has all that `write` wrote, or what it had before.
+            write: see `replace_folder`.
             together: all processes call this; not so after an error, when others may wait elsewhere.
+
+        Raises:
+            CheckpointError: the folder cannot be written; in all processes, if they are together.
         """
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if self.in_shards else None
+        error = None
+        if self.args.should_save:
+            try:
+                replace_folder(folder, write, CONFIG_NAME)
+            except CheckpointError as err:
+                error = err
+        if together:
+            fail_together(error, self.args.device)
+        elif error is not None:
+            raise error
+
+    def save_mixture(self, folder: Path, tokenizer: Any, *, together: bool) -> None:
+        """Write the mixture and its tokenizer; see `write_together`. In shards it takes all processes together."""
+        state_dict = self.whole_state()
 
         def write(part: Path) -> None:
             model: Any = self.accelerator.unwrap_model(self.model)
             PeftModel.save_pretrained(model, str(part), state_dict=state_dict)
             tokenizer.save_pretrained(str(part))
 
-        if self.args.should_save:
-            replace_folder(folder, write, CONFIG_NAME)
-        if together:
-            self.accelerator.wait_for_everyone()
+        self.write_together(folder, write, together=together)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers', which would leave frozen experts out of what it gathers for ZeRO-3."""
@@ -139,8 +164,16 @@ class EvenTrainer(CountingTrainer):
         # Blank rows are blank in a loss that counts the tokens of all rows, which not every model's does.
         if not self.model_accepts_loss_kwargs:
             return super()._get_train_sampler(train_dataset)
-        batch_size = self.args.train_batch_size * self.args.world_size
-        return FullBatches(len(self.train_dataset), batch_size, self.args.seed)  # type: ignore[arg-type]
+        args, rows = self.args, cast(RowsAndABlank, self.train_dataset)
+        together = args.train_batch_size * args.world_size
+        alike = args.train_sampling_strategy == "group_by_length"
+        return FullBatches(
+            len(rows),
+            together if args.world_size > 1 else 1,
+            args.seed,
+            lengths=[len(row["input_ids"]) for row in rows] if alike else None,
+            group_size=together * args.gradient_accumulation_steps,
+        )
 
     # Of FSDP's shards, transformers' Trainer would write checkpoints that FSDP alone can read.
 
@@ -159,10 +192,19 @@ class EvenTrainer(CountingTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         tensors = read_tensors(Path(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME))
+        wrapped: Any = self.model_wrapped
+        of_heads = f".modules_to_save.{wrapped.active_adapter}."
         with torch.no_grad():
-            for name, parameter in self.model_wrapped.named_parameters():
-                if name in tensors:
-                    parameter.copy_(_like(parameter, tensors[name]))
+            for name, parameter in wrapped.named_parameters():
+                saved = tensors.get(name.replace(of_heads, "."))
+                if saved is not None:
+                    parameter.copy_(_like(parameter, saved))
+
+    def _load_best_model(self) -> None:
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:

@@ -10,7 +10,6 @@ buffers) and need them to stay there: then the stack is a copy, made at every ca
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from weft.errors import AdapterError
 from weft.placement import execution_device, keep_resident
+from weft.processes import others_have_parameters, sharding_is_to_come
 
 _Rows = Callable[[Tensor], Tensor]
 # torch's mark on the modules whose parameters FSDP manages.
@@ -274,28 +274,6 @@ def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
     for key, value in state_dict.items():
         if key.startswith(f"{prefix}lora_") and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             state_dict[key] = value.clone(memory_format=torch.contiguous_format)
-
-
-def is_sharded(parameter: Any) -> bool:
-    """Whether the whole of this tensor is spread over several processes: a shard of FSDP's, or empty with ZeRO-3."""
-    return hasattr(parameter, "full_tensor") or (isinstance(parameter, Tensor) and parameter.numel() == 0)
-
-
-def sharding_is_to_come() -> bool:
-    """Whether accelerate was launched to shard models, with FSDP or DeepSpeed."""
-    return any(
-        os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")
-    )
-
-
-def others_have_parameters() -> bool:
-    """Whether a parameter's new storage may be that of somebody who needs it to stay."""
-    return in_distributed_training() or sharding_is_to_come()
-
-
-def in_distributed_training() -> bool:
-    """Whether this process is one of several that train together, so that others may look after the parameters."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def refuse_dora(name: str) -> None:

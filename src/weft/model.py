@@ -26,12 +26,12 @@ from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismat
 from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
-from weft.experts import others_have_parameters
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
 from weft.passes import Passes
 from weft.placement import execution_device, is_offloaded
+from weft.processes import others_have_parameters
 from weft.quantised import keep_unpacked, let_repack
 from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings

@@ -19,8 +19,8 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallbac
 from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.data import check_length
-from weft.distributed import EvenTrainer, RowsAndABlank, any_process, number_of_processes
-from weft.errors import CheckpointError, ConfigError
+from weft.distributed import EvenTrainer, RowsAndABlank
+from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.finite import FiniteLoss
 from weft.integration import from_adapters, from_pretrained
 from weft.labelled import label_problems, training_rows
@@ -28,6 +28,7 @@ from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
+from weft.processes import any_process, by_the_first, number_of_processes
 from weft.progress import ProgressLine, TokenBudget, budget_in_steps
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued
@@ -102,17 +103,20 @@ def train(options: TrainOptions) -> Path:
     trainer.remove_callback(PrinterCallback)
     FiniteLoss(trainer, tokenizer)
     keep_checkpoints_whole(trainer)
-    finished = False
+    together = False
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
-        finished = True
+        together = True
+    except WeftError as err:
+        together = err.in_all_processes
+        raise
     finally:
         progress.close()
         interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # which an error leaves out
         # Also after a second interrupt or an error half-way: what was learned so far is kept. A model in shards takes
         # all processes to save, of which some may be elsewhere then: it has its checkpoints.
-        if trainer.state.global_step > 0 and (finished or not trainer.in_shards):
-            _save(trainer, tokenizer, options, together=finished)
+        if trainer.state.global_step > 0 and (together or not trainer.in_shards):
+            _save(trainer, tokenizer, options, together=together)
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
@@ -122,7 +126,9 @@ def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, togeth
     try:
         trainer.save_mixture(Path(options.output), tokenizer, together=together)
     except CheckpointError as err:
-        raise CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}") from err
+        error = CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}")
+        error.in_all_processes = err.in_all_processes
+        raise error from err
 
 
 def _collator(
@@ -142,7 +148,14 @@ def _collator(
         arguments.main_process_first(desc="the scaling pass"),
         torch.autocast(arguments.device.type, torch.bfloat16, enabled=options.bf16),
     ):
-        cache = ScalingCache.build(model, sequences, folder, dtype=options.cache_dtype, batch_size=options.batch_size)
+        cache = ScalingCache.build(
+            model,
+            sequences,
+            folder,
+            dtype=options.cache_dtype,
+            batch_size=options.batch_size,
+            announce=by_the_first(print),
+        )
     return ScalingCacheCollator(cache, collator)
 
 
@@ -325,8 +338,8 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         save_total_limit=2,
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # such a loss stops the run
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=options.bf16,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         remove_unused_columns=False,

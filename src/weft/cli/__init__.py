@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from weft.options import (
     TrainOptions,
 )
 
+# Seconds in which the first process has said what all fail with.
+_WAIT_FOR_THE_FIRST = 15
 # Options that take several values separated by spaces, as users of argparse expect.
 _LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights")
 
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options_class(**values))
     except WeftError as err:
-        print(f"weft {command}: error: {err}", file=sys.stderr)
+        _report(command, err)
         return 1
     except KeyboardInterrupt:
         if _speaks():
@@ -57,7 +60,9 @@ def _train(options: TrainOptions) -> None:
     try:
         output = train_in_stages(options)
     except KeyboardInterrupt:
-        if _speaks() and (Path(options.output) / "adapter_config.json").exists():
+        if not _speaks():
+            raise
+        if (Path(options.output) / "adapter_config.json").exists():
             print(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
         elif options.experts_from:
             print(
@@ -71,6 +76,17 @@ def _train(options: TrainOptions) -> None:
 def _speaks() -> bool:
     """Whether this is the one of several processes that says what they did."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _report(command: str, err: WeftError) -> None:
+    """Say what went wrong, once: where the first process fails too, the launcher ends this one while it waits."""
+    which = ""
+    if not _speaks():
+        time.sleep(_WAIT_FOR_THE_FIRST)
+        if err.in_all_processes:
+            return
+        which = f" in process {os.environ['RANK']}"
+    print(f"weft {command}: error{which}: {err}", file=sys.stderr)
 
 
 def _evaluate(options: EvalOptions) -> None:
