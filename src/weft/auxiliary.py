@@ -9,8 +9,8 @@ labels in all of them, does not divide by the number of micro-batches: the langu
 tokens divided by that number, and the gate's losses are multiplied by the micro-batch's part of it. TRL's SFTTrainer
 ignores the loss of a call and makes its own of `log_probs`, so the losses travel with those, whose values they leave.
 
-A row whose labels are all -100 teaches nothing, so neither does it count in the gate's losses and metrics: such rows
-fill batches up in distributed training.
+Rows whose labels are all -100, which fill batches up in distributed training, teach nothing, so they do not count in
+the gate's losses and metrics. Nor do texts of one token, which fill up packed rows.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class _Call:
     shift_labels: Tensor | None
     num_items: Tensor | int | None
     expert_labels: Tensor | None
+    position_ids: Tensor | None
     answers: list[tuple[Tensor, Tensor | None]] = dataclasses.field(default_factory=list)
 
 
@@ -78,6 +79,7 @@ class AuxiliaryLosses:
                 arguments.get("shift_labels"),
                 arguments.get("num_items_in_batch"),
                 self._checked(expert_labels) if self.config.expert_label_loss_weight else None,
+                arguments.get("position_ids"),
             )
         return found
 
@@ -89,7 +91,7 @@ class AuxiliaryLosses:
         if padding is None and self.labels_are_targets and call.labels is not None:
             padding = call.labels != NO_EXPERT if call.labels.shape == scalings.shape[:2] else None
         if call.labels is not None:
-            padding = _without_rows_to_fill(padding, call.labels, scalings.shape[:2])
+            padding = _without_fill(padding, call, scalings.shape[:2])
         if padding is not None:
             padding = padding.to(scalings.device)
         shares = self._shares(scalings)
@@ -209,12 +211,15 @@ class _WithLoss(torch.autograd.Function):
         return gradient, None, -of_labels.sum().to(device, dtype)
 
 
-def _without_rows_to_fill(padding: Tensor | None, labels: Tensor, shape: Sequence[int]) -> Tensor | None:
-    """The padding mask with no tokens in rows whose labels are all -100."""
-    batch, seq = shape
-    if labels.is_floating_point() or labels.shape[0] != batch:
+def _without_fill(padding: Tensor | None, call: _Call, shape: Sequence[int]) -> Tensor | None:
+    """The padding mask `[batch, seq]` without what only fills the batch up."""
+    labels, positions, (batch, seq) = call.labels, call.position_ids, shape
+    if labels is None or labels.is_floating_point() or labels.shape[0] != batch:
         return padding
     teaches = (labels != NO_EXPERT).view(batch, -1).any(1)[:, None]
+    if padding is None and positions is not None and positions.shape == shape:
+        first = positions == 0
+        padding = ~(first & torch.cat([first[:, 1:], first.new_ones(batch, 1)], dim=1))
     return teaches.expand(batch, seq) if padding is None else (padding != 0) & teaches.to(padding.device)
 
 
