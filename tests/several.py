@@ -11,6 +11,8 @@ from contextlib import nullcontext
 import weft.cli
 from test_whole import full_disk
 
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    import on_cpu  # noqa: F401 - patches accelerate
 weft.cli._WAIT_FOR_THE_FIRST = 0  # no launcher ends a process here whose command has failed
 
 if __name__ == "__main__":

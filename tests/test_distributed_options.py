@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import transformers
 
 import weft
 from models import tiny_llama, tiny_tokenizer
-from processes import ROOT, run, torchrun
+from processes import ROOT, accelerate_launch, run, torchrun
 from test_distributed import assert_same_mixture, data, options  # noqa: F401 - fixtures
 from test_whole import contents
 from weft.cli import main
@@ -24,10 +25,16 @@ SEVERAL = str(ROOT / "tests/several.py")
 GATE_LOSSES = ("balance", "entropy", "expert-label")
 
 
-def in_two(commands):
+LAUNCHERS = [
+    pytest.param(torchrun, id="ddp"),
+    pytest.param(partial(accelerate_launch, "fsdp2.yaml"), marks=pytest.mark.slow, id="fsdp2"),
+]
+
+
+def in_two(launcher, commands):
     """The output of these commands, one after the other, in two processes."""
     tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    return run(torchrun(SEVERAL, json.dumps(commands)), **tests)
+    return run(launcher(SEVERAL, json.dumps(commands)), **tests)
 
 
 def state(folder):
@@ -63,7 +70,8 @@ def held_out(tmp_path):
     return str(path)
 
 
-def test_every_option_does_in_two_processes_what_it_does_in_one(options, labelled, held_out, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, options, labelled, held_out, tmp_path):  # noqa: F811
     weights = [part for name in GATE_LOSSES for part in (f"--{name}-loss-weight", "0.1")]
     watched = ["--eval-data", held_out, "--eval-steps", "1", "--early-stopping", "1", "--report-to", "tensorboard"]
     cases = {
@@ -85,7 +93,7 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(options, labelle
             del built[start : start + 3]
         return built
 
-    output = in_two([command(name, 2, *more) for name, more in cases.items()])
+    output = in_two(launcher, [command(name, 2, *more) for name, more in cases.items()])
     assert output.count("ended with 0") == 2 * len(cases), output
     assert output.count("saved to") == output.count("trained to step") == len(cases)
     assert output.count("training expert 'math'") == 1
@@ -117,14 +125,16 @@ def base_without_z(tmp_path):
     return tmp_path / "base"
 
 
-def test_what_goes_wrong_in_one_process_stops_both(options, base_without_z, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):  # noqa: F811
     texts = tmp_path / "z.jsonl"
     words = [*(f"the quick brown fox {i}" for i in range(31)), "Zebras"]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in words))
     broken = options("broken", 2, "--base", str(base_without_z), "--data", str(texts))
     first = options("full", 2, "--max-steps", "3")
     further = options("full", 2, "--max-steps", "6", "--resume")
-    output = in_two([broken, first, ["full-disk-in", "0", *further], ["full-disk-in", "1", *further], further])
+    commands = [broken, first, ["full-disk-in", "0", *further], ["full-disk-in", "1", *further], further]
+    output = in_two(launcher, commands)
     codes = [sorted(part[:1] for part in output.split(f"command {number} ended with ")[1:]) for number in range(5)]
     assert codes == [["1", "1"], ["0", "0"], ["1", "1"], ["1", "1"], ["0", "0"]], output
     assert output.count("weft train: error: ") == output.count("weft train: error") == 3, output

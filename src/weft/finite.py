@@ -71,6 +71,7 @@ class FiniteLoss(TrainerCallback):
 
     @torch.no_grad()
     def _keep(self, weights: list[Tensor]) -> None:
+        weights = _own_parts(weights)
         if self._good is None:
             self._good = [weight.clone() for weight in weights]
         torch._foreach_copy_(self._good, weights)
@@ -84,7 +85,7 @@ class FiniteLoss(TrainerCallback):
             restore: the weights from before the last step.
         """
         if restore and self._good is not None:
-            torch._foreach_copy_(self._weights(), self._good)
+            torch._foreach_copy_(_own_parts(self._weights()), self._good)
         done = self._trainer.state.global_step
         accumulated = self._trainer.args.gradient_accumulation_steps
         which = f", forward pass {self._passes} of {accumulated}" if accumulated > 1 else ""
@@ -104,3 +105,8 @@ class FiniteLoss(TrainerCallback):
             return ["(no input_ids)"]
         texts = self._tokenizer.batch_decode(self._batch, skip_special_tokens=True)
         return [repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in texts]
+
+
+def _own_parts(weights: list[Any]) -> list[Tensor]:
+    """The weights; of shards, this process's."""
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
