@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 import weft
-from models import folder_files
+from models import folder_files, lora, save_adapter
 from processes import ROOT, accelerate_launch, run, started, torchrun
 from weft.cli import main
 from weft.distributed import FullBatches, RowsAndABlank
@@ -112,6 +112,36 @@ def test_two_processes_train_what_one_does_with_other_options(options, tmp_path,
 def test_two_processes_with_the_model_in_shards_train_what_one_does(options, tmp_path, more):
     assert main(options("one", 1, *more)) == 0
     run(accelerate_launch("fsdp2.yaml", SHARDED, *options("two", 2, *more)))
+    assert_same_mixture(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_dora_experts_in_shards_are_trained_as_in_one_process(options, base_folder, tmp_path):
+    experts = []
+    for seed, name in enumerate(("math", "code")):
+        base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+        experts.append(f"{name}={save_adapter(base, lora(use_dora=True), tmp_path / f'dora-{name}', seed)}")
+    more = ["--adapters", *experts, "--allow-dora", "true", "--use-trainable-adapters", "true"]
+    assert main(options("one", 1, *more)) == 0
+    run(accelerate_launch("fsdp2.yaml", SHARDED, *options("two", 2, *more)))
+    assert_same_mixture(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_heads_in_shards_are_trained_saved_and_resumed(options, base_folder, base_adapters, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    weft.from_adapters(base, base_adapters, heads=["lm_head"]).save_pretrained(tmp_path / "start")
+
+    def command(name, processes, *more):
+        built = options(name, processes, "--start-from", str(tmp_path / "start"), "--learning-rate", "0.01", *more)
+        start = built.index("--adapters")
+        return built[:start] + built[start + 3 :]
+
+    assert main(command("one", 1)) == 0
+    run(accelerate_launch("fsdp2.yaml", SHARDED, *command("two", 2)))
+    assert_same_mixture(tmp_path / "one", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two/checkpoints/checkpoint-6")
+    run(accelerate_launch("fsdp2.yaml", SHARDED, *command("two", 2, "--resume", "true")))
     assert_same_mixture(tmp_path / "one", tmp_path / "two")
 
 

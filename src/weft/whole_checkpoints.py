@@ -18,6 +18,9 @@ from weft.adapters import read_json
 from weft.errors import CheckpointError, first_line
 from weft.processes import any_process, fail_together
 
+# Writes what only DeepSpeed can read, where that is in use.
+_OF_DEEPSPEED = "_save_optimizer_and_scheduler"
+
 
 def last_checkpoint(folder: Path) -> str | None:
     """The latest whole checkpoint in a folder, or None; what a killed process left half-written is passed over."""
@@ -41,14 +44,19 @@ class _WholeCheckpoints:
     """Wraps what a Trainer writes checkpoints with."""
 
     # Between these some processes wait for others, so that an error must wait for the last one.
-    _WRITERS = ("_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state")
+    _WRITERS = ("_save", _OF_DEEPSPEED, "_save_scaler", "_save_rng_state")
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._save_checkpoint = trainer._save_checkpoint
         self._failed: Exception | None = None
         for name in self._WRITERS:
-            setattr(trainer, name, partial(self._try, getattr(trainer, name), is_last=name == self._WRITERS[-1]))
+            write = getattr(trainer, name)
+            if name == _OF_DEEPSPEED and trainer.is_deepspeed_enabled:
+                wrapped = partial(self._write_alone, write)
+            else:
+                wrapped = partial(self._try, write, is_last=name == self._WRITERS[-1])
+            setattr(trainer, name, wrapped)
         trainer._save_checkpoint = self._save_whole  # type: ignore[method-assign]
 
     def _try(self, write: Callable[..., Any], *args: Any, is_last: bool, **kwargs: Any) -> None:
@@ -59,13 +67,21 @@ class _WholeCheckpoints:
         if is_last:
             self._raise_failure()
 
+    def _write_alone(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        # DeepSpeed's processes wait for each other on their way: one that fails there must end, for the others to end.
+        self._raise_failure()
+        try:
+            write(*args, **kwargs)
+        except Exception as err:
+            raise self._error(err) from err
+
     def _save_whole(self, *args: Any, **kwargs: Any) -> None:
         self._failed = None
         try:
             self._save_checkpoint(*args, **kwargs)
+        except CheckpointError:
+            raise  # one of those below
         except Exception as err:
-            if isinstance(err, CheckpointError) and err.in_all_processes:
-                raise
             self._failed = err
         except BaseException:
             self._remove_unless_whole()
@@ -78,15 +94,16 @@ class _WholeCheckpoints:
         if not any_process(self._failed is not None, device):
             return
         self._remove_unless_whole()  # now that nobody writes any more
-        error = None
-        if self._failed is not None:
-            free = shutil.disk_usage(self._folder).free / 2**20
-            error = CheckpointError(
-                f"{self._checkpoint} cannot be saved, with {free:.1f} MiB free: {first_line(self._failed)}. "
-                f"{how_to_go_on(self._folder)}"
-            )
-            error.__cause__ = self._failed
-        fail_together(error, device)
+        fail_together(None if self._failed is None else self._error(self._failed), device)
+
+    def _error(self, cause: Exception) -> CheckpointError:
+        free = shutil.disk_usage(self._folder).free / 2**20
+        error = CheckpointError(
+            f"{self._checkpoint} cannot be saved, with {free:.1f} MiB free: {first_line(cause)}. "
+            f"{how_to_go_on(self._folder)}"
+        )
+        error.__cause__ = cause
+        return error
 
     def _remove_unless_whole(self) -> None:
         if self._trainer.args.should_save and not _is_whole(self._checkpoint):
