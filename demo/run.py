@@ -5,6 +5,7 @@ Every stage is skipped if its result already exists, so a stopped demo goes on w
 
 import argparse
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -132,6 +133,8 @@ def main() -> None:
     # Set before the Hugging Face libraries are imported, here and in the commands: nothing is downloaded.
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which peft imports where they are installed
+        logging.getLogger(library).setLevel(logging.ERROR)
     from domains import ensure_domains
     from experts import ensure_experts
     from model import ensure_model

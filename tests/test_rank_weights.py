@@ -8,7 +8,7 @@ import torch
 import weft
 from models import VOCAB, is_expert, lora, quietly, save_adapter, tiny_llama
 from weft.layers import XLoraLinearLayer
-from weft.rank_weights import FEW_TOKENS
+from weft.rank_weights import FEW_TOKENS, SHARE_LOOKED_AT
 
 
 @pytest.fixture
@@ -126,3 +126,46 @@ def test_a_copy_has_experts_of_its_own(llama_adapters, ids):
             parameter.zero_()
     torch.testing.assert_close(twin(input_ids=ids).logits, expected)
     assert not torch.allclose(model(input_ids=ids).logits, expected)
+
+
+def q_projections(model):
+    return [module for name, module in model.named_modules() if name.endswith("q_proj") and hasattr(module, "lora_A")]
+
+
+@torch.no_grad()
+def give_new_storage(target):
+    for module in target.lora_A.values():
+        module.weight.data = module.weight + 1
+
+
+@torch.no_grad()
+def test_an_expert_that_gets_new_storage_in_the_midst_of_a_text_is_noticed_within_eight_tokens(llama_adapters, ids):
+    model = mixture(llama_adapters)
+    cache = model(input_ids=ids[:, :1], use_cache=True).past_key_values
+    model(input_ids=ids[:, 1:2], past_key_values=cache)
+    target = q_projections(model)[1]
+    give_new_storage(target)
+
+    def in_step():
+        (stack,) = target.forward.__self__.experts.current
+        return stack.down.data_ptr() == next(iter(target.lora_A.values())).weight.data_ptr()
+
+    assert not in_step()
+    for _ in range(SHARE_LOOKED_AT):
+        model(input_ids=ids[:, 2:3], past_key_values=cache)
+    assert in_step()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("new_text", [False, True])
+def test_what_changes_all_layers_or_comes_before_a_new_text_is_noticed_at_once(llama_adapters, ids, new_text):
+    model = mixture(llama_adapters)
+    cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+    model(input_ids=ids[:, 2:3], past_key_values=cache)
+    again = copy.deepcopy(cache)
+    for target in q_projections(model)[1:] if new_text else q_projections(model):
+        give_new_storage(target)
+    found = model(input_ids=ids[:, 3:4], past_key_values=again if new_text else cache).logits
+    fresh = copy.deepcopy(model)  # stacks everything again
+    expected = fresh(input_ids=ids[:, 3:4], past_key_values=cache if new_text else again).logits
+    torch.testing.assert_close(found, expected)

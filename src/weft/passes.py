@@ -198,6 +198,7 @@ class Passes:
             self._carry_scalings_through_checkpoints(base)
         self.backbone.settle_cache(arguments)
         cache = arguments.get("past_key_values")
+        self._rank_weights.begin_call(cache)
         if self._fixed is not None:
             leave_scaling_behind(cache)
             self._follow(Routing(self._fixed, self._ready(self._fixed)))

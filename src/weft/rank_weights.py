@@ -6,6 +6,7 @@ each layer takes as long as they do; here it is one lookup and one product per c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import Cache
 
 from weft.carrier import ReadyWeights
 from weft.experts import Stack, StackedExperts
@@ -20,6 +22,8 @@ from weft.routing import choose_top_k
 
 # For more tokens the layers' own way is as fast, and this one would take memory.
 FEW_TOKENS = 32
+# In the midst of a text, each call looks whether the stacks still hold in one of so many layers (and in the first).
+SHARE_LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ class _ExpertTable:
 class RankWeights:
     """Prepares the weights of linear layers that have a single stack; other layers compute theirs themselves.
 
-    A compiled graph has the stacks of the last call that was not compiled, as the layers do.
+    The layers take the stacks that come with their weights as they are, so they are looked up here. Looking at all of
+    them takes as long as several layers (it touches every parameter, none of which is in the processor's caches), so a
+    call that goes on with the cache of the call before looks at an eighth: what changes all layers (`.to()`, a cast,
+    another active adapter) is noticed at once, new storage in a single layer within eight tokens. A compiled graph has
+    the stacks of the last call that was not compiled, as the layers do.
 
     Args:
         experts: of each LoRA layer, in order; None for layers that are not linear.
@@ -66,12 +74,30 @@ class RankWeights:
         self._seen: list[tuple[Stack, ...]] = []
         self._tables: dict[tuple[int, int | None, torch.device], _RankTable] = {}
         self._expert_tables: dict[tuple[int, torch.device], _ExpertTable] = {}
+        self._cache: weakref.ref[Cache] | None = None
+        self._calls = 0
+        self._to_look_at: Sequence[int] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"experts": self._experts}  # a copy's stacks are its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def begin_call(self, cache: Any) -> None:
+        """A call of the model begins.
+
+        Args:
+            cache: its `past_key_values`, or None.
+        """
+        if torch.compiler.is_compiling():
+            return
+        goes_on = self._cache is not None and self._cache() is cache
+        if not goes_on:
+            self._cache = weakref.ref(cache) if isinstance(cache, Cache) else None
+        self._calls += 1
+        everywhere = range(len(self._experts))
+        self._to_look_at = (0, *everywhere[self._calls % SHARE_LOOKED_AT :: SHARE_LOOKED_AT]) if goes_on else everywhere
 
     def per_rank(
         self, scalings: Float[Tensor, "batch seq layer expert"], first_layer: int, global_weight: float
@@ -85,11 +111,12 @@ class RankWeights:
         """
         _, _, num_layers, num_experts = scalings.shape
         key = (num_experts, None if num_layers == 1 else first_layer, scalings.device)
+        few = _few(scalings)
         # Also where it will not be used: for the calls that are compiled.
-        if self._refresh() and key not in self._tables:
+        if self._refresh(few) and key not in self._tables:
             self._tables[key] = self._table(*key)
         table = self._tables.get(key)
-        if table is None or not _few(scalings):
+        if table is None or not few:
             return None
         weights = scalings.flatten(2).index_select(2, table.index) * (table.scales * global_weight)
         return ReadyWeights(table.stacks, per_rank=weights.split(table.sizes, 2))
@@ -115,11 +142,12 @@ class RankWeights:
         batch, seq, num_layers, num_experts = scalings.shape
         tokens = batch * seq
         key = (num_experts, scalings.device)
-        if self._refresh() and key not in self._expert_tables:
+        few = _few(scalings)
+        if self._refresh(few) and key not in self._expert_tables:
             self._expert_tables[key] = self._expert_table(*key)
         table = self._expert_tables.get(key)
         # Gathered weights are copied before they are used, so they cost about twice.
-        if table is None or not _few(scalings) or 2 * tokens * top_k > num_experts:
+        if table is None or not few or 2 * tokens * top_k > num_experts:
             return None
         first_layer = 0 if num_layers == 1 else first_layer
         scales = table.scales[first_layer:]
@@ -133,15 +161,32 @@ class RankWeights:
             chosen=experts.transpose(0, 1).flatten(1).unbind(0),
         )
 
-    def _refresh(self) -> bool:
-        """Forget tables of earlier stacks; whether tables can be made now, which a compiled graph cannot."""
+    def _refresh(self, few: bool) -> bool:
+        """Forget tables of earlier stacks; whether tables can be made now, which a compiled graph cannot.
+
+        Args:
+            few: the layers will not look for themselves whether their stacks hold.
+        """
         if torch.compiler.is_compiling():
             return False
+        if few:
+            self._look()
         now = [() if one is None else one.current for one in self._experts]
         if len(now) != len(self._seen) or any(one is not other for one, other in zip(now, self._seen, strict=True)):
             self._seen = now
             self._tables, self._expert_tables = {}, {}
         return True
+
+    def _look(self) -> None:
+        """Let the layers whose turn it is look whether their stacks still hold, and all of them where one does not."""
+        numbers, self._to_look_at = self._to_look_at, ()
+        changed = False
+        for number in numbers:
+            experts = self._experts[number]
+            changed |= experts is not None and experts.current is not experts.stacks()
+        if changed and len(numbers) < len(self._experts):
+            self._to_look_at = range(len(self._experts))
+            self._look()
 
     def _usable(self, number: int, num_experts: int, device: torch.device) -> Stack | None:
         stacks = self._seen[number]

@@ -198,11 +198,14 @@ def _normalised(argv: list[str]) -> list[str]:
 
 def _quiet() -> None:
     """Keep what libraries say to developers off a user's screen."""
+    import logging
     import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\b")
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # at their import, by peft, if they are there
+        logging.getLogger(library).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -123,10 +123,10 @@ class XLoraLayer(ABC):
         if scalings is not None:
             weights = self.get_maybe_topk_scalings(scalings)
         elif routing is not None:
-            stacks = self.experts.stacks()
             # An adapted LM head may see other positions, in another order, than the scalings are for.
             ready = routing.ready if self.layer_number != routing.output_layer else None
-            # Where an expert was changed since the weights were made ready, they are for another stack.
+            stacks = self.experts.current
+            # What made the weights ready looked whether the stacks hold; a compiled graph may have those of before.
             if ready is not None and len(stacks) == 1 and ready.stacks[self.layer_number] is stacks[0]:
                 sum_of_both = self.add_ready(result, x, stacks[0], ready)
                 if sum_of_both is not None:
