@@ -179,12 +179,20 @@ class StackedExperts:
                 where FSDP or DeepSpeed is to come, which take contiguous parameters only: B's, which lie transposed in
                 a stack, are none.)
         """
-        if self.sharded or sharding_is_to_come() or self._still_ours():
+        if self._still_ours() or self.sharded or sharding_is_to_come():
             return
         if own:
             self._build(own)
         else:
             self._forget()
+
+    def look(self) -> bool:
+        """Look ahead of the forward whether the stacks hold; whether they are others now."""
+        if self._still_ours():
+            return False
+        before = self._stacks
+        self.refresh(own=not others_have_parameters())
+        return self._stacks is not before
 
     @torch.compiler.disable
     def _uncompiled(self) -> tuple[Stack, ...]:

@@ -119,7 +119,7 @@ class XLoraLayer(ABC):
         if target._disable_adapters or merged:
             return result.to(dtype)
         routing = carrier.routing
-        padding = stacks = None
+        padding = None
         if scalings is not None:
             weights = self.get_maybe_topk_scalings(scalings)
         elif routing is not None:
@@ -140,7 +140,7 @@ class XLoraLayer(ABC):
             weights = None
         self._check_columns(weights)
         base_result = result
-        for stack in self.experts.stacks() if stacks is None else stacks:
+        for stack in self.experts.stacks():
             result = self._add_mixture(result, base_result, x, stack, weights, padding)
         return result.to(dtype)
 
