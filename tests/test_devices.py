@@ -1,11 +1,11 @@
 """A base model over several devices, and one whose weights are offloaded: the numbers are those of a plain one."""
 
-import accelerate
 import peft
 import pytest
 import torch
 import transformers
 
+import accelerate
 import weft
 from models import VOCAB, gate_options, lora, quietly, save_adapter, tiny_llama
 from pretend_devices import PretendedDevices, dispatch, whereabouts

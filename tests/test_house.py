@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
     ["errors", "options", "placement", "quantised"],
-    ["whole"],
+    ["whole", "processes"],
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled"],
     ["gate", "experts", "backbone", "auxiliary", "callbacks"],
@@ -26,7 +26,7 @@ ORDER = [
     ["change_experts"],
     ["streaming"],
     ["loading", "monitoring", "scaling_cache", "packing", "progress"],
-    ["start_from"],
+    ["distributed", "start_from"],
     ["train", "evaluate"],
     ["train_experts"],
     ["folding"],

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from models import folder_files, randomise, tiny_llama
 from weft.cli import main
 from weft.errors import CheckpointError
 from weft.whole import replace_file, replace_folder
-from weft.whole_checkpoints import last_checkpoint
+from weft.whole_checkpoints import keep_checkpoints_whole, last_checkpoint
 
 TOKENS = torch.arange(1, 19).view(2, 9)
 
@@ -194,6 +195,34 @@ def test_a_checkpoint_that_cannot_be_saved_is_named_and_leaves_nothing(train, tm
     assert "MiB free: [enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534. There is no check" in error
     assert list((tmp_path / "out/checkpoints").iterdir()) == []
     weft.from_pretrained(tmp_path / "out")  # the model itself is saved
+
+
+def test_what_deepspeed_cannot_write_fails_alone_and_what_fails_before_it_in_all_processes(tmp_path):
+    import transformers
+
+    def fails(reason, *, if_):
+        def write():
+            written.append(reason)
+            if if_:
+                raise RuntimeError(reason)
+
+        return write
+
+    for first in (False, True):
+        written = []
+        trainer = object.__new__(transformers.Trainer)
+        trainer.is_deepspeed_enabled = True
+        trainer.args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"), should_save=True)
+        trainer.state = SimpleNamespace(global_step=3)
+        trainer._save = fails("of the model", if_=first)
+        trainer._save_optimizer_and_scheduler = fails("of DeepSpeed", if_=True)
+        trainer._save_checkpoint = lambda: (trainer._save(), trainer._save_optimizer_and_scheduler())  # noqa: B023
+        keep_checkpoints_whole(trainer)
+        reason = "of the model" if first else "of DeepSpeed"
+        with pytest.raises(CheckpointError, match=f"checkpoint-3 cannot be saved, with .*: {reason}") as raised:
+            trainer._save_checkpoint()
+        assert raised.value.in_all_processes == first
+        assert written == ["of the model", "of DeepSpeed"][: 1 if first else 2]
 
 
 def test_a_half_written_checkpoint_is_passed_over(train, tmp_path):

@@ -8,11 +8,15 @@ Accumulated micro-batches give the gradient of their mean. A Trainer that passes
 labels in all of them, does not divide by the number of micro-batches: the language model's loss is then a sum over
 tokens divided by that number, and the gate's losses are multiplied by the micro-batch's part of it. TRL's SFTTrainer
 ignores the loss of a call and makes its own of `log_probs`, so the losses travel with those, whose values they leave.
+
+Rows whose labels are all -100, which fill batches up in distributed training, teach nothing, so they do not count in
+the gate's losses and metrics. Nor do texts of one token, which fill up packed rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +41,7 @@ class _Call:
     shift_labels: Tensor | None
     num_items: Tensor | int | None
     expert_labels: Tensor | None
+    position_ids: Tensor | None
     answers: list[tuple[Tensor, Tensor | None]] = dataclasses.field(default_factory=list)
 
 
@@ -74,6 +79,7 @@ class AuxiliaryLosses:
                 arguments.get("shift_labels"),
                 arguments.get("num_items_in_batch"),
                 self._checked(expert_labels) if self.config.expert_label_loss_weight else None,
+                arguments.get("position_ids"),
             )
         return found
 
@@ -84,6 +90,8 @@ class AuxiliaryLosses:
             return
         if padding is None and self.labels_are_targets and call.labels is not None:
             padding = call.labels != NO_EXPERT if call.labels.shape == scalings.shape[:2] else None
+        if call.labels is not None:
+            padding = _without_fill(padding, call, scalings.shape[:2])
         if padding is not None:
             padding = padding.to(scalings.device)
         shares = self._shares(scalings)
@@ -104,7 +112,8 @@ class AuxiliaryLosses:
         if call is None or output is None or call.labels is None or not call.answers or not weighted:
             return None
         losses = self._losses(call)
-        self.metrics.add_losses(losses)
+        masks = [mask for _, mask in call.answers if mask is not None]
+        self.metrics.add_losses(losses, torch.stack([mask.any() for mask in masks]).any() if masks else None)
         if not losses:
             return None
         total = torch.stack([weighted[name] * loss for name, loss in losses.items()]).sum()
@@ -200,6 +209,18 @@ class _WithLoss(torch.autograd.Function):
             )
         device, dtype = ctx.like
         return gradient, None, -of_labels.sum().to(device, dtype)
+
+
+def _without_fill(padding: Tensor | None, call: _Call, shape: Sequence[int]) -> Tensor | None:
+    """The padding mask `[batch, seq]` without what only fills the batch up."""
+    labels, positions, (batch, seq) = call.labels, call.position_ids, shape
+    if labels is None or labels.is_floating_point() or labels.shape[0] != batch:
+        return padding
+    teaches = (labels != NO_EXPERT).view(batch, -1).any(1)[:, None]
+    if padding is None and positions is not None and positions.shape == shape:
+        first = positions == 0
+        padding = ~(first & torch.cat([first[:, 1:], first.new_ones(batch, 1)], dim=1))
+    return teaches.expand(batch, seq) if padding is None else (padding != 0) & teaches.to(padding.device)
 
 
 def _sum(loss: Tensor, addition: Tensor) -> Tensor:

@@ -58,7 +58,8 @@ class GateCallback(TrainerCallback):
         logs.update(means)
         if state.log_history:
             state.log_history[-1].update(means)
-        self._warn_of_losses_without_effect(model, means)
+        if state.is_world_process_zero:
+            self._warn_of_losses_without_effect(model, means)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count no longer."""

@@ -29,10 +29,13 @@ from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.heads import head_tensors
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
+from weft.processes import is_sharded
 from weft.whole import replace_file, replace_folder
 
 MODEL_CARD = "README.md"
 GATE_KEY = "internal_xlora_classifier."
+# In the names of an expert's parameters.
+_EXPERT_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
 # Arguments of peft's own loading that are about fetching, not about the options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
 
@@ -78,6 +81,8 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
             _add_trained_experts(config, gate_file)
         for name in config.expert_names:
             write_expert(config.model, name, folder / EXPERTS_FOLDER / name)
+        model: Any = config.model
+        model.given_experts = {}
         complete_folder(config, folder, **replaced)
     else:
         _write_options(config, folder, **replaced)
@@ -166,10 +171,48 @@ def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
     So every tool that loads the gate through peft (a Trainer that resumes or takes the best checkpoint) gets them too.
     """
     model: Any = config.model
-    parts = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
-    experts = {f"base_model.{key}": value for key, value in model.state_dict().items() if any(p in key for p in parts)}
-    tensors = {**read_tensors(file), **experts}
+    experts = {f"base_model.{name}": parameter for name, parameter in model.named_parameters() if is_expert_key(name)}
+    tensors = {**read_tensors(file), **_whole(model, experts)}
     replace_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def is_expert_key(key: str) -> bool:
+    """Whether a parameter of this name belongs to an expert."""
+    return any(part in key for part in _EXPERT_PARTS)
+
+
+def given_experts(model: torch.nn.Module, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+    """The experts' tensors in a state dict of a sharded model; nothing where the model has them itself.
+
+    Raises:
+        CheckpointError: the state dict has shards too.
+    """
+    own = {key: value for key, value in state_dict.items() if is_expert_key(key) or GATE_KEY in key}
+    if not any(is_sharded(parameter) for name, parameter in model.named_parameters() if is_expert_key(name)):
+        return {}
+    if any(map(is_sharded, own.values())):
+        raise CheckpointError(
+            "the model is sharded over several processes: gather it with accelerator.get_state_dict(model) in all of "
+            "them, and in the first call save_pretrained(folder, state_dict=...) with what came out"
+        )
+    return own
+
+
+def _whole(model: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """These parameters as tensors of their own; those that FSDP shards are taken from the given state dict."""
+    names = {id(parameter): f"base_model.{name}" for name, parameter in model.named_parameters()}
+    tensors = {}
+    for key, parameter in parameters.items():
+        if is_sharded(parameter):
+            name = names[id(parameter)]
+            if name not in model.given_experts:
+                raise CheckpointError(
+                    f"expert tensor {name} is sharded over several processes and not in the state_dict: call "
+                    "weft.register_with_peft() before save_pretrained, and give it all of the model's state_dict"
+                )
+            parameter = model.given_experts[name]
+        tensors[key] = parameter.detach().clone(memory_format=torch.contiguous_format)
+    return tensors
 
 
 def layer_mismatch(saved: list[str], found: list[str]) -> str:
@@ -186,9 +229,7 @@ def layer_mismatch(saved: list[str], found: list[str]) -> str:
 def write_expert(model: Any, name: str, folder: Path) -> None:
     """Write one expert of an X-LoRA model as an ordinary peft adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        key: parameter.detach().contiguous() for key, parameter in adapter_parameters(model.lora_model.model, name)
-    }
+    tensors = _whole(model, dict(adapter_parameters(model.lora_model.model, name)))
     tensors |= model.expert_heads[name]
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     expert: LoraConfig = model.lora_model.peft_config[name]

@@ -114,9 +114,9 @@ def _layer_class(name: str, module: LoraLayer) -> type[XLoraLayer]:
     return layer_class
 
 
-def restack(target: Any, incompatible_keys: Any = None) -> None:
+def restack(target: Any, incompatible_keys: Any = None, *, own: bool = True) -> None:
     """Stack a converted layer's experts anew if their storage changed; compiled graphs cannot see for themselves.
 
-    A hook for what loads a layer's state.
+    A hook for what loads a layer's state. With `own` False their storage stays what it is.
     """
-    _layer_of(target).prepare()
+    _layer_of(target).prepare(own=own)

@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 
 class WeftError(Exception):
-    """Base class: something the user can mend."""
+    """Base class: something the user can mend.
+
+    Attributes:
+        in_all_processes: all processes of a training raise this error, at the same point.
+    """
+
+    in_all_processes = False
 
 
 class ConfigError(WeftError, ValueError):

@@ -3,8 +3,9 @@
 With A = [A_1; ...; A_N] ([rank, in]) and B = [B_1, ..., B_N] ([out, rank]), the sum of all experts is B (A x), and a
 weight per expert acts on its block of the rank axis. The stack takes over the adapters' storage: peft's parameters
 become views of it, so nothing is held twice, and what changes a parameter in place (loading, an optimizer) changes the
-stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed at the next forward, which stacks
-again.
+stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed, at the next forward at the latest,
+and stacked again. In distributed training others keep parameters in storage of their own (FSDP's shards, ZeRO's flat
+buffers) and need them to stay there: then the stack is a copy, made at every call.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from torch import Tensor, nn
 
 from weft.errors import AdapterError
 from weft.placement import execution_device, keep_resident
+from weft.processes import others_have_parameters, sharding_is_to_come
 
 _Rows = Callable[[Tensor], Tensor]
+# torch's mark on the modules whose parameters FSDP manages.
+_FSDP = "_is_fsdp_managed_module"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Stack:
         up: B transposed. A grouped convolution has `rank / groups` rows.
         scales: peft's `scaling` of each.
         biased: those with a `lora_bias`.
+        kept: the parameters live in it, and it is the same in the next call; else it is a copy for this one.
         dora: they are DoRA experts, whose `scales` are 1: their own scaling is in their factors (see `layers/dora.py`).
         rank_expert: for each rank, the expert it belongs to; None where all ranks are equal.
         column_index: `columns` as a tensor; None where they are all columns in order.
@@ -95,6 +100,7 @@ class Stack:
     up: Float[Tensor, "rank_per_group out"]
     scales: Float[Tensor, " expert"]
     biased: tuple[str, ...]
+    kept: bool
     dora: bool
     rank_expert: Tensor | None
     column_index: Tensor | None
@@ -130,6 +136,10 @@ class StackedExperts:
         self.target = target
         self.layout = layout
         self.allow_dora = allow_dora
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew at the next call."""
         self._stacks: tuple[Stack, ...] = ()
         self._active: list[str] | None = None
         self._scaling: dict[str, float] = {}
@@ -156,11 +166,43 @@ class StackedExperts:
         Raises:
             AdapterError: an active adapter is no plain LoRA, nor one with DoRA where that is allowed.
         """
-        if not torch.compiler.is_compiling() and not self._still_ours():
-            # Not in inference mode, whose tensors could never be trained on.
-            with torch.inference_mode(False), torch.no_grad():
-                self._build()
-        return self._stacks
+        if torch.compiler.is_compiling():
+            ours = self._active is not None and not getattr(self.target, _FSDP, False)
+            return self._stacks if ours else self._uncompiled()
+        return self._stacks if self._still_ours() else self._build(own=not others_have_parameters())
+
+    def refresh(self, *, own: bool = True) -> None:
+        """Stack again where the storage has changed; not where FSDP has it, which is whole in the forward only.
+
+        Args:
+            own: the stack becomes the parameters' storage, or else nothing is stacked until the next call. (Never
+                where FSDP or DeepSpeed is to come, which take contiguous parameters only: B's, which lie transposed in
+                a stack, are none.)
+        """
+        if self._still_ours() or self.sharded or sharding_is_to_come():
+            return
+        if own:
+            self._build(own)
+        else:
+            self._forget()
+
+    def look(self) -> bool:
+        """Look ahead of the forward whether the stacks hold; whether they are others now."""
+        if self._still_ours():
+            return False
+        before = self._stacks
+        self.refresh(own=not others_have_parameters())
+        return self._stacks is not before
+
+    @torch.compiler.disable
+    def _uncompiled(self) -> tuple[Stack, ...]:
+        return self.stacks()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP manages the parameters."""
+        target: Any = self.target
+        return any(getattr(module, _FSDP, False) for module in target.modules())
 
     @property
     def current(self) -> tuple[Stack, ...]:
@@ -188,7 +230,10 @@ class StackedExperts:
             return False
         return [parameter.data_ptr() for parameter in self._parameters] == self._addresses
 
-    def _build(self) -> None:
+    # Not in inference mode, whose tensors could never be trained on.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _build(self, own: bool) -> tuple[Stack, ...]:
         target, layout = self.target, self.layout
         for storage in (layout.down, layout.up):
             # A stack reads its parameters, which have no forward that would bring them back from an offload.
@@ -207,12 +252,16 @@ class StackedExperts:
             by_kind.setdefault(kind, []).append(name)
 
         stacks = []
+        stacked = _take_over if own else _copy
         for names in by_kind.values():
-            down = _take_over(target, layout.down, names)
-            up = _take_over(target, layout.up, names)
+            down = stacked(target, layout.down, names)
+            up = stacked(target, layout.up, names)
             names = [name for name in names if name in active]
             if names:
-                stacks.append(_stack(target, layout, names, active, down, up))
+                stacks.append(_stack(target, layout, names, active, down, up, kept=own))
+        if not own:
+            self._forget()
+            return tuple(stacks)
         self._stacks = tuple(stacks)
         self._active = active
         self._scaling = dict(target.scaling)
@@ -222,6 +271,7 @@ class StackedExperts:
         self._owned = [id(value) for value in self._kept]
         self._parameters = [storage.find(target, name) for storage in storages for name in ordered]
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        return self._stacks
 
 
 def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -255,6 +305,17 @@ def refuse_variant(target: LoraLayer, name: str, *, allow_dora: bool) -> None:
         )
 
 
+def _copy(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
+    """The parameters in one new tensor, rank first."""
+    for name in names:
+        if storage.find(target, name).numel() == 0:
+            raise AdapterError(
+                f"expert {name!r} has an empty {storage.attribute} here, as ZeRO-3 leaves parameters outside of a call "
+                "of the whole model: call that, not a part of it"
+            )
+    return torch.cat([storage.to_rows(storage.find(target, name)) for name in names])
+
+
 def _take_over(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
     """Copy the parameters into one new tensor, rank first, and make them views of it."""
     parameters = [storage.find(target, name) for name in names]
@@ -266,7 +327,14 @@ def _take_over(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
 
 
 def _stack(
-    target: LoraLayer, layout: StorageLayout, names: list[str], active: list[str], down: Tensor, up: Tensor
+    target: LoraLayer,
+    layout: StorageLayout,
+    names: list[str],
+    active: list[str],
+    down: Tensor,
+    up: Tensor,
+    *,
+    kept: bool,
 ) -> Stack:
     """The stack of the leading `names` of (down, up); what follows them belongs to inactive experts."""
     ranks = [layout.down.to_rows(layout.down.find(target, name)).shape[0] for name in names]
@@ -285,6 +353,7 @@ def _stack(
         down=down[: sum(ranks)],
         up=up[:up_rows],
         biased=tuple(name for name in names if target.lora_bias[name]),
+        kept=kept,
         dora=dora,
         scales=torch.tensor(
             [1.0 if dora else float(target.scaling[name]) for name in names], dtype=wide, device=device

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from weft.errors import TrainingError, bullet_list
+from weft.processes import any_process, from_all_processes, is_sharded
 
 _SHOWN = 60  # characters of each text
 
@@ -20,7 +21,8 @@ class FiniteLoss(TrainerCallback):
     """Raises before the optimizer takes a step with a loss or a gradient that is not finite.
 
     Each forward pass is checked, so also each of several that make one step. The model keeps the weights that gave the
-    last finite loss: where the first loss after a step is not finite, those from before the step.
+    last finite loss: where the first loss after a step is not finite, those from before the step. Of several processes
+    all stop, whichever had the loss.
 
     Args:
         trainer: the Trainer to watch; its `training_step` is wrapped.
@@ -46,8 +48,9 @@ class FiniteLoss(TrainerCallback):
         self._batch = inputs.get("input_ids")
         self._passes += 1
         loss = self._training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            self._stop(f"the loss is {loss.item()}", restore=self._passes == 1)
+        finite = bool(torch.isfinite(loss))
+        if any_process(not finite, loss.device):
+            self._stop(None if finite else f"the loss is {loss.item()}", restore=self._passes == 1)
         return loss
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -55,7 +58,8 @@ class FiniteLoss(TrainerCallback):
         weights = self._weights()
         # In float16 accelerate's scaler leaves such steps out itself.
         if getattr(self._trainer.accelerator, "scaler", None) is None:
-            norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+            norm: Any = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+            norm = norm.full_tensor() if is_sharded(norm) else norm
             if not torch.isfinite(norm):
                 self._stop(f"the gradient's norm is {norm.item()}")
         self._keep(weights)
@@ -67,25 +71,42 @@ class FiniteLoss(TrainerCallback):
 
     @torch.no_grad()
     def _keep(self, weights: list[Tensor]) -> None:
+        weights = _own_parts(weights)
         if self._good is None:
             self._good = [weight.clone() for weight in weights]
         torch._foreach_copy_(self._good, weights)
 
     @torch.no_grad()
-    def _stop(self, what: str, *, restore: bool = False) -> None:
+    def _stop(self, what: str | None, *, restore: bool = False) -> None:
+        """Raise in all processes, which all come here.
+
+        Args:
+            what: is wrong with this process's batch; None where another's is meant.
+            restore: the weights from before the last step.
+        """
         if restore and self._good is not None:
-            torch._foreach_copy_(self._weights(), self._good)
+            torch._foreach_copy_(_own_parts(self._weights()), self._good)
         done = self._trainer.state.global_step
         accumulated = self._trainer.args.gradient_accumulation_steps
         which = f", forward pass {self._passes} of {accumulated}" if accumulated > 1 else ""
-        raise TrainingError(
-            f"training stopped: {what} at step {done + 1}{which}, with these texts in the batch:"
-            f"{bullet_list(self._texts())}\nThe model keeps the weights that gave the last finite loss. Look at these "
+        found = from_all_processes(None if what is None else (what, self._texts()))
+        wrong = [each for each in found if each is not None]
+        texts = list(dict.fromkeys(text for _, own in wrong for text in own))
+        error = TrainingError(
+            f"training stopped: {wrong[0][0]} at step {done + 1}{which}, with these texts in the batch:"
+            f"{bullet_list(texts)}\nThe model keeps the weights that gave the last finite loss. Look at these "
             f"texts and at the adapters, or lower learning_rate ({self._trainer.args.learning_rate})"
         )
+        error.in_all_processes = True
+        raise error
 
     def _texts(self) -> list[str]:
         if self._batch is None:
             return ["(no input_ids)"]
         texts = self._tokenizer.batch_decode(self._batch, skip_special_tokens=True)
         return [repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") for text in texts]
+
+
+def _own_parts(weights: list[Any]) -> list[Tensor]:
+    """The weights; of shards, this process's."""
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]

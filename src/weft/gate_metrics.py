@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from weft.losses import GATE_LOSSES, normalised_entropy, token_weights
+from weft.processes import process_number
 
 # One expert with more than this mean share of what the layers follow leaves the others without effect.
 COLLAPSED = 0.95
@@ -76,12 +77,18 @@ class GateMetrics:
         sums = (per_token * weights[..., None]).sum(dim=(0, 1)).float()
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def add_losses(self, losses: dict[str, Tensor]) -> None:
-        """Note the gate's losses in one call."""
+    def add_losses(self, losses: dict[str, Tensor], counts: Tensor | None = None) -> None:
+        """Note the gate's losses in one call.
+
+        Args:
+            losses: by name.
+            counts: whether the call has tokens that count; None where it has.
+        """
         self.latest_losses = {name: loss.detach() for name, loss in losses.items()}
         if self.enabled:
             for name, loss in self.latest_losses.items():
                 once = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float32)])
+                once = once if counts is None else once * counts.to(once.device)
                 self._losses[name] = self._losses[name] + once if name in self._losses else once
 
     def read(self, *, across_processes: bool = False) -> dict[str, float]:
@@ -112,7 +119,8 @@ class GateMetrics:
                 if count:
                     means[f"gate/{name}"] = total / count
         self.clear()
-        self._warn_of_collapse(means)
+        if not across_processes or process_number() == 0:
+            self._warn_of_collapse(means)
         return means
 
     def _warn_of_collapse(self, means: dict[str, float]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from weft.adapters import adapter_parameters, inject_adapters, read_adapters, remove_adapters
 from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
 from weft.carrier import ScalingsCarrier
-from weft.checkpoint import GATE_KEY, gate_problems, layer_mismatch
+from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismatch
 from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
@@ -31,6 +31,7 @@ from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
 from weft.passes import Passes
 from weft.placement import execution_device, is_offloaded
+from weft.processes import others_have_parameters
 from weft.quantised import keep_unpacked, let_repack
 from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings
@@ -102,6 +103,7 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         self.peft_config = {adapter_name: options}
         self.active_adapter = adapter_name
         self.carrier = ScalingsCarrier()
+        self.given_experts: dict[str, Tensor] = {}
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._input_gradient_hooks = input_gradient_hooks(model)
@@ -178,7 +180,7 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         Raises:
             ConfigError: `freeze_scalings_after` cannot work with the other options.
         """
-        self._restack()  # for a decoding step that is compiled
+        self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
         frozen: AbstractContextManager[None] = nullcontext()
         if freeze_scalings_after is not None:
             self.passes.check_freezing(freeze_scalings_after, kwargs)
@@ -212,10 +214,10 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         self._restack()
         return self
 
-    def _restack(self) -> None:
+    def _restack(self, *, own: bool = True) -> None:
         for module in self.lora_model.model.modules():
             if isinstance(module, LoraLayer):
-                restack(module)
+                restack(module, own=own)
 
     # ------------------------------------------------------------------ on, off and out
 
@@ -348,6 +350,8 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        tuner: Any = model.base_model
+        tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
         return {key: value for key, value in state_dict.items() if GATE_KEY in key}
 
     @classmethod

@@ -188,7 +188,7 @@ class RankWeights:
         changed = False
         for number in numbers:
             experts = self._experts[number]
-            changed |= experts is not None and experts.current is not experts.stacks()
+            changed |= experts is not None and experts.look()
         if changed and len(numbers) < len(self._experts):
             self._to_look_at = range(len(self._experts))
             self._look()

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.data import check_length
-from weft.errors import CheckpointError, ConfigError
+from weft.distributed import EvenTrainer, RowsAndABlank
+from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.finite import FiniteLoss
 from weft.integration import from_adapters, from_pretrained
 from weft.labelled import label_problems, training_rows
@@ -28,10 +28,10 @@ from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
-from weft.progress import CountingTrainer, ProgressLine, TokenBudget, budget_in_steps
+from weft.processes import any_process, by_the_first, number_of_processes
+from weft.progress import ProgressLine, TokenBudget, budget_in_steps
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued
-from weft.whole import replace_folder
 from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
 
 _CONFIG_OPTIONS = (
@@ -91,10 +91,10 @@ def train(options: TrainOptions) -> Path:
         _checkpoints(options).mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(f"output ({output}) cannot be made: {err}") from err
-    trainer = CountingTrainer(
+    trainer = EvenTrainer(
         model,
         arguments,
-        train_dataset=rows,
+        train_dataset=RowsAndABlank(rows),
         eval_dataset=held_out,
         data_collator=collator,
         callbacks=[interrupt, TokenBudget(options.max_tokens), progress, *monitoring_callbacks(options)],
@@ -103,28 +103,32 @@ def train(options: TrainOptions) -> Path:
     trainer.remove_callback(PrinterCallback)
     FiniteLoss(trainer, tokenizer)
     keep_checkpoints_whole(trainer)
+    together = False
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(options))
+        together = True
+    except WeftError as err:
+        together = err.in_all_processes
+        raise
     finally:
         progress.close()
         interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # which an error leaves out
-        # Also after a second interrupt or an error half-way: what was learned so far is kept.
-        if trainer.state.global_step > 0:
-            _save(model, tokenizer, options)
+        # Also after a second interrupt or an error half-way: what was learned so far is kept. A model in shards takes
+        # all processes to save, of which some may be elsewhere then: it has its checkpoints.
+        if trainer.state.global_step > 0 and (together or not trainer.in_shards):
+            _save(trainer, tokenizer, options, together=together)
     if interrupt.requested:
         raise KeyboardInterrupt
     return output
 
 
-def _save(model: Any, tokenizer: Any, options: TrainOptions) -> None:
-    def write(part: Path) -> None:
-        PeftModel.save_pretrained(model, str(part))
-        tokenizer.save_pretrained(str(part))
-
+def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:
     try:
-        replace_folder(Path(options.output), write, CONFIG_NAME)
+        trainer.save_mixture(Path(options.output), tokenizer, together=together)
     except CheckpointError as err:
-        raise CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}") from err
+        error = CheckpointError(f"{err}. {how_to_go_on(_checkpoints(options))}")
+        error.in_all_processes = err.in_all_processes
+        raise error from err
 
 
 def _collator(
@@ -144,7 +148,14 @@ def _collator(
         arguments.main_process_first(desc="the scaling pass"),
         torch.autocast(arguments.device.type, torch.bfloat16, enabled=options.bf16),
     ):
-        cache = ScalingCache.build(model, sequences, folder, dtype=options.cache_dtype, batch_size=options.batch_size)
+        cache = ScalingCache.build(
+            model,
+            sequences,
+            folder,
+            dtype=options.cache_dtype,
+            batch_size=options.batch_size,
+            announce=by_the_first(print),
+        )
     return ScalingCacheCollator(cache, collator)
 
 
@@ -189,7 +200,8 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop here if it came."""
+        """Stop here if it came, to whichever process."""
+        self.requested = any_process(self.requested, args.device)
         if self.requested:
             control.should_save = self._saves
             control.should_training_stop = True
@@ -294,7 +306,7 @@ def _amount_problems(options: TrainOptions) -> list[str]:
 
 def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps as expected, and at most (0: `epochs` decides)."""
-    per_step = options.batch_size * options.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = options.batch_size * options.gradient_accumulation * number_of_processes()
     if options.max_tokens:
         expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
         limit = options.max_steps or most
@@ -326,8 +338,8 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         save_total_limit=2,
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # such a loss stops the run
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=options.bf16,
         train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         remove_unused_columns=False,
@@ -335,4 +347,6 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         **monitoring_arguments(options),
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
     )

@@ -15,18 +15,19 @@ from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME
-from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
+from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from weft.adapters import read_adapters, read_json
 from weft.data import check_length, read_texts, token_sequences
+from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import AdapterError, ConfigError
 from weft.finite import FiniteLoss
 from weft.labelled import labelled_source
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
+from weft.processes import by_the_first
 from weft.train import StopOnInterrupt, check, parse_adapters, steps_to_train, train, training_arguments
-from weft.whole import replace_folder
 from weft.whole_checkpoints import last_checkpoint
 
 RECORD = "weft_expert.json"
@@ -66,6 +67,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     """
     if not options.experts_from:
         return train(options)
+    say = by_the_first(say)
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
     adapters = _all_adapters(options, folders)
@@ -193,10 +195,10 @@ def _train_expert(name: str, folder: Path, sequences: list[list[int]], tokenizer
         steps = steps_to_train(own, len(sequences), sum(len(sequence) - 1 for sequence in sequences))
         arguments = training_arguments(own, Path(unused), *steps)
         arguments.save_strategy = SaveStrategy.NO  # an expert that is stopped starts anew
-        trainer: Any = Trainer(
+        trainer = EvenTrainer(
             model,
             arguments,
-            train_dataset=[{"input_ids": sequence, "labels": sequence} for sequence in sequences],
+            train_dataset=RowsAndABlank([{"input_ids": sequence, "labels": sequence} for sequence in sequences]),
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
             callbacks=[interrupt],
         )
@@ -207,11 +209,10 @@ def _train_expert(name: str, folder: Path, sequences: list[list[int]], tokenizer
             interrupt.on_train_end(arguments, trainer.state, trainer.control)  # which an error leaves out
     if interrupt.requested:
         raise KeyboardInterrupt
+    state_dict = trainer.whole_state()
 
     def write(part: Path) -> None:
-        model.save_pretrained(str(part))
+        model.save_pretrained(str(part), state_dict=state_dict)
         (part / RECORD).write_text(json.dumps(_record(name, options), indent=1), encoding="utf-8")
 
-    if trainer.is_world_process_zero():
-        replace_folder(folder, write, CONFIG_NAME)
-    trainer.accelerator.wait_for_everyone()
+    trainer.write_together(folder, write)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from weft.options import (
     TrainOptions,
 )
 
+# Seconds in which the first process has said what all fail with.
+_WAIT_FOR_THE_FIRST = 15
 # Options that take several values separated by spaces, as users of argparse expect.
 _LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights")
 
@@ -40,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(options_class(**values))
     except WeftError as err:
-        print(f"weft {command}: error: {err}", file=sys.stderr)
+        _report(command, err)
         return 1
     except KeyboardInterrupt:
-        print(f"weft {command}: interrupted", file=sys.stderr)
+        if _speaks():
+            print(f"weft {command}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -55,6 +60,8 @@ def _train(options: TrainOptions) -> None:
     try:
         output = train_in_stages(options)
     except KeyboardInterrupt:
+        if not _speaks():
+            raise
         if (Path(options.output) / "adapter_config.json").exists():
             print(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
         elif options.experts_from:
@@ -62,7 +69,24 @@ def _train(options: TrainOptions) -> None:
                 f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr
             )
         raise
-    print(f"saved to {output}: try  weft generate {output} --prompt '...'")
+    if _speaks():
+        print(f"saved to {output}: try  weft generate {output} --prompt '...'")
+
+
+def _speaks() -> bool:
+    """Whether this is the one of several processes that says what they did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(command: str, err: WeftError) -> None:
+    """Say what went wrong, once: where the first process fails too, the launcher ends this one while it waits."""
+    which = ""
+    if not _speaks():
+        time.sleep(_WAIT_FOR_THE_FIRST)
+        if err.in_all_processes:
+            return
+        which = f" in process {os.environ['RANK']}"
+    print(f"weft {command}: error{which}: {err}", file=sys.stderr)
 
 
 def _evaluate(options: EvalOptions) -> None:

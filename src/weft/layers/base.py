@@ -66,10 +66,15 @@ class XLoraLayer(ABC):
         self.experts = StackedExperts(target, self.layout, allow_dora=config.allow_dora)
         self.dora = Dora(target, self.layout, self.base_rows, self.channel_axis)
 
-    def prepare(self) -> None:
-        """Stack the experts, where that has not been done, ahead of a call that cannot: a compiled one."""
+    def prepare(self, *, own: bool = True) -> None:
+        """Stack the experts, where that has not been done, ahead of a call that cannot: a compiled one.
+
+        Args:
+            own: as in `StackedExperts.refresh`.
+        """
+        self.experts.refresh(own=own)
         with torch.no_grad():
-            for stack in self.experts.stacks():
+            for stack in self.experts.current:
                 if stack.dora:
                     self.dora.factors(stack, stack.up)
 

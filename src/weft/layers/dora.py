@@ -97,6 +97,8 @@ class Dora:
             return self._compute(stack, up)
         if torch.compiler.is_compiling():
             return self._compute(stack, up) if kept is None else kept[3]
+        if not stack.kept:
+            return self._compute(stack, up)
         state = [(source.data_ptr(), _version(source)) for source in sources]
         if kept is not None and kept[0] is stack and kept[2] == state and all(map(_same, kept[1], sources)):
             return kept[3]
