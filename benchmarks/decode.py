@@ -2,7 +2,8 @@
 
 SmolLM2-135M in float32, random adapters of rank 16 on all seven projections, 128 tokens of prompt and 128 new ones, in
 one process. The contenders take turns, some tokens each, so that drift of the machine hits all alike; medians over all
-steps. About a quarter of an hour on two quiet cores. Writes `results/DATE-decode.{json,md}`.
+steps. About half an hour on two quiet cores, of which the measurements take ten minutes, compiling the rest. Writes
+`results/DATE-decode.{json,md}`, or `DATE-decode-eager` without compiling.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main() -> None:
             }
     if not arguments.without_mistralrs:
         result["mistral.rs"] = mistralrs()
-    save("decode", result, table(result))
+    save("decode-eager" if arguments.without_compile else "decode", result, table(result))
 
 
 def contenders(base: Any, adapters: dict[str, str]) -> dict[str, Any]:

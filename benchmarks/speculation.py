@@ -1,7 +1,7 @@
 """Guessing ahead on the demo's model: plain cached decoding against `speculate`, per domain and on texts to copy.
 
 Needs the demo's mixture. The two take turns on each prompt; the text is the same, so the ratio of times is that of
-tokens per second. About five minutes on two quiet cores. Writes `results/DATE-speculation.{json,md}`.
+tokens per second. About a quarter of an hour on two quiet cores. Writes `results/DATE-speculation.{json,md}`.
 """
 
 from __future__ import annotations
