@@ -37,9 +37,10 @@ format: env
 	$(RUN)/ruff check --fix src tests demo benchmarks examples
 	$(RUN)/ruff format src tests demo benchmarks examples
 
-# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About half an hour on two quiet cores.
+# Speed and memory against peft's X-LoRA; writes benchmarks/results/. About an hour and a half on two quiet cores.
 bench: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speed.py
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/training.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/decode.py
 
 # What speculation and the cheaper schemes bring and cost, on the demo's mixture and data: run `make demo` first.

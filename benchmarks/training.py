@@ -4,7 +4,7 @@ SmolLM2-135M in float32, one sequence of 512 tokens, random adapters of rank 16 
 and interleaved, medians. The one LoRA trains its own weights, the others their gate. With gradient checkpointing peft's
 X-LoRA computes no gradient of its gate (reentrant) or fails (not reentrant); it is timed all the same, reentrant.
 "cached" is weft with its scaling pass from the disk, as from the second epoch on; reading it is part of the step.
-About a quarter of an hour on two quiet cores. Writes `results/DATE-training.{json,md}`.
+About twenty minutes on two quiet cores. Writes `results/DATE-training.{json,md}`.
 """
 
 from __future__ import annotations
