@@ -69,8 +69,8 @@ def options_of(folder):
 @pytest.mark.parametrize("to", ["weft", "peft", "xlora", "mistralrs"])
 def test_there_and_back_again_gives_the_mixture_as_it_was(to, scheme, alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture", **scheme)
-    there = weft.convert(folder, to, tmp_path / to, base="tiny/llama")
-    back = weft.convert(there, "weft", tmp_path / "back", base=tiny_llama())
+    there = weft.convert_mixture(folder, to, tmp_path / to, base="tiny/llama")
+    back = weft.convert_mixture(there, "weft", tmp_path / "back", base=tiny_llama())
     assert torch.equal(logits(loaded(back)), logits(loaded(folder)))
     before, after = options_of(folder), options_of(back)
     if to == "mistralrs":  # which leaves dropout on, so that there must be none
@@ -84,7 +84,7 @@ def test_there_and_back_again_gives_the_mixture_as_it_was(to, scheme, alike, tmp
 @pytest.mark.parametrize("to", ["peft", "xlora"])
 def test_what_is_written_loads_with_the_same_logits(to, alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=16)
-    assert torch.equal(logits(loaded(weft.convert(folder, to, tmp_path / to))), logits(loaded(folder)))
+    assert torch.equal(logits(loaded(weft.convert_mixture(folder, to, tmp_path / to))), logits(loaded(folder)))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -92,7 +92,7 @@ def test_peft_loads_what_is_written_for_it(scheme, alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture", **scheme)
     base = tiny_llama()
     base.config.use_cache = False
-    theirs = quietly(peft.PeftModel.from_pretrained, base, str(weft.convert(folder, "peft", tmp_path / "peft")))
+    theirs = quietly(peft.PeftModel.from_pretrained, base, str(weft.convert_mixture(folder, "peft", tmp_path / "peft")))
     assert type(theirs.base_model).__module__ == "peft.tuners.xlora.model"
     torch.testing.assert_close(logits(theirs.eval()), logits(loaded(folder)), atol=1e-4, rtol=1e-4)
 
@@ -100,7 +100,7 @@ def test_peft_loads_what_is_written_for_it(scheme, alike, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_the_original_library_loads_what_is_written_for_it(scheme, llama_adapters, tmp_path):
     folder = saved(llama_adapters, tmp_path / "mixture", **scheme)
-    there = weft.convert(folder, "xlora", tmp_path / "xlora")
+    there = weft.convert_mixture(folder, "xlora", tmp_path / "xlora")
     options = json.loads((there / "xlora_config.json").read_text())
     assert options["adapters"] == list(llama_adapters)
     gate = OriginalGate(options, len(llama_adapters), len(lora_layers(llama_adapters)[1]))
@@ -114,7 +114,7 @@ def test_the_original_library_loads_what_is_written_for_it(scheme, llama_adapter
 def test_a_folder_of_the_original_becomes_one_of_wefts(relu, base_folder, base_adapters, tmp_path):
     gate = make_gate_of(base_adapters, base_folder, xlora_depth=3, enable_relu_and_dropout=relu)
     folder = write_original(tmp_path / "original", gate, base_adapters)
-    new = weft.convert(folder, "weft", tmp_path / "weft", base=base_folder)
+    new = weft.convert_mixture(folder, "weft", tmp_path / "weft", base=base_folder)
     expected = weft.from_pretrained(folder, base_folder)
     assert torch.equal(logits(weft.from_pretrained(new)), logits(expected))
     assert options_without_paths(weft.from_pretrained(new)) == options_without_paths(expected)
@@ -130,18 +130,18 @@ def options_without_paths(model):
 
 def test_a_folder_of_pefts_becomes_one_of_wefts(alike, base_folder, tmp_path):
     folder = saved(alike, tmp_path / "mixture")
-    theirs = weft.convert(folder, "peft", tmp_path / "peft")
+    theirs = weft.convert_mixture(folder, "peft", tmp_path / "peft")
     moved = shutil.move(theirs, tmp_path / "moved")  # its paths are gone then, also for peft
     assert torch.equal(
-        logits(loaded(weft.convert(moved, "weft", tmp_path / "back", base=base_folder))), logits(loaded(folder))
+        logits(loaded(weft.convert_mixture(moved, "weft", tmp_path / "back", base=base_folder))), logits(loaded(folder))
     )
 
 
 def test_experts_get_new_names(llama_adapters, tmp_path):
     folder = saved(llama_adapters, tmp_path / "mixture", xlora_depth=2, xlora_size=16)
     numbers = dict(zip(llama_adapters, ("0", "1", "2"), strict=True))
-    there = weft.convert(folder, "peft", tmp_path / "peft", rename=numbers)
-    back = weft.convert(
+    there = weft.convert_mixture(folder, "peft", tmp_path / "peft", rename=numbers)
+    back = weft.convert_mixture(
         there, "weft", tmp_path / "back", base=tiny_llama(), rename={new: old for old, new in numbers.items()}
     )
     assert loaded(back).xlora_config.expert_names == list(llama_adapters)
@@ -153,14 +153,14 @@ def test_the_base_models_weights_are_not_read(base_folder, base_adapters, tmp_pa
     only_config = tmp_path / "base"
     only_config.mkdir()
     shutil.copy(base_folder / "config.json", only_config)
-    new = weft.convert(folder, "weft", tmp_path / "weft", base=only_config)
+    new = weft.convert_mixture(folder, "weft", tmp_path / "weft", base=only_config)
     again = weft.from_pretrained(new, base_folder)
     assert torch.equal(logits(again), logits(weft.from_pretrained(folder, base_folder)))
 
 
 def test_mistralrs_gets_a_flat_folder_and_the_layers_numbers(alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=16)
-    flat = weft.convert(folder, "mistralrs", tmp_path / "flat", base="/models/tiny")
+    flat = weft.convert_mixture(folder, "mistralrs", tmp_path / "flat", base="/models/tiny")
     assert folder_files(flat) == sorted(
         ["ordering.json", "xlora_config.json", "xlora_classifier.safetensors"]
         + [f"{name}_{file}" for name in alike for file in ("config.json", "model.safetensors")]
@@ -182,7 +182,7 @@ def test_tokenizers_go_along_and_checkpoints_do_not(mixture, base_folder, tmp_pa
         shutil.copy(base_folder / file, folder)
     (folder / "optimizer.pt").write_bytes(b"")
     (folder / "trainer_state.json").write_text("{}")
-    new = weft.convert(mixture, "weft", tmp_path / "new")
+    new = weft.convert_mixture(mixture, "weft", tmp_path / "new")
     beside = {name for name in folder_files(new) if "/" not in name}
     assert beside == {CONFIG, TENSORS, MANIFEST, "tokenizer.json", "tokenizer_config.json"}
 
@@ -194,7 +194,7 @@ def refused(folder, to, tmp_path, **options):
     """The reasons, a line each."""
     output = tmp_path / "refused"
     with pytest.raises(ConfigError, match=rf"cannot be written in the layout of {to}:\n") as error:
-        weft.convert(folder, to, output, **options)
+        weft.convert_mixture(folder, to, output, **options)
     assert not output.exists()
     return error.value.problems
 
@@ -292,13 +292,13 @@ def test_layers_outside_of_the_decoders_and_patterns_are_refused_for_mistralrs(t
 
 def test_unknown_layout_is_named(alike, tmp_path):
     with pytest.raises(ConfigError, match=r"to \('gguf'\) must be one of weft, peft, xlora, mistralrs"):
-        weft.convert(saved(alike, tmp_path / "mixture"), "gguf", tmp_path / "new")
+        weft.convert_mixture(saved(alike, tmp_path / "mixture"), "gguf", tmp_path / "new")
 
 
 def test_a_folder_that_holds_something_is_not_written_to(alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture")
     with pytest.raises(ConfigError, match=r"output \(.*mixture\) exists already: give a new or empty folder"):
-        weft.convert(folder, "peft", folder)
+        weft.convert_mixture(folder, "peft", folder)
 
 
 @pytest.mark.parametrize(
@@ -310,31 +310,31 @@ def test_a_folder_that_holds_something_is_not_written_to(alike, tmp_path):
 )
 def test_names_that_cannot_be_given_are_named(rename, message, alike, tmp_path):
     with pytest.raises(CheckpointError, match=message):
-        weft.convert(saved(alike, tmp_path / "mixture"), "weft", tmp_path / "new", rename=rename)
+        weft.convert_mixture(saved(alike, tmp_path / "mixture"), "weft", tmp_path / "new", rename=rename)
 
 
 def test_a_gate_of_other_adapters_is_found(alike, llama_adapters, tmp_path):
-    folder = weft.convert(saved(alike, tmp_path / "mixture"), "xlora", tmp_path / "xlora")
+    folder = weft.convert_mixture(saved(alike, tmp_path / "mixture"), "xlora", tmp_path / "xlora")
     others = {"0": llama_adapters["math"], "1": llama_adapters["adapter_3"]}
     with pytest.raises(CheckpointError, match=r"has 12 outputs, expected 16: 2 experts times 8 LoRA layers"):
-        weft.convert(folder, "weft", tmp_path / "new", base=tiny_llama(), adapters=others)
+        weft.convert_mixture(folder, "weft", tmp_path / "new", base=tiny_llama(), adapters=others)
 
 
 def test_a_base_model_without_the_layers_is_named(alike, tmp_path):
-    folder = weft.convert(saved(alike, tmp_path / "mixture"), "xlora", tmp_path / "xlora")
+    folder = weft.convert_mixture(saved(alike, tmp_path / "mixture"), "xlora", tmp_path / "xlora")
     with pytest.raises(CheckpointError, match=r"base \(GPT2LMHeadModel\) has no layers \['model.layers.0.mlp.up_proj'"):
-        weft.convert(folder, "weft", tmp_path / "new", base=make_architecture("gpt2")[0])
+        weft.convert_mixture(folder, "weft", tmp_path / "new", base=make_architecture("gpt2")[0])
     with pytest.raises(CheckpointError, match=r"base \(None\) must be given: the mixture does not name its base model"):
-        weft.convert(folder, "weft", tmp_path / "new")
+        weft.convert_mixture(folder, "weft", tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"base \(no/such\) cannot be loaded: .*Give its folder or Hub id"):
-        weft.convert(folder, "weft", tmp_path / "new", base="no/such")
+        weft.convert_mixture(folder, "weft", tmp_path / "new", base="no/such")
 
 
 def test_damage_is_found_before_anything_is_written(alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture")
     (folder / "experts/1" / TENSORS).unlink()
     with pytest.raises(CheckpointError, match=rf"1/{TENSORS} is missing"):
-        weft.convert(folder, "xlora", tmp_path / "new")
+        weft.convert_mixture(folder, "xlora", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

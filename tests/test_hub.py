@@ -193,7 +193,7 @@ def test_the_card_says_what_the_mixture_is(folder, tmp_path):
     assert "| `code` | 4 | q_proj, up_proj, v_proj | not declared |" in text
     assert "396 parameters in 1 linear layers; weights for each of 6 LoRA layers, each token takes all experts" in text
     assert "| perplexity | a\\|b | &lt;i> |\n| --- | ---: | ---: |\n| base | 9.50 |  |\n| weft | 8.25 | 7.00 |" in text
-    assert 'weft.from_pretrained("user/mixture", base="...")' in text  # the mixture itself names no base model
+    assert 'weft.from_pretrained("user/mixture", base="tiny/llama")' in text  # the mixture itself names no base model
 
 
 def test_the_code_in_the_card_loads_the_mixture(hub, mixture):
@@ -232,7 +232,7 @@ def test_licences_stay_with_the_experts_wherever_they_go(folder, licensed, tmp_p
     assert not (folder / "experts/code/README.md").exists()  # peft's blank form declares nothing
     quietly(weft.from_pretrained(folder, tiny_llama()).save_pretrained, tmp_path / "again")
     more = weft.add_expert(tmp_path / "again", "new", licensed["math"], tmp_path / "more", base=tiny_llama())
-    converted = weft.convert(more, "weft", tmp_path / "converted")
+    converted = weft.convert_mixture(more, "weft", tmp_path / "converted")
     assert "| `new` | 4 | q_proj, up_proj, v_proj | cc-by-4.0 |" in weft.write_card(converted).read_text()
     assert "| `math` | 4 | q_proj, up_proj, v_proj | cc-by-4.0 |" in weft.write_card(converted).read_text()
 
@@ -287,6 +287,6 @@ def test_an_evaluation_that_is_given_must_hold_a_table(folder, tmp_path):
 def test_a_card_needs_a_folder_of_wefts(llama_adapters, tmp_path):
     adapters = {"0": save_adapter(tiny_llama(), lora(), tmp_path / "0", 1)}
     quietly(weft.from_adapters(tiny_llama(), adapters).save_pretrained, tmp_path / "mixture")
-    theirs = weft.convert(tmp_path / "mixture", "peft", tmp_path / "peft")
+    theirs = weft.convert_mixture(tmp_path / "mixture", "peft", tmp_path / "peft")
     with pytest.raises(CheckpointError, match=r"peft was not saved by weft, .*write it anew, with  weft convert"):
         weft.write_card(theirs)

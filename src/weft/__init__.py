@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from weft.change_experts import add_expert, drop_expert
     from weft.config import XLoraConfig
     from weft.folding import fold, mean_scalings
-    from weft.formats import convert
+    from weft.formats import convert_mixture
     from weft.gate import XLoraClassifier
     from weft.hub import pull, push
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
@@ -34,7 +34,7 @@ _HOMES = {
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
     "add_expert": "weft.change_experts",
-    "convert": "weft.formats",
+    "convert_mixture": "weft.formats",
     "drop_expert": "weft.change_experts",
     "fold": "weft.folding",
     "from_adapters": "weft.integration",
@@ -59,7 +59,7 @@ __all__ = [
     "XLoraConfig",
     "XLoraModel",
     "add_expert",
-    "convert",
+    "convert_mixture",
     "drop_expert",
     "fold",
     "from_adapters",

@@ -195,9 +195,10 @@ def _number(value: float | None) -> str:
 
 
 def _loading_section(name: str, base: str, config: XLoraConfig) -> str:
-    source = json.dumps(name)
-    given = "" if is_hub_id(base) and base == config.base_model_name_or_path else ', base="..."  # the base model'
-    call = f"weft.from_pretrained({source}{given.partition('  #')[0]})"
+    given = "" if base == config.base_model_name_or_path else f", base={json.dumps(base)}"
+    if not is_hub_id(base):  # a folder that only this machine has
+        given = ', base="..."'
+    call = f"weft.from_pretrained({json.dumps(name)}{given})"
     return (
         "## How to load\n\n```python\nimport weft\n\n"
         f"model = {call}\n```\n\nIt is a peft `PeftModel`: `model.generate(...)` and all else work as usual. On the "

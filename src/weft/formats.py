@@ -1,4 +1,4 @@
-"""`weft.convert`: a saved mixture in another layout, with the same logits there, or an error that names what hinders.
+"""A saved mixture in another library's layout, with the same logits there, or an error that names what hinders.
 
 Nothing is computed: the gate's numbers and the experts' files are written under other names, so that the base model's
 weights are not needed.
@@ -42,7 +42,7 @@ TRAINING_OPTIONS = (
 )
 
 
-def convert(
+def convert_mixture(
     source: str | os.PathLike[str],
     to: str,
     output: str | os.PathLike[str],
@@ -70,8 +70,8 @@ def convert(
         CheckpointError, AdapterError: the source cannot be read.
 
     Example:
-        >>> weft.convert("lamm-mit/x-lora-gemma-7b", "weft", "x-lora-gemma")
-        >>> weft.convert("my-mixture", "peft", "for-peft", rename={"math": "0", "code": "1"})
+        >>> weft.convert_mixture("lamm-mit/x-lora-gemma-7b", "weft", "x-lora-gemma")
+        >>> weft.convert_mixture("my-mixture", "peft", "for-peft", rename={"math": "0", "code": "1"})
     """
     if to not in _FORMATS:
         raise ConfigError(f"to ({to!r}) must be one of {', '.join(_FORMATS)}")

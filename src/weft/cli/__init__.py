@@ -111,9 +111,9 @@ def _drop_expert(options: DropExpertOptions) -> None:
 
 def _convert(options: ConvertOptions) -> None:
     _quiet()
-    from weft.cli.formats import convert_mixture
+    from weft.cli.formats import convert
 
-    convert_mixture(options)
+    convert(options)
 
 
 def _card(options: CardOptions) -> None:

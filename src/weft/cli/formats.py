@@ -7,7 +7,7 @@ from pathlib import Path
 from weft.card import is_own, write_card
 from weft.errors import ConfigError
 from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
-from weft.formats import convert, left_out
+from weft.formats import convert_mixture, left_out
 from weft.hub import pull, push
 from weft.train import parse_adapters
 
@@ -19,7 +19,7 @@ _NEXT = {
 }
 
 
-def convert_mixture(options: ConvertOptions) -> None:
+def convert(options: ConvertOptions) -> None:
     """Write the mixture in the other layout, and say what was left out and what reads it.
 
     Raises:
@@ -28,7 +28,7 @@ def convert_mixture(options: ConvertOptions) -> None:
     adapters = parse_adapters(options.adapters) or None
     rename = parse_adapters(options.rename, "rename", "OLD=NEW")
     output = options.output or f"{Path(options.source).name}-{options.to}"
-    folder = convert(options.source, options.to, output, base=options.base, adapters=adapters, rename=rename)
+    folder = convert_mixture(options.source, options.to, output, base=options.base, adapters=adapters, rename=rename)
     print(f"saved to {folder}: {_NEXT[options.to].format(folder)}")
     lost = left_out(options.source, options.to)
     if lost:
