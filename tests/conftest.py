@@ -181,6 +181,8 @@ def hub(tmp_path, monkeypatch):
 
         def answer(self, data, status=200):
             self.send_response(status)
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
             self.send_header("X-Repo-Commit", commit)

@@ -195,7 +195,7 @@ def test_commands_take_such_a_folder(base_folder, base_adapters, tmp_path, capsy
         (
             {"xlora_size": 8},
             CheckpointError,
-            rf"{GATE} does not fit this model:\n.*shape \[16, 32\], expected \[8, 32\]",
+            rf"{GATE} does not fit this model:\n(.*\n)*.*shape \[16, 32\], expected \[8, 32\]",
         ),
         ({"hidden_size": 16}, ConfigError, r"hidden_size \(16\) must be the base model's \(32\)"),
     ],

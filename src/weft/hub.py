@@ -164,6 +164,7 @@ def _check_id(repo_id: str) -> None:
 @contextlib.contextmanager
 def _errors_of(what: str) -> Iterator[None]:
     """What huggingface_hub raises as one error that says what to do."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -185,9 +186,10 @@ def _errors_of(what: str) -> Iterator[None]:
     except RepositoryNotFoundError as err:
         raise HubError(f"{what}: there is no such repository, or it is private: log in with  hf auth login") from err
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as err:
-        offline = isinstance(err, OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        hint = "HF_HUB_OFFLINE is set: unset it" if offline else "the Hub is not in reach: look at the network"
-        raise HubError(f"{what}: {hint}") from err
+        if isinstance(err, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+            raise HubError(f"{what}: HF_HUB_OFFLINE is set: unset it") from err
+        cause = first_line(err.__cause__ or err)
+        raise HubError(f"{what}: the Hub is not in reach ({cause}): look at the network") from err
     except HfHubHTTPError as err:
         status = err.response.status_code if err.response is not None else None
         if status in (401, 403):

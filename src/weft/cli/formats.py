@@ -15,7 +15,7 @@ _NEXT = {
     "weft": "try  weft generate {0} --prompt '...'",
     "peft": "load it with  peft.PeftModel.from_pretrained(base, '{0}'),  base.config.use_cache being False",
     "xlora": "the original library's from_pretrained reads it",
-    "mistralrs": "mistral.rs reads it as  --xlora {0} --xlora-order {0}/ordering.json",
+    "mistralrs": "mistral.rs reads it with  Which.XLora(xlora_model_id='{0}', order='{0}/ordering.json', ...)",
 }
 
 
