@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 PROMPT, NEW_TOKENS, LIMIT = "a", 24, 120
 KINDS: dict[str, dict[str, Any]] = {
     "depth 1": {},
-    "depth 2": {"xlora_depth": 2, "xlora_size": 16},
-    "depth 4": {"xlora_depth": 4, "xlora_size": 16},
+    "depth 2": {"xlora_depth": 2, "xlora_size": 64},
+    "depth 4": {"xlora_depth": 4, "xlora_size": 64},
     "shared scalings": {"layerwise_scalings": False},
     "top-1": {"top_k_lora": 1},
     "temperature, global weight": {"softmax_temperature": 0.5, "global_scaling_weight": 0.5},
@@ -60,8 +60,9 @@ def compared(folder: Path, options: dict[str, Any], python: str) -> str:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=True)
     except subprocess.SubprocessError as err:
-        said = getattr(err, "stderr", b"") or b""
-        return f"not run: {err}: {(said if isinstance(said, str) else said.decode())[-600:]}"
+        said = str(getattr(err, "stderr", None) or err).splitlines()
+        at = next((number for number, line in enumerate(said) if "panicked" in line or "Error" in line), -2)
+        return "not run: " + " ".join(line.strip() for line in said[at : at + 2])
     theirs = json.loads(done.stdout.strip().splitlines()[-1])
     if theirs == ours:
         return f"the same text ({NEW_TOKENS} tokens)"
@@ -106,8 +107,17 @@ def made(folder: Path, options: dict[str, Any]) -> tuple[str, str, str]:
     inputs = tokenizer(PROMPT, return_tensors="pt")
     assert inputs.input_ids.shape == (1, 1)
     options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    tokens = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **options)[0, 1:]
-    return str(base), str(folder / "mistralrs"), tokenizer.decode(tokens)
+
+    def text() -> str:
+        tokens = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **options)[0, 1:]
+        return tokenizer.decode(tokens)
+
+    ours = text()
+    with model.disable_adapter():
+        assert text() != ours, "the experts must make a difference"
+    with model.fixed_scalings({"left": 0.5, "right": 0.5}):
+        assert text() != ours, "the gate must make a difference"
+    return str(base), str(folder / "mistralrs"), ours
 
 
 def engine_text(base: str, mixture: str) -> str:

@@ -125,7 +125,7 @@ def hub(tmp_path, monkeypatch):
         def do_GET(self):
             parts = self.path.partition("?")[0].strip("/").split("/")
             is_api = parts[:2] == ["api", "models"]
-            user, name, kind, _, *file = parts[2:] if is_api else parts
+            user, name, kind, _, *file = [*parts[2:], "", ""] if is_api else parts
             folder = repositories / user / name
             if not folder.is_dir():
                 return self.answer(b"{}", status=404)
@@ -152,7 +152,7 @@ def hub(tmp_path, monkeypatch):
                 if wanted["organization"] != "user":
                     return self.answer(b"{}", status=403)
                 (repositories / repository).mkdir(parents=True, exist_ok=True)
-                (repositories / "user" / "private").write_text(json.dumps(wanted.get("private")))
+                (repositories / "user" / "visibility").write_text(json.dumps(wanted))
                 return self.answer(json.dumps({"url": f"{url}/{repository}"}).encode())
             user, name, kind = path[2:5]
             if kind == "preupload":
@@ -187,7 +187,7 @@ def hub(tmp_path, monkeypatch):
             self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
             self.send_header("X-Repo-Commit", commit)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(data)
 
         def log_message(self, *args):

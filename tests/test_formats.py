@@ -19,8 +19,8 @@ CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", 
 SCHEMES = {
     "layerwise": {},
     "shared": {"layerwise_scalings": False},
-    "depth 2": {"xlora_depth": 2, "xlora_size": 16},
-    "depth 4, no dropout": {"xlora_depth": 4, "xlora_size": 16, "xlora_dropout_p": 0.0},
+    "depth 2": {"xlora_depth": 2, "xlora_size": 32},
+    "depth 4, no dropout": {"xlora_depth": 4, "xlora_size": 32, "xlora_dropout_p": 0.0},
     "top-k": {"top_k_lora": 1, "softmax_temperature": 0.5, "global_scaling_weight": 1.5},
     "trained experts": {"use_trainable_adapters": True},
 }
@@ -83,7 +83,7 @@ def test_there_and_back_again_gives_the_mixture_as_it_was(to, scheme, alike, tmp
 
 @pytest.mark.parametrize("to", ["peft", "xlora"])
 def test_what_is_written_loads_with_the_same_logits(to, alike, tmp_path):
-    folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=16)
+    folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=32)
     assert torch.equal(logits(loaded(weft.convert_mixture(folder, to, tmp_path / to))), logits(loaded(folder)))
 
 
@@ -138,7 +138,7 @@ def test_a_folder_of_pefts_becomes_one_of_wefts(alike, base_folder, tmp_path):
 
 
 def test_experts_get_new_names(llama_adapters, tmp_path):
-    folder = saved(llama_adapters, tmp_path / "mixture", xlora_depth=2, xlora_size=16)
+    folder = saved(llama_adapters, tmp_path / "mixture", xlora_depth=2, xlora_size=32)
     numbers = dict(zip(llama_adapters, ("0", "1", "2"), strict=True))
     there = weft.convert_mixture(folder, "peft", tmp_path / "peft", rename=numbers)
     back = weft.convert_mixture(
@@ -159,7 +159,7 @@ def test_the_base_models_weights_are_not_read(base_folder, base_adapters, tmp_pa
 
 
 def test_mistralrs_gets_a_flat_folder_and_the_layers_numbers(alike, tmp_path):
-    folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=16)
+    folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=32)
     flat = weft.convert_mixture(folder, "mistralrs", tmp_path / "flat", base="/models/tiny")
     assert folder_files(flat) == sorted(
         ["ordering.json", "xlora_config.json", "xlora_classifier.safetensors"]
@@ -277,6 +277,16 @@ def test_all_that_mistralrs_cannot_hold_is_named_at_once(tmp_path):
         "experts 'one' and 'one_more': mistral.rs finds an expert's files by its name, and the one is in the other. "
         "Rename them: --rename one=... one_more=...",
         "base is missing: give --base, the name or folder by which the engine will load the base model",
+    ]
+
+
+def test_a_gate_narrower_than_the_model_is_refused_for_mistralrs(alike, tmp_path):
+    reasons = refused(
+        saved(alike, tmp_path / "mixture", xlora_depth=2, xlora_size=16), "mistralrs", tmp_path, base="tiny"
+    )
+    assert reasons == [
+        "xlora_size (16) must be hidden_size (32) where xlora_depth (2) is above 1: mistral.rs takes the "
+        "one for the other"
     ]
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weft
-from models import tiny_llama
+from models import quietly, tiny_llama
 from original import OPTIONS, make_gate, original_logits, write_original
 from weft.cli import main
 from weft.errors import CheckpointError, ConfigError
@@ -157,7 +157,7 @@ def test_given_adapters_replace_those_of_the_folder(folder, llama_adapters):
 
 def test_saved_again_it_is_a_folder_of_wefts(folder, tmp_path):
     model = weft.from_pretrained(folder, tiny_llama())
-    model.save_pretrained(tmp_path / "weft")
+    quietly(model.save_pretrained, tmp_path / "weft")
     assert torch.equal(logits(weft.from_pretrained(tmp_path / "weft", tiny_llama())), logits(model))
 
 

@@ -176,6 +176,11 @@ def _mistralrs_problems(files: MixtureFiles) -> list[str]:
         problems.append(
             f"layers {outside[:5]} are not among the decoder layers ('model.layers.'), which alone it adapts"
         )
+    if config.xlora_depth > 1 and config.xlora_size != config.hidden_size:
+        problems.append(
+            f"xlora_size ({config.xlora_size}) must be hidden_size ({config.hidden_size}) where xlora_depth "
+            f"({config.xlora_depth}) is above 1: mistral.rs takes the one for the other"
+        )
     within = [(one, other) for one in names for other in names if one != other and one in other]
     if within:
         problems.append(
