@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ import transformers
 from models import ARCHITECTURES, lora, make_architecture, save_adapter, tiny_llama, tiny_tokenizer
 
 torch.set_num_threads(1)
+
+HUB_TOKEN = "hf_right"  # of the stand-in for the Hub
 
 
 @pytest.fixture(autouse=True)
@@ -115,14 +118,14 @@ def peft_xlora_restored():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder whose subfolders user/name are the repositories of a Hub on this machine."""
+    """A folder whose subfolders user/name are the repositories of a Hub on this machine, which also takes commits."""
     repositories, commit = tmp_path / "hub", "0" * 39 + "1"
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             parts = self.path.partition("?")[0].strip("/").split("/")
             is_api = parts[:2] == ["api", "models"]
-            user, name, kind, _, *file = parts[2:] if is_api else parts
+            user, name, kind, _, *file = [*parts[2:], "", ""] if is_api else parts
             folder = repositories / user / name
             if not folder.is_dir():
                 return self.answer(b"{}", status=404)
@@ -137,13 +140,54 @@ def hub(tmp_path, monkeypatch):
 
         do_HEAD = do_GET
 
+        def do_POST(self):
+            path, body = self.path.partition("?")[0].strip("/").split("/"), self.body()
+            if self.headers.get("Authorization") != f"Bearer {HUB_TOKEN}":
+                return self.answer(b"{}", status=401)
+            if path == ["api", "validate-yaml"]:
+                return self.answer(json.dumps({"errors": [], "warnings": []}).encode())
+            if path == ["api", "repos", "create"]:
+                wanted = json.loads(body)
+                repository = f"{wanted['organization']}/{wanted['name']}"
+                if wanted["organization"] != "user":
+                    return self.answer(b"{}", status=403)
+                (repositories / repository).mkdir(parents=True, exist_ok=True)
+                (repositories / "user" / "visibility").write_text(json.dumps(wanted))
+                return self.answer(json.dumps({"url": f"{url}/{repository}"}).encode())
+            user, name, kind = path[2:5]
+            if kind == "preupload":
+                modes = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                return self.answer(json.dumps({"files": modes}).encode())
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    file = repositories / user / name / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            answer = {"success": True, "commitOid": commit, "commitUrl": f"{url}/{user}/{name}/commit/{commit}"}
+            return self.answer(json.dumps(answer).encode())
+
+        def body(self):
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
         def answer(self, data, status=200):
             self.send_response(status)
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
             self.send_header("X-Repo-Commit", commit)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(data)
 
         def log_message(self, *args):
@@ -157,5 +201,6 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
         yield repositories
         server.shutdown()

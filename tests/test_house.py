@@ -12,18 +12,19 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options", "placement", "quantised"],
+    ["errors", "options", "format_options", "placement", "quantised", "licences"],
     ["whole", "processes"],
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled"],
     ["gate", "experts", "backbone", "auxiliary", "callbacks"],
     ["layers", "rank_weights", "gate_place", "given_hidden"],
     ["convert", "passes", "adapters"],
-    ["manifest", "seq2seq", "finite", "whole_checkpoints", "heads"],
+    ["manifest", "original", "seq2seq", "finite", "whole_checkpoints", "heads"],
     ["checkpoint"],
     ["model"],
     ["integration", "speculation"],
-    ["change_experts"],
+    ["change_experts", "mixture_files", "card"],
+    ["formats", "hub"],
     ["streaming"],
     ["loading", "monitoring", "scaling_cache", "packing", "progress"],
     ["distributed", "start_from"],

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.callbacks import GateCallback
+    from weft.card import write_card
     from weft.change_experts import add_expert, drop_expert
     from weft.config import XLoraConfig
     from weft.folding import fold, mean_scalings
+    from weft.formats import convert_mixture
     from weft.gate import XLoraClassifier
+    from weft.hub import pull, push
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
     from weft.scaling_cache import ScalingCache, ScalingCacheCollator
@@ -31,15 +34,19 @@ _HOMES = {
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
     "add_expert": "weft.change_experts",
+    "convert_mixture": "weft.formats",
     "drop_expert": "weft.change_experts",
     "fold": "weft.folding",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
     "generate": "weft.streaming",
     "mean_scalings": "weft.folding",
+    "pull": "weft.hub",
+    "push": "weft.hub",
     "register_with_peft": "weft.integration",
     "stream": "weft.streaming",
     "unregister_from_peft": "weft.integration",
+    "write_card": "weft.card",
 }
 
 __all__ = [
@@ -52,15 +59,19 @@ __all__ = [
     "XLoraConfig",
     "XLoraModel",
     "add_expert",
+    "convert_mixture",
     "drop_expert",
     "fold",
     "from_adapters",
     "from_pretrained",
     "generate",
     "mean_scalings",
+    "pull",
+    "push",
     "register_with_peft",
     "stream",
     "unregister_from_peft",
+    "write_card",
 ]
 
 

@@ -196,7 +196,7 @@ def read_json(file: Path) -> dict:
 
 
 def local_folder(path: str, what: str) -> Path:
-    """The folder itself, or a snapshot of the Hub id of that name.
+    """The folder itself, or a snapshot of the Hub id of that name (user/repository, or user/repository/folder).
 
     Raises:
         CheckpointError: neither is there.
@@ -204,11 +204,14 @@ def local_folder(path: str, what: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    inside = re.fullmatch(r"([^/]+/[^/]+)/(.+?)/*", path)
+    repository, below = (inside[1], f"{inside[2]}/") if inside else (path, "")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+        wanted = [f"{below}{pattern}" for pattern in ("*.json", "*.safetensors", "*README.md")]
+        return Path(snapshot_download(repository, allow_patterns=wanted)) / below
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
         message = f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {first_line(err)}"
         raise CheckpointError(message) from err

@@ -7,7 +7,7 @@
 
 The experts lie one level down because transformers' Trainer takes adapters right below a checkpoint for further
 adapters of the same model, and fails to resume. Folders that peft's X-LoRA wrote are read too: they have no manifest,
-and their experts lie wherever their config says.
+and their experts lie wherever their config says. So are those of the original xlora library (`original.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.heads import head_tensors
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
+from weft.original import ORIGINAL_GATE, is_original, original_base, original_options, read_original_gate
 from weft.processes import is_sharded
 from weft.whole import replace_file, replace_folder
 
@@ -111,6 +112,8 @@ def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kw
     folder = local_folder(os.fspath(path), "the X-LoRA model")
     folder = folder / subfolder if subfolder else folder
     adapters = kwargs.pop("adapters", None)
+    if is_original(folder):
+        return XLoraConfig(**original_options(folder, adapters))
     values = read_json(folder / CONFIG_NAME)
     if values.get("peft_type") != "XLORA":
         raise CheckpointError(f"{folder / CONFIG_NAME} is of type {values.get('peft_type')}, expected XLORA")
@@ -126,7 +129,7 @@ def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kw
         verify(folder, values, with_experts=adapters is None)
     saved = values.get("adapters") or {}
     values["adapters"] = (
-        adapters if adapters is not None else {name: _resolve(folder, at) for name, at in saved.items()}
+        adapters if adapters is not None else {name: _resolve(folder, name, at) for name, at in saved.items()}
     )
     values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
     return XLoraConfig(**values)
@@ -138,19 +141,47 @@ def load_gate(model: torch.nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: the file is missing, broken, or of another gate.
     """
+    weights = read_gate(folder)
+    problems = gate_problems(model, weights)
+    if problems:
+        file = folder / (ORIGINAL_GATE if is_original(folder) else SAFETENSORS_WEIGHTS_NAME)
+        raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
+    with torch.no_grad():
+        for key, value in _mixture_tensors(model).items():
+            value.copy_(weights[key])
+
+
+def read_gate(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved gate (and what is saved beside it), under the names that peft saves them by.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    if is_original(folder):
+        return read_original_gate(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.exists() and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
             f"{folder} holds the gate as a pickle (adapter_model.bin), which weft does not open: save it again with "
             "peft's safe_serialization=True"
         )
-    weights = read_tensors(file)
-    problems = gate_problems(model, weights)
-    if problems:
-        raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
-    with torch.no_grad():
-        for key, value in _mixture_tensors(model).items():
-            value.copy_(weights[key])
+    return read_tensors(file)
+
+
+def saved_base(folder: Path) -> str | None:
+    """The base model that a saved mixture names.
+
+    Raises:
+        CheckpointError: the folder is no mixture's.
+    """
+    if is_original(folder):
+        return original_base(folder)
+    config = read_json(folder / CONFIG_NAME)
+    if config.get("peft_type") != "XLORA":
+        raise CheckpointError(
+            f"model ({folder}) is of type {config.get('peft_type')}, expected XLORA: a trained mixture"
+        )
+    return config.get("base_model_name_or_path")
 
 
 def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
@@ -232,6 +263,9 @@ def write_expert(model: Any, name: str, folder: Path) -> None:
     tensors = _whole(model, dict(adapter_parameters(model.lora_model.model, name)))
     tensors |= model.expert_heads[name]
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    card = model.expert_cards[name]
+    if card is not None:
+        replace_file(folder / MODEL_CARD, lambda path: path.write_text(card, encoding="utf-8"))
     expert: LoraConfig = model.lora_model.peft_config[name]
     trainable = expert.inference_mode
     expert.inference_mode = True
@@ -241,7 +275,13 @@ def write_expert(model: Any, name: str, folder: Path) -> None:
         expert.inference_mode = trainable
 
 
-def _resolve(folder: Path, path: str) -> str:
-    """An adapter's saved path: inside the folder where it is relative and there, else as it stands."""
+def _resolve(folder: Path, name: str, path: str) -> str:
+    """An adapter's saved path: inside the folder where it is relative and there, else as it stands.
+
+    One that is gone may have been inside of a folder that was moved.
+    """
     inside = folder / path
-    return str(inside) if not os.path.isabs(path) and inside.is_dir() else path
+    if not os.path.isabs(path):
+        return str(inside) if inside.is_dir() else path
+    moved = folder / EXPERTS_FOLDER / name
+    return str(moved) if not os.path.isdir(path) and moved.is_dir() else path

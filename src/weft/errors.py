@@ -52,6 +52,10 @@ class CacheError(WeftError, ValueError):
     """A key/value cache was asked for where weft does not support one."""
 
 
+class HubError(WeftError, ConnectionError):
+    """The Hugging Face Hub did not do what it was asked for: no token, no right, no such repository, no network."""
+
+
 def first_line(err: BaseException) -> str:
     """What an error says, in one line."""
     return str(err).strip().partition("\n")[0] or type(err).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -95,7 +95,7 @@ def from_pretrained(
     adapters: dict[str, str] | None = None,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Load a saved mixture: a folder of weft's, or one of peft's X-LoRA.
+    """Load a saved mixture: a folder of weft's, of peft's X-LoRA, or of the original xlora library.
 
     Args:
         path: folder or Hub id.
@@ -170,25 +170,25 @@ def base_model_of(base: nn.Module | str | os.PathLike[str] | None, options: XLor
     if name is None:
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
     try:
-        return _loader(os.fspath(name), options)(os.fspath(name))
+        return model_class(os.fspath(name), options).from_pretrained(os.fspath(name))
     except OSError as err:
         message = f"base ({name}) cannot be loaded: {first_line(err)}. Pass the base model or its path"
         raise CheckpointError(message) from err
 
 
-def _loader(name: str, options: XLoraConfig | None) -> Callable[..., nn.Module]:
-    """`from_pretrained` of the class that the base model has, or most likely has."""
+def model_class(name: str, options: XLoraConfig | None) -> Any:
+    """The class that the base model of this name has, or most likely has."""
     saved_class = (options.auto_mapping or {}).get("base_model_class") if options is not None else None
     if saved_class is not None and hasattr(transformers, saved_class):
-        return getattr(transformers, saved_class).from_pretrained
+        return getattr(transformers, saved_class)
     task_type = options.task_type if options is not None else None
     if task_type in _WITH_HEADS:
-        return _WITH_HEADS[task_type].from_pretrained
+        return _WITH_HEADS[task_type]
     if task_type is None and transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
         task_type = TaskType.SEQ_2_SEQ_LM
     if task_type == TaskType.SEQ_2_SEQ_LM:
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained
-    return transformers.AutoModelForCausalLM.from_pretrained
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
 
 
 def _task_type(model: Any) -> TaskType | None:

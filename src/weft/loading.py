@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from weft.adapters import local_folder, read_json
+from weft.adapters import local_folder
+from weft.checkpoint import saved_base
 from weft.errors import CheckpointError, ConfigError, first_line
 from weft.integration import from_pretrained
 
@@ -72,10 +72,7 @@ def load_mixture(path: str, base: str | None, dtype: str, quantization: str | No
         ConfigError: the library for the quantisation is missing.
     """
     folder = local_folder(path, "model")
-    config = read_json(folder / CONFIG_NAME)
-    if config.get("peft_type") != "XLORA":
-        raise CheckpointError(f"model ({path}) is of type {config.get('peft_type')}, expected XLORA: a trained mixture")
-    name = base or config.get("base_model_name_or_path")
+    name = base or saved_base(folder)
     if name is None:
         raise CheckpointError(f"{folder} does not name its base model: give it with --base")
     loaded = load_base(name, dtype, quantization)

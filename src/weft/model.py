@@ -29,6 +29,7 @@ from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
+from weft.licences import licensed_card
 from weft.passes import Passes
 from weft.placement import execution_device, is_offloaded
 from weft.processes import others_have_parameters
@@ -55,6 +56,7 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         lora_model: peft's `LoraModel` with the experts.
         internal_xlora_classifier: the gate.
         expert_heads: by expert, tensors of heads of its own, which do not act but are saved with it.
+        expert_cards: by expert, its model card where that declares a licence, which is saved with it.
 
     Raises:
         AdapterError, ConfigError: the experts, the options and the base model do not fit together. The base model is
@@ -98,6 +100,7 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         heads = find_heads(model, self.backbone.module, options.heads)
         adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads)
         self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
+        self.expert_cards = {adapter.name: licensed_card(adapter.folder) for adapter in adapters}
 
         self.xlora_config = options
         self.peft_config = {adapter_name: options}

@@ -1,4 +1,5 @@
-"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`.
+"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`, `convert`,
+`card`, `push`, `pull`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
+from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
 from weft.options import (
     AddExpertOptions,
     ChatOptions,
@@ -28,7 +30,7 @@ from weft.options import (
 # Seconds in which the first process has said what all fail with.
 _WAIT_FOR_THE_FIRST = 15
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights")
+_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights", "--rename")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +133,34 @@ def _drop_expert(options: DropExpertOptions) -> None:
     drop(options)
 
 
+def _convert(options: ConvertOptions) -> None:
+    _quiet()
+    from weft.cli.formats import convert
+
+    convert(options)
+
+
+def _card(options: CardOptions) -> None:
+    _quiet()
+    from weft.cli.formats import card
+
+    card(options)
+
+
+def _push(options: PushOptions) -> None:
+    _quiet()
+    from weft.cli.formats import push_mixture
+
+    push_mixture(options)
+
+
+def _pull(options: PullOptions) -> None:
+    _quiet()
+    from weft.cli.formats import pull_mixture
+
+    pull_mixture(options)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "train": (_train, TrainOptions),
     "eval": (_evaluate, EvalOptions),
@@ -139,6 +169,10 @@ _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "fold": (_fold, FoldOptions),
     "add-expert": (_add_expert, AddExpertOptions),
     "drop-expert": (_drop_expert, DropExpertOptions),
+    "convert": (_convert, ConvertOptions),
+    "card": (_card, CardOptions),
+    "push": (_push, PushOptions),
+    "pull": (_pull, PullOptions),
 }
 
 # What may follow an option that is on or off.

@@ -1,0 +1,69 @@
+"""`weft convert`, `weft card`, `weft push`, `weft pull`: mixtures come in and go out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weft.card import is_own, write_card
+from weft.errors import ConfigError
+from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
+from weft.formats import convert_mixture, left_out
+from weft.hub import pull, push
+from weft.train import parse_adapters
+
+_NEXT = {
+    "weft": "try  weft generate {0} --prompt '...'",
+    "peft": "load it with  peft.PeftModel.from_pretrained(base, '{0}'),  base.config.use_cache being False",
+    "xlora": "the original library's from_pretrained reads it",
+    "mistralrs": "mistral.rs reads it with  Which.XLora(xlora_model_id='{0}', order='{0}/ordering.json', ...)",
+}
+
+
+def convert(options: ConvertOptions) -> None:
+    """Write the mixture in the other layout, and say what was left out and what reads it.
+
+    Raises:
+        WeftError: the source cannot be read, or the layout cannot hold it.
+    """
+    adapters = parse_adapters(options.adapters) or None
+    rename = parse_adapters(options.rename, "rename", "OLD=NEW")
+    output = options.output or f"{Path(options.source).name}-{options.to}"
+    folder = convert_mixture(options.source, options.to, output, base=options.base, adapters=adapters, rename=rename)
+    print(f"saved to {folder}: {_NEXT[options.to].format(folder)}")
+    lost = left_out(options.source, options.to)
+    if lost:
+        print(f"left out, as {options.to} has no place for it (the logits are the same): {', '.join(lost)}")
+
+
+def card(options: CardOptions) -> None:
+    """Write the model card.
+
+    Raises:
+        WeftError: the mixture cannot be read, or has a card that a person wrote.
+    """
+    if is_own(Path(options.model)) and not options.overwrite:
+        raise ConfigError(
+            f"model ({options.model}) has a README.md that somebody wrote: --overwrite replaces it, or move it away"
+        )
+    file = write_card(options.model, base=options.base, licence=options.licence, evaluation=options.evaluation)
+    print(f"saved to {file}")
+
+
+def push_mixture(options: PushOptions) -> None:
+    """Put the mixture on the Hub.
+
+    Raises:
+        WeftError: the mixture cannot be read, or the Hub does not take it.
+    """
+    given = {name: getattr(options, name) for name in ("private", "base", "licence", "evaluation")}
+    print(f"pushed: {push(options.model, options.repo_id, **given)}")
+
+
+def pull_mixture(options: PullOptions) -> None:
+    """Get a mixture from the Hub.
+
+    Raises:
+        WeftError: it is not there, or is no mixture.
+    """
+    folder = pull(options.repo_id, options.output, revision=options.revision)
+    print(f"saved to {folder}: try  weft generate {folder} --prompt '...'")

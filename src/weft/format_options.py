@@ -1,0 +1,84 @@
+"""The options of the commands that bring mixtures in and out (see `options.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ConvertOptions:
+    """Write a saved mixture in another layout, with the same logits; what the layout cannot hold is named.
+
+    Args:
+        source: Folder or Hub id of a mixture: of weft, of peft's X-LoRA, of the original xlora library, or in
+            mistral.rs's flat layout.
+        to: The layout to write.
+        output: Folder for it, new or empty; null takes SOURCE-LAYOUT.
+        base: Folder or Hub id of the base model, of which only the config is read; for mistralrs the name by which the
+            engine will load it. null takes the one the mixture names.
+        adapters: Where the experts are, as name=FOLDER (or name=HUB_ID), if not where the source says.
+        rename: New names of experts, as OLD=NEW, separated by spaces; peft takes 0, 1, ... only.
+    """
+
+    source: str
+    to: Literal["weft", "peft", "xlora", "mistralrs"] = "weft"
+    output: str | None = None
+    base: str | None = None
+    adapters: list[str] | dict[str, str] = field(default_factory=list)
+    rename: list[str] | dict[str, str] = field(default_factory=list)
+
+
+@dataclass
+class CardOptions:
+    """Write the model card (README.md) of a saved mixture: its experts, their licences, results, and how to load it.
+
+    Args:
+        model: Folder of a trained mixture.
+        base: Hub id of the base model, where the mixture names a folder; null takes what the mixture says.
+        licence: The mixture's own, as the Hub writes it (apache-2.0, mit, ...); null declares none.
+        evaluation: What `weft eval --output` wrote; null takes eval.json in the folder, if there is one.
+        overwrite: Replace a card that a person wrote too.
+    """
+
+    model: str
+    base: str | None = None
+    licence: str | None = None
+    evaluation: str | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class PushOptions:
+    """Put a saved mixture on the Hugging Face Hub, with a model card. Needs a token (hf auth login, or HF_TOKEN).
+
+    Args:
+        model: Folder of a trained mixture.
+        repo_id: Where to, as user/name; made if it is not there.
+        private: Make the repository a private one.
+        base: Hub id of the base model, where the mixture names a folder, which nobody else has.
+        licence: The mixture's own, as the Hub writes it (apache-2.0, mit, ...); null declares none.
+        evaluation: What `weft eval --output` wrote; null takes eval.json in the folder, if there is one.
+    """
+
+    model: str
+    repo_id: str
+    private: bool = False
+    base: str | None = None
+    licence: str | None = None
+    evaluation: str | None = None
+
+
+@dataclass
+class PullOptions:
+    """Get a mixture from the Hugging Face Hub into a folder, whole and verified.
+
+    Args:
+        repo_id: user/name of the mixture.
+        output: Folder for it, new or empty; null takes one of the repository's name here.
+        revision: Branch, tag or commit; null takes the main branch.
+    """
+
+    repo_id: str
+    output: str | None = None
+    revision: str | None = None

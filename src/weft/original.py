@@ -1,0 +1,210 @@
+"""The layout of the original xlora library, read as weft's options and gate.
+
+    xlora_config.json                the options
+    xlora_classifier.safetensors     the gate: inner.{i}.weight, inner.{i}.bias, last.weight, last.bias
+    NAME/ or adapters/NAME/          each expert, an ordinary peft adapter
+
+The gate's numbers mean what weft's mean: [layer, expert] with the expert running fastest, LoRA layers in the order of
+the base model's modules. `inner` counts Linear, ReLU and Dropout (0, 3, 6, ...), or Linear layers alone where
+`enable_relu_and_dropout` is off. Without ReLU between them, the layers are one linear map, and are read as that:
+
+    W_d (... (W_1 h + b_1) ...) + b_d = (W_d ... W_1) h + (... + W_d b_1 + b_d)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME
+from torch import Tensor
+
+from weft.adapters import read_json, read_tensors
+from weft.config import unknown_option_problems
+from weft.errors import CheckpointError, ConfigError
+
+ORIGINAL_CONFIG = "xlora_config.json"
+ORIGINAL_GATE = "xlora_classifier.safetensors"
+TRAINED_ADAPTERS = "adapters"
+PEFT_GATE = "base_model.internal_xlora_classifier.layers"
+# Options that both have, under one name and with one meaning.
+SHARED_OPTIONS = (
+    "hidden_size",
+    "enable_softmax",
+    "enable_softmax_topk",
+    "layerwise_scalings",
+    "xlora_depth",
+    "xlora_size",
+    "xlora_dropout_p",
+    "use_trainable_adapters",
+    "softmax_temperature",
+    "top_k_lora",
+    "scaling_pass_value",
+    "global_scaling_weight",
+)
+_OWN_OPTIONS = (
+    "adapters",
+    "base_model_id",
+    "device",
+    "enable_relu_and_dropout",
+    "stop_token_id",
+    "use_bias",
+    "use_mean_pool",
+)
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder is in the original library's layout, and not in peft's or weft's."""
+    return (folder / ORIGINAL_CONFIG).is_file() and not (folder / CONFIG_NAME).exists()
+
+
+def original_options(folder: Path, adapters: dict[str, str] | None = None) -> dict[str, Any]:
+    """The arguments of an `XLoraConfig` for a folder of the original library.
+
+    Args:
+        folder: the folder.
+        adapters: where the experts are, if not where the folder says; in the order of the gate's outputs where the
+            folder does not name them.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or the gate is of a kind that weft has not.
+        ConfigError: unknown options.
+    """
+    file = folder / ORIGINAL_CONFIG
+    saved = read_json(file)
+    unknown = [name for name in saved if name not in {*SHARED_OPTIONS, *_OWN_OPTIONS}]
+    if unknown:
+        raise ConfigError(f"{file} cannot be read:", unknown_option_problems(unknown))
+    _refuse_other_gates(file, saved)
+    named = _saved_adapters(saved.get("adapters"))
+    if not named and adapters is None:
+        found = sorted(str(at.parent.relative_to(folder)) for at in folder.rglob(CONFIG_NAME))
+        raise CheckpointError(
+            f"{file} does not name its adapters: give them with adapters={{name: path}}, in the order in which the "
+            f"gate was trained; adapters in the folder: {', '.join(found) or 'none'}"
+        )
+    options: dict[str, Any] = {name: saved[name] for name in SHARED_OPTIONS if name in saved}
+    if not _has_relu(saved):
+        options["xlora_depth"] = 1
+    given = dict(adapters) if adapters is not None else {n: _resolve(folder, n, at) for n, at in named.items()}
+    options["adapters"] = given
+    options["expert_names"] = list(named or given)
+    options["base_model_name_or_path"] = saved.get("base_model_id") or None
+    return options
+
+
+def original_base(folder: Path) -> str | None:
+    """The base model that the folder names."""
+    return read_json(folder / ORIGINAL_CONFIG).get("base_model_id") or None
+
+
+def read_original_gate(folder: Path) -> dict[str, Tensor]:
+    """The gate's tensors under the names that peft and weft have for them, in float32 or wider.
+
+    Raises:
+        CheckpointError: the file is missing, broken, a pickle, or of another gate than the options say.
+    """
+    file = folder / ORIGINAL_GATE
+    if not file.exists() and (folder / "xlora_classifier.pt").exists():
+        raise CheckpointError(
+            f"{folder} holds the gate as a pickle (xlora_classifier.pt), which weft does not open: save it again with "
+            "xlora's safe_serialization=True"
+        )
+    saved = read_json(folder / ORIGINAL_CONFIG)
+    has_relu, dropout = _has_relu(saved), saved.get("xlora_dropout_p", 0.2)
+    weights, biases = _linear_layers(file, int(saved.get("xlora_depth", 1)), 3 if has_relu else 1)
+    if not has_relu:
+        weights, biases = _composed(weights, biases)
+    # As in peft's nn.Sequential: Linear, ReLU and, if there is any, Dropout.
+    step = 3 if dropout > 0 else 2
+    tensors = {}
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        tensors[f"{PEFT_GATE}.{number * step}.weight"] = weight
+        tensors[f"{PEFT_GATE}.{number * step}.bias"] = bias
+    return tensors
+
+
+def _linear_layers(file: Path, depth: int, stride: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(weights, biases) of all linear layers in order; a bias that the gate has not is zero."""
+    tensors = read_tensors(file)
+    names = [f"inner.{number * stride}" for number in range(depth - 1)] + ["last"]
+    expected = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+    missing = [f"{name}.weight" for name in names if f"{name}.weight" not in tensors]
+    unexpected = sorted(tensors.keys() - expected)
+    biased = [name for name in names if f"{name}.bias" in tensors]
+    if missing or unexpected or len(biased) not in (0, len(names)):
+        raise CheckpointError(
+            f"{file} is no gate of xlora_depth ({depth}) with layers {', '.join(names)} as {ORIGINAL_CONFIG} says; "
+            f"missing: {missing or 'none'}, unexpected: {unexpected or 'none'}, with a bias: {biased or 'none'}"
+        )
+    wide = torch.promote_types(tensors["last.weight"].dtype, torch.float32)
+    weights = [tensors[f"{name}.weight"].to(wide) for name in names]
+    biases = [
+        tensors[f"{name}.bias"].to(wide) if name in biased else weight.new_zeros(len(weight))
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    return weights, biases
+
+
+def _composed(weights: list[Tensor], biases: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Linear layers one after the other as one."""
+    weight, bias = weights[0].double(), biases[0].double()
+    for next_weight, next_bias in zip(weights[1:], biases[1:], strict=True):
+        weight, bias = next_weight.double() @ weight, next_weight.double() @ bias + next_bias.double()
+    return [weight.to(weights[0].dtype)], [bias.to(weights[0].dtype)]
+
+
+def _has_relu(saved: dict[str, Any]) -> bool:
+    """Whether there is anything between the gate's linear layers; one layer has nothing either way."""
+    return bool(saved.get("enable_relu_and_dropout", False))
+
+
+def _refuse_other_gates(file: Path, saved: dict[str, Any]) -> None:
+    if saved.get("use_mean_pool"):
+        raise CheckpointError(
+            f"{file} has use_mean_pool (true): the gate decides once for a whole text, where weft's decides for each "
+            "token. It must be trained anew, from the adapters"
+        )
+    if saved.get("enable_softmax_topk") and not saved.get("enable_softmax", True):
+        raise CheckpointError(
+            f"{file} has enable_softmax_topk (true), which the original library computes over all tokens of a batch "
+            "together and weft token by token: the weights would be others. Set it to false in the file to have the "
+            "kept outputs as they are, or train the gate anew"
+        )
+    if saved.get("stop_token_id") is not None:
+        # Kept in configs long after it had lost its effect, so it does not say which gate this is.
+        warnings.warn(
+            f"{file} has stop_token_id ({saved['stop_token_id']}): if it was saved before xlora decided token by "
+            "token, its gate expects the text's last token only; weft lets it decide for each token",
+            stacklevel=2,
+        )
+
+
+def _saved_adapters(saved: Any) -> dict[str, str]:
+    """{name: path} of what the file names; the library writes a list of names or such a table."""
+    if isinstance(saved, dict):
+        return {str(name): str(path) for name, path in saved.items()}
+    return {str(name): str(name) for name in saved or ()}
+
+
+def _resolve(folder: Path, name: str, path: str) -> str:
+    """Where an expert is: in the folder, under its path, its name or its path's last part; else as it stands.
+
+    A repository of the Hub names its own folders as user/repository/folder.
+    """
+    last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    inside: Iterable[str] = (path, f"{TRAINED_ADAPTERS}/{name}", name, last)
+    for candidate in inside:
+        if not os.path.isabs(candidate) and (folder / candidate / CONFIG_NAME).is_file():
+            return str(folder / candidate)
+    if (folder / f"{name}_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is in mistral.rs's flat layout ({name}_config.json): read it with  weft convert {folder} --to "
+            "weft --output FOLDER"
+        )
+    return path.rstrip("/") or name
