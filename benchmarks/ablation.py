@@ -2,8 +2,8 @@
 
 Needs the demo's experts (`make demo`, at least until its experts are there). Each variant is a gate that is trained
 like the demo's own but for one thing; beside them one LoRA with at least as many parameters as the gate, trained on the
-same texts for as many steps, at several learning rates. All are rows of one `weft eval`, with the static merges (weights
-searched), Arrow and the oracle. Choose by the column "select"; "test" is other texts, for the number to report.
+same texts for as many steps, at several learning rates. All are rows of one `weft eval`, with the static merges
+(weights searched), Arrow and the oracle. Choose by the column "select"; "test" is other texts, for what is reported.
 
 Gates, adapters and finished cells are kept in `.bench/ablation/`, so that an interrupted run goes on. Writes
 `results/DATE-ablation-STEPS-steps.{json,md}`. About two minutes a variant at 48 steps on two quiet cores.

@@ -17,6 +17,7 @@ from weft.data import read_rows, row_text
 from weft.errors import DataError
 
 Metric = Literal["perplexity", "accuracy", "exact_match"]
+_TEXT = {"text", "messages"}
 _CHOICE = {"question", "choices", "answer"}
 _GENERATION = {"prompt", "answer"}
 
@@ -128,9 +129,9 @@ def read_data_set(
 
     Args:
         name: of the data set; where it is an expert's, all of it is of that expert's domain.
-        source: as for `weft.data.read_texts`. Rows with question, choices and answer are multiple choice; with prompt
-            and answer, questions; others texts. "expert" names the domain of a row, and "experts" ([[start, name],
-            ...], from which character on) those of a text's parts.
+        source: as for `weft.data.read_texts`. Rows with text or messages are texts; with question, choices and answer,
+            multiple choice; with prompt and answer, questions. "expert" names the domain of a row, and "experts"
+            ([[start, name], ...], from which character on) those of a text's parts.
         tokenizer: the base model's.
         expert_names: labels of other names are none.
         sequence_length: tokens that are read at once.
@@ -143,6 +144,7 @@ def read_data_set(
     """
     rows = list(read_rows(source))
     keys = set(rows[0][1]) if rows and isinstance(rows[0][1], dict) else set()
+    keys = set() if keys & _TEXT else keys
     default = name if name in expert_names else None
     if keys >= _CHOICE or keys >= _GENERATION:
         rows = rows[: max_sequences or None]
