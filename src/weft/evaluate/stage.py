@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import ArrowConfig
@@ -170,7 +170,7 @@ def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
     names = list(lora_model.peft_config)
     refuse_unlike_configs(lora_model.peft_config)
     first: Any = lora_model.peft_config[names[0]]
-    rslora = first.use_rslora
+    rslora, kind = first.use_rslora, cast(Any, merge.kind)
     try:
         # peft copies the first adapter's options; with rank-stabilised scaling the merge would count sqrt(rank) times.
         first.use_rslora = False
@@ -178,7 +178,7 @@ def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)  # dare drops values at random
             lora_model.add_weighted_adapter(
-                names, [merge.weight] * len(names), _MERGED, combination_type=merge.kind, density=merge.density
+                names, [merge.weight] * len(names), _MERGED, combination_type=kind, density=merge.density
             )
         first.use_rslora = rslora
         lora_model.set_adapter(_MERGED)
