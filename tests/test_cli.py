@@ -56,7 +56,7 @@ def test_train_then_eval_then_generate(arguments, data, tmp_path, capsys):
     table = tmp_path / "table.json"
     assert main(["eval", str(out), "--data", f"fox={data}", "--sequence-length", "16", "--output", str(table)]) == 0
     rows = json.loads(table.read_text())["perplexity"]
-    assert list(rows) == ["base", "only math", "only code", "uniform mix", "weft"]
+    assert list(rows)[:4] == ["base", "only math", "only code", "uniform mix"]
     assert all(math.isfinite(value) for row in rows.values() for value in row.values())
     assert f"{rows['weft']['fox']:.2f}" in capsys.readouterr().out
 

@@ -19,8 +19,8 @@ def test_demo_runs_and_runs_again(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     rows = json.loads((tmp_path / "quick/eval.json").read_text())["perplexity"]
     experts = ["python", "reference", "licences", "records"]
-    assert list(rows) == ["base", *(f"only {name}" for name in experts), "uniform mix", "weft"]
-    assert set(rows["weft"]) == {*experts, "mixed"}
+    assert list(rows) == ["base", *(f"only {name}" for name in experts), "uniform mix", "weft", "oracle"]
+    assert set(rows["weft"]) == set(rows["oracle"]) == {*experts, "mixed"}
     again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 0
     assert "weft train" not in again.stdout

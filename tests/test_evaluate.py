@@ -7,7 +7,7 @@ import torch
 
 import weft
 from models import VOCAB, tiny_llama
-from weft.evaluate import mixture_rows, padded_batches, perplexity, render
+from weft.evaluate import mixture_rows, padded_batches, perplexity
 
 
 @pytest.fixture
@@ -44,11 +44,3 @@ def test_batches_are_padded_on_the_right(sequences):
     (ids, mask), *_ = padded_batches(sequences, 2)
     assert mask.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0, 0], [1] * 9]
     assert ids[0, :3].tolist() == sequences[0]
-
-
-def test_best_value_of_a_column_is_bold():
-    from rich.console import Console
-
-    console = Console(record=True, force_terminal=True, width=80)
-    console.print(render({"base": {"x": 9.0}, "weft": {"x": 3.0}}))
-    assert "\x1b[1m3.00" in console.export_text(styles=True)

@@ -26,22 +26,34 @@ def read_texts(source: str, tokenizer: Any) -> list[str]:
     Raises:
         DataError: nothing is there, it cannot be read (which line, and why), or it holds no text.
     """
-    path = Path(source)
-    if path.is_file():
-        if path.suffix in _LINES:
-            texts = [_row_text(row, place, tokenizer) for place, row in _json_lines(path)]
-        elif path.suffix == ".parquet":
-            texts = _data_set_texts("parquet", source, tokenizer, data_files=source)
-        else:
-            texts = [_plain_text(path)]
-    elif not path.is_dir() and (path.suffix in _FILES or path.is_absolute()):
-        raise DataError(f"data ({source}) is not a file: give .jsonl, .parquet or text files, or a data set's name")
-    else:
-        texts = _data_set_texts(source, source, tokenizer)
+    texts = [row_text(row, place, tokenizer) for place, row in read_rows(source)]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise DataError(f"data ({source}) holds no text")
     return texts
+
+
+def read_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """All rows of one source as they stand in it, each with its place, for messages.
+
+    Args:
+        source: as for `read_texts`; a plain text is one row, {"text": ...}.
+
+    Raises:
+        DataError: nothing is there, or it cannot be read (which line, and why).
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix in _LINES:
+            yield from _json_lines(path)
+        elif path.suffix == ".parquet":
+            yield from _data_set_rows("parquet", source, data_files=source)
+        else:
+            yield str(path), {"text": _plain_text(path)}
+    elif not path.is_dir() and (path.suffix in _FILES or path.is_absolute()):
+        raise DataError(f"data ({source}) is not a file: give .jsonl, .parquet or text files, or a data set's name")
+    else:
+        yield from _data_set_rows(source, source)
 
 
 def token_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> list[list[int]]:
@@ -103,7 +115,12 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
 
 
-def _row_text(row: Any, place: str, tokenizer: Any) -> str:
+def row_text(row: Any, place: str, tokenizer: Any) -> str:
+    """The text of one row.
+
+    Raises:
+        DataError: it has none.
+    """
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
             return row["text"]
@@ -125,11 +142,11 @@ def _plain_text(path: Path) -> str:
         raise DataError(f"{path} is no UTF-8 text ({err.reason} at byte {err.start})") from err
 
 
-def _data_set_texts(kind: str, source: str, tokenizer: Any, **options: Any) -> list[str]:
+def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
         rows = datasets.load_dataset(kind, split="train", **options)
     except Exception as err:  # the library raises many kinds, its own and those of its readers
         raise DataError(f"data ({source}) cannot be read as a data set: {first_line(err)}") from err
-    return [_row_text(row, f"{source}, row {number}", tokenizer) for number, row in enumerate(rows)]
+    yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows))

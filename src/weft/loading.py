@@ -64,6 +64,32 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def base_name(path: str, base: str | None) -> str:
+    """The base model of a mixture: the one that is given, or that the mixture names.
+
+    Raises:
+        CheckpointError: there is no mixture, or it names none.
+    """
+    folder = local_folder(path, "model")
+    name = base or saved_base(folder)
+    if name is None:
+        raise CheckpointError(f"{folder} does not name its base model: give it with --base")
+    return name
+
+
+def load_placed_base(name: str, dtype: str, quantization: str | None = None) -> Any:
+    """A causal language model in evaluation mode, on the GPU where there is one.
+
+    Raises:
+        CheckpointError: there is none of that name.
+        ConfigError: the library for the quantisation is missing.
+    """
+    base = load_base(name, dtype, quantization).eval()
+    if torch.cuda.is_available() and not getattr(base, "is_quantized", False):  # which is there already
+        base.to("cuda")
+    return base
+
+
 def load_mixture(path: str, base: str | None, dtype: str, quantization: str | None = None) -> tuple[PeftModel, Any]:
     """A trained mixture on its base model, and the base's tokenizer.
 
@@ -71,12 +97,6 @@ def load_mixture(path: str, base: str | None, dtype: str, quantization: str | No
         CheckpointError: one of them is missing, broken or of another model.
         ConfigError: the library for the quantisation is missing.
     """
-    folder = local_folder(path, "model")
-    name = base or saved_base(folder)
-    if name is None:
-        raise CheckpointError(f"{folder} does not name its base model: give it with --base")
-    loaded = load_base(name, dtype, quantization)
-    model = from_pretrained(folder, loaded)
-    if torch.cuda.is_available() and not getattr(loaded, "is_quantized", False):  # which is there already
-        model.to("cuda")
+    name = base_name(path, base)
+    model = from_pretrained(local_folder(path, "model"), load_placed_base(name, dtype, quantization))
     return model, load_tokenizer(name)

@@ -78,21 +78,44 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     _check(options)
     check(gate_options, adapters)
     read_adapters(parse_adapters(options.adapters))
-    missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
-    if missing:
+    if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
         assert options.base is not None
         tokenizer = load_tokenizer(options.base)
-        sequences = {
-            name: token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
-            for name, source in missing.items()
-        }
         for source in options.data:
             read_texts(labelled_source(source, list(adapters))[0], tokenizer)
-        for name in missing:
-            say(f"training expert {name!r} on {sources[name]}: {len(sequences[name])} sequences")
-            _train_expert(name, folders[name], sequences[name], tokenizer, options)
+        train_experts(options, say)
     say(f"training the gate over {', '.join(adapters)}")
     return train(gate_options)
+
+
+def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> dict[str, Path]:
+    """Train the experts of `experts_from` that are not there yet, and no gate: each an ordinary LoRA adapter.
+
+    Args:
+        options: `base`, `experts_from`, `output` and what begins with expert_; see `TrainOptions`.
+        say: told what goes on, a line at a time.
+
+    Returns:
+        The experts' folders by name.
+
+    Raises:
+        WeftError: the options or data cannot work; found out before anything is trained.
+        KeyboardInterrupt: after an interrupt; complete experts stay.
+    """
+    _check(options)
+    assert options.base is not None
+    sources = _sources(options)
+    folders = {name: experts_folder(options) / name for name in sources}
+    missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
+    tokenizer = load_tokenizer(options.base)
+    sequences = {
+        name: token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
+        for name, source in missing.items()
+    }
+    for name in missing:
+        say(f"training expert {name!r} on {sources[name]}: {len(sequences[name])} sequences")
+        _train_expert(name, folders[name], sequences[name], tokenizer, options)
+    return folders
 
 
 def experts_folder(options: TrainOptions) -> Path:

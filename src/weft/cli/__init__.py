@@ -30,7 +30,19 @@ from weft.options import (
 # Seconds in which the first process has said what all fail with.
 _WAIT_FOR_THE_FIRST = 15
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights", "--rename")
+_LISTS = (
+    "--adapters",
+    "--data",
+    "--eval_data",
+    "--experts_from",
+    "--expert_targets",
+    "--weights",
+    "--rows",
+    "--compare",
+    "--rename",
+)
+# The same, where another command has an option of this name with one value.
+_LISTS_OF = {"eval": ("--output",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +107,12 @@ def _evaluate(options: EvalOptions) -> None:
     _quiet()
     from weft.evaluate import evaluate
 
-    evaluate(options)
+    try:
+        evaluate(options)
+    except KeyboardInterrupt:
+        if options.output:
+            print("stopped; finished cells are kept, the same command goes on", file=sys.stderr)
+        raise
 
 
 def _generate(options: GenerateOptions) -> None:
@@ -218,7 +235,7 @@ def _normalised(argv: list[str]) -> list[str]:
         if name in _SWITCHES and not equals and following.lower() not in _VALUES:
             joined += [name, "true"]
             continue
-        if name not in _LISTS:
+        if name not in (*_LISTS, *_LISTS_OF.get(argv[0], ())):
             joined.append(name + equals + value)
             continue
         values = [value] if equals else []

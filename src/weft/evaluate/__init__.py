@@ -1,0 +1,17 @@
+"""`weft eval`: the mixture beside the base, its experts, static merges, Arrow and the oracle, on the user's own data.
+
+data_sets.py    what a column is measured on: texts in windows, multiple choice, questions
+scoring.py      one model on one data set: a score for every part of every example
+bootstrap.py    intervals by resampling examples; usage.py: seconds and memory
+stage.py        one base model that carries what is compared, by turns; search.py: a merge's best weights
+rows.py         the rows: what is carried, and how it is run
+cells.py        finished cells, found again by a digest
+report.py       the table on screen, as JSON, Markdown and CSV
+run.py          all of it
+"""
+
+from weft.evaluate.rows import mixture_rows
+from weft.evaluate.run import evaluate
+from weft.evaluate.scoring import negative_log_likelihood, padded_batches, perplexity
+
+__all__ = ["evaluate", "mixture_rows", "negative_log_likelihood", "padded_batches", "perplexity"]

@@ -1,0 +1,252 @@
+"""The data sets of an evaluation: texts, multiple choice, and questions with an answer to generate.
+
+What a row is follows from its keys. Every example falls into one or more *parts* that have one expert's domain each;
+scores are kept by part, so that the oracle can take each from its own expert, and resampled by example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from weft.data import read_rows, row_text
+from weft.errors import DataError
+
+Metric = Literal["perplexity", "accuracy", "exact_match"]
+_TEXT = {"text", "messages"}
+_CHOICE = {"question", "choices", "answer"}
+_GENERATION = {"prompt", "answer"}
+
+
+class Window(NamedTuple):
+    """A stretch of a text that is read at once: tokens `start` to `end`, of which those from `first` on are scored."""
+
+    start: int
+    end: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text: its tokens, the number of the part that each is of, and how it is read."""
+
+    tokens: list[int]
+    parts: list[int]
+    windows: list[Window]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question: each choice's tokens after the question's, where its own begin, and its length in characters."""
+
+    sequences: list[list[int]]
+    firsts: list[int]
+    lengths: list[int]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the answers that count as right."""
+
+    tokens: list[int]
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What one column of the table is measured on.
+
+    Attributes:
+        name: as the user calls it.
+        metric: what is measured.
+        examples: all of one kind.
+        example_of_part: for each part, the number of its example.
+        labels: for each part, the expert of its domain, or None.
+        max_new_tokens: for answers to be generated.
+    """
+
+    name: str
+    metric: Metric
+    examples: list[Any]
+    example_of_part: list[int]
+    labels: list[str | None]
+    max_new_tokens: int = 0
+    digest: str = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Labels are left out: they change the oracle, which is made from scores, and no score.
+        content = [self.metric, [vars(example) for example in self.examples], self.example_of_part, self.max_new_tokens]
+        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(content).encode()).hexdigest())
+
+    @property
+    def steps(self) -> int:
+        """How many forward passes or generations it takes, one at a time."""
+        if self.metric == "perplexity":
+            return sum(len(text.windows) for text in self.examples)
+        return len(self.examples)
+
+
+def token_windows(length: int, window: int, stride: int = 0) -> list[Window]:
+    """How a text of `length` tokens is read, `window` at a time.
+
+    Without a stride the windows stand side by side and the first token of each, before which nothing is read, is not
+    scored. With a stride each window after the first moves on by so many tokens and scores these only: every token but
+    the text's first is scored once, after at least window - stride others (but at the text's start). The last window
+    is as long as the others, as in lm-evaluation-harness' rolling windows.
+
+    Example:
+        >>> token_windows(10, 4, stride=3)
+        [Window(0, 4, 1), Window(3, 7, 4), Window(6, 10, 7)]
+    """
+    if stride == 0:
+        windows = [Window(start, min(start + window, length), start + 1) for start in range(0, length, window)]
+        return [one for one in windows if one.end > one.first]
+    windows, end = [], 0
+    while end < length and length > 1:
+        first = max(1, end)
+        end = min(end + stride, length) if windows else min(window, length)
+        windows.append(Window(max(0, end - window), end, first))
+    return windows
+
+
+def read_data_set(
+    name: str,
+    source: str,
+    tokenizer: Any,
+    expert_names: Sequence[str],
+    *,
+    sequence_length: int,
+    stride: int = 0,
+    max_sequences: int = 0,
+    max_new_tokens: int = 32,
+) -> DataSet:
+    """Read one source; its rows' keys say what is measured.
+
+    Args:
+        name: of the data set; where it is an expert's, all of it is of that expert's domain.
+        source: as for `weft.data.read_texts`. Rows with text or messages are texts; with question, choices and answer,
+            multiple choice; with prompt and answer, questions. "expert" names the domain of a row, and "experts"
+            ([[start, name], ...], from which character on) those of a text's parts.
+        tokenizer: the base model's.
+        expert_names: labels of other names are none.
+        sequence_length: tokens that are read at once.
+        stride: see `token_windows`.
+        max_sequences: at most so many windows or examples, the first ones; 0 takes all.
+        max_new_tokens: for answers to be generated.
+
+    Raises:
+        DataError: it cannot be read or holds nothing to measure on.
+    """
+    rows = list(read_rows(source))
+    keys = set(rows[0][1]) if rows and isinstance(rows[0][1], dict) else set()
+    keys = set() if keys & _TEXT else keys
+    default = name if name in expert_names else None
+    if keys >= _CHOICE or keys >= _GENERATION:
+        rows = rows[: max_sequences or None]
+        make: Any = _choice if keys >= _CHOICE else _question
+        examples = [make(_object(row, place, keys), place, tokenizer, sequence_length) for place, row in rows]
+        labels = [_label(row.get("expert", default), expert_names) for _, row in rows]
+        metric: Metric = "accuracy" if keys >= _CHOICE else "exact_match"
+        new_tokens = 0 if metric == "accuracy" else max_new_tokens
+        return DataSet(name, metric, examples, list(range(len(rows))), labels, new_tokens)
+
+    texts: list[Text] = []
+    example_of_part: list[int] = []
+    labels = []
+    left = max_sequences or None
+    for place, row in rows:
+        text = row_text(row, place, tokenizer)
+        if not text.strip() or left == 0:
+            continue
+        tokens, parts, names = _tokens_and_parts(text, row, place, tokenizer, default)
+        windows = token_windows(len(tokens), sequence_length, stride)[:left]
+        if windows:
+            left = None if left is None else left - len(windows)
+            example_of_part += [len(texts)] * len(names)
+            labels += [_label(label, expert_names) for label in names]
+            texts.append(Text(tokens, parts, windows))
+    if not texts:
+        raise DataError(f"data ({source}) holds no text of two tokens or more")
+    return DataSet(name, "perplexity", texts, example_of_part, labels)
+
+
+def _tokens_and_parts(
+    text: str, row: dict[str, Any], place: str, tokenizer: Any, default: str | None
+) -> tuple[list[int], list[int], list[Any]]:
+    """A text's tokens, the part of each, and the parts' labels."""
+    spans = row.get("experts")
+    if not spans or not isinstance(row.get("text"), str):
+        tokens = tokenizer(text, verbose=False)["input_ids"]
+        return tokens, [0] * len(tokens), [row.get("expert", default)]
+    try:
+        starts, names = zip(*spans, strict=True)
+        ordered = starts[0] == 0 and list(starts) == sorted(set(starts))
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise DataError(f'{place}: "experts" ({spans!r}) must be [[start, name], ...] in order, the first from 0 on')
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
+    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    return (
+        encoded["input_ids"],
+        [bisect_right(starts, start) - 1 for start, _ in encoded["offset_mapping"]],
+        list(names),
+    )
+
+
+def _label(name: Any, expert_names: Sequence[str]) -> str | None:
+    return name if name in expert_names else None
+
+
+def _object(row: Any, place: str, keys: set[str]) -> dict[str, Any]:
+    wanted = sorted(_CHOICE if keys >= _CHOICE else _GENERATION)
+    if not isinstance(row, dict) or not set(wanted) <= set(row):
+        found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise DataError(f"{place}: found {found}, expected {wanted} as in the first row")
+    return row
+
+
+def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Choice:
+    question, choices = row["question"], list(row["choices"])
+    if not isinstance(question, str) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
+        raise DataError(f"{place}: expected a question (a string) and two or more choices (strings)")
+    context = tokenizer(question.rstrip(), verbose=False)["input_ids"]
+    sequences, firsts = [], []
+    for choice in choices:
+        # Encoded together, since tokens may reach over the space between them.
+        whole = tokenizer(f"{question.rstrip()} {choice}", verbose=False)["input_ids"]
+        cut = max(0, len(whole) - length)
+        sequences.append(whole[cut:])
+        firsts.append(max(1, min(len(context), len(whole) - 1) - cut))
+    return Choice(sequences, firsts, [len(choice) for choice in choices], _answer(row["answer"], choices, place))
+
+
+def _answer(answer: Any, choices: list[str], place: str) -> int:
+    """The number of the right choice, which may be given by its text, its number from 0, or its letter."""
+    if answer in choices:
+        return choices.index(answer)
+    letters = [chr(ord("A") + number) for number in range(len(choices))]
+    if isinstance(answer, str) and answer.strip().upper() in letters:
+        return letters.index(answer.strip().upper())
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return answer
+    last = len(choices) - 1
+    raise DataError(
+        f"{place}: answer ({answer!r}) must be one of the choices, its number from 0 to {last}, or its letter"
+    )
+
+
+def _question(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Question:
+    answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    if not isinstance(row["prompt"], str) or not isinstance(answers, list) or not answers:
+        raise DataError(f"{place}: expected a prompt (a string) and an answer (a string, or a list of them)")
+    tokens = tokenizer(row["prompt"], verbose=False)["input_ids"][-length:]
+    if not tokens:
+        raise DataError(f"{place}: the prompt is empty")
+    return Question(tokens, [str(answer) for answer in answers])

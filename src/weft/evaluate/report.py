@@ -1,0 +1,246 @@
+"""The finished table: on a terminal, and as JSON, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from weft.errors import ConfigError
+from weft.evaluate.data_sets import Metric
+from weft.evaluate.rows import ORACLE
+from weft.whole import replace_file
+
+MIXTURE = "weft"
+_UNITS: dict[str, str] = {"perplexity": "perplexity", "accuracy": "accuracy", "exact_match": "exact match"}
+
+_COLUMNS = ["row", "data", "metric", "value", "low", "high", "minus_weft_low", "minus_weft_high"]
+_COLUMNS += ["examples", "weight", "seconds", "peak_mb", "note"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One cell as it is shown.
+
+    Attributes:
+        value: of the metric.
+        low: where the 95% bootstrap interval begins; NaN with one example.
+        high: where it ends.
+        minus_weft: the interval of the difference to the mixture on the same examples, paired; None without one.
+        examples: how many texts or questions.
+        weight: tokens scored, or examples.
+        seconds: how long it took; NaN where it was made from other cells.
+        peak_mb: memory at the peak; None where it cannot be told.
+    """
+
+    value: float
+    low: float
+    high: float
+    examples: int
+    weight: float
+    seconds: float
+    peak_mb: float | None
+    minus_weft: tuple[float, float] | None = None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """All that was measured.
+
+    Attributes:
+        metrics: data set -> what is measured on it.
+        cells: row -> data set -> measurement; rows in the order in which they are shown.
+        impossible: row -> why it could not be measured.
+        settings: what the numbers depend on.
+    """
+
+    metrics: dict[str, Metric]
+    cells: dict[str, dict[str, Measurement]] = field(default_factory=dict)
+    impossible: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def values(self, metric: str | None = None) -> dict[str, dict[str, float]]:
+        """Row -> data set -> value, of one metric or of all."""
+        found = {
+            row: {data: cell.value for data, cell in cells.items() if metric is None or self.metrics[data] == metric}
+            for row, cells in self.cells.items()
+        }
+        return {row: values for row, values in found.items() if values}
+
+    def best(self) -> dict[str, float]:
+        """Data set -> the best value; the oracle, which knows the domains, does not compete."""
+        best = {}
+        for data, metric in self.metrics.items():
+            values = [cells[data].value for row, cells in self.cells.items() if row != ORACLE and data in cells]
+            if values:
+                best[data] = min(values) if metric == "perplexity" else max(values)
+        return best
+
+    def speed(self, row: str) -> float:
+        """Scored tokens per second over all data sets of texts; NaN where there is none."""
+        cells = [cell for data, cell in self.cells[row].items() if self.metrics[data] == "perplexity"]
+        seconds = sum(cell.seconds for cell in cells)
+        return sum(cell.weight for cell in cells) / seconds if seconds > 0 else math.nan
+
+    def peak(self, row: str) -> float:
+        """MB at the peak over all data sets; NaN where it cannot be told."""
+        peaks = [cell.peak_mb for cell in self.cells[row].values() if cell.peak_mb is not None]
+        return max(peaks, default=math.nan)
+
+
+def render(report: Report) -> Table:
+    """The table for a terminal: values with half of their interval's width; the best of each data set is bold."""
+    shown = Table(title="± half of the 95% interval")
+    shown.add_column("")
+    for data, metric in report.metrics.items():
+        shown.add_column(f"{data}\n{_UNITS[metric]} {'↓' if metric == 'perplexity' else '↑'}", justify="right")
+    shown.add_column("tokens/s", justify="right")
+    shown.add_column("peak MB", justify="right")
+    best = report.best()
+    for row, cells in report.cells.items():
+        texts = []
+        for data in report.metrics:
+            text = _short(cells[data]) if data in cells else "-"
+            is_best = data in cells and row != ORACLE and cells[data].value == best[data]
+            texts.append(f"[bold]{text}[/bold]" if is_best else text)
+        shown.add_row(row, *texts, _number(report.speed(row), 0), _number(report.peak(row), 0))
+    return shown
+
+
+def notes(report: Report) -> list[str]:
+    """What is to be said below the table, a line each."""
+    lines = [f"{row}: not possible: {reason}" for row, reason in report.impossible.items()]
+    for row, cells in report.cells.items():
+        lines += sorted({f"{row}: {cell.note}" for cell in cells.values() if cell.note})
+    return lines + [line for data in report.metrics for line in _verdict(report, data)]
+
+
+def _verdict(report: Report, data: str) -> Iterable[str]:
+    """Whether the mixture is the best on a data set, beyond what the choice of its examples explains."""
+    lower = report.metrics[data] == "perplexity"
+    better, open_ = [], []
+    for row, cells in report.cells.items():
+        if row == ORACLE or row.startswith(MIXTURE) or data not in cells or cells[data].minus_weft is None:
+            continue
+        low, high = cells[data].minus_weft or (0.0, 0.0)
+        if low <= 0 <= high:
+            open_.append(row)
+        elif (high < 0) == lower:
+            better.append(row)
+    if MIXTURE in report.cells and len(report.cells) > 1 and data in report.cells[MIXTURE]:
+        said = f"better than {MIXTURE}: {', '.join(better) or 'none'}"
+        if open_:
+            said += (
+                f"; no difference that {report.cells[MIXTURE][data].examples} examples could show: {', '.join(open_)}"
+            )
+        yield f"{data}: {said}"
+
+
+def check_outputs(files: list[str]) -> list[Path]:
+    """The files to write.
+
+    Raises:
+        ConfigError: an ending is none of the known ones, or a folder is missing.
+    """
+    for file in map(Path, files):
+        if file.suffix not in _WRITERS:
+            raise ConfigError(f"output ({file}) must end in {', '.join(_WRITERS)}")
+        if not file.resolve().parent.is_dir():
+            raise ConfigError(f"output ({file}) cannot be written: there is no folder {file.resolve().parent}")
+    return [Path(file) for file in files]
+
+
+def write(report: Report, file: Path) -> None:
+    """Write the table in the format that the file's ending names."""
+    text = _WRITERS[file.suffix](report)
+    replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def as_json(report: Report) -> str:
+    """All numbers; `perplexity`, `accuracy` and `exact_match` are row -> data set -> value."""
+    metrics = {metric: report.values(metric) for metric in _UNITS if metric in report.metrics.values()}
+    first = next(iter(report.cells.values()), {})
+    content = {
+        **metrics,
+        "interval": {row: {d: _pair((c.low, c.high)) for d, c in cells.items()} for row, cells in report.cells.items()},
+        "minus_weft": {
+            row: {d: _pair(c.minus_weft) for d, c in cells.items() if c.minus_weft}
+            for row, cells in report.cells.items()
+        },
+        "tokens_per_second": {row: _finite(report.speed(row)) for row in report.cells},
+        "peak_mb": {row: _finite(report.peak(row)) for row in report.cells},
+        "examples": {data: cell.examples for data, cell in first.items()},
+        "notes": notes(report),
+        "impossible": report.impossible,
+        **report.settings,
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def as_markdown(report: Report) -> str:
+    """A table for a page: values with their intervals."""
+    heads = [f"{data} ({_UNITS[metric]})" for data, metric in report.metrics.items()]
+    lines = [f"| | {' | '.join(heads)} | tokens/s | peak MB |", "| --- |" + " ---: |" * (len(heads) + 2)]
+    best = report.best()
+    for row, cells in report.cells.items():
+        texts = []
+        for data in report.metrics:
+            cell = cells.get(data)
+            if cell is None:
+                texts.append("-")
+                continue
+            value = _number(cell.value, 2 if report.metrics[data] == "perplexity" else 3)
+            value = f"**{value}**" if row != ORACLE and cell.value == best[data] else value
+            texts.append(value if math.isnan(cell.low) else f"{value} [{cell.low:.3g}, {cell.high:.3g}]")
+        name = row.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {' | '.join(texts)} | {_number(report.speed(row), 0)} | {_number(report.peak(row), 0)} |"
+        )
+    return (
+        "\n".join([*lines, "", "In brackets the 95% bootstrap interval.", "", *(f"- {n}" for n in notes(report))])
+        + "\n"
+    )
+
+
+def as_csv(report: Report) -> str:
+    """A line for each row and data set."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row, cells in report.cells.items():
+        for data, cell in cells.items():
+            numbers = [cell.value, cell.low, cell.high, *(cell.minus_weft or ("", ""))]
+            usage = [cell.examples, cell.weight, cell.seconds, "" if cell.peak_mb is None else cell.peak_mb]
+            writer.writerow([row, data, report.metrics[data], *numbers, *usage, cell.note])
+    for row, reason in report.impossible.items():
+        writer.writerow([row, *[""] * 11, f"not possible: {reason}"])
+    return out.getvalue()
+
+
+_WRITERS = {".json": as_json, ".md": as_markdown, ".csv": as_csv}
+
+
+def _short(cell: Measurement) -> str:
+    half = (cell.high - cell.low) / 2
+    digits = 2 if cell.value >= 1 else 3
+    return f"{cell.value:.{digits}f}" + ("" if math.isnan(half) else f" ±{half:.{digits}f}")
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _pair(values: tuple[float, float] | None) -> list[float | None] | None:
+    return None if values is None else [_finite(value) for value in values]

@@ -1,0 +1,153 @@
+"""The rows of the table: each is a model and a way to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+
+from weft.adapters import read_json
+from weft.config import XLoraConfig
+from weft.errors import ConfigError
+from weft.evaluate.stage import MERGES, Load, Merge, adapters, arrow, folder_of, merged, mixture, nothing
+
+GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
+ORACLE = "oracle"
+# A model on the base -> the same, set so that it can be run.
+Setting = Callable[[Any], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: as it is shown.
+        group: what `--rows` may choose it by.
+        load: what the base model carries for it.
+        setting: gives the model to run, for a time.
+        depends_on: which files its results depend on, beside the base: "experts", "mixture" or a folder.
+        freeze_after: see `Runner`.
+        merge: where it is a static merge, which.
+        may_fail: it is another's method, which need not work with every base and expert.
+    """
+
+    name: str
+    group: str
+    load: Load
+    setting: Setting = nullcontext
+    depends_on: str | None = None
+    freeze_after: int | None = None
+    merge: Merge | None = None
+    may_fail: bool = False
+
+    def with_merge(self, merge: Merge, seed: int) -> Row:
+        """The same row with other weights; its cells are still found by where the search started."""
+        return replace(self, setting=partial(_merged, merge, seed))
+
+
+def only(name: str) -> str:
+    """The row of one expert alone."""
+    return f"only {name}"
+
+
+def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freeze_after: int, seed: int) -> list[Row]:
+    """Every row there is for a mixture, but the oracle, which is made from others."""
+    paths = dict(config.adapters or {})
+    own = mixture(folder)
+    rows = [Row("base", "base", nothing())]
+    rows += [Row(only(name), "experts", own, partial(_fixed, {name: 1.0}), "experts") for name in paths]
+    equal = dict.fromkeys(paths, 1 / len(paths))
+    rows.append(Row("uniform mix", "uniform", own, partial(_fixed, equal), "experts"))
+    side_by_side = adapters(paths)
+    for kind in MERGES:
+        merge = Merge.default(kind, len(paths))
+        setting = partial(_merged, merge, seed)
+        rows.append(Row(f"merge {kind}", "merges", side_by_side, setting, "experts", merge=merge, may_fail=True))
+    rows.append(Row("arrow", "arrow", arrow(paths, seed), depends_on="experts", may_fail=True))
+    rows.append(Row("weft", "weft", own, depends_on="mixture"))
+    ways = {1: "top-1", 2: "top-2", len(paths): "dense"}
+    for number, name in ways.items():
+        if number <= len(paths) and number != (config.top_k_lora or len(paths)):  # else it is the row above
+            top = None if name == "dense" else number
+            rows.append(Row(f"weft {name}", "topk", own, partial(_top_k, top), "mixture"))
+    name, setting = f"weft frozen after {freeze_after}", partial(_freezable, freeze_after)
+    rows.append(Row(name, "frozen", own, setting, "mixture", freeze_after=freeze_after, may_fail=True))
+    taken = sorted({ORACLE, *(row.name for row in rows)} & compare.keys())
+    if taken:
+        raise ConfigError(f"compare names a row ({', '.join(taken)}) that is there already: choose another name")
+    rows += [_compared(name, path) for name, path in compare.items()]
+    return rows
+
+
+def chosen(rows: list[Row], wanted: list[str]) -> tuple[list[Row], bool]:
+    """The rows of these names and groups, and whether the oracle is one; all where none is named.
+
+    Raises:
+        ConfigError: a name is neither.
+    """
+    if not wanted:
+        return rows, True
+    names = {row.name for row in rows}
+    unknown = sorted(set(wanted) - names - set(GROUPS))
+    if unknown:
+        raise ConfigError(
+            f"rows ({', '.join(unknown)}) must be of {', '.join(GROUPS)}, or rows: {', '.join(sorted(names))}"
+        )
+    return [row for row in rows if row.name in wanted or row.group in wanted], ORACLE in wanted
+
+
+def mixture_rows(model: Any) -> list[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
+    """A mixture's ways to run that are worth comparing: name and context of each, for a model in memory."""
+    names = model.xlora_config.expert_names
+    rows: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [("base", model.disable_adapter)]
+    rows += [(only(name), partial(model.fixed_scalings, {name: 1.0})) for name in names]
+    rows.append(("uniform mix", partial(model.fixed_scalings, dict.fromkeys(names, 1 / len(names)))))
+    rows.append(("weft", nullcontext))
+    return rows
+
+
+def _compared(name: str, path: str) -> Row:
+    kind = read_json(folder_of(path) / CONFIG_NAME).get("peft_type")
+    if kind == "XLORA":
+        return Row(name, "compare", mixture(path), depends_on=path)
+    if kind == "LORA":
+        return Row(name, "compare", adapters({"compared": path}), _base_of, path)
+    raise ConfigError(f"compare ({name}={path}) is of type {kind}, expected XLORA (a mixture) or LORA (an adapter)")
+
+
+@contextmanager
+def _fixed(weights: dict[str, float], model: Any) -> Iterator[Any]:
+    with model.fixed_scalings(weights):
+        yield model
+
+
+@contextmanager
+def _merged(merge: Merge, seed: int, lora_model: Any) -> Iterator[Any]:
+    with merged(lora_model, merge, seed) as model:
+        yield model
+
+
+@contextmanager
+def _top_k(number: int | None, model: Any) -> Iterator[Any]:
+    before = model.xlora_config.top_k_lora
+    model.set_topk_lora(number)
+    try:
+        yield model
+    finally:
+        model.set_topk_lora(before)
+
+
+@contextmanager
+def _freezable(after: int, model: Any) -> Iterator[Any]:
+    model.base_model.passes.check_freezing(after, {})
+    yield model
+
+
+@contextmanager
+def _base_of(lora_model: Any) -> Iterator[Any]:
+    yield lora_model.model

@@ -1,0 +1,299 @@
+"""`weft eval`: is the mixture better than what its user has already? Row by row, on their own data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from weft.checkpoint import read_config
+from weft.data import check_length, named_sources
+from weft.errors import ConfigError, WeftError, first_line
+from weft.evaluate.bootstrap import interval, resampled_means
+from weft.evaluate.cells import Cell, Cells, base_digest, digest_of, folder_digest
+from weft.evaluate.data_sets import DataSet, read_data_set
+from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, notes, render, write
+from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
+from weft.evaluate.scoring import Runner, Scores, score, value_of
+from weft.evaluate.search import best_merge
+from weft.evaluate.stage import Stage
+from weft.evaluate.usage import measured
+from weft.loading import base_name, load_placed_base, load_tokenizer
+from weft.options import EvalOptions
+from weft.placement import execution_device
+
+FORMAT = 1  # of cells: those that were kept in another one are not found
+
+
+def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
+    """Measure, print and (with `output`) save the table.
+
+    Returns:
+        Row name -> data set -> perplexity, accuracy or share of exact matches, by what the data set's rows are.
+
+    Raises:
+        WeftError: the model, the options or the data cannot work.
+    """
+    _check(options)
+    outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
+    name = base_name(options.model, options.base)
+    config = read_config(options.model)
+    rows, with_oracle = chosen(
+        all_rows(options.model, config, _compared(options), freeze_after=options.freeze_after, seed=options.seed),
+        options.rows,
+    )
+    base = load_placed_base(name, options.dtype, options.quantization)
+    check_length(options.sequence_length, base.config)
+    reader = _Reader(load_tokenizer(name), list(config.adapters or {}), options)
+    data_sets = [reader.read(name, source) for name, source in named_sources(options.data).items()]
+    search = reader.read("search_data", options.search_data) if options.search_data else None
+    if search is not None and search.metric != "perplexity":
+        raise ConfigError(f"search_data ({options.search_data}) must be texts: merges are chosen by perplexity")
+
+    cells = Cells(outputs[0].with_suffix(".cells.jsonl") if outputs else None)
+    table = _Measuring(base, reader.tokenizer, config, options, cells, search)
+    wanted = _wanted(rows, data_sets, with_oracle, options, config)
+    table.measure(wanted)
+    report = _report(table, rows, data_sets, with_oracle, options)
+    console = Console() if Console().is_terminal else Console(width=200)
+    console.print(render(report))
+    for line in notes(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for output in outputs:
+        write(report, output)
+    return report.values()
+
+
+def _check(options: EvalOptions) -> None:
+    if not options.data:
+        raise ConfigError("data is missing: one or more name=FILE")
+    problems = [
+        f"{name} ({getattr(options, name)}) must be at least {least}"
+        for name, least in (("batch_size", 1), ("max_sequences", 0), ("freeze_after", 1), ("max_new_tokens", 1))
+        if getattr(options, name) < least
+    ]
+    if options.sequence_length < 2:
+        problems.append(
+            f"sequence_length ({options.sequence_length}) must be at least 2: one token to read, one to predict"
+        )
+    elif not 0 <= options.stride < options.sequence_length:
+        problems.append(
+            f"stride ({options.stride}) must be at least 0 and below sequence_length ({options.sequence_length})"
+        )
+    if problems:
+        raise ConfigError("weft eval cannot start:", problems)
+
+
+def _compared(options: EvalOptions) -> dict[str, str]:
+    entries = options.compare
+    if not isinstance(entries, dict):
+        pairs = [entry.partition("=") for entry in entries]
+        wrong = [entry for entry, (name, _, path) in zip(entries, pairs, strict=True) if not name or not path]
+        if wrong:
+            raise ConfigError(f"compare has {wrong}, expected name=FOLDER")
+        entries = {name: path for name, _, path in pairs}
+    return entries
+
+
+class _Reader:
+    """Reads data sets as the options say."""
+
+    def __init__(self, tokenizer: Any, expert_names: list[str], options: EvalOptions) -> None:
+        self.tokenizer, self.expert_names, self.options = tokenizer, expert_names, options
+
+    def read(self, name: str, source: str) -> DataSet:
+        """One of them."""
+        options = self.options
+        return read_data_set(
+            name,
+            source,
+            self.tokenizer,
+            self.expert_names,
+            sequence_length=options.sequence_length,
+            stride=options.stride,
+            max_sequences=options.max_sequences,
+            max_new_tokens=options.max_new_tokens,
+        )
+
+
+class _Measuring:
+    """Measures what is not known yet, on one base model.
+
+    Attributes:
+        impossible: row -> why.
+    """
+
+    def __init__(
+        self, base: Any, tokenizer: Any, config: Any, options: EvalOptions, cells: Cells, search: DataSet | None
+    ) -> None:
+        self.stage, self.tokenizer, self.config, self.options = Stage(base), tokenizer, config, options
+        self.cells, self.search = cells, search
+        self.impossible: dict[str, str] = {}
+        self._base_digest = base_digest(base)
+        self._folder_digests: dict[str, str] = {}
+
+    def digest(self, row: Row, data: DataSet) -> str:
+        """Of all that a cell depends on."""
+        depends: list[Any] = []
+        if row.depends_on == "experts":
+            folders = (self.config.adapters or {}).items()
+            depends = [[name, self._folder(path)] for name, path in folders] + [self.config.global_scaling_weight]
+        elif row.depends_on is not None:
+            depends = [self._folder(self.options.model if row.depends_on == "mixture" else row.depends_on)]
+        if row.may_fail:
+            depends.append(self.options.seed)
+        if row.merge is not None:
+            depends.append(self.search.digest if self.search else str(row.merge))
+        return digest_of(FORMAT, row.group, row.name, data.digest, self._base_digest, depends, self.options.batch_size)
+
+    def _folder(self, path: str) -> str:
+        if path not in self._folder_digests:
+            self._folder_digests[path] = folder_digest(path)
+        return self._folder_digests[path]
+
+    def measure(self, wanted: list[tuple[Row, DataSet]]) -> None:
+        """Fill in the cells that are missing; the base is afterwards as it was."""
+        missing = [(row, data) for row, data in wanted if self.digest(row, data) not in self.cells]
+        by_row: dict[str, tuple[Row, list[DataSet]]] = {}
+        for row, data in missing:
+            by_row.setdefault(row.name, (row, []))[1].append(data)
+        loads = list(dict.fromkeys(row.load.key for row, _ in missing))
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, transient=True) as progress:
+            task = progress.add_task("", total=sum(data.steps for _, data in missing))
+            try:
+                for row, data_sets in sorted(by_row.values(), key=lambda one: loads.index(one[0].load.key)):
+                    self._row(row, data_sets, progress, task)
+            finally:
+                self.stage.clear()
+
+    def _row(self, row: Row, data_sets: list[DataSet], progress: Progress, task: TaskID) -> None:
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            progress.advance(task, steps)
+
+        try:
+            progress.update(task, description=row.name)
+            carried = self.stage.carry(row.load)
+            note = ""
+            if row.merge is not None:
+                merge = row.merge
+                if self.search is not None:
+                    merge = best_merge(carried, merge, self.search, self.tokenizer, self.options)
+                    row = row.with_merge(merge, self.options.seed)
+                note = str(merge)
+            with row.setting(carried) as model:
+                runner = Runner(model, self.tokenizer, self.options.batch_size, row.freeze_after)
+                for data in data_sets:
+                    progress.update(task, description=f"{row.name}: {data.name}")
+                    with measured(execution_device(model)) as usage:
+                        scores = score(runner, data, advance)
+                    cell = Cell(scores, usage.seconds, usage.peak_mb, note)
+                    self.cells.keep(self.digest(row, data), row.name, data.name, cell)
+        except Exception as err:
+            if not row.may_fail or isinstance(err, torch.OutOfMemoryError):
+                raise
+            self.impossible[row.name] = _reason(err)
+            progress.advance(task, sum(data.steps for data in data_sets) - done)
+
+
+def _reason(err: Exception) -> str:
+    if isinstance(err, ConfigError) and err.problems:
+        return "; ".join(err.problems)
+    if isinstance(err, (WeftError, ValueError)):
+        return first_line(err)
+    return f"{type(err).__name__}: {first_line(err)}"
+
+
+def _wanted(
+    rows: list[Row], data_sets: list[DataSet], with_oracle: bool, options: EvalOptions, config: Any
+) -> list[tuple[Row, DataSet]]:
+    """All cells to be measured: those of the rows, and those that the oracle is made from."""
+    wanted = [(row, data) for row in rows for data in data_sets]
+    if with_oracle:
+        everything = all_rows(options.model, config, {}, freeze_after=options.freeze_after, seed=options.seed)
+        shown, by_name = {row.name for row in rows}, {row.name: row for row in everything}
+        for data in data_sets:
+            for label in dict.fromkeys(data.labels) if is_labelled(data) else ():
+                assert label is not None
+                if only(label) not in shown:
+                    wanted.append((by_name[only(label)], data))
+    return wanted
+
+
+def is_labelled(data: DataSet) -> bool:
+    """Whether every part has its expert, so that there is an oracle."""
+    return None not in data.labels
+
+
+def _report(
+    table: _Measuring, rows: list[Row], data_sets: list[DataSet], with_oracle: bool, options: EvalOptions
+) -> Report:
+    settings = {
+        "sequences": {data.name: data.steps for data in data_sets},
+        "sequence_length": options.sequence_length,
+        "stride": options.stride,
+        "dtype": str(table.stage.base.dtype),
+        "seed": options.seed,
+    }
+    report = Report({data.name: data.metric for data in data_sets}, {}, table.impossible, settings)
+    found: dict[str, dict[str, Cell]] = {}
+    for row in rows:
+        if row.name not in table.impossible:
+            found[row.name] = {data.name: table.cells[table.digest(row, data)] for data in data_sets}
+    if with_oracle:
+        oracle = {data.name: _oracle(table, data, options) for data in data_sets if is_labelled(data)}
+        if oracle:
+            found[ORACLE] = oracle
+    for name, cells in found.items():
+        report.cells[name] = {
+            data.name: measurement(data, cells[data.name], found.get(MIXTURE, {}).get(data.name), options.seed)
+            for data in data_sets
+            if data.name in cells
+        }
+    return report
+
+
+def _oracle(table: _Measuring, data: DataSet, options: EvalOptions) -> Cell:
+    """Each part by its own domain's expert."""
+    everything = all_rows(options.model, table.config, {}, freeze_after=options.freeze_after, seed=options.seed)
+    rows = {row.name: row for row in everything}
+    of_label = {label: table.cells[table.digest(rows[only(str(label))], data)].scores for label in set(data.labels)}
+    return Cell([of_label[label][part] for part, label in enumerate(data.labels)], math.nan, None)
+
+
+def measurement(data: DataSet, cell: Cell, weft: Cell | None, seed: int) -> Measurement:
+    """A cell's value and its interval over the data set's examples."""
+    values, weights = by_example(data, cell.scores)
+    value = value_of(data, float(values.sum()), float(weights.sum()))
+    low = high = math.nan
+    minus_weft = None
+    if len(values) > 1:
+        samples = _samples(data, cell.scores, seed)
+        low, high = interval(samples)
+        if weft is not None and weft is not cell:
+            minus_weft = interval(samples - _samples(data, weft.scores, seed))
+    return Measurement(
+        value, low, high, len(values), float(weights.sum()), cell.seconds, cell.peak_mb, minus_weft, cell.note
+    )
+
+
+def _samples(data: DataSet, scores: Scores, seed: int) -> np.ndarray:
+    means = resampled_means(*by_example(data, scores), seed)
+    return np.exp(means) if data.metric == "perplexity" else means
+
+
+def by_example(data: DataSet, scores: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores summed over each example's parts: what is summed up, and how much it counts."""
+    sums = np.zeros((2, len(data.examples)))
+    for example, pair in zip(data.example_of_part, scores, strict=True):
+        sums[:, example] += pair
+    return sums[0], sums[1]

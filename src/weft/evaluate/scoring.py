@@ -1,0 +1,200 @@
+"""One model on one data set: a score for every part of every example. It knows nothing of rows and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from weft.evaluate.data_sets import DataSet
+from weft.placement import execution_device
+
+# Of each part: what is summed up, and how much it counts (nats and tokens; or right answers and 1).
+Scores = list[tuple[float, float]]
+Advance = Callable[[int], None]
+
+
+def _ignore(done: int) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model as it is run.
+
+    Args:
+        model: called like a causal language model of transformers.
+        tokenizer: the base model's.
+        batch_size: sequences per forward pass.
+        freeze_after: freeze a mixture's scalings after so many tokens of a text, or after the prompt; None never.
+    """
+
+    model: Any
+    tokenizer: Any = None
+    batch_size: int = 4
+    freeze_after: int | None = None
+
+    def logits(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Of one batch of sequences."""
+        if self.freeze_after is None:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        parts, cache = [], None
+        length = input_ids.shape[1]
+        with self.model.base_model.passes.freezing_at(self.freeze_after):
+            for start, end in ((0, min(self.freeze_after, length)), (self.freeze_after, length)):
+                if start < end:
+                    output = self.model(
+                        input_ids=input_ids[:, start:end],
+                        attention_mask=attention_mask[:, :end],
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
+                    cache = output.past_key_values
+                    parts.append(output.logits)
+        return torch.cat(parts, 1)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+        """The likeliest continuation of each prompt."""
+        longest = max(len(prompt) for prompt in prompts)
+        pad = self.tokenizer.pad_token_id
+        rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device = execution_device(self.model)
+        # By the prompt alone, so that all of the answer is written with frozen scalings.
+        frozen = {} if self.freeze_after is None else {"freeze_scalings_after": 0}
+        output = self.model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            **frozen,
+        )
+        return self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def score(runner: Runner, data: DataSet, advance: Advance = _ignore) -> Scores:
+    """A score for every part of the data set, in its order."""
+    if data.metric == "accuracy":
+        return _choices(runner, data, advance)
+    if data.metric == "exact_match":
+        return _answers(runner, data, advance)
+    return _texts(runner, data, advance)
+
+
+def value_of(data: DataSet, total: float, weight: float) -> float:
+    """The metric from summed scores; NaN where nothing counts."""
+    if weight == 0:
+        return math.nan
+    return math.exp(total / weight) if data.metric == "perplexity" else total / weight
+
+
+def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
+    """Summed negative log-likelihood and number of the scored tokens of each part."""
+    offsets = [data.example_of_part.index(number) for number in range(len(data.examples))]
+    sums = torch.zeros(len(data.labels), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    plan = [(number, window) for number, text in enumerate(data.examples) for window in text.windows]
+    sequences = [data.examples[number].tokens[window.start : window.end] for number, window in plan]
+    losses = token_losses(runner, sequences, advance)
+    for (number, window), of_window in zip(plan, losses, strict=True):
+        scored = of_window[window.first - window.start - 1 :].double()
+        parts = torch.tensor(data.examples[number].parts[window.first : window.end]) + offsets[number]
+        sums.index_add_(0, parts, scored)
+        counts.index_add_(0, parts, torch.ones_like(scored))
+    return list(zip(sums.tolist(), counts.tolist(), strict=True))
+
+
+def _choices(runner: Runner, data: DataSet, advance: Advance) -> Scores:
+    """1 where the right choice has the highest log-likelihood per character."""
+    sequences = [sequence for example in data.examples for sequence in example.sequences]
+    losses = token_losses(runner, sequences)
+    found: Scores = []
+    for example in data.examples:
+        likelihoods = [
+            -float(next(losses)[first - 1 :].double().sum()) / length
+            for first, length in zip(example.firsts, example.lengths, strict=True)
+        ]
+        found.append((float(likelihoods.index(max(likelihoods)) == example.answer), 1.0))
+        advance(1)
+    return found
+
+
+def _answers(runner: Runner, data: DataSet, advance: Advance) -> Scores:
+    """1 where the generated text is one of the answers."""
+    found: Scores = []
+    for start in range(0, len(data.examples), runner.batch_size):
+        batch = data.examples[start : start + runner.batch_size]
+        texts = runner.generate([example.tokens for example in batch], data.max_new_tokens)
+        found += [(float(is_answer(text, example.answers)), 1.0) for text, example in zip(texts, batch, strict=True)]
+        advance(len(batch))
+    return found
+
+
+def is_answer(text: str, answers: list[str]) -> bool:
+    """Whether a generated text is an answer, spaces around it apart; after a one-line answer other lines may follow."""
+    text = text.strip()
+    first_line = text.partition("\n")[0].strip()
+    return any(answer.strip() == (text if "\n" in answer.strip() else first_line) for answer in answers)
+
+
+def token_losses(runner: Runner, sequences: list[list[int]], advance: Advance = _ignore) -> Iterator[Tensor]:
+    """Of each sequence, the negative log-likelihood of every token but the first, in nats: float32, on the CPU."""
+    device = execution_device(runner.model)
+    for input_ids, attention_mask in padded_batches(sequences, runner.batch_size):
+        with torch.no_grad():
+            logits = runner.logits(input_ids.to(device), attention_mask.to(device))
+            losses = negative_log_likelihoods(logits, input_ids.to(logits.device)).cpu()
+        for row, length in zip(losses, attention_mask.sum(1).tolist(), strict=True):
+            yield row[: length - 1]
+        advance(len(input_ids))
+
+
+def negative_log_likelihoods(
+    logits: Float[Tensor, "batch seq vocab"], input_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch predicted"]:
+    """Of every token but the first, in nats."""
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(input_ids), -1)
+
+
+def negative_log_likelihood(
+    logits: Float[Tensor, "batch seq vocab"],
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"],
+) -> float:
+    """Summed over all predicted tokens, in nats."""
+    losses = negative_log_likelihoods(logits, input_ids)
+    return float((losses.double() * (attention_mask[:, 1:] != 0)).sum())
+
+
+def perplexity(model: Any, sequences: list[list[int]], batch_size: int, advance: Advance = _ignore) -> float:
+    """exp of the mean negative log-likelihood per predicted token, over all tokens of all sequences.
+
+    Padding is never predicted; the first token of a sequence, which nothing precedes, is not predicted either. The sum
+    runs in float64 over float32 log-likelihoods.
+    """
+    losses = list(token_losses(Runner(model, batch_size=batch_size), sequences, advance))
+    return math.exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))
+
+
+def padded_batches(sequences: list[list[int]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(input_ids, attention_mask), padded on the right."""
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        longest = max(len(sequence) for sequence in batch)
+        input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, sequence in enumerate(batch):
+            input_ids[row, : len(sequence)] = torch.tensor(sequence)
+            attention_mask[row, : len(sequence)] = 1
+        yield input_ids, attention_mask

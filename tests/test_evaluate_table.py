@@ -1,0 +1,250 @@
+"""`weft eval` from the command line: opponents, the oracle, resuming, and the files it writes."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+import transformers
+
+import weft
+import weft.evaluate.run as evaluation
+from models import lora, quietly, save_adapter
+from weft.cli import main
+from weft.errors import AdapterError
+from weft.evaluate import evaluate, perplexity
+from weft.evaluate.stage import MERGES, Merge, Stage, adapters, arrow, merged, mixture
+from weft.options import EvalOptions
+
+SENTENCES = ["the quick brown fox jumps", "over the lazy dog", "a mathematician proves it", "code that nobody reads"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Data sets of every kind, as `--data` takes them."""
+    rows = {
+        "math": [{"text": text} for text in SENTENCES],
+        "mixed": [{"text": text, "experts": [[0, "math"], [6, "code"]]} for text in SENTENCES],
+        "unlabelled": [{"text": text} for text in SENTENCES],
+        "choice": [
+            {"question": text, "choices": ["yes", "perhaps"], "answer": 1, "expert": "code"} for text in SENTENCES
+        ],
+        "question": [{"prompt": text, "answer": "no"} for text in SENTENCES],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return [f"{name}={tmp_path / name}.jsonl" for name in rows]
+
+
+@pytest.fixture
+def table(mixture, data, tmp_path):
+    """Run `weft eval` with further options; the JSON that it writes."""
+
+    def run(*options, data=data):
+        file = tmp_path / "table.json"
+        assert main(["eval", mixture, "--data", *data, "--max-new-tokens", "3", "--output", str(file), *options]) == 0
+        return json.loads(file.read_text())
+
+    return run
+
+
+def trained(folder):
+    """Give the gate of a saved mixture weights that differ from token to token."""
+    model = weft.from_pretrained(folder, is_trainable=True)
+    with torch.no_grad():
+        for parameter in model.internal_xlora_classifier.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def test_every_row_is_what_it_says(table, mixture, data, base_adapters, capsys):
+    trained(mixture)
+    found = table("--compare", f"again={mixture}", f"one={base_adapters['math']}", "--freeze-after", "3")
+    values = found["perplexity"]
+    merges = [f"merge {kind}" for kind in MERGES]
+    experts = ["only math", "only code"]
+    own = ["weft", "weft top-1", "weft frozen after 3"]
+    assert list(values) == ["base", *experts, "uniform mix", *merges, "arrow", *own, "again", "one", "oracle"]
+    assert list(values["weft"]) == ["math", "mixed", "unlabelled"]
+    assert list(found["accuracy"]["weft"]) == ["choice"]
+    assert list(found["exact_match"]["weft"]) == ["question"]
+    assert found["impossible"] == {}
+
+    # Two ways to the same model.
+    assert values["merge cat"] == pytest.approx(values["uniform mix"], rel=1e-5)
+    assert values["one"] == pytest.approx(values["only math"], rel=1e-5)
+    assert values["again"] == values["weft"]
+    assert (
+        len({row["math"] for name, row in values.items() if name not in ("merge cat", "one", "again", "oracle")}) == 13
+    )
+
+    model = weft.from_pretrained(mixture)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.config._name_or_path)
+    sequences = tokenizer(SENTENCES)["input_ids"]
+    assert values["weft"]["math"] == pytest.approx(perplexity(model, sequences, 4), rel=1e-5)
+    model.set_topk_lora(1)
+    assert values["weft top-1"]["math"] == pytest.approx(perplexity(model, sequences, 4), rel=1e-5)
+    assert values["base"]["math"] == pytest.approx(perplexity(model.base_model.unload(), sequences, 4), rel=1e-5)
+
+    assert set(values["oracle"]) == {"math", "mixed"}  # nobody knows the domains of the others
+    assert values["oracle"]["math"] == values["only math"]["math"]
+    assert found["accuracy"]["oracle"]["choice"] == found["accuracy"]["only code"]["choice"]
+    low, high = found["interval"]["weft"]["math"]
+    assert low < values["weft"]["math"] < high
+    assert found["minus_weft"]["again"]["math"] == [0.0, 0.0]
+    assert found["tokens_per_second"]["weft"] > 0
+    shown = capsys.readouterr().out
+    assert f"{values['weft']['math']:.2f} ±" in shown
+    assert "math: better than weft: " in shown
+    assert "merge ties: weight 1 each, density 0.5" in shown
+
+
+def test_what_is_known_is_not_measured_again(table, mixture, tmp_path, data, monkeypatch):
+    calls = []
+    score = evaluation.score
+    monkeypatch.setattr(
+        evaluation, "score", lambda runner, data, advance: calls.append(data.name) or score(runner, data)
+    )
+    rows = ("--rows", "base", "weft", "oracle")
+    first = table(*rows, data=data[:2])
+    assert sorted(calls) == ["math"] * 3 + ["mixed"] * 4  # base, weft, and the experts that the oracle needs
+    calls.clear()
+    again = table(*rows, data=data[:2])
+    assert calls == []
+    assert again == first
+
+    trained(mixture)
+    assert table(*rows, data=data[:2])["perplexity"]["weft"] != first["perplexity"]["weft"]
+    assert calls == ["math", "mixed"]  # the mixture's own row
+    calls.clear()
+    (tmp_path / "math.jsonl").write_text(json.dumps({"text": "another text"}))
+    table(*rows, data=data[:2])
+    assert calls == ["math"] * 3
+    calls.clear()
+
+    kept = tmp_path / "table.cells.jsonl"
+    kept.write_text(kept.read_text()[:-20])  # as after a process that was killed
+    table(*rows, data=data[:2])
+    assert len(calls) == 1
+    table(*rows, data=data[:2])
+    assert len(calls) == 1
+
+
+def test_a_stopped_evaluation_keeps_what_is_finished(table, mixture, data, monkeypatch, capsys, tmp_path):
+    score, calls = evaluation.score, []
+
+    def interrupted(runner, data, advance):
+        calls.append(data.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(runner, data, advance)
+
+    monkeypatch.setattr(evaluation, "score", interrupted)
+    output = str(tmp_path / "table.json")
+    assert main(["eval", mixture, "--data", *data[:1], "--rows", "base", "weft", "--output", output]) == 130
+    assert "stopped; finished cells are kept, the same command goes on" in capsys.readouterr().err
+    assert set(table("--rows", "base", "weft", data=data[:1])["perplexity"]) == {"base", "weft"}
+    assert len(calls) == 3
+
+
+def test_what_experts_of_different_ranks_make_impossible_is_said(base_folder, base_adapters, tmp_path, data):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    # Rank-stabilised and first: peft's merges copy its options.
+    other = save_adapter(base, lora(r=6, use_rslora=True), tmp_path / "other", seed=5)
+    paths = {"other": other, "math": base_adapters["math"]}
+    weft.from_adapters(str(base_folder), paths).save_pretrained(tmp_path / "mixture")
+    output = tmp_path / "table.json"
+    rows = ["uniform", "merges", "arrow"]
+    values = evaluate(EvalOptions(str(tmp_path / "mixture"), data=data[:1], rows=rows, output=str(output)))
+    assert list(values) == ["uniform mix", "merge cat"]
+    assert values["merge cat"]["math"] == pytest.approx(values["uniform mix"]["math"], rel=1e-5)
+    impossible = json.loads(output.read_text())["impossible"]
+    assert set(impossible) == {"arrow", *(f"merge {kind}" for kind in MERGES if kind != "cat")}
+    assert "same r value" in impossible["merge linear"]
+    assert "rank mismatch" in impossible["arrow"]
+
+
+def test_experts_whose_parts_would_be_left_out_are_not_merged(base_folder, base_adapters, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    biased = save_adapter(base, lora(lora_bias=True), tmp_path / "biased", seed=5)
+    paths = {"math": base_adapters["math"], "biased": biased}
+    stage = Stage(transformers.AutoModelForCausalLM.from_pretrained(base_folder))
+    message = "expert 'biased' has lora_bias, which peft would leave out here"
+    side_by_side = quietly(stage.carry, adapters(paths))
+    with pytest.raises(AdapterError, match=message), merged(side_by_side, Merge("cat", 1.0), 0):
+        pass
+    with pytest.raises(AdapterError, match=message):
+        stage.carry(arrow(paths, 0))
+
+
+def test_the_base_and_the_mixture_are_the_same_after_every_opponent(base_folder, base_adapters, mixture_folder):
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    modules = [type(module) for module in base.modules()]
+    ids = torch.randint(0, 200, (2, 9))
+    stage = Stage(base)
+    first = stage.carry(mixture(mixture_folder))(ids).logits
+    for kind in MERGES:
+        with merged(stage.carry(adapters(base_adapters)), Merge.default(kind, 2), seed=0) as model:
+            assert not torch.equal(model(ids).logits, first)
+    stage.carry(arrow(base_adapters, 0))(ids)
+    assert torch.equal(stage.carry(mixture(mixture_folder))(ids).logits, first)
+    stage.clear()
+    assert [type(module) for module in base.modules()] == modules
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+@pytest.fixture
+def mixture_folder(base_folder, base_adapters, tmp_path):
+    folder = str(tmp_path / "mixture")
+    weft.from_adapters(str(base_folder), base_adapters).save_pretrained(folder)
+    trained(folder)
+    return folder
+
+
+def test_a_searched_merge_is_no_worse_on_what_it_was_searched(table, data):
+    plain = table("--rows", "merges", data=data[:1])["perplexity"]
+    searched = table("--rows", "merges", "--search-data", data[0].partition("=")[2], data=data[:1])
+    for row, values in searched["perplexity"].items():
+        assert values["math"] <= plain[row]["math"] * (1 + 1e-6)
+    assert sum(values["math"] < plain[row]["math"] for row, values in searched["perplexity"].items()) >= 3
+    assert re.search(r"merge linear: weight [0-9.]+ each", "\n".join(searched["notes"]))
+
+
+def test_the_table_is_written_in_three_formats(table, tmp_path, data):
+    values = table(str(tmp_path / "t.md"), str(tmp_path / "t.csv"), "--rows", "base", "weft")
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert lines[0].startswith(
+        "| | math (perplexity) | mixed (perplexity) | unlabelled (perplexity) | choice (accuracy)"
+    )
+    assert any(line.startswith("| weft | ") and "[" in line for line in lines)
+    with (tmp_path / "t.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == ["base"] * 5 + ["weft"] * 5
+    assert float(rows[0]["value"]) == values["perplexity"]["base"]["math"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "nonsense"], r"rows \(nonsense\) must be of base, experts, .*or rows: .*only math"),
+        (["--stride", "16", "--sequence-length", "16"], r"stride \(16\) must be at least 0 and below sequence_length"),
+        (["--sequence-length", "1"], r"sequence_length \(1\) must be at least 2"),
+        (["--freeze-after", "0", "--batch-size", "0"], r"batch_size \(0\) must be at least 1(.|\n)*freeze_after \(0\)"),
+        (["--output", "table.txt"], r"output \(table.txt\) must end in .json, .md, .csv"),
+        (["--output", "/nowhere/t.json"], r"output \(/nowhere/t.json\) cannot be written: there is no folder /nowhere"),
+        (["--compare", "x"], r"compare has \['x'\], expected name=FOLDER"),
+        (["--compare", "x=/nowhere"], r"model \(/nowhere\) is neither a folder here nor a Hub id"),
+        (["--compare", "weft={mixture}"], r"compare names a row \(weft\) that is there already"),
+        (
+            ["--search-data", "{choice}"],
+            r"search_data \(.*choice.jsonl\) must be texts: merges are chosen by perplexity",
+        ),
+    ],
+)
+def test_options_that_cannot_work_are_named(options, message, mixture, data, tmp_path, capsys):
+    options = [option.format(mixture=mixture, choice=tmp_path / "choice.jsonl") for option in options]
+    assert main(["eval", mixture, "--data", *data[:1], *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
