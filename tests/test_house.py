@@ -12,13 +12,13 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options", "placement", "quantised"],
+    ["errors", "options", "palette", "placement", "quantised"],
     ["whole"],
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
-    ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled"],
-    ["gate", "experts", "backbone", "auxiliary", "callbacks"],
+    ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled", "traces"],
+    ["gate", "experts", "backbone", "auxiliary", "callbacks", "summary"],
     ["layers", "rank_weights", "gate_place", "given_hidden"],
-    ["convert", "passes", "adapters"],
+    ["convert", "passes", "adapters", "page", "figures"],
     ["manifest", "seq2seq", "finite", "whole_checkpoints", "heads"],
     ["checkpoint"],
     ["model"],
@@ -29,7 +29,7 @@ ORDER = [
     ["start_from"],
     ["train", "evaluate"],
     ["train_experts"],
-    ["folding"],
+    ["folding", "tracing"],
     ["cli"],
     ["__init__", "__main__"],
 ]

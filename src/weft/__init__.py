@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from weft.model import XLoraModel
     from weft.scaling_cache import ScalingCache, ScalingCacheCollator
     from weft.streaming import Generation, Step, generate, stream
+    from weft.traces import Trace
+    from weft.tracing import trace, trace_data, trace_generation
 
 __version__ = "0.1.0"
 
@@ -27,6 +29,7 @@ _HOMES = {
     "ScalingCache": "weft.scaling_cache",
     "ScalingCacheCollator": "weft.scaling_cache",
     "Step": "weft.streaming",
+    "Trace": "weft.traces",
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
@@ -39,6 +42,9 @@ _HOMES = {
     "mean_scalings": "weft.folding",
     "register_with_peft": "weft.integration",
     "stream": "weft.streaming",
+    "trace": "weft.tracing",
+    "trace_data": "weft.tracing",
+    "trace_generation": "weft.tracing",
     "unregister_from_peft": "weft.integration",
 }
 
@@ -48,6 +54,7 @@ __all__ = [
     "ScalingCache",
     "ScalingCacheCollator",
     "Step",
+    "Trace",
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
@@ -60,6 +67,9 @@ __all__ = [
     "mean_scalings",
     "register_with_peft",
     "stream",
+    "trace",
+    "trace_data",
+    "trace_generation",
     "unregister_from_peft",
 ]
 

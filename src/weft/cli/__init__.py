@@ -1,4 +1,4 @@
-"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`.
+"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`, `inspect`, `add-expert`, `drop-expert`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
 """
@@ -20,11 +20,12 @@ from weft.options import (
     EvalOptions,
     FoldOptions,
     GenerateOptions,
+    InspectOptions,
     TrainOptions,
 )
 
 # Options that take several values separated by spaces, as users of argparse expect.
-_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights")
+_LISTS = ("--adapters", "--data", "--eval_data", "--experts_from", "--expert_targets", "--weights", "--compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,6 +87,13 @@ def _fold(options: FoldOptions) -> None:
     fold_mixture(options)
 
 
+def _inspect(options: InspectOptions) -> None:
+    _quiet()
+    from weft.cli.inspect import inspect
+
+    inspect(options)
+
+
 def _chat(options: ChatOptions) -> None:
     _quiet()
     from weft.cli.chat import chat
@@ -113,6 +121,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "generate": (_generate, GenerateOptions),
     "chat": (_chat, ChatOptions),
     "fold": (_fold, FoldOptions),
+    "inspect": (_inspect, InspectOptions),
     "add-expert": (_add_expert, AddExpertOptions),
     "drop-expert": (_drop_expert, DropExpertOptions),
 }
