@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -171,7 +170,7 @@ def without_title(metadata, tensors):
         (lambda meta, _: meta.update(version="2"), r"version '2', newer than this weft reads \(1\): update weft"),
         (lambda meta, _: meta.update(version="one"), r"version 'one', newer than this weft reads \(1\)"),
         (lambda meta, _: meta.update(trace="{"), r"is no whole trace \(its header is no JSON"),
-        (lambda meta, _: meta.update(trace="[]"), r"its header lacks or garbles something"),
+        (lambda meta, _: meta.update(trace="[]"), r"its header is no JSON object"),
         (without_title, r"its header lacks or garbles something: KeyError\('title'\)"),
         (lambda _, tensors: tensors.pop("log_probs"), r"is no whole trace \(.*log_probs.*\): record it again"),
         (
@@ -290,4 +289,4 @@ def test_experts_that_are_off_cannot_be_traced(model, tokenizer):
 def test_a_text_beyond_the_models_positions_is_read_in_parts(model, tokenizer):
     traced = weft.trace(model, "x" * 1030, tokenizer=tokenizer)
     assert [text.num_tokens for text in traced.texts] == [1024, 6]
-    assert re.search(r"<weft.Trace '': 1030 tokens in 2 texts, 6 layers, 2 experts>", repr(traced))
+    assert repr(traced) == "<weft.Trace '': tokens 1030, texts 2, layers 6, experts 2>"

@@ -89,8 +89,13 @@ class Trace:
         return len(self.token_ids)
 
     def __repr__(self) -> str:
-        layers = f"{len(self.layer_names)} layers, {len(self.expert_names)} experts"
-        return f"<weft.Trace {self.title!r}: {len(self)} tokens in {len(self.texts)} texts, {layers}>"
+        sizes = {
+            "tokens": len(self),
+            "texts": len(self.texts),
+            "layers": len(self.layer_names),
+            "experts": len(self.expert_names),
+        }
+        return f"<weft.Trace {self.title!r}: {', '.join(f'{name} {size}' for name, size in sizes.items())}>"
 
     def _repr_html_(self) -> str:
         from weft.page import notebook_cell
@@ -166,13 +171,9 @@ class Trace:
         )
 
     def _part(self, kept: Bool[Tensor, "token"], texts: list[TracedText], num_left_out: int) -> Trace:
-        return replace(
-            self,
-            **{name: getattr(self, name)[kept] for name in _TENSORS},
-            pieces=tuple(compress(self.pieces, kept.tolist())),
-            texts=tuple(texts),
-            num_left_out=num_left_out,
-        )
+        tensors: dict[str, Any] = {name: getattr(self, name)[kept] for name in _TENSORS}
+        pieces = tuple(compress(self.pieces, kept.tolist()))
+        return replace(self, **tensors, pieces=pieces, texts=tuple(texts), num_left_out=num_left_out)
 
     # ------------------------------------------------------------------ the file
 
@@ -183,7 +184,7 @@ class Trace:
             CheckpointError: the file cannot be written; what was there before is unchanged.
         """
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        header = {name: list(getattr(self, name)) for name in _TEXTS}
+        header: dict[str, Any] = {name: list(getattr(self, name)) for name in _TEXTS}
         header |= {"texts": [asdict(text) for text in self.texts], "title": self.title, "left_out": self.num_left_out}
         metadata = {"format": FORMAT, "version": str(VERSION), "trace": json.dumps(header, ensure_ascii=False)}
         try:
@@ -278,13 +279,15 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         header = json.loads(metadata.get("trace", ""))
     except ValueError as err:
         raise CheckpointError(f"{path} is no whole trace (its header is no JSON: {err}): record it again") from err
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no whole trace (its header is no JSON object): record it again")
     return header
 
 
-def _assembled(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Trace:
+def _assembled(path: Path, tensors: dict[str, Any], header: dict[str, Any]) -> Trace:
     """The trace of these parts, which must fit together."""
     try:
-        names = {name: tuple(map(str, header[name])) for name in _TEXTS}
+        names: dict[str, Any] = {name: tuple(map(str, header[name])) for name in _TEXTS}
         texts = tuple(TracedText(**text) for text in header["texts"])
         title, num_left_out = str(header["title"]), int(header["left_out"])
         num_tokens = sum(text.num_tokens for text in texts)
@@ -293,7 +296,7 @@ def _assembled(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -
             f"{path} is no whole trace (its header lacks or garbles something: {err!r}): record it again"
         ) from err
     expected = {name: [num_tokens] for name in _TENSORS}
-    expected["scalings"] += [len(names["layer_names"]), len(names["expert_names"])]
+    expected["scalings"] = [num_tokens, len(names["layer_names"]), len(names["expert_names"])]
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if found != expected or len(names["pieces"]) != num_tokens:
         raise CheckpointError(

@@ -52,7 +52,8 @@ def inspect(options: InspectOptions) -> None:
 
 def _check(options: InspectOptions) -> None:
     given = [name for name in ("text", "data", "generate") if getattr(options, name)]
-    is_trace, problems = Path(options.model).is_file(), []
+    is_trace = Path(options.model).is_file()
+    problems = []
     if is_trace and given:
         problems.append(f"model ({options.model}) is a trace already: leave {' and '.join(given)} out")
     elif not is_trace and len(given) != 1:
