@@ -33,6 +33,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1240, "height": 900}, color_scheme=arguments.scheme)
         page.goto(arguments.page.resolve().as_uri())
+        page.locator("#relative").click()
         page.locator("[data-i='96']").click()
         page.locator("[data-i='160']").click(modifiers=["Shift"])
         page.locator("[data-i='118']").hover()

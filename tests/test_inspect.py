@@ -94,7 +94,7 @@ def test_a_figure_without_matplotlib_names_the_extra(monkeypatch):
         write_figure(made(["a", "b"]), "a.pdf")
 
 
-@pytest.mark.parametrize("suffix", ["pdf", "png", "svg"])
+@pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_figures_are_written_whole_or_not_at_all(suffix, tmp_path):
     texts = (TracedText("$code_", 5), TracedText("_law", 5))
     trace = made(list("the texts."), experts=[f"e_{number}$" for number in range(10)], texts=texts)

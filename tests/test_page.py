@@ -181,6 +181,24 @@ def test_the_text_takes_the_colours_of_one_layer_or_one_expert(show):
         assert ground(opened, number) == pytest.approx([*rgb(1), row[1]], abs=5e-3)
 
 
+def test_against_the_average_the_colours_show_who_acts_more_than_usual(show):
+    pieces = ["a", "b", "c", "d"]
+    scalings = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.9, 0.1], [0.6, 0.4]])[:, None]
+    trace = made(pieces, num_layers=1, scalings=scalings)
+    opened = show(trace)
+    assert [ground(opened, number)[:3] for number in range(4)] == [rgb(0)] * 4
+    before = bars(opened), picture(opened, "positions")
+    opened.keyboard.press("r")
+    relative = trace.shares() / trace.shares().mean(0)
+    relative /= relative.sum(-1, keepdim=True)
+    for number, expert in enumerate((0, 0, 0, 1)):
+        assert ground(opened, number) == pytest.approx([*rgb(expert), float(relative[number, expert])], abs=5e-3)
+    assert bars(opened) == before[0]
+    assert picture(opened, "positions") != before[1]
+    opened.get_by_role("button", name="against the average").click()
+    assert picture(opened, "positions") == before[1]
+
+
 def test_keys_walk_extend_and_end(show):
     opened = show(made(PIECES))
     chosen = opened.locator("#chosen")

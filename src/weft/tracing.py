@@ -258,7 +258,10 @@ def _read(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scalings and both log-probabilities of the tokens of a batch, its padding left out."""
     device, present = execution_device(tuner.backbone.base), attention_mask.bool()
-    arguments = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    arguments: dict[str, Any] = {
+        "input_ids": input_ids.to(device),
+        "attention_mask": attention_mask.to(device),
+    }
     if tuner.backbone.takes("use_cache"):
         arguments["use_cache"] = False
     output = tuner(**arguments)

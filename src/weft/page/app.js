@@ -15,11 +15,12 @@ const palette = {
   },
 };
 
-// selection: {from, to, anchor}, null for all tokens; layer and focus: numbers, null for all.
-const state = { number: 0, selection: null, layer: null, focus: null };
+// selection: {from, to, anchor}, null for all tokens; layer and focus: numbers, null for all; relative: whether the
+// colours show shares against the average.
+const state = { number: 0, selection: null, layer: null, focus: null, relative: false };
 const textView = new TextView($("text"));
 const tip = new Tip($("tip"));
-let theme, shares, means;
+let theme, shares, coloured, means;
 
 const current = () => traces[state.number];
 
@@ -28,7 +29,9 @@ const current = () => traces[state.number];
 function drawAll() {
   theme = themeColours();
   shares = sharesOf(current(), state.layer);
-  textView.colour(current(), shares, state.focus, palette, theme);
+  coloured = state.relative ? againstAverage(shares, current().experts.length) : shares;
+  textView.colour(current(), coloured, state.focus, palette, theme);
+  $("relative").setAttribute("aria-pressed", String(state.relative));
   fillLegend($("legend"), current(), shares, state.focus, palette, toggleFocus);
   drawChosen();
 }
@@ -42,7 +45,7 @@ function drawChosen() {
   $("piece").textContent = excerpt(trace, selection);
   $("bars").replaceChildren(...barRows(trace, meanRows(shares, trace.experts.length, from, to), palette));
   $("facts").replaceChildren(...factRows(from === to ? describeToken(trace, from).slice(1) : predictionFacts(trace, from, to)));
-  drawPositions($("positions"), trace, shares, selection, palette, theme);
+  drawPositions($("positions"), trace, coloured, selection, palette, theme);
   $("gain-part").hidden = !trace.predicts;
   if (trace.predicts) drawGain($("gain"), trace, selection, theme);
   const most = drawHeat($("heat"), trace, means.weights, layer, palette, theme);
@@ -96,6 +99,11 @@ function chooseAll() {
 
 function toggleFocus(expert) {
   state.focus = state.focus === expert ? null : expert;
+  drawAll();
+}
+
+function toggleRelative() {
+  state.relative = !state.relative;
   drawAll();
 }
 
@@ -181,6 +189,7 @@ const KEYS = {
     state.focus = next < current().experts.length ? next : null;
     drawAll();
   },
+  r: toggleRelative,
   t: switchTheme,
   "?": () => $("help").showModal(),
 };
@@ -194,6 +203,7 @@ window.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
+$("relative").addEventListener("click", toggleRelative);
 $("theme").addEventListener("click", switchTheme);
 $("keys").addEventListener("click", () => $("help").showModal());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

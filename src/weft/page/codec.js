@@ -50,6 +50,18 @@ function sharesOf(trace, layer) {
   return shares;
 }
 
+// Shares against what each expert has on average in this trace: share / mean share, made to sum to 1 for each token.
+function againstAverage(shares, experts) {
+  const size = shares.length / experts, means = meanRows(shares, experts, 0, size - 1);
+  const relative = shares.map((share, i) => (means[i % experts] > 0 ? share / means[i % experts] : 0));
+  for (let token = 0; token < size; token++) {
+    const row = relative.subarray(token * experts, (token + 1) * experts);
+    const total = row.reduce((a, b) => a + b, 0);
+    if (total > 0) row.forEach((value, expert) => (row[expert] = value / total));
+  }
+  return relative;
+}
+
 // Mean over the tokens from..to of rows of `width` values.
 function meanRows(values, width, from, to) {
   const sums = new Float64Array(width);
