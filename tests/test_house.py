@@ -12,13 +12,13 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options", "format_options", "placement", "quantised", "licences"],
+    ["errors", "options", "format_options", "palette", "placement", "quantised", "licences"],
     ["whole", "processes"],
     ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
-    ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled"],
-    ["gate", "experts", "backbone", "auxiliary", "callbacks"],
+    ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled", "traces"],
+    ["gate", "experts", "backbone", "auxiliary", "callbacks", "summary"],
     ["layers", "rank_weights", "gate_place", "given_hidden"],
-    ["convert", "passes", "adapters"],
+    ["convert", "passes", "adapters", "page", "figures"],
     ["manifest", "original", "seq2seq", "finite", "whole_checkpoints", "heads"],
     ["checkpoint"],
     ["model"],
@@ -30,7 +30,7 @@ ORDER = [
     ["distributed", "start_from"],
     ["train", "evaluate"],
     ["train_experts"],
-    ["folding"],
+    ["folding", "tracing"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from weft.model import XLoraModel
     from weft.scaling_cache import ScalingCache, ScalingCacheCollator
     from weft.streaming import Generation, Step, generate, stream
+    from weft.traces import Trace
+    from weft.tracing import trace, trace_data, trace_generation
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ _HOMES = {
     "ScalingCache": "weft.scaling_cache",
     "ScalingCacheCollator": "weft.scaling_cache",
     "Step": "weft.streaming",
+    "Trace": "weft.traces",
     "XLoraConfig": "weft.config",
     "XLoraClassifier": "weft.gate",
     "XLoraModel": "weft.model",
@@ -45,6 +48,9 @@ _HOMES = {
     "push": "weft.hub",
     "register_with_peft": "weft.integration",
     "stream": "weft.streaming",
+    "trace": "weft.tracing",
+    "trace_data": "weft.tracing",
+    "trace_generation": "weft.tracing",
     "unregister_from_peft": "weft.integration",
     "write_card": "weft.card",
 }
@@ -55,6 +61,7 @@ __all__ = [
     "ScalingCache",
     "ScalingCacheCollator",
     "Step",
+    "Trace",
     "XLoraClassifier",
     "XLoraConfig",
     "XLoraModel",
@@ -70,6 +77,9 @@ __all__ = [
     "push",
     "register_with_peft",
     "stream",
+    "trace",
+    "trace_data",
+    "trace_generation",
     "unregister_from_peft",
     "write_card",
 ]

@@ -299,6 +299,54 @@ class FoldOptions:
 
 
 @dataclass
+class InspectOptions:
+    """Show what the gate does with a text: which expert acts where, and what the mixture gains by it.
+
+    Give one of `text`, `data` and `generate`, or a trace file in the place of the model.
+
+    Args:
+        model: Folder or Hub id of a trained mixture, or a trace file, written with `output`.
+        text: A text for the gate to read.
+        data: Data sets as name=FILE (or FILE), one or more, separated by spaces; files as for `weft train`.
+        generate: A text for the mixture to continue; what it writes is shown too.
+        compare: Trace files to show beside this one, separated by spaces.
+        html: File for a page that shows all of it and opens without a network; null writes none.
+        output: File for the trace; null writes none.
+        figure: File for a figure, .pdf, .png or .svg, drawn with matplotlib; null writes none.
+        title: What the trace is called; null takes the model's name.
+        max_tokens: The trace has at most so many tokens, the first ones; data sets have equal parts of it.
+        max_new_tokens: At most so many generated tokens.
+        temperature: Of `generate`: 0 always takes the likeliest token; above 0 samples, the higher the freer.
+        seed: For sampling.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+        sequence_length: Tokens per sequence of the data; longer texts are cut into several.
+        batch_size: Sequences of the data per forward pass.
+        dtype: The base model's number format; auto takes what it is saved in.
+        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
+            it as it is saved.
+    """
+
+    model: str
+    text: str = ""
+    data: list[str] = field(default_factory=list)
+    generate: str = ""
+    compare: list[str] = field(default_factory=list)
+    html: str | None = None
+    output: str | None = None
+    figure: str | None = None
+    title: str | None = None
+    max_tokens: int = 4096
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    base: str | None = None
+    sequence_length: int = 512
+    batch_size: int = 4
+    dtype: Dtype = "auto"
+    quantization: Quantization | None = None
+
+
+@dataclass
 class AddExpertOptions:
     """Add an expert to a trained mixture. What the gate has learned of the others stays; the new one starts neutral.
 

@@ -109,7 +109,7 @@ def stream(
         >>> for step in weft.stream(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32):
         ...     print(step.text, end="", flush=True)
     """
-    tuner = _mixture(model)
+    tuner = tuner_of(model)
     check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if tuner.backbone.is_encoder_decoder:
         raise ConfigError(
@@ -243,7 +243,7 @@ class Reader:
 
     def __init__(self, model: Any, cache: Cache, freeze_at: int | None = None) -> None:
         self.model = model
-        self.tuner = _mixture(model)
+        self.tuner = tuner_of(model)
         self.cache = cache
         self.freeze_at = freeze_at
         self._shares: list[dict[str, float]] = []
@@ -315,7 +315,12 @@ def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_sca
         )
 
 
-def _mixture(model: Any) -> XLoraModel:
+def tuner_of(model: Any) -> XLoraModel:
+    """The X-LoRA model itself, of what users have of it.
+
+    Raises:
+        ConfigError: there is none in it.
+    """
     tuner = model if isinstance(model, XLoraModel) else getattr(model, "base_model", None)
     if not isinstance(tuner, XLoraModel):
         raise ConfigError(

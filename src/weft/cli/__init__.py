@@ -1,4 +1,4 @@
-"""The `weft` command: `train`, `eval`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`, `convert`,
+"""The `weft` command: `train`, `eval`, `inspect`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`, `convert`,
 `card`, `push`, `pull`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
@@ -24,6 +24,7 @@ from weft.options import (
     EvalOptions,
     FoldOptions,
     GenerateOptions,
+    InspectOptions,
     TrainOptions,
 )
 
@@ -129,6 +130,13 @@ def _fold(options: FoldOptions) -> None:
     fold_mixture(options)
 
 
+def _inspect(options: InspectOptions) -> None:
+    _quiet()
+    from weft.cli.inspect import inspect
+
+    inspect(options)
+
+
 def _chat(options: ChatOptions) -> None:
     _quiet()
     from weft.cli.chat import chat
@@ -184,6 +192,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "generate": (_generate, GenerateOptions),
     "chat": (_chat, ChatOptions),
     "fold": (_fold, FoldOptions),
+    "inspect": (_inspect, InspectOptions),
     "add-expert": (_add_expert, AddExpertOptions),
     "drop-expert": (_drop_expert, DropExpertOptions),
     "convert": (_convert, ConvertOptions),

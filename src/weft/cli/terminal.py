@@ -8,10 +8,8 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from weft.palette import PALETTE, colour_of
 from weft.streaming import Step
-
-# Okabe and Ito's, distinguishable without full colour vision; grey for their black, which dark terminals swallow.
-_PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999999")
 
 # A model's text must not steer the terminal: control characters are shown as their pictures.
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
@@ -37,15 +35,15 @@ class StepPrinter:
     def __init__(self, experts: Sequence[str], show_experts: bool) -> None:
         self.console = Console(soft_wrap=True)
         names = experts if show_experts else ()
-        self._styles = {name: Style(color=_PALETTE[place % len(_PALETTE)]) for place, name in enumerate(names)}
+        self._styles = {name: Style(color=colour_of(place)) for place, name in enumerate(names)}
         self._steps: list[Step] = []
 
     def legend(self) -> None:
         """Name the experts in their colours."""
         if self._styles:
             self._line({name: name for name in self._styles})
-        if len(self._styles) > len(_PALETTE):
-            self.write(f"(colours repeat after {len(_PALETTE)} experts)\n")
+        if len(self._styles) > len(PALETTE):
+            self.write(f"(colours repeat after {len(PALETTE)} experts)\n")
 
     def add(self, step: Step) -> None:
         """Write a step's text."""

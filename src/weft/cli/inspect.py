@@ -1,0 +1,174 @@
+"""`weft inspect`: what the gate does with a text, in the terminal, as a page, a file or a figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from weft.cli.terminal import StepPrinter
+from weft.data import named_sources
+from weft.errors import ConfigError
+from weft.figures import check_figure, write_figure
+from weft.loading import load_mixture
+from weft.options import InspectOptions
+from weft.page import write_page
+from weft.palette import colour_of
+from weft.sampling import check_decoding
+from weft.streaming import Step
+from weft.summary import summarise
+from weft.traces import Trace
+from weft.tracing import trace, trace_data, trace_generation
+
+
+def inspect(options: InspectOptions) -> None:
+    """Record or read a trace, print it, and write what is asked for.
+
+    Raises:
+        WeftError: the model, the options, the data or a file cannot work.
+    """
+    _check(options)
+    others = [Trace.load(file) for file in options.compare]  # before a long look at the data
+    shown = Trace.load(options.model) if Path(options.model).is_file() else _recorded(options)
+    if options.output is not None:
+        shown.save(options.output)
+    _print(shown, others)
+    if options.html is not None:
+        write_page([shown, *others], options.html)
+        print(f"page: {options.html}")
+    if options.figure is not None:
+        write_figure(shown, options.figure)
+        print(f"figure: {options.figure}")
+    if options.output is not None:
+        print(f"trace: {options.output}, to be shown again with  weft inspect {options.output}")
+
+
+def _check(options: InspectOptions) -> None:
+    given = [name for name in ("text", "data", "generate") if getattr(options, name)]
+    is_trace = Path(options.model).is_file()
+    problems = []
+    if is_trace and given:
+        problems.append(f"model ({options.model}) is a trace already: leave {' and '.join(given)} out")
+    elif not is_trace and len(given) != 1:
+        found = f"{' and '.join(given)} are both given" if given else "text, data and generate are missing"
+        problems.append(f"{found}: give one of them, a text, data files or a prompt to continue")
+    if options.max_tokens < 1 or options.batch_size < 1:
+        problems.append(
+            f"max_tokens ({options.max_tokens}) and batch_size ({options.batch_size}) must be at least 1 each"
+        )
+    if problems:
+        raise ConfigError("the options cannot work:", problems)
+    if options.generate:
+        check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=None, top_p=None)
+    if options.figure is not None:
+        check_figure(options.figure)
+
+
+def _recorded(options: InspectOptions) -> Trace:
+    sources = named_sources(options.data)
+    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "title": options.title or Path(options.model).name,
+        "max_tokens": options.max_tokens,
+    }
+    if options.text:
+        return trace(model, options.text, **common)
+    if options.generate:
+        return trace_generation(
+            model,
+            options.generate,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            **common,
+        )
+    with Progress(transient=True) as progress:
+        task = progress.add_task("the gate reads", total=None)
+        return trace_data(
+            model,
+            sources,
+            sequence_length=options.sequence_length,
+            batch_size=options.batch_size,
+            advance=lambda done: progress.advance(task, done),
+            **common,
+        )
+
+
+def _print(shown: Trace, others: list[Trace]) -> None:
+    console = Console()
+    if len(shown.texts) == 1:
+        print_text(shown, Console(soft_wrap=True))
+    console.print(summarise(shown), markup=False, highlight=False)
+    console.print(expert_table(shown))
+    if len(shown.by_name()) > 1:
+        console.print(data_table(shown))
+    if others:
+        console.print(comparison_table([shown, *others]))
+
+
+def print_text(shown: Trace, console: Console) -> None:
+    """The text, each token in the colour of its leading expert."""
+    printer = StepPrinter(shown.expert_names, show_experts=True)
+    printer.console = console
+    printer.legend()
+    for token, piece, row in zip(shown.token_ids.tolist(), shown.pieces, shown.shares().tolist(), strict=True):
+        printer.add(Step(token, piece, dict(zip(shown.expert_names, row, strict=True))))
+    printer.write("\n\n")
+
+
+def expert_table(shown: Trace) -> Table:
+    """A row per expert: its share, how often it leads, and the layer that takes most of it."""
+    table = Table()
+    for name, side in (("expert", "left"), ("mean share", "right"), ("leads", "right"), ("strongest in", "left")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    means = shown.shares().mean(0)
+    leads = torch.bincount(shown.leading(), minlength=len(means)) / len(shown)
+    weights = shown.scalings.mean(0, dtype=torch.float32)  # [layer, expert]
+    for number, name in enumerate(shown.expert_names):
+        strongest = int(weights[:, number].argmax())
+        table.add_row(
+            Text(name, Style(color=colour_of(number))),
+            f"{means[number]:.1%}",
+            f"{leads[number]:.1%}",
+            f"{escape(shown.layer_names[strongest])} ({weights[strongest, number]:.2f})",
+        )
+    return table
+
+
+def data_table(shown: Trace) -> Table:
+    """Experts by data set: mean shares, the largest of each row bold, and the perplexities."""
+    table = Table(title="mean shares by data set")
+    table.add_column("")
+    for number, name in enumerate(shown.expert_names):
+        table.add_column(name, justify="right", header_style=Style(color=colour_of(number)))
+    for name in ("base ppl", "weft ppl"):
+        table.add_column(name, justify="right")
+    for name, row in shown.by_name().items():
+        cells = [f"[bold]{share:.1%}[/bold]" if share == row.max() else f"{share:.1%}" for share in row]
+        found = shown.only(name).perplexities()
+        table.add_row(escape(name), *cells, *(["–", "–"] if found is None else [f"{found[1]:.2f}", f"{found[0]:.2f}"]))
+    return table
+
+
+def comparison_table(traces: list[Trace]) -> Table:
+    """A row per trace: mean shares and perplexities."""
+    names = list(dict.fromkeys(name for shown in traces for name in shown.expert_names))
+    table = Table(title="compared")
+    table.add_column("")
+    for name in (*names, "tokens", "base ppl", "weft ppl"):
+        table.add_column(name, justify="right")
+    for number, shown in enumerate(traces, 1):
+        means = dict(zip(shown.expert_names, shown.shares().mean(0).tolist(), strict=True))
+        cells = [f"{means[name]:.1%}" if name in means else "–" for name in names]
+        found = shown.perplexities()
+        numbers = ["–", "–"] if found is None else [f"{found[1]:.2f}", f"{found[0]:.2f}"]
+        table.add_row(escape(f"{number} {shown.title}"), *cells, str(len(shown)), *numbers)
+    return table

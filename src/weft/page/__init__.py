@@ -1,0 +1,119 @@
+"""One HTML file that shows traces: it needs no other file and no network.
+
+Here numbers become compact text and take their place in `page.html`, with `style.css` and the scripts; what is seen is
+the scripts' matter: codec.js (numbers again), words.js (how text is shown), text.js, charts.js, panels.js and app.js
+(what is chosen, mouse and keys).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.errors import CheckpointError, ConfigError, first_line
+from weft.palette import PALETTE
+from weft.summary import summarise
+from weft.traces import Trace
+from weft.whole import replace_file
+
+_SCRIPTS = ("codec.js", "words.js", "text.js", "charts.js", "panels.js", "app.js")
+_CELL_HEIGHT = 900
+
+
+def write_page(traces: Sequence[Trace], file: str | os.PathLike[str]) -> None:
+    """Write the page of one or more traces, between which it switches.
+
+    Args:
+        traces: one or more; those of the same texts are compared token by token.
+        file: an .html file; all of it is written, or nothing.
+
+    Raises:
+        CheckpointError: it cannot be written.
+
+    Example:
+        >>> write_page([weft.trace(model, text, tokenizer=tokenizer)], "gates.html")
+    """
+    text = page(traces)
+    try:
+        replace_file(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as err:
+        raise CheckpointError(f"{file} cannot be written: {first_line(err)}; give another file") from err
+
+
+def page(traces: Sequence[Trace]) -> str:
+    """The page as a string."""
+    if not traces:
+        raise ConfigError("traces is empty: the page needs at least one")
+    # Experts of one name have one colour in all traces.
+    names = list(dict.fromkeys(name for trace in traces for name in trace.expert_names))
+    data = {"palette": PALETTE, "traces": [_encoded(trace, names) for trace in traces]}
+    here = files(__package__)
+    parts = {
+        "title": html.escape(traces[0].title or "trace"),
+        "style": (here / "style.css").read_text(encoding="utf-8"),
+        "script": "\n".join((here / name).read_text(encoding="utf-8") for name in _SCRIPTS),
+        "data": _json(data),
+    }
+    template = (here / "page.html").read_text(encoding="utf-8")
+    # All places at once: what a part says is never taken for a place.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
+
+
+def notebook_cell(trace: Trace) -> str:
+    """The page in a frame of its own, which can do nothing to the notebook around it."""
+    frame = f'<iframe sandbox="allow-scripts" style="width:100%;height:{_CELL_HEIGHT}px;border:0" srcdoc="'
+    return f'{frame}{html.escape(page([trace]))}" title="weft trace"></iframe>'
+
+
+def _json(data: Any) -> str:
+    """JSON that ends no script element, whatever is in it."""
+    text = json.dumps(data, separators=(",", ":"))  # ASCII: no bidi mark stands in the source
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _encoded(trace: Trace, names: list[str]) -> dict[str, Any]:
+    scalings = trace.scalings.float()
+    # Almost always 0 and 1; a gate without a softmax has other weights.
+    low, high = min(0.0, float(scalings.min())), max(1.0, float(scalings.max()))
+    return {
+        "title": trace.title,
+        "summary": summarise(trace),
+        "experts": trace.expert_names,
+        "colours": [names.index(name) for name in trace.expert_names],
+        "layers": trace.layer_names,
+        "pieces": trace.pieces,
+        "ids": trace.token_ids.tolist(),
+        "texts": [
+            {"name": text.name, "start": start, "end": start + text.num_tokens, "prompt": text.prompt_length}
+            for text, start in trace.starts()
+        ],
+        "low": low,
+        "high": high,
+        "scalings": _bytes((scalings - low) * (255 / (high - low))),  # [token, layer, expert]
+        "entropy": _bytes(trace.entropy() * 255),  # [token, layer]
+        "shares": _floats(trace.shares()),  # [token, expert]
+        "logProbs": _floats(trace.log_probs),
+        "baseLogProbs": _floats(trace.base_log_probs),
+    }
+
+
+def _bytes(values: Tensor) -> str:
+    return _base64(values.round().clamp(0, 255).to(torch.uint8))
+
+
+def _floats(values: Tensor) -> str:
+    return _base64(values.float())
+
+
+def _base64(values: Tensor) -> str:
+    return base64.b64encode(values.contiguous().numpy().tobytes()).decode()
