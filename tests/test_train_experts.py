@@ -18,7 +18,7 @@ from weft.cli import main
 from weft.errors import ConfigError
 from weft.options import TrainOptions
 from weft.train import train
-from weft.train_experts import train_in_stages
+from weft.train_experts import train_experts, train_in_stages
 
 TENSORS = "adapter_model.safetensors"
 
@@ -248,3 +248,16 @@ def test_the_commands_of_the_page_run(base_folder, base_adapters, tmp_path, monk
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
     assert weft.from_pretrained("my-new-mixture-without-chem").xlora_config.expert_names == ["code", "law"]
+
+
+def test_an_expert_may_be_trained_by_itself_to_be_compared(base_folder, texts, tmp_path):
+    options = TrainOptions(
+        base=str(base_folder), experts_from={"one": str(texts["fox"])}, expert_steps=1, sequence_length=16
+    )
+    options.output = str(tmp_path / "out")
+    said = []
+    folders = train_experts(options, said.append)
+    assert peft.PeftConfig.from_pretrained(str(folders["one"])).r == 8
+    assert not (tmp_path / "out").exists()
+    assert train_experts(options, said.append) == folders
+    assert len(said) == 1
