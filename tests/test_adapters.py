@@ -377,7 +377,7 @@ def test_adapter_is_read_from_the_hub_and_then_from_the_cache_offline(hub, good,
     (repository / "adapter_model.bin").write_bytes(b"a pickle")
     expected = alone(weft.from_adapters(tiny_llama(), {"math": good}), "math")
     (online,) = read_adapters({"math": "user/math"})
-    assert sorted(file.name for file in online.folder.iterdir()) == [CONFIG, TENSORS]  # no pickle is fetched
+    assert sorted(file.name for file in online.folder.iterdir()) == ["README.md", CONFIG, TENSORS]  # no pickle
     assert torch.equal(alone(weft.from_adapters(tiny_llama(), {"math": "user/math"}), "math"), expected)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(alone(weft.from_adapters(tiny_llama(), {"math": "user/math"}), "math"), expected)
