@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import weft
-from models import folder_files, save_adapter
+from models import folder_files, quietly, save_adapter
 from weft.cli import main
 from weft.errors import ConfigError
 from weft.options import TrainOptions
@@ -256,7 +256,7 @@ def test_an_expert_may_be_trained_by_itself_to_be_compared(base_folder, texts, t
     )
     options.output = str(tmp_path / "out")
     said = []
-    folders = train_experts(options, said.append)
+    folders = quietly(train_experts, options, said.append)
     assert peft.PeftConfig.from_pretrained(str(folders["one"])).r == 8
     assert not (tmp_path / "out").exists()
     assert train_experts(options, said.append) == folders
