@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 import weft
 from contenders import ROOT, quiet
 from harness import save, setting
 from weft.data import read_texts, token_sequences
-from weft.evaluate import negative_log_likelihood, padded_batches, perplexity
+from weft.evaluate import perplexity
 from weft.options import TrainOptions
 from weft.train import train
 
@@ -127,22 +125,9 @@ def whole(model: Any, sequences: list[list[int]]) -> float:
     return perplexity(model, sequences, batch_size=4)
 
 
-@torch.no_grad()
 def frozen(model: Any, sequences: list[list[int]]) -> float:
     """Perplexity when the scalings are frozen after the first tokens; shorter texts are never frozen."""
-    total, count = 0.0, 0
-    for input_ids, attention_mask in padded_batches(sequences, 1):
-        with model.base_model.passes.freezing_at(FROZEN_AFTER):
-            parts = [input_ids[:, :FROZEN_AFTER], input_ids[:, FROZEN_AFTER:]]
-            cache, logits = None, []
-            for part in parts:
-                if part.shape[1]:
-                    output = model(input_ids=part, past_key_values=cache, use_cache=True)
-                    cache = output.past_key_values
-                    logits.append(output.logits)
-        total += negative_log_likelihood(torch.cat(logits, 1), input_ids, attention_mask)
-        count += input_ids.shape[1] - 1
-    return math.exp(total / count)
+    return perplexity(model, sequences, batch_size=1, freeze_after=FROZEN_AFTER)
 
 
 def table(rows: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> str:

@@ -58,6 +58,18 @@ def base_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def base_without_z(tmp_path):
+    """A model in which the letter Z is not a number."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("Z")["input_ids"]] = torch.nan
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
 @pytest.fixture(scope="session")
 def base_adapters(base_folder, tmp_path_factory):
     """Two adapters of the model in `base_folder`: {name: folder}."""

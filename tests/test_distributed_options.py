@@ -113,18 +113,6 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
     assert state(tmp_path / "watched-2")["global_step"] == 2
 
 
-@pytest.fixture
-def base_without_z(tmp_path):
-    """A model in which the letter Z is not a number."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=1024)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[tokenizer("Z")["input_ids"]] = torch.nan
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):  # noqa: F811
     texts = tmp_path / "z.jsonl"

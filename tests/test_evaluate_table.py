@@ -10,7 +10,7 @@ import transformers
 
 import weft
 import weft.evaluate.run as evaluation
-from models import lora, quietly, save_adapter
+from models import let_the_gate_decide, lora, quietly, save_adapter
 from weft.cli import main
 from weft.errors import AdapterError
 from weft.evaluate import evaluate, perplexity
@@ -49,17 +49,8 @@ def table(mixture, data, tmp_path):
     return run
 
 
-def trained(folder):
-    """Give the gate of a saved mixture weights that differ from token to token."""
-    model = weft.from_pretrained(folder, is_trainable=True)
-    with torch.no_grad():
-        for parameter in model.internal_xlora_classifier.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    model.save_pretrained(folder)
-
-
 def test_every_row_is_what_it_says(table, mixture, data, base_adapters, capsys):
-    trained(mixture)
+    let_the_gate_decide(mixture)
     found = table("--compare", f"again={mixture}", f"one={base_adapters['math']}", "--freeze-after", "3")
     values = found["perplexity"]
     merges = [f"merge {kind}" for kind in MERGES]
@@ -114,7 +105,7 @@ def test_what_is_known_is_not_measured_again(table, mixture, tmp_path, data, mon
     assert calls == []
     assert again == first
 
-    trained(mixture)
+    let_the_gate_decide(mixture)
     assert table(*rows, data=data[:2])["perplexity"]["weft"] != first["perplexity"]["weft"]
     assert calls == ["math", "mixed"]  # the mixture's own row
     calls.clear()
@@ -200,7 +191,7 @@ def test_the_base_and_the_mixture_are_the_same_after_every_opponent(base_folder,
 def mixture_folder(base_folder, base_adapters, tmp_path):
     folder = str(tmp_path / "mixture")
     weft.from_adapters(str(base_folder), base_adapters).save_pretrained(folder)
-    trained(folder)
+    let_the_gate_decide(folder)
     return folder
 
 
@@ -235,7 +226,8 @@ def test_the_table_is_written_in_three_formats(table, tmp_path, data):
         (["--freeze-after", "0", "--batch-size", "0"], r"batch_size \(0\) must be at least 1(.|\n)*freeze_after \(0\)"),
         (["--output", "table.txt"], r"output \(table.txt\) must end in .json, .md, .csv"),
         (["--output", "/nowhere/t.json"], r"output \(/nowhere/t.json\) cannot be written: there is no folder /nowhere"),
-        (["--compare", "x"], r"compare has \['x'\], expected name=FOLDER"),
+        (["--compare", "x"], r"compare has the entry 'x', expected name=FOLDER"),
+        (["--compare", "x=a", "x=b"], r"compare has the name 'x' twice \(a and b\)"),
         (["--compare", "x=/nowhere"], r"model \(/nowhere\) is neither a folder here nor a Hub id"),
         (["--compare", "weft={mixture}"], r"compare names a row \(weft\) that is there already"),
         (

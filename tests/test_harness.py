@@ -7,11 +7,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 import weft
-from models import quietly
+from models import let_the_gate_decide, quietly
 from weft.evaluate.data_sets import DataSet, Text, token_windows
 from weft.evaluate.scoring import Runner, score
 from weft.options import EvalOptions
@@ -25,11 +24,7 @@ if importlib.util.find_spec("lm_eval") is None:
 @pytest.fixture
 def trained(mixture):
     """A mixture whose gate differs from token to token."""
-    model = weft.from_pretrained(mixture, is_trainable=True)
-    with torch.no_grad():
-        for parameter in model.internal_xlora_classifier.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    model.save_pretrained(mixture)
+    let_the_gate_decide(mixture)
     return mixture
 
 

@@ -195,6 +195,27 @@ def read_json(file: Path) -> dict:
     return values
 
 
+def parse_adapters(
+    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
+) -> dict[str, str]:
+    """["math=DIR", ...] as {name: folder}.
+
+    Raises:
+        ConfigError: an entry is not as expected, or a name stands twice.
+    """
+    if isinstance(values, dict):
+        return values
+    adapters: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
+        if name in adapters:
+            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
+        adapters[name] = path
+    return adapters
+
+
 def local_folder(path: str, what: str) -> Path:
     """The folder itself, or a snapshot of the Hub id of that name (user/repository, or user/repository/folder).
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import Trainer, TrainerCallback
 
-# Entries of a log line that say nothing new, or that the line says in words.
 # Names of what the gate did, in the log.
 _GATE, _SHARE = "gate/", "gate/share/"
+# Entries of a log line that say nothing new, or that the line says in words.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
 

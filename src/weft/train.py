@@ -16,7 +16,7 @@ import torch
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from weft.adapters import read_json
+from weft.adapters import parse_adapters, read_json
 from weft.config import XLoraConfig
 from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
@@ -157,27 +157,6 @@ def _collator(
             announce=by_the_first(print),
         )
     return ScalingCacheCollator(cache, collator)
-
-
-def parse_adapters(
-    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
-) -> dict[str, str]:
-    """["math=DIR", ...] as {name: folder}.
-
-    Raises:
-        ConfigError: an entry is not as expected, or a name stands twice.
-    """
-    if isinstance(values, dict):
-        return values
-    adapters: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
-        if name in adapters:
-            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
-        adapters[name] = path
-    return adapters
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from weft.adapters import read_adapters, read_json
+from weft.adapters import parse_adapters, read_adapters, read_json
 from weft.data import check_length, read_texts, token_sequences
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import AdapterError, ConfigError
@@ -27,7 +27,7 @@ from weft.labelled import labelled_source
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
 from weft.processes import by_the_first
-from weft.train import StopOnInterrupt, check, parse_adapters, steps_to_train, train, training_arguments
+from weft.train import StopOnInterrupt, check, steps_to_train, train, training_arguments
 from weft.whole_checkpoints import last_checkpoint
 
 RECORD = "weft_expert.json"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from weft.adapters import parse_adapters
 from weft.card import is_own, write_card
 from weft.errors import ConfigError
 from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
 from weft.formats import convert_mixture, left_out
 from weft.hub import pull, push
-from weft.train import parse_adapters
 
 _NEXT = {
     "weft": "try  weft generate {0} --prompt '...'",

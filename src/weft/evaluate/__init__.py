@@ -10,8 +10,7 @@ report.py       the table on screen, as JSON, Markdown and CSV
 run.py          all of it
 """
 
-from weft.evaluate.rows import mixture_rows
 from weft.evaluate.run import evaluate
-from weft.evaluate.scoring import negative_log_likelihood, padded_batches, perplexity
+from weft.evaluate.scoring import padded_batches, perplexity
 
-__all__ = ["evaluate", "mixture_rows", "negative_log_likelihood", "padded_batches", "perplexity"]
+__all__ = ["evaluate", "padded_batches", "perplexity"]

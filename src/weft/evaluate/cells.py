@@ -46,8 +46,11 @@ class Cells:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self._known: dict[str, Cell] = {}
+        self._broken = False  # whether the last line ends half-way
         if file is not None and file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
+            text = file.read_text(encoding="utf-8")
+            self._broken = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     values = json.loads(line)
                     cell = Cell(**{**values["cell"], "scores": [(a, b) for a, b in values["cell"]["scores"]]})
@@ -66,9 +69,9 @@ class Cells:
         self._known[digest] = cell
         if self.file is not None:
             line = json.dumps({"digest": digest, "row": row, "data": data, "cell": asdict(cell)})
-            broken = self.file.exists() and not self.file.read_bytes().endswith(b"\n")
             with self.file.open("a", encoding="utf-8") as out:
-                out.write(("\n" if broken else "") + line + "\n")
+                out.write(("\n" if self._broken else "") + line + "\n")
+            self._broken = False
 
 
 def digest_of(*parts: Any) -> str:

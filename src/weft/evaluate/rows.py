@@ -33,7 +33,8 @@ class Row:
         depends_on: which files its results depend on, beside the base: "experts", "mixture" or a folder.
         freeze_after: see `Runner`.
         merge: where it is a static merge, which.
-        may_fail: it is another's method, which need not work with every base and expert.
+        may_fail: errors that make the row impossible, and leave the others: of another's method, which need not work
+            with every base and expert, all.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Row:
     depends_on: str | None = None
     freeze_after: int | None = None
     merge: Merge | None = None
-    may_fail: bool = False
+    may_fail: tuple[type[Exception], ...] = ()
 
     def with_merge(self, merge: Merge, seed: int) -> Row:
         """The same row with other weights; its cells are still found by where the search started."""
@@ -64,11 +65,12 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
     equal = dict.fromkeys(paths, 1 / len(paths))
     rows.append(Row("uniform mix", "uniform", own, partial(_fixed, equal), "experts"))
     side_by_side = adapters(paths)
+    anything = (Exception,)
     for kind in MERGES:
         merge = Merge.default(kind, len(paths))
         setting = partial(_merged, merge, seed)
-        rows.append(Row(f"merge {kind}", "merges", side_by_side, setting, "experts", merge=merge, may_fail=True))
-    rows.append(Row("arrow", "arrow", arrow(paths, seed), depends_on="experts", may_fail=True))
+        rows.append(Row(f"merge {kind}", "merges", side_by_side, setting, "experts", merge=merge, may_fail=anything))
+    rows.append(Row("arrow", "arrow", arrow(paths, seed), depends_on="experts", may_fail=anything))
     rows.append(Row("weft", "weft", own, depends_on="mixture"))
     ways = {1: "top-1", 2: "top-2", len(paths): "dense"}
     for number, name in ways.items():
@@ -76,7 +78,7 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
             top = None if name == "dense" else number
             rows.append(Row(f"weft {name}", "topk", own, partial(_top_k, top), "mixture"))
     name, setting = f"weft frozen after {freeze_after}", partial(_freezable, freeze_after)
-    rows.append(Row(name, "frozen", own, setting, "mixture", freeze_after=freeze_after, may_fail=True))
+    rows.append(Row(name, "frozen", own, setting, "mixture", freeze_after=freeze_after, may_fail=(ConfigError,)))
     taken = sorted({ORACLE, *(row.name for row in rows)} & compare.keys())
     if taken:
         raise ConfigError(f"compare names a row ({', '.join(taken)}) that is there already: choose another name")
@@ -99,16 +101,6 @@ def chosen(rows: list[Row], wanted: list[str]) -> tuple[list[Row], bool]:
             f"rows ({', '.join(unknown)}) must be of {', '.join(GROUPS)}, or rows: {', '.join(sorted(names))}"
         )
     return [row for row in rows if row.name in wanted or row.group in wanted], ORACLE in wanted
-
-
-def mixture_rows(model: Any) -> list[tuple[str, Callable[[], AbstractContextManager[Any]]]]:
-    """A mixture's ways to run that are worth comparing: name and context of each, for a model in memory."""
-    names = model.xlora_config.expert_names
-    rows: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [("base", model.disable_adapter)]
-    rows += [(only(name), partial(model.fixed_scalings, {name: 1.0})) for name in names]
-    rows.append(("uniform mix", partial(model.fixed_scalings, dict.fromkeys(names, 1 / len(names)))))
-    rows.append(("weft", nullcontext))
-    return rows
 
 
 def _compared(name: str, path: str) -> Row:

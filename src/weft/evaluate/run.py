@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from weft.adapters import parse_adapters
 from weft.checkpoint import read_config
 from weft.data import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
@@ -43,10 +44,9 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
     name = base_name(options.model, options.base)
     config = read_config(options.model)
-    rows, with_oracle = chosen(
-        all_rows(options.model, config, _compared(options), freeze_after=options.freeze_after, seed=options.seed),
-        options.rows,
-    )
+    compared = parse_adapters(options.compare, "compare", "name=FOLDER")
+    everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
+    rows, with_oracle = chosen(everything, options.rows)
     base = load_placed_base(name, options.dtype, options.quantization)
     check_length(options.sequence_length, base.config)
     reader = _Reader(load_tokenizer(name), list(config.adapters or {}), options)
@@ -57,8 +57,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
 
     cells = Cells(outputs[0].with_suffix(".cells.jsonl") if outputs else None)
     table = _Measuring(base, reader.tokenizer, config, options, cells, search)
-    wanted = _wanted(rows, data_sets, with_oracle, options, config)
-    table.measure(wanted)
+    table.measure(_wanted(rows, data_sets, {row.name: row for row in everything} if with_oracle else None))
     report = _report(table, rows, data_sets, with_oracle, options)
     console = Console() if Console().is_terminal else Console(width=200)
     console.print(render(report))
@@ -87,17 +86,6 @@ def _check(options: EvalOptions) -> None:
         )
     if problems:
         raise ConfigError("weft eval cannot start:", problems)
-
-
-def _compared(options: EvalOptions) -> dict[str, str]:
-    entries = options.compare
-    if not isinstance(entries, dict):
-        pairs = [entry.partition("=") for entry in entries]
-        wrong = [entry for entry, (name, _, path) in zip(entries, pairs, strict=True) if not name or not path]
-        if wrong:
-            raise ConfigError(f"compare has {wrong}, expected name=FOLDER")
-        entries = {name: path for name, _, path in pairs}
-    return entries
 
 
 class _Reader:
@@ -198,8 +186,8 @@ class _Measuring:
                         scores = score(runner, data, advance)
                     cell = Cell(scores, usage.seconds, usage.peak_mb, note)
                     self.cells.keep(self.digest(row, data), row.name, data.name, cell)
-        except Exception as err:
-            if not row.may_fail or isinstance(err, torch.OutOfMemoryError):
+        except row.may_fail as err:
+            if isinstance(err, torch.OutOfMemoryError):
                 raise
             self.impossible[row.name] = _reason(err)
             progress.advance(task, sum(data.steps for data in data_sets) - done)
@@ -213,19 +201,16 @@ def _reason(err: Exception) -> str:
     return f"{type(err).__name__}: {first_line(err)}"
 
 
-def _wanted(
-    rows: list[Row], data_sets: list[DataSet], with_oracle: bool, options: EvalOptions, config: Any
-) -> list[tuple[Row, DataSet]]:
-    """All cells to be measured: those of the rows, and those that the oracle is made from."""
+def _wanted(rows: list[Row], data_sets: list[DataSet], of_oracle: dict[str, Row] | None) -> list[tuple[Row, DataSet]]:
+    """All cells to be measured: those of the rows, and those that the oracle is made from, if there is to be one."""
     wanted = [(row, data) for row in rows for data in data_sets]
-    if with_oracle:
-        everything = all_rows(options.model, config, {}, freeze_after=options.freeze_after, seed=options.seed)
-        shown, by_name = {row.name for row in rows}, {row.name: row for row in everything}
+    if of_oracle is not None:
+        shown = {row.name for row in rows}
         for data in data_sets:
             for label in dict.fromkeys(data.labels) if is_labelled(data) else ():
                 assert label is not None
                 if only(label) not in shown:
-                    wanted.append((by_name[only(label)], data))
+                    wanted.append((of_oracle[only(label)], data))
     return wanted
 
 

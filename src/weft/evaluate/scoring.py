@@ -167,23 +167,13 @@ def negative_log_likelihoods(
     return losses.view(len(input_ids), -1)
 
 
-def negative_log_likelihood(
-    logits: Float[Tensor, "batch seq vocab"],
-    input_ids: Int[Tensor, "batch seq"],
-    attention_mask: Int[Tensor, "batch seq"],
-) -> float:
-    """Summed over all predicted tokens, in nats."""
-    losses = negative_log_likelihoods(logits, input_ids)
-    return float((losses.double() * (attention_mask[:, 1:] != 0)).sum())
-
-
-def perplexity(model: Any, sequences: list[list[int]], batch_size: int, advance: Advance = _ignore) -> float:
+def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freeze_after: int | None = None) -> float:
     """exp of the mean negative log-likelihood per predicted token, over all tokens of all sequences.
 
     Padding is never predicted; the first token of a sequence, which nothing precedes, is not predicted either. The sum
-    runs in float64 over float32 log-likelihoods.
+    runs in float64 over float32 log-likelihoods. `freeze_after` is `Runner`'s.
     """
-    losses = list(token_losses(Runner(model, batch_size=batch_size), sequences, advance))
+    losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), sequences))
     return math.exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))
 
 

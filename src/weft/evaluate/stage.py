@@ -120,7 +120,7 @@ def arrow(paths: dict[str, str], seed: int) -> Load:
     """
 
     def put(base: Any) -> Carried:
-        refuse_unlike(read_adapters(paths, allow_dora=True))
+        _refuse_unlike({adapter.name: adapter.config for adapter in read_adapters(paths, allow_dora=True)})
         folders = [str(local_folder(path, f"adapter {name!r}")) for name, path in paths.items()]
         config = ArrowConfig(top_k=min(ArrowConfig().top_k, len(paths)), rng_seed=seed)
         with warnings.catch_warnings():
@@ -168,7 +168,7 @@ def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
         ValueError: peft cannot merge these adapters so.
     """
     names = list(lora_model.peft_config)
-    refuse_unlike_configs(lora_model.peft_config)
+    _refuse_unlike(lora_model.peft_config)
     first: Any = lora_model.peft_config[names[0]]
     rslora, kind = first.use_rslora, cast(Any, merge.kind)
     try:
@@ -191,13 +191,8 @@ def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
             lora_model.delete_adapter(_MERGED)
 
 
-def refuse_unlike(read: list[Any]) -> None:
+def _refuse_unlike(configs: dict[str, Any]) -> None:
     """Raise where an adapter has what merges and Arrow would leave out without a word."""
-    refuse_unlike_configs({adapter.name: adapter.config for adapter in read})
-
-
-def refuse_unlike_configs(configs: dict[str, Any]) -> None:
-    """The same, by the adapters' options."""
     for name, config in configs.items():
         for option in ("use_dora", "lora_bias"):
             if getattr(config, option, False):
