@@ -14,9 +14,9 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 ORDER = [
     ["errors", "options", "format_options", "palette", "placement", "quantised", "licences"],
     ["whole", "processes"],
-    ["routing", "scalings_log", "freezing", "data", "sampling", "detokeniser", "losses"],
+    ["routing", "freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled", "traces"],
-    ["gate", "experts", "backbone", "auxiliary", "callbacks", "summary"],
+    ["gate", "experts", "backbone", "auxiliary", "callbacks", "scalings_log", "summary"],
     ["layers", "rank_weights", "gate_place", "given_hidden"],
     ["convert", "passes", "adapters", "page", "figures"],
     ["manifest", "original", "seq2seq", "finite", "whole_checkpoints", "heads"],

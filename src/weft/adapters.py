@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
+from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
 from weft.experts import refuse_dora
 from weft.placement import execution_device, is_offloaded, offloaded_weights
 

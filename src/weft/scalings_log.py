@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from weft.gate_metrics import GateMetrics
+
 
 class ScalingsLog:
     """Keeps the last passes' scalings, detached and on the CPU, while it is enabled.

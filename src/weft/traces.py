@@ -75,9 +75,9 @@ class Trace:
     """
 
     scalings: Float[Tensor, "token layer expert"]
-    token_ids: Int[Tensor, "token"]
-    log_probs: Float[Tensor, "token"]
-    base_log_probs: Float[Tensor, "token"]
+    token_ids: Int[Tensor, " token"]
+    log_probs: Float[Tensor, " token"]
+    base_log_probs: Float[Tensor, " token"]
     pieces: tuple[str, ...]
     expert_names: tuple[str, ...]
     layer_names: tuple[str, ...]
@@ -117,7 +117,7 @@ class Trace:
         positive = self.weights().clamp(min=0)
         return positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
-    def leading(self) -> Int[Tensor, "token"]:
+    def leading(self) -> Int[Tensor, " token"]:
         """The number of the expert with the largest share."""
         return self.shares().argmax(-1)
 
@@ -126,7 +126,7 @@ class Trace:
         positive = self.scalings.float().clamp(min=0)
         return normalised_entropy(positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))
 
-    def by_name(self) -> dict[str, Float[Tensor, "expert"]]:
+    def by_name(self) -> dict[str, Float[Tensor, " expert"]]:
         """The mean shares of each data set: the expert-by-domain matrix, a row per name."""
         shares = self.shares()
         rows: dict[str, list[Tensor]] = {}
@@ -170,7 +170,7 @@ class Trace:
             torch.cat([torch.full((text.num_tokens,), text.name == name) for text in self.texts]), texts, 0
         )
 
-    def _part(self, kept: Bool[Tensor, "token"], texts: list[TracedText], num_left_out: int) -> Trace:
+    def _part(self, kept: Bool[Tensor, " token"], texts: list[TracedText], num_left_out: int) -> Trace:
         tensors: dict[str, Any] = {name: getattr(self, name)[kept] for name in _TENSORS}
         pieces = tuple(compress(self.pieces, kept.tolist()))
         return replace(self, **tensors, pieces=pieces, texts=tuple(texts), num_left_out=num_left_out)
