@@ -29,7 +29,7 @@ demo: env
 test: env
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2
 
-# By itself, when it is needed: its forty packages bring licence texts, of which the demo makes its data.
+# By itself, when it is needed: some forty packages.
 $(VENV)/.harness: $(VENV)/.done
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[harness]"
 	touch $@
