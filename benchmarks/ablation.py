@@ -31,6 +31,7 @@ from weft.train_experts import train_experts
 
 DOMAINS = ("python", "reference", "licences", "records")
 LENGTH = 256
+SEARCHED = 8  # texts by which the static merges choose: each is tried 4 or 12 times
 
 # What differs from the demo's gate: options of `weft train`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,9 +46,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "balance loss 0.1": {"balance_loss_weight": 0.1},
     "sharper (entropy 0.01)": {"entropy_loss_weight": 0.01},
     "softer (entropy -0.01)": {"entropy_loss_weight": -0.01},
+    "label loss 0.1": {"expert_label_loss_weight": 0.1},
+    "label loss 1": {"expert_label_loss_weight": 1.0},
     "one gate for all layers": {"layerwise_scalings": False},
     "depth 2": {"xlora_depth": 2, "xlora_size": 256},
     "gate_layer=4": {"gate_layer": 4},
+    "scaling_pass_layers=4": {"scaling_pass_layers": 4},
+    "scaling_pass_layers=4, depth 2": {"scaling_pass_layers": 4, "xlora_depth": 2, "xlora_size": 256},
+    "scaling_pass_layers=4, label loss 0.1": {"scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
+    "scaling_pass_layers=4, depth 2, label loss 0.1": {
+        "scaling_pass_layers": 4,
+        "xlora_depth": 2,
+        "xlora_size": 256,
+        "expert_label_loss_weight": 0.1,
+    },
 }
 STARTS: dict[str, Callable[..., None]] = {
     "neutral start": neutral,
@@ -67,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=24, help="held-out texts to choose by, and as many to test on")
     parser.add_argument("--only", nargs="*", help="names of variants and starts; all by default")
+    parser.add_argument("--no-table", action="store_true", help="train only: for two processes at once")
     parser.add_argument("--rows", nargs="*", default=[], help="of weft eval, beside the variants; all by default")
     arguments = parser.parse_args()
     quiet()
@@ -76,7 +89,8 @@ def main() -> None:
             if not arguments.only or name in arguments.only:
                 found |= {f"{row} #{seed}": path for row, path in gate(name, seed, arguments).items()}
         found |= {f"{row} #{seed}": path for row, path in equal_size_loras(seed, arguments).items()}
-    measure(found, arguments)
+    if not arguments.no_table:
+        measure(found, arguments)
 
 
 def options_of(folder: Path, seed: int, arguments: argparse.Namespace, **options: Any) -> TrainOptions:
@@ -91,6 +105,9 @@ def options_of(folder: Path, seed: int, arguments: argparse.Namespace, **options
         "learning_rate": 5e-3,
         "batch_size": 2,
         "sequence_length": LENGTH,
+        # What the gate reads is the same in all of these runs: computed once, and the losses stay what they are.
+        "cache_scaling_pass": "gate_layer" not in options,
+        "cache_folder": str(arguments.work / "scaling-cache"),
     }
     return TrainOptions(output=str(folder), seed=seed, **{**values, **options})
 
@@ -155,16 +172,17 @@ def measure(folders: dict[str, str], arguments: argparse.Namespace) -> None:
     # Texts of a demo that was made before they said where each domain begins ("experts") give no oracle.
     rows = (arguments.demo / "data" / "heldout" / "mixed.jsonl").read_text("utf-8").splitlines()
     parts = {"select": rows[: arguments.sequences], "test": rows[arguments.sequences : 2 * arguments.sequences]}
+    parts["search"] = parts["select"][:SEARCHED]
     for name, lines in parts.items():
         (data / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
     output = arguments.work / f"table-{arguments.steps}.json"
     evaluate(
         EvalOptions(
             next(iter(folders.values())),
-            data=[f"{name}={data / name}.jsonl" for name in parts],
+            data=[f"{name}={data / name}.jsonl" for name in ("select", "test")],
             rows=[*arguments.rows, "compare"] if arguments.rows else [],
             compare=folders,
-            search_data=str(data / "select.jsonl"),
+            search_data=str(data / "search.jsonl"),
             sequence_length=LENGTH,
             output=[str(output), str(output.with_suffix(".md"))],
         )

@@ -148,15 +148,16 @@ def test_options_that_cannot_work_are_said_once(options):  # noqa: F811
 # ---------------------------------------------------------------------- blank rows
 
 
-def rows_of(*lengths, **more):
-    return [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1)), **more} for n in lengths]
+def rows_of(*lengths, label=None):
+    rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in lengths]
+    return rows if label is None else [{**row, "expert_labels": [label] * len(row["labels"])} for row in rows]
 
 
 def test_the_blank_row_is_the_shortest_without_its_labels():
-    rows = RowsAndABlank(rows_of(4, 2, 3, expert_labels=1))
-    assert rows[3] == {"input_ids": [1, 2], "labels": [-100, -100], "expert_labels": -100}
+    rows = RowsAndABlank(rows_of(4, 2, 3, label=1))
+    assert rows[3] == {"input_ids": [1, 2], "labels": [-100, -100], "expert_labels": [-100, -100]}
     assert list(rows) == rows.rows
-    packed = RowsAndABlank(packed_rows(rows_of(4, 3, 2, expert_labels=1), 5))
+    packed = RowsAndABlank(packed_rows(rows_of(4, 3, 2, label=1), 5))
     assert packed[len(packed)] == {
         "input_ids": [1, 2, 3, 4],
         "labels": [-100] * 4,

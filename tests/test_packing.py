@@ -65,7 +65,7 @@ def test_a_packed_row_restarts_positions_and_trains_no_first_token():
 
 
 def test_a_labelled_texts_tokens_have_its_label():
-    labelled = [{"input_ids": [5, 6], "expert_labels": 1}, {"input_ids": [7, 8, 9], "expert_labels": -100}]
+    labelled = [{"input_ids": [5, 6], "expert_labels": [1, 1]}, {"input_ids": [7, 8, 9], "expert_labels": [-100] * 3}]
     [row] = packed_rows(labelled, 5)
     assert row["expert_labels"] == [-100, -100, -100, 1, 1]
     batch = PackedCollator(0, list)([row, {**row, "input_ids": [*row["input_ids"], 4]}])

@@ -42,8 +42,7 @@ class RowsAndABlank(Dataset):
         shortest = min(rows, key=lambda row: len(row["input_ids"]))
         without: dict[str, Any] = {"labels": [NO_EXPERT] * len(shortest["input_ids"])}
         if "expert_labels" in shortest:
-            own = shortest["expert_labels"]
-            without["expert_labels"] = [NO_EXPERT] * len(own) if isinstance(own, list) else NO_EXPERT
+            without["expert_labels"] = without["labels"]
         self.blank = {**shortest, **without}
 
     def __len__(self) -> int:

@@ -1,44 +1,134 @@
-"""Training rows from files, labelled by the expert that a file is named for. It knows nothing of models."""
+"""Texts labelled by the expert that they, or parts of them, belong to. It knows nothing of models.
+
+A file that is named for an expert (math=a.jsonl) labels its texts; a row's "expert" labels that text, and its "experts"
+([[start, name], ...], from which character on) the text's parts.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from weft.data import read_texts, token_sequences
+import torch
+
+from weft.data import read_rows, read_texts, row_text, token_sequences
+from weft.errors import DataError
 from weft.losses import NO_EXPERT
 
 
-def labelled_source(value: str, expert_names: list[str]) -> tuple[str, int]:
-    """ "math=a.jsonl" as the file and the number of the expert "math"; -100 where no expert is named.
+def labelled_source(value: str, expert_names: Sequence[str]) -> tuple[str, str | None]:
+    """ "math=a.jsonl" as the file and the expert "math"; None where no expert is named.
 
     A name is only an expert's, so that other paths may hold an "=".
     """
     name, equals, source = value.partition("=")
-    if equals and name in expert_names:
-        return source, expert_names.index(name)
-    return value, NO_EXPERT
+    return (source, name) if equals and name in expert_names else (value, None)
 
 
-def training_rows(values: list[str], expert_names: list[str], tokenizer: Any, length: int) -> list[dict[str, Any]]:
-    """The token sequences of all sources as rows for a Trainer, with the label of each where there is one.
+def training_rows(
+    values: Sequence[str], expert_names: Sequence[str], tokenizer: Any, length: int, *, labelled: bool
+) -> list[dict[str, Any]]:
+    """The token sequences of all sources as rows for a Trainer.
+
+    Args:
+        values: the sources, of which some may be named for an expert.
+        expert_names: in the order of their numbers.
+        tokenizer: the base model's.
+        length: tokens of a row at most; a rest of one token is dropped.
+        labelled: give each token the number of its expert, -100 for none, as `expert_labels`.
 
     Raises:
-        DataError: a source cannot be read or holds nothing to learn from.
+        DataError: a source cannot be read or holds nothing to learn from, or labels are asked for and there are none.
     """
-    rows = []
-    labelled = any(labelled_source(value, expert_names)[1] != NO_EXPERT for value in values)
+    rows: list[dict[str, Any]] = []
     for value in values:
-        source, label = labelled_source(value, expert_names)
-        for sequence in token_sequences(read_texts(source, tokenizer), tokenizer, length):
-            row: dict[str, Any] = {"input_ids": sequence, "labels": sequence}
-            rows.append({**row, "expert_labels": label} if labelled else row)
+        source, name = labelled_source(value, expert_names)
+        if labelled:
+            rows += _labelled_rows(source, name, expert_names, tokenizer, length)
+        else:
+            sequences = token_sequences(read_texts(source, tokenizer), tokenizer, length)
+            rows += [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
+    if labelled and all(label == NO_EXPERT for row in rows for label in row["expert_labels"]):
+        raise DataError(
+            f"expert_label_loss_weight needs labels, and data ({', '.join(values)}) names none of the experts "
+            f'{list(expert_names)}: name a file for one (name=FILE), or give its rows "expert" or "experts"'
+        )
     return rows
 
 
-def label_problems(values: list[str], expert_names: list[str], weight: float) -> list[str]:
-    """What is wrong with the weight of the loss from labels, given the sources."""
-    if weight and not any(labelled_source(value, expert_names)[1] != NO_EXPERT for value in values):
-        return [
-            f"expert_label_loss_weight ({weight}) needs data that is named for an expert ({expert_names}): name=FILE"
-        ]
-    return []
+def tokens_and_parts(
+    text: str, row: dict[str, Any], place: str, tokenizer: Any, default: Any
+) -> tuple[list[int], list[int], list[Any]]:
+    """A text's tokens, the part of each, and the parts' labels as they stand in the row.
+
+    Args:
+        text: the row's.
+        row: as it was read.
+        place: of the row, for messages.
+        tokenizer: the base model's.
+        default: the label where the row has none.
+
+    Raises:
+        DataError: "experts" is no list of parts, or the tokenizer does not know its tokens' places.
+    """
+    spans = row.get("experts")
+    if not spans or not isinstance(row.get("text"), str):
+        tokens = tokenizer(text, verbose=False)["input_ids"]
+        return tokens, [0] * len(tokens), [row.get("expert", default)]
+    try:
+        starts, names = zip(*spans, strict=True)
+        ordered = starts[0] == 0 and list(starts) == sorted(set(starts))
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise DataError(f'{place}: "experts" ({spans!r}) must be [[start, name], ...] in order, the first from 0 on')
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
+    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    return (
+        encoded["input_ids"],
+        [bisect_right(starts, start) - 1 for start, _ in encoded["offset_mapping"]],
+        list(names),
+    )
+
+
+class LabelledCollator:
+    """Pads `expert_labels`, one for each token, on the right; another collator does the rest.
+
+    Args:
+        collator: for examples without them.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[Any]) -> Any:
+        """The batch, `[row, longest]` each."""
+        if "expert_labels" not in examples[0]:
+            return self.collator(examples)
+        others = [{name: value for name, value in row.items() if name != "expert_labels"} for row in examples]
+        batch = self.collator(others)
+        labels = torch.full(batch["input_ids"].shape, NO_EXPERT)
+        for number, example in enumerate(examples):
+            labels[number, : len(example["expert_labels"])] = torch.tensor(example["expert_labels"])
+        batch["expert_labels"] = labels
+        return batch
+
+
+def _labelled_rows(
+    source: str, default: str | None, expert_names: Sequence[str], tokenizer: Any, length: int
+) -> list[dict[str, Any]]:
+    numbers = {name: number for number, name in enumerate(expert_names)}
+    rows = []
+    for place, row in read_rows(source):
+        text = row_text(row, place, tokenizer)
+        tokens, parts, names = tokens_and_parts(text, row, place, tokenizer, default)
+        part_labels = [numbers.get(name, NO_EXPERT) if isinstance(name, str) else NO_EXPERT for name in names]
+        labels = [part_labels[part] for part in parts]
+        for start in range(0, len(tokens) - 1, length):
+            sequence = tokens[start : start + length]
+            rows.append({"input_ids": sequence, "labels": sequence, "expert_labels": labels[start : start + length]})
+    if not rows:
+        raise DataError(f"data ({source}) holds no text of two tokens or more")
+    return rows

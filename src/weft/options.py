@@ -22,8 +22,8 @@ class TrainOptions:
         base: Folder or Hub id of the base model (a causal language model).
         adapters: The experts, as name=FOLDER (or name=HUB_ID), two or more, separated by spaces.
         data: Training texts: .jsonl with "text" or "messages", .parquet with such a column, plain text files, or the
-            name of a data set of the `datasets` library; one or more, separated by spaces. EXPERT=FILE labels a file's
-            texts for expert_label_loss_weight.
+            name of a data set of the `datasets` library; one or more, separated by spaces. EXPERT=FILE, or a row's
+            "expert" or "experts" ([[start, name], ...]), labels texts for expert_label_loss_weight.
         experts_from: Experts to train first, as name=DATA (files as for `data`), each on its data; they go to
             OUTPUT-experts/NAME, and those that are complete there are not trained again. Without `data` the gate learns
             on the data of all of them.
@@ -81,8 +81,8 @@ class TrainOptions:
         allow_dora: Take adapters with DoRA too.
         balance_loss_weight: Adds so much of a loss that is lowest where all experts are used alike; try 0.01.
         entropy_loss_weight: Adds so much of the shares' entropy: above 0 the gate becomes sharper, below 0 softer.
-        expert_label_loss_weight: Adds so much of the cross entropy of the gate against the experts that data files are
-            named for (EXPERT=FILE).
+        expert_label_loss_weight: Adds so much of the cross entropy of the gate against the experts that files
+            (EXPERT=FILE) or rows ("expert", "experts") of the data are labelled with; try 0.1.
     """
 
     base: str | None = None

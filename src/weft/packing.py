@@ -46,7 +46,7 @@ def packed_rows(examples: Sequence[dict[str, Any]], capacity: int) -> list[dict[
     """Examples with several texts each; the first token of a text has the label -100, as nothing precedes it.
 
     Args:
-        examples: `input_ids` of one text each, and, in all or none, `expert_labels`, which each token then has.
+        examples: `input_ids` of one text each, and, in all or none, `expert_labels`, one for each token.
         capacity: tokens of a row.
     """
     rows = []
@@ -58,8 +58,7 @@ def packed_rows(examples: Sequence[dict[str, Any]], capacity: int) -> list[dict[
             "position_ids": [position for text in texts for position in range(len(text))],
         }
         if "expert_labels" in examples[0]:
-            labels = [examples[place]["expert_labels"] for place in places]
-            row["expert_labels"] = [label for text, label in zip(texts, labels, strict=True) for _ in text]
+            row["expert_labels"] = [label for place in places for label in examples[place]["expert_labels"]]
         rows.append(row)
     return rows
 

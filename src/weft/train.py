@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.finite import FiniteLoss
 from weft.integration import from_adapters, from_pretrained
-from weft.labelled import label_problems, training_rows
+from weft.labelled import LabelledCollator, training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
@@ -69,8 +69,9 @@ def train(options: TrainOptions) -> Path:
     model_options = {name: getattr(options, name) for name in _CONFIG_OPTIONS}
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
-    rows = training_rows(options.data, list(adapters), tokenizer, options.sequence_length)
-    held_out = training_rows(options.eval_data, [], tokenizer, options.sequence_length) if options.eval_data else None
+    rows = read_training_rows(options, list(adapters), tokenizer)
+    length = options.sequence_length
+    held_out = training_rows(options.eval_data, [], tokenizer, length, labelled=False) if options.eval_data else None
     base = load_base(options.base, options.dtype, options.quantization)
     check_length(options.sequence_length, base.config)
     if options.start_from is not None:
@@ -122,6 +123,16 @@ def train(options: TrainOptions) -> Path:
     return output
 
 
+def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows that the gate learns on, with labels where their loss is asked for.
+
+    Raises:
+        DataError: the data cannot be read, or it has no labels and their loss is asked for.
+    """
+    labelled = options.expert_label_loss_weight != 0
+    return training_rows(options.data, adapters, tokenizer, options.sequence_length, labelled=labelled)
+
+
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:
     try:
         trainer.save_mixture(Path(options.output), tokenizer, together=together)
@@ -137,7 +148,7 @@ def _collator(
     """What makes batches of examples, with the scaling pass of each text where that is cached."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"  # positions are counted from the first token of a row
-    collator: Callable[[list[Any]], Any] = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    collator: Callable[[list[Any]], Any] = LabelledCollator(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
     if options.packing:
         collator = PackedCollator(tokenizer.pad_token_id, collator)
     if not options.cache_scaling_pass:
@@ -252,7 +263,6 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
     if not 0 <= options.warmup <= 1:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
     problems += monitoring_problems(options)
-    problems += label_problems(options.data, list(adapters), options.expert_label_loss_weight)
     problems += _amount_problems(options)
     problems += _output_problems(options)
     problems += _resume_problems(options, list(adapters))

@@ -23,11 +23,10 @@ from weft.data import check_length, read_texts, token_sequences
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import AdapterError, ConfigError
 from weft.finite import FiniteLoss
-from weft.labelled import labelled_source
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
 from weft.processes import by_the_first
-from weft.train import StopOnInterrupt, check, steps_to_train, train, training_arguments
+from weft.train import StopOnInterrupt, check, read_training_rows, steps_to_train, train, training_arguments
 from weft.whole_checkpoints import last_checkpoint
 
 RECORD = "weft_expert.json"
@@ -72,17 +71,15 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     folders = {name: experts_folder(options) / name for name in sources}
     adapters = _all_adapters(options, folders)
     resume = options.resume and last_checkpoint(Path(options.output) / "checkpoints") is not None
-    gate_options = dataclasses.replace(
-        options, experts_from=[], adapters=adapters, data=options.data or list(sources.values()), resume=resume
-    )
+    data = options.data or [f"{name}={source}" for name, source in sources.items()]
+    gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
     _check(options)
     check(gate_options, adapters)
     read_adapters(parse_adapters(options.adapters))
     if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
         assert options.base is not None
         tokenizer = load_tokenizer(options.base)
-        for source in options.data:
-            read_texts(labelled_source(source, list(adapters))[0], tokenizer)
+        read_training_rows(gate_options, list(adapters), tokenizer)
         train_experts(options, say)
     say(f"training the gate over {', '.join(adapters)}")
     return train(gate_options)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from weft.data import read_rows, row_text
 from weft.errors import DataError
+from weft.labelled import tokens_and_parts
 
 Metric = Literal["perplexity", "accuracy", "exact_match"]
 _TEXT = {"text", "messages"}
@@ -163,7 +163,7 @@ def read_data_set(
         text = row_text(row, place, tokenizer)
         if not text.strip() or left == 0:
             continue
-        tokens, parts, names = _tokens_and_parts(text, row, place, tokenizer, default)
+        tokens, parts, names = tokens_and_parts(text, row, place, tokenizer, default)
         windows = token_windows(len(tokens), sequence_length, stride)[:left]
         if windows:
             left = None if left is None else left - len(windows)
@@ -173,31 +173,6 @@ def read_data_set(
     if not texts:
         raise DataError(f"data ({source}) holds no text of two tokens or more")
     return DataSet(name, "perplexity", texts, example_of_part, labels)
-
-
-def _tokens_and_parts(
-    text: str, row: dict[str, Any], place: str, tokenizer: Any, default: str | None
-) -> tuple[list[int], list[int], list[Any]]:
-    """A text's tokens, the part of each, and the parts' labels."""
-    spans = row.get("experts")
-    if not spans or not isinstance(row.get("text"), str):
-        tokens = tokenizer(text, verbose=False)["input_ids"]
-        return tokens, [0] * len(tokens), [row.get("expert", default)]
-    try:
-        starts, names = zip(*spans, strict=True)
-        ordered = starts[0] == 0 and list(starts) == sorted(set(starts))
-    except (TypeError, ValueError):
-        ordered = False
-    if not ordered:
-        raise DataError(f'{place}: "experts" ({spans!r}) must be [[start, name], ...] in order, the first from 0 on')
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
-    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
-    return (
-        encoded["input_ids"],
-        [bisect_right(starts, start) - 1 for start, _ in encoded["offset_mapping"]],
-        list(names),
-    )
 
 
 def _label(name: Any, expert_names: Sequence[str]) -> str | None:
