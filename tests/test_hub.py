@@ -196,6 +196,15 @@ def test_the_card_says_what_the_mixture_is(folder, tmp_path):
     assert 'weft.from_pretrained("user/mixture", base="tiny/llama")' in text  # the mixture itself names no base model
 
 
+def test_the_picture_of_the_gate_is_in_the_card_and_goes_with_it(hub, mixture):
+    mixture = Path(mixture)
+    assert "![" not in weft.write_card(mixture).read_text()
+    assert main(["inspect", str(mixture), "--text", "a b", "--figure", str(mixture / "gate.png")]) == 0
+    weft.push(mixture, "user/mixture")
+    assert "as `weft inspect` drew them](gate.png)" in (hub / "user/mixture/README.md").read_text()
+    assert (hub / "user/mixture/gate.png").read_bytes() == (mixture / "gate.png").read_bytes()
+
+
 def test_the_code_in_the_card_loads_the_mixture(hub, mixture):
     weft.push(mixture, "user/mixture")
     text = (hub / "user/mixture/README.md").read_text()

@@ -20,6 +20,7 @@ from weft.manifest import EXPERTS_FOLDER
 from weft.whole import replace_file
 
 EVAL_FILE = "eval.json"
+PICTURES = ("gate.png", "gate.svg")  # of which `weft inspect --figure` writes one
 _MARK = "<!-- written by `weft card`: remove this line to keep the card as you change it -->"
 _UNDECLARED = "not declared"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -34,6 +35,8 @@ def write_card(
     evaluation: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a saved mixture's model card, its README.md, in the place of peft's blank one.
+
+    A gate.png or gate.svg in the folder is shown in it.
 
     Args:
         folder: of a mixture that weft saved.
@@ -152,10 +155,12 @@ def _gate_section(folder: Path, config: XLoraConfig) -> str:
         place = f"what leaves the first {config.scaling_pass_layers} decoder layers (a short scaling pass)"
     if config.gate_layer is not None:
         place = f"what enters decoder layer {config.gate_layer} (one pass in all)"
-    return (
+    text = (
         f"## Gate\n\n{sum(value.numel() for value in gate):,} parameters in {config.xlora_depth} linear layers; "
         f"weights for {layers}, {kept}. It reads {place}."
     )
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    return "\n\n".join([text, *(f"![The experts' shares, as `weft inspect` drew them]({name})" for name in pictures)])
 
 
 def _results_section(file: Path, *, required: bool) -> str:

@@ -33,6 +33,8 @@ class ConvertOptions:
 class CardOptions:
     """Write the model card (README.md) of a saved mixture: its experts, their licences, results, and how to load it.
 
+    A gate.png or gate.svg in the folder (of weft inspect --figure) is shown in it.
+
     Args:
         model: Folder of a trained mixture.
         base: Hub id of the base model, where the mixture names a folder; null takes what the mixture says.
