@@ -66,6 +66,7 @@ STARTS: dict[str, Callable[..., None]] = {
     "start from prototypes": prototypes,
     "start from domain means": domain_means,
 }
+ONE_LORA = "one LoRA"
 LORA_RATES = (5e-4, 2e-3, 5e-3)
 
 
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=24, help="held-out texts to choose by, and as many to test on")
-    parser.add_argument("--only", nargs="*", help="names of variants and starts; all by default")
+    parser.add_argument("--only", nargs="*", help=f"names of variants and starts, or {ONE_LORA!r}; all by default")
     parser.add_argument("--no-table", action="store_true", help="train only: for two processes at once")
     parser.add_argument("--rows", nargs="*", default=[], help="of weft eval, beside the variants; all by default")
     arguments = parser.parse_args()
@@ -88,7 +89,8 @@ def main() -> None:
         for name in (*VARIANTS, *STARTS):
             if not arguments.only or name in arguments.only:
                 found |= {f"{row} #{seed}": path for row, path in gate(name, seed, arguments).items()}
-        found |= {f"{row} #{seed}": path for row, path in equal_size_loras(seed, arguments).items()}
+        if not arguments.only or ONE_LORA in arguments.only:
+            found |= {f"{row} #{seed}": path for row, path in equal_size_loras(seed, arguments).items()}
     if not arguments.no_table:
         measure(found, arguments)
 
