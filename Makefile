@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+DOCS_VENV := .venv-docs
 
-.PHONY: env browser demo test slow check format bench bench-demo clean
+.PHONY: env browser demo test slow check docs plots format bench bench-demo clean
 
 env: $(VENV)/.done
 
@@ -39,13 +40,13 @@ slow: env $(VENV)/.harness
 
 # Lint, format and types.
 check: env
-	$(RUN)/ruff check src tests demo benchmarks examples
-	$(RUN)/ruff format --check src tests demo benchmarks examples
+	$(RUN)/ruff check src tests demo benchmarks examples docs_site
+	$(RUN)/ruff format --check src tests demo benchmarks examples docs_site
 	$(RUN)/mypy
 
 format: env
-	$(RUN)/ruff check --fix src tests demo benchmarks examples
-	$(RUN)/ruff format src tests demo benchmarks examples
+	$(RUN)/ruff check --fix src tests demo benchmarks examples docs_site
+	$(RUN)/ruff format src tests demo benchmarks examples docs_site
 
 # Speed and memory against peft's X-LoRA; writes benchmarks/results/. About an hour and a half on two quiet cores.
 bench: env
@@ -58,5 +59,20 @@ bench-demo: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speculation.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/quality.py
 
+# In an environment of its own: the reference is read from the sources, so neither torch nor weft is needed.
+$(DOCS_VENV)/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	$(DOCS_VENV)/bin/pip install --disable-pip-version-check --constraint constraints.txt --group docs
+	touch $@
+
+# The site, in site/; a warning is an error. (The variable silences a notice about the future of mkdocs.)
+docs: $(DOCS_VENV)/.done
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+# The plots and tables of docs/benchmarks.md, from benchmarks/results/.
+plots: env
+	$(RUN)/python benchmarks/plots.py
+
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) $(DOCS_VENV) .demo site
