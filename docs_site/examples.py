@@ -1,4 +1,4 @@
-"""An extension of griffe, which reads the docstrings: Google's style has `Example:` too, griffe only knows `Examples:`."""
+"""An extension of griffe, which reads the docstrings: it takes `Examples:` for code, and weft has `Example:`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A hook of mkdocs: links from the pages in docs/ to the rest of the repository, which has no address on the web.
 
-On GitHub and in an editor `../examples/harness.py` is a file beside docs/. In the site, what is linked so becomes part of
-it, below `repository/`: Markdown as a page, sources as pages that show them, folders as lists, all else as it is. A link
-to a file that does not exist is a warning, which `mkdocs build --strict` makes an error.
+On GitHub and in an editor `../examples/harness.py` is a file beside docs/. In the site, what is linked so becomes part
+of it, below `repository/`: Markdown as a page, sources as pages that show them, folders as lists, all else as it is.
+A link to a file that does not exist is a warning, which `mkdocs build --strict` makes an error.
 """
 
 from __future__ import annotations
