@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,7 +267,8 @@ def sections(results: Path = RESULTS) -> str:
         links = [
             f"[{at.name}](../benchmarks/results/{at.name})" for at in (file, file.with_suffix(".md")) if at.exists()
         ]
-        parts.append(f"\n## {plot.title}\n\n{plot.text}\n\n![{plot.title}](plots/{plot.name}.svg)\n\n")
+        text = textwrap.fill(plot.text, 120, break_long_words=False, break_on_hyphens=False)
+        parts.append(f"\n## {plot.title}\n\n{text}\n\n![{plot.title}](plots/{plot.name}.svg)\n\n")
         parts.append(f"Numbers: {', '.join(links)}{_where(result)}.\n")
     return "".join(parts) + "\n"
 
