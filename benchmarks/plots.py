@@ -269,7 +269,7 @@ def sections(results: Path = RESULTS) -> str:
         ]
         text = textwrap.fill(plot.text, 120, break_long_words=False, break_on_hyphens=False)
         parts.append(f"\n## {plot.title}\n\n{text}\n\n![{plot.title}](plots/{plot.name}.svg)\n\n")
-        parts.append(f"Numbers: {', '.join(links)}{_where(result)}.\n")
+        parts.append("Numbers: " + ",\n".join(links) + f"{_where(result)}.\n")
     return "".join(parts) + "\n"
 
 
