@@ -101,7 +101,8 @@ def ablation(result: dict[str, Any]) -> list[Panel]:
         for data in shown:
             if data in values:
                 rows.setdefault(re.sub(r" #\d+$", "", row), {}).setdefault(data, []).extend(values[data])
-    return [dataclasses.replace(panel, rows=_best_first(rows), intervals={})]
+    title = f"gates trained for {result['steps']} steps"
+    return [dataclasses.replace(panel, title=title, rows=_best_first(rows), intervals={})]
 
 
 def quality(result: dict[str, Any]) -> list[Panel]:

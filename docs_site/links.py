@@ -86,6 +86,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add what the pages link to, and what that links to."""
     from mkdocs.structure.files import File, InclusionLevel
 
+    _origins.clear()
     texts = [(f"docs/{file.src_uri}", file.content_string) for file in files.documentation_pages()]
     while texts:
         origin, text = texts.pop()

@@ -47,7 +47,7 @@ def test_an_ablation_shows_its_seeds_on_other_texts_than_those_chosen_by(tmp_pat
         for row, value in {"a": 20, "b": 10}.items()
         for seed in (0, 1)
     }
-    result = {"perplexity": table, "interval": {"a #0": {"test": [19.0, None]}}}
+    result = {"steps": 1, "perplexity": table, "interval": {"a #0": {"test": [19.0, None]}}}
     (panel,) = plots.ablation(result)
     assert panel.rows == {"b": {"test": [10, 11]}, "a": {"test": [20, 21]}}
     plot = next(plot for plot in plots.KINDS if plot.name == "ablation")
