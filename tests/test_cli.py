@@ -313,7 +313,7 @@ def test_training_learns_which_file_belongs_to_which_expert(arguments, tmp_path)
         (["--balance-loss-weight", "-1"], r"balance_loss_weight \(-1.0\) must be a finite number of at least 0"),
         (
             ["--expert-label-loss-weight", "1"],
-            r"expert_label_loss_weight needs labels, and data \(.*\) names none of the experts \['math', 'code'\]",
+            r"need labels, and data \(.*\) names none of the experts \['math', 'code'\]",
         ),
     ],
 )

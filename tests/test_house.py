@@ -26,7 +26,7 @@ ORDER = [
     ["change_experts", "mixture_files", "card"],
     ["formats", "hub"],
     ["streaming"],
-    ["loading", "monitoring", "scaling_cache", "packing", "progress"],
+    ["loading", "monitoring", "scaling_cache", "packing", "progress", "gate_start"],
     ["distributed", "start_from"],
     ["train", "evaluate"],
     ["train_experts"],

@@ -65,7 +65,7 @@ def test_a_batch_pads_labels_with_none(write):
 
 def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
     file = write({"text": "seven return", "expert": "poems"})
-    with pytest.raises(DataError, match=r"needs labels, and data \(.*data.jsonl\) names none of the experts \['math'"):
+    with pytest.raises(DataError, match=r"need labels, and data \(.*data.jsonl\) names none of the experts \['math'"):
         labels(file)
     wrong = write({"text": "seven return", "experts": [[3, "math"]]})
     with pytest.raises(DataError, match=r'line 1: "experts" \(\[\[3, \'math\'\]\]\) must be \[\[start, name\], ...\]'):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weft.folding import fold, mean_scalings
     from weft.formats import convert_mixture
     from weft.gate import XLoraClassifier
+    from weft.gate_start import fit_gate
     from weft.hub import pull, push
     from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
     from weft.model import XLoraModel
@@ -39,6 +40,7 @@ _HOMES = {
     "add_expert": "weft.change_experts",
     "convert_mixture": "weft.formats",
     "drop_expert": "weft.change_experts",
+    "fit_gate": "weft.gate_start",
     "fold": "weft.folding",
     "from_adapters": "weft.integration",
     "from_pretrained": "weft.integration",
@@ -68,6 +70,7 @@ __all__ = [
     "add_expert",
     "convert_mixture",
     "drop_expert",
+    "fit_gate",
     "fold",
     "from_adapters",
     "from_pretrained",

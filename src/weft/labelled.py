@@ -51,8 +51,8 @@ def training_rows(
             rows += [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
     if labelled and all(label == NO_EXPERT for row in rows for label in row["expert_labels"]):
         raise DataError(
-            f"expert_label_loss_weight needs labels, and data ({', '.join(values)}) names none of the experts "
-            f'{list(expert_names)}: name a file for one (name=FILE), or give its rows "expert" or "experts"'
+            f"expert_label_loss_weight and gate_start (labels) need labels, and data ({', '.join(values)}) names none "
+            f'of the experts {list(expert_names)}: name a file for one (name=FILE), or rows, by "expert" or "experts"'
         )
     return rows
 

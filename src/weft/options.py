@@ -36,6 +36,8 @@ class TrainOptions:
         expert_learning_rate: Peak learning rate of the experts.
         start_from: A trained mixture, folder or Hub id, to go on from: its experts, its gate and its options, in the
             place of `adapters` and a new gate; null starts anew.
+        gate_start: Fit the gate, before it is trained, to say whose each token is: by the "labels" of the data (see
+            `data`), or by the "losses" that each expert has there, which need none; "random" trains it from nothing.
         output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
         epochs: Passes over the data when max_steps and max_tokens are 0.
@@ -96,6 +98,7 @@ class TrainOptions:
     expert_epochs: float = 1.0
     expert_learning_rate: float = 2e-4
     start_from: str | None = None
+    gate_start: Literal["random", "labels", "losses"] = "random"
     output: str = "weft-model"
     max_steps: int = 0
     epochs: float = 1.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
@@ -22,13 +23,20 @@ from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.finite import FiniteLoss
+from weft.gate_start import fit_gate
 from weft.integration import from_adapters, from_pretrained
 from weft.labelled import LabelledCollator, training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
-from weft.processes import any_process, by_the_first, number_of_processes
+from weft.processes import (
+    any_process,
+    by_the_first,
+    in_distributed_training,
+    number_of_processes,
+    sharding_is_to_come,
+)
 from weft.progress import ProgressLine, TokenBudget, budget_in_steps
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued
@@ -66,27 +74,23 @@ def train(options: TrainOptions) -> Path:
     adapters = parse_adapters(options.adapters)
     check(options, adapters)
     assert options.base is not None
-    model_options = {name: getattr(options, name) for name in _CONFIG_OPTIONS}
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     rows = read_training_rows(options, list(adapters), tokenizer)
     length = options.sequence_length
     held_out = training_rows(options.eval_data, [], tokenizer, length, labelled=False) if options.eval_data else None
-    base = load_base(options.base, options.dtype, options.quantization)
-    check_length(options.sequence_length, base.config)
-    if options.start_from is not None:
-        model = from_pretrained(options.start_from, base, is_trainable=True)
-    else:
-        model = from_adapters(base, adapters, **model_options)
-
+    model = _load_model(options, adapters)
     sequences = [row["input_ids"] for row in rows]
+    packed = rows
     if options.packing:
         check_packing(model, options.batch_size)
-        rows = packed_rows(rows, options.sequence_length)
+        packed = packed_rows(rows, options.sequence_length)
     output = Path(options.output)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
-    schedule_steps, most_steps = steps_to_train(options, len(rows), sum(len(sequence) - 1 for sequence in sequences))
+    schedule_steps, most_steps = steps_to_train(options, len(packed), sum(len(sequence) - 1 for sequence in sequences))
     arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
+    if options.gate_start != "random" and _last_checkpoint(options) is None:
+        _fit_gate(model, rows, options, arguments.device)
     collator = _collator(options, tokenizer, model, sequences, arguments)
     try:
         _checkpoints(options).mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ def train(options: TrainOptions) -> Path:
     trainer = EvenTrainer(
         model,
         arguments,
-        train_dataset=RowsAndABlank(rows),
+        train_dataset=RowsAndABlank(packed),
         eval_dataset=held_out,
         data_collator=collator,
         callbacks=[interrupt, TokenBudget(options.max_tokens), progress, *monitoring_callbacks(options)],
@@ -123,14 +127,39 @@ def train(options: TrainOptions) -> Path:
     return output
 
 
+def _load_model(options: TrainOptions, adapters: dict[str, str]) -> PeftModel:
+    """The mixture to train: a new one, or the one to go on from."""
+    assert options.base is not None
+    base = load_base(options.base, options.dtype, options.quantization)
+    check_length(options.sequence_length, base.config)
+    if options.start_from is not None:
+        return from_pretrained(options.start_from, base, is_trainable=True)
+    return from_adapters(base, adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
+
+
 def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> list[dict[str, Any]]:
     """The rows that the gate learns on, with labels where their loss is asked for.
 
     Raises:
         DataError: the data cannot be read, or it has no labels and their loss is asked for.
     """
-    labelled = options.expert_label_loss_weight != 0
+    labelled = options.expert_label_loss_weight != 0 or options.gate_start == "labels"
     return training_rows(options.data, adapters, tokenizer, options.sequence_length, labelled=labelled)
+
+
+def _fit_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
+    """Let the gate start from the labels or losses of the data; in all processes alike."""
+    model.to(device)
+    say = by_the_first(print)
+    assert options.gate_start != "random"
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        agreement = fit_gate(
+            model, rows, options.gate_start, batch_size=options.batch_size, seed=options.seed, announce=say
+        )
+    if in_distributed_training():
+        for parameter in model.internal_xlora_classifier.parameters():
+            torch.distributed.broadcast(parameter.data, src=0)
+    say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
 
 
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:
@@ -262,6 +291,7 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
     if not 0 <= options.warmup <= 1:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
+    problems += _start_problems(options)
     problems += monitoring_problems(options)
     problems += _amount_problems(options)
     problems += _output_problems(options)
@@ -269,6 +299,20 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
     if problems:
         raise ConfigError("weft train cannot start:", problems)
     XLoraConfig(adapters=adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
+
+
+def _start_problems(options: TrainOptions) -> list[str]:
+    if options.gate_start == "random":
+        return []
+    what = f"gate_start ({options.gate_start})"
+    if options.start_from is not None:
+        return [f"{what} and start_from ({options.start_from}) exclude each other: that mixture's gate goes on"]
+    if sharding_is_to_come():
+        return [
+            f"{what} needs the whole model in each process, not shards: train without FSDP or DeepSpeed, or from a "
+            "mixture whose gate was fitted (weft.fit_gate), with start_from"
+        ]
+    return []
 
 
 def _output_problems(options: TrainOptions) -> list[str]:

@@ -1,0 +1,238 @@
+"""Where a gate starts from: a classifier that says of each token whose it is, fitted in seconds.
+
+Training a gate through the mixture asks much of each step: the language model's loss is noisy, and it reaches the gate
+through every layer. To know whose text it is needs none of that. The gate's function f of a token's hidden state h,
+the same for all layers, is fitted by itself to say which expert the token belongs to,
+
+    minimise  mean_t -Σ_e q_{t,e} ln softmax(f(h_t))_e
+
+and every layer of the mixture starts from it. Training then starts at a mixture that follows the text, and tells the
+layers apart. Where q comes from:
+
+- "labels": q is 1 for the expert that the data names, as `expert_label_loss_weight` has it.
+- "losses": q_{t,e} = P(expert e wrote the token after t | the whole text), if experts wrote the text in turns: after
+  each token another one of them goes on with probability 1/64, and the token has the probability that the expert whose
+  turn it is gives it, alone, after all that was before. This is a hidden Markov model, whose posterior the
+  forward-backward algorithm computes (Rabiner, A tutorial on hidden Markov models, 1989, equation 27). It needs no
+  labels, and one forward pass for each expert.
+
+Hidden states have channels far larger than others, and a large mean. f is fitted on (h - mean) / deviation, channel by
+channel, which its first linear layer then takes in: W / deviation, and b - W mean / deviation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from weft.errors import ConfigError, DataError
+from weft.losses import NO_EXPERT
+
+MOST_TOKENS = 32_768  # that are read; 64 sequences of 512
+_TURN = 64  # tokens that one expert writes on average before another one goes on
+_STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
+_HELD_OUT = 8  # one sequence in so many
+
+
+def fit_gate(
+    model: Any,
+    examples: Sequence[dict[str, Any]],
+    by: str = "losses",
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    announce: Callable[[str], None] = lambda line: None,
+) -> float:
+    """Fit a mixture's gate to say whose each token is, in the place of its random start; training goes on from there.
+
+    At most 32,768 tokens are read. Nothing but the gate changes, in place.
+
+    Args:
+        model: of `weft.from_adapters`, a causal language model, where it is to run.
+        examples: with `input_ids` (a list) each, and with "labels" `expert_labels`, a number for each token, -100 for
+            none. They should hold all the domains, and better switch between them.
+        by: "labels" or "losses", see above.
+        batch_size: sequences per forward pass.
+        seed: which sequences are read, and where the fit starts.
+        announce: gets a line that says what is read, before it is.
+
+    Returns:
+        In how many of the tokens that were kept aside the gate's first choice is that of the labels or losses, 0 to 1.
+
+    Raises:
+        ConfigError: this gate cannot be fitted so.
+        DataError: there are no labels.
+
+    Example:
+        >>> rows = [{"input_ids": tokens} for tokens in tokenizer(texts)["input_ids"]]
+        >>> weft.fit_gate(model, rows)  # 0.87
+    """
+    problems = fit_problems(model)
+    if by not in ("labels", "losses"):
+        problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
+    if problems:
+        raise ConfigError("the gate cannot be fitted:", problems)
+    chosen = _draw(examples, seed)
+    tokens = sum(len(example["input_ids"]) for example in chosen)
+    experts = list(model.xlora_config.expert_names)
+    passes = f", with each of {len(experts)} experts" if by == "losses" else ""
+    announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
+
+    kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
+    with _in_evaluation_mode(model):
+        read = [_read(model, chosen[start : start + batch_size], by) for start in range(0, len(chosen), batch_size)]
+    hidden, targets = ([one for batch in read for one in batch[part]] for part in (0, 1))
+    places = [target.sum(-1) > 0 for target in targets]  # where there is a target
+    if not any(place.any() for place in places[kept:]):
+        raise DataError("the gate cannot be fitted by labels: none of the examples has one (expert_labels)")
+    hidden = [states[place] for states, place in zip(hidden, places, strict=True)]
+    targets = [target[place] for target, place in zip(targets, places, strict=True)]
+    gate = model.internal_xlora_classifier
+    network = _fitted(gate, torch.cat(hidden[kept:]), torch.cat(targets[kept:]), seed)
+    aside = slice(0, kept or None)
+    with torch.no_grad():
+        agreement = network(torch.cat(hidden[aside])).argmax(-1) == torch.cat(targets[aside]).argmax(-1)
+        _write(network, gate)
+    return float(agreement.float().mean()) if len(agreement) else math.nan
+
+
+def fit_problems(model: Any) -> list[str]:
+    """Why this mixture's gate cannot be fitted, a sentence each."""
+    config, backbone = model.xlora_config, model.passes.backbone
+    problems = []
+    if not (config.enable_softmax or config.enable_softmax_topk):
+        problems.append("enable_softmax (False) must be true: the gate's outputs are no shares of the experts")
+    if backbone.is_encoder_decoder:
+        problems.append(f"{type(backbone.base).__name__} is an encoder-decoder: its gate reads two texts")
+    return problems
+
+
+def _draw(examples: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Examples in random order, up to `MOST_TOKENS` tokens."""
+    chosen, tokens = [], 0
+    for place in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
+        if tokens >= MOST_TOKENS:
+            break
+        if len(examples[place]["input_ids"]) > 1:
+            chosen.append(examples[place])
+            tokens += len(examples[place]["input_ids"])
+    if not chosen:
+        raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")
+    return chosen
+
+
+@contextmanager
+def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What the gate reads of each example [token, hidden], and what it shall say [token, expert], 0 for no target."""
+    gate, experts = model.internal_xlora_classifier, list(model.xlora_config.expert_names)
+    device = gate.layers[0].weight.device
+    lengths = [len(example["input_ids"]) for example in examples]
+    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, : lengths[row]], mask[row, : lengths[row]] = torch.tensor(example["input_ids"]), 1
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    seen: list[Tensor] = []
+    hook = gate.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().float()))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    hidden = [seen[0][row, :length].to(device) for row, length in enumerate(lengths)]
+    if by == "labels":
+        labels = [
+            torch.tensor(example.get("expert_labels", [NO_EXPERT] * len(example["input_ids"]))) for example in examples
+        ]
+        return hidden, [_one_hot(label, len(experts)).to(device) for label in labels]
+    losses = []
+    for name in experts:
+        with model.fixed_scalings({name: 1.0}):
+            logits = model(**inputs).logits[:, :-1].float()
+        following = inputs["input_ids"][:, 1:].to(logits.device)
+        losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none"))
+    table = torch.stack(losses, -1).view(len(examples), -1, len(experts)).double()
+    table = table * inputs["attention_mask"][:, 1:, None].to(table.device)  # padding says nothing of who wrote
+    posterior = _posterior(table).float().to(device)
+    return hidden, [posterior[row, [*range(length - 1), length - 2]] for row, length in enumerate(lengths)]
+
+
+def _one_hot(labels: Tensor, num_experts: int) -> Float[Tensor, "token expert"]:
+    return functional.one_hot(labels.clamp(min=0), num_experts).float() * (labels != NO_EXPERT)[:, None]
+
+
+def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "batch token expert"]:
+    """The forward-backward algorithm, in logarithms."""
+    tokens, experts = losses.shape[1:]
+    move = math.log(1 / _TURN / max(1, experts - 1))
+    change = losses.new_full((experts, experts), move).fill_diagonal_(math.log(1 - 1 / _TURN))
+    if experts == 1:
+        return torch.ones_like(losses)
+    forward = [-losses[:, 0]]
+    for token in range(1, tokens):
+        forward.append(torch.logsumexp(forward[-1][:, :, None] + change, 1) - losses[:, token])
+    backward = [torch.zeros_like(forward[0])]
+    for token in range(tokens - 1, 0, -1):
+        backward.append(torch.logsumexp(change + (backward[-1] - losses[:, token])[:, None], 2))
+    return torch.softmax(torch.stack(forward, 1) + torch.stack(backward[::-1], 1), -1)
+
+
+def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
+    """A network like the gate's with an output for each expert, in evaluation mode; it takes h as it is."""
+    mean, deviation = hidden.mean(0), hidden.std(0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    last = gate.layers[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [copy.deepcopy(layer).float() for layer in gate.layers[:-1]]
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                layer.to("cpu").reset_parameters()
+        network = nn.Sequential(*layers, nn.Linear(last.in_features, targets.shape[-1])).to(hidden.device).train()
+        network.requires_grad_(True)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.0)
+        for step in range(_STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
+            batch = torch.randint(len(hidden), (_BATCH,)).to(hidden.device)
+            logits = network((hidden[batch] - mean) / deviation)
+            loss = -(targets[batch] * logits.log_softmax(-1)).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    first: Any = network[0]
+    with torch.no_grad():
+        first.weight.div_(deviation)
+        first.bias.sub_(first.weight @ mean)
+    return network.eval()
+
+
+def _write(network: Any, gate: Any) -> None:
+    """The gate's parameters: the network's, its outputs in every layer, times the temperature by which λ divides."""
+    config = gate.config
+    temperature = config.softmax_temperature if config.enable_softmax else 1.0
+    for own, fitted in zip(gate.layers[:-1], network[:-1], strict=True):
+        if isinstance(own, nn.Linear):
+            own.weight.copy_(fitted.weight)
+            own.bias.copy_(fitted.bias)
+    repeats = gate.layers[-1].out_features // network[-1].out_features
+    gate.layers[-1].weight.copy_(network[-1].weight.repeat(repeats, 1) * temperature)
+    gate.layers[-1].bias.copy_(network[-1].bias.repeat(repeats) * temperature)

@@ -1,0 +1,200 @@
+"""Gates that start from a fit: by labels, by the experts' losses, in every scheme and through `weft train`."""
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import weft
+from models import is_expert, quietly, tiny_llama, tiny_tokenizer
+from weft.cli import main
+from weft.errors import ConfigError, DataError
+from weft.gate_start import _posterior
+
+SCHEMES = [
+    {},
+    {"layerwise_scalings": True},
+    {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 16},
+    {"scaling_pass_layers": 1, "softmax_temperature": 0.5},
+    {"gate_layer": 1, "layerwise_scalings": True},
+    {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": 2},
+]
+
+
+def rows(number=48, length=12):
+    """Two kinds of tokens, of which the label is plain to see."""
+    draws = torch.Generator().manual_seed(1)
+    made = []
+    for place in range(number):
+        low = torch.randint(0, 5, (length,), generator=draws)
+        kinds = (torch.arange(length) + place) // 4 % 2
+        made.append({"input_ids": (low + 20 * kinds).tolist(), "expert_labels": (2 * kinds).tolist()})
+    return made
+
+
+def shares(model, row):
+    with torch.no_grad():
+        model(input_ids=torch.tensor([row["input_ids"]]))
+    scalings = model.get_latest_scalings()
+    return scalings if model.xlora_config.enable_softmax else scalings.softmax(-1)
+
+
+@pytest.mark.parametrize("options", SCHEMES, ids=str)
+def test_a_gate_fitted_to_labels_follows_them_in_every_layer(options, llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters, **options)
+    model.train()
+    experts = {name: copy.deepcopy(value) for name, value in model.named_parameters() if is_expert(name)}
+    assert weft.fit_gate(model, rows(), "labels") > 0.9
+    assert model.training
+    row = rows(number=30)[-1]
+    model.eval()
+    before = 4 if "gate_layer" in options else 0  # LoRA layers that follow no gate
+    found = shares(model, row)[0, :, before:].argmax(-1)  # [token, layer]
+    assert (found == torch.tensor(row["expert_labels"])[:, None]).float().mean() > 0.9
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in experts.items())
+
+
+def test_what_is_fitted_is_kept_by_saving_and_by_training_on(llama_adapters, tmp_path):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    weft.fit_gate(model, rows(), "labels")
+    assert all(value.requires_grad for value in model.internal_xlora_classifier.parameters())
+    quietly(model.save_pretrained, tmp_path / "mixture")
+    again = weft.from_pretrained(tmp_path / "mixture", tiny_llama())
+    assert torch.equal(shares(model.eval(), rows()[0]), shares(again.eval(), rows()[0]))
+
+
+def test_losses_are_the_posterior_over_all_ways_in_which_the_experts_took_turns():
+    losses = torch.rand(1, 5, 3, dtype=torch.float64) * 8
+    expected = torch.zeros(5, 3, dtype=torch.float64)
+    for turns in itertools.product(range(3), repeat=5):
+        changes = sum(one != other for one, other in itertools.pairwise(turns))
+        weight = (1 / 128) ** changes * (63 / 64) ** (4 - changes)
+        weight *= math.exp(-sum(losses[0, token, expert].item() for token, expert in enumerate(turns)))
+        for token, expert in enumerate(turns):
+            expected[token, expert] += weight
+    torch.testing.assert_close(_posterior(losses)[0], expected / expected.sum(-1, keepdim=True))
+    padded = torch.cat([losses, torch.zeros(1, 4, 3)], 1)
+    torch.testing.assert_close(_posterior(padded)[:, :5], _posterior(losses))
+    assert torch.equal(_posterior(losses[..., :1]), torch.ones(1, 5, 1))
+
+
+def test_a_gate_fitted_to_losses_prefers_the_expert_that_loses_least(llama_adapters):
+    # Of these experts one is of no effect, and one is so large that it spoils the model.
+    model = weft.from_adapters(tiny_llama(), llama_adapters, layerwise_scalings=True)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B.math" in name:
+                value.zero_()
+            elif "lora_B" in name:
+                value.mul_(30)
+    examples = [{"input_ids": [5, 6] * 8} for _ in range(12)]
+    tokens = torch.tensor([examples[0]["input_ids"]])
+    losses = []
+    for name in llama_adapters:
+        with model.fixed_scalings({name: 1.0}), torch.no_grad():
+            losses.append(model(input_ids=tokens, labels=tokens).loss.item())
+    weft.fit_gate(model, examples)
+    model.eval()
+    found = shares(model, examples[0]).mean((0, 1, 2))
+    assert found.argmax() == torch.tensor(losses).argmin()
+
+
+def test_padding_and_the_order_of_examples_in_a_batch_change_nothing(llama_adapters):
+    examples = [{**row, "input_ids": row["input_ids"][: 6 + place % 7]} for place, row in enumerate(rows())]
+    examples = [{**row, "expert_labels": row["expert_labels"][: len(row["input_ids"])]} for row in examples]
+    gates = []
+    for batch_size in (1, 5):
+        torch.manual_seed(0)
+        model = weft.from_adapters(tiny_llama(), llama_adapters)
+        weft.fit_gate(model, examples, "labels", batch_size=batch_size)
+        gates.append([value.clone() for value in model.internal_xlora_classifier.parameters()])
+    for one, other in zip(*gates, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_the_fit_leaves_the_random_numbers_that_follow_alone(llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    weft.fit_gate(model, rows(8), "labels")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_one_example_is_enough_and_its_agreement_unknown(llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    assert not math.isnan(weft.fit_gate(model, rows(1), "labels"))
+
+
+def test_what_cannot_be_fitted_is_an_error(llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters, enable_softmax=False)
+    before = [value.clone() for value in model.internal_xlora_classifier.parameters()]
+    with pytest.raises(ConfigError, match=r"enable_softmax \(False\) must be true: .*") as raised:
+        weft.fit_gate(model, rows(), "votes")
+    assert "by ('votes') must be 'labels' or 'losses'" in str(raised.value)
+    assert all(torch.equal(*pair) for pair in zip(before, model.internal_xlora_classifier.parameters(), strict=True))
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    with pytest.raises(DataError, match=r"none of the examples has one \(expert_labels\)"):
+        weft.fit_gate(model, [{"input_ids": [1, 2, 3]}], "labels")
+    with pytest.raises(DataError, match="the examples hold no text of two tokens or more"):
+        weft.fit_gate(model, [{"input_ids": [1]}])
+    model.passes.backbone.is_encoder_decoder = True  # as T5's is
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is an encoder-decoder: its gate reads two texts"):
+        weft.fit_gate(model, rows())
+
+
+# ---------------------------------------------------------------------- weft train
+
+
+@pytest.fixture
+def arguments(llama_adapters, tmp_path):
+    base = tmp_path / "base"
+    quietly(tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained, base)
+    tiny_tokenizer().save_pretrained(base)
+    texts = [f"{'seven ' * 5}{'return ' * 5}" for _ in range(12)]
+    data = tmp_path / "mixed.jsonl"
+    data.write_text("".join(json.dumps({"text": t, "experts": [[0, "math"], [30, "code"]]}) + "\n" for t in texts))
+    adapters = [f"{name}={llama_adapters[name]}" for name in ("math", "code")]
+    options = ["--base", str(base), "--adapters", *adapters, "--data", str(data), "--sequence-length", "64"]
+    return ["train", *options, "--output", str(tmp_path / "out")]
+
+
+def test_training_starts_from_the_fit(arguments, tmp_path, capsys):
+    assert main([*arguments, "--gate-start", "labels", "--max-steps", "1", "--learning-rate", "1e-6"]) == 0
+    shown = capsys.readouterr().out
+    assert "fitting the gate to the labels of " in shown
+    assert "of the tokens that were kept aside" in shown
+    model, tokenizer = weft.from_pretrained(tmp_path / "out"), tiny_tokenizer()
+    for number, word in enumerate(("seven", "return")):
+        inputs = tokenizer(f"{word} {word} {word}", return_tensors="pt")
+        assert shares(model, {"input_ids": inputs.input_ids[0].tolist()}).mean((0, 1, 2))[number] > 0.8
+
+
+def test_a_resumed_training_does_not_start_again(arguments, tmp_path, capsys):
+    options = [*arguments, "--gate-start", "losses", "--save-steps", "1"]
+    assert main([*options, "--max-steps", "2"]) == 0
+    assert "with each of 2 experts" in capsys.readouterr().out
+    assert main([*options, "--max-steps", "3", "--resume", "true"]) == 0
+    assert "fitting the gate" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({}, ["--start-from", "{out}"], "gate_start (labels) and start_from ({out}) exclude each other"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "gate_start (labels) needs the whole model in each process, not shards"),
+    ],
+)
+def test_options_that_exclude_a_fit_are_named(environment, options, message, arguments, tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "out")
+    if options:
+        assert main([*arguments, "--max-steps", "1"]) == 0
+        arguments = ["train", *arguments[arguments.index("--data") :][:4], "--output", str(tmp_path / "other")]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = [option.format(out=out) for option in options]
+    assert main([*arguments, *given, "--gate-start", "labels", "--max-steps", "1"]) == 1
+    assert message.format(out=out) in capsys.readouterr().err
