@@ -33,6 +33,7 @@ DOMAINS = ("python", "reference", "licences", "records")
 LENGTH = 256
 SEARCHED = 8  # texts by which the static merges choose: each is tried 4 or 12 times
 
+DEEPER = {"scaling_pass_layers": 4, "xlora_depth": 2, "xlora_size": 256}
 # What differs from the demo's gate: options of `weft train`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as in the demo": {},
@@ -52,13 +53,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "depth 2": {"xlora_depth": 2, "xlora_size": 256},
     "gate_layer=4": {"gate_layer": 4},
     "scaling_pass_layers=4": {"scaling_pass_layers": 4},
-    "scaling_pass_layers=4, depth 2": {"scaling_pass_layers": 4, "xlora_depth": 2, "xlora_size": 256},
+    "scaling_pass_layers=4, depth 2": DEEPER,
     "scaling_pass_layers=4, label loss 0.1": {"scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
-    "scaling_pass_layers=4, depth 2, label loss 0.1": {
-        "scaling_pass_layers": 4,
-        "xlora_depth": 2,
-        "xlora_size": 256,
-        "expert_label_loss_weight": 0.1,
+    "scaling_pass_layers=4, depth 2, label loss 0.1": {**DEEPER, "expert_label_loss_weight": 0.1},
+    "gate_start=labels": {"gate_start": "labels"},
+    "gate_start=losses": {"gate_start": "losses"},
+    "scaling_pass_layers=4, depth 2, gate_start=labels": {**DEEPER, "gate_start": "labels"},
+    "scaling_pass_layers=4, depth 2, gate_start=losses": {**DEEPER, "gate_start": "losses"},
+    "scaling_pass_layers=4, depth 2, gate_start=labels, rate 1e-3": {
+        **DEEPER,
+        "gate_start": "labels",
+        "learning_rate": 1e-3,
     },
 }
 STARTS: dict[str, Callable[..., None]] = {
