@@ -86,6 +86,9 @@ def training_options(folder: Path, options: dict[str, Any], seed: int, steps: in
         batch_size=2,
         sequence_length=LENGTH,
         seed=seed,
+        # What the gate reads is the same for all seeds: computed once, and the losses stay what they are.
+        cache_scaling_pass="gate_layer" not in options,
+        cache_folder=str(WORK / "scaling-cache"),
         **options,
     )
 
