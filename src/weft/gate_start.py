@@ -151,13 +151,8 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
     for row, example in enumerate(examples):
         ids[row, : lengths[row]], mask[row, : lengths[row]] = torch.tensor(example["input_ids"]), 1
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    seen: list[Tensor] = []
-    hook = gate.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().float()))
-    try:
-        model(**inputs)
-    finally:
-        hook.remove()
-    hidden = [seen[0][row, :length].to(device) for row, length in enumerate(lengths)]
+    read = _what_the_gate_reads(model, inputs)
+    hidden = [read[row, :length].to(device, torch.float32) for row, length in enumerate(lengths)]
     if by == "labels":
         labels = [
             torch.tensor(example.get("expert_labels", [NO_EXPERT] * len(example["input_ids"]))) for example in examples
@@ -173,6 +168,18 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
     table = table * inputs["attention_mask"][:, 1:, None].to(table.device)  # padding says nothing of who wrote
     posterior = _posterior(table).float().to(device)
     return hidden, [posterior[row, [*range(length - 1), length - 2]] for row, length in enumerate(lengths)]
+
+
+def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:
+    if model.xlora_config.gate_layer is None:
+        return model.passes.scaling_pass_alone(inputs)
+    seen: list[Tensor] = []
+    hook = model.internal_xlora_classifier.register_forward_pre_hook(lambda gate, given: seen.append(given[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def _one_hot(labels: Tensor, num_experts: int) -> Float[Tensor, "token expert"]:
