@@ -7,6 +7,8 @@ states; with a cache of its own where the call keeps one.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -237,3 +239,16 @@ def restore_input_gradient_hooks(base: Any, before: list[Any]) -> None:
         del base._require_grads_hook
         if before:
             base._require_grads_hook = before[0]
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """In this block nothing is dropped and nothing learns; afterwards each part has its own mode again."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

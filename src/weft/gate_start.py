@@ -24,8 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from weft.backbone import in_evaluation_mode
 from weft.errors import ConfigError, DataError
 from weft.losses import NO_EXPERT
 
@@ -87,7 +87,7 @@ def fit_gate(
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
 
     kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
-    with _in_evaluation_mode(model):
+    with in_evaluation_mode(model):
         read = [_read(model, chosen[start : start + batch_size], by) for start in range(0, len(chosen), batch_size)]
     hidden, targets = ([one for batch in read for one in batch[part]] for part in (0, 1))
     places = [target.sum(-1) > 0 for target in targets]  # where there is a target
@@ -127,18 +127,6 @@ def _draw(examples: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]
     if not chosen:
         raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")
     return chosen
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:

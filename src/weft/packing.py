@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.backbone import in_evaluation_mode
 from weft.errors import ConfigError
 
 # Texts of so many tokens are tried: two different ones before the same one.
@@ -89,7 +90,6 @@ class PackedCollator:
         }
 
 
-@torch.no_grad()
 def check_packing(model: Any, batch_size: int) -> None:
     """Raise where the texts of a row would see each other.
 
@@ -115,16 +115,11 @@ def check_packing(model: Any, batch_size: int) -> None:
     ids = torch.randint(len(vocabulary), (2, _BEFORE + _BEHIND), generator=draws).to(vocabulary.device)
     ids[:, _BEFORE:] = ids[0, _BEFORE:]
     positions = torch.cat([torch.arange(_BEFORE), torch.arange(_BEHIND)]).to(ids.device)
-    modes = {module: module.training for module in backbone.base.modules()}
-    backbone.base.eval()
-    try:
+    with in_evaluation_mode(backbone.base):
         rows = [ids] if batch_size > 1 else [ids[:1], ids[1:]]
         read = [_read(passes, row, positions.expand(len(row), -1)) for row in rows]
         one, other = torch.cat(read)[:, _BEFORE:]
         alone = _read(passes, ids[:1, _BEFORE:], positions[None, _BEFORE:])[0]
-    finally:
-        for module, training in modes.items():
-            module.training = training
     # Another text before changes nothing but, at most, the order of sums; the place in the row changes the kernels.
     exact = vocabulary.dtype.itemsize >= 4 and not torch.is_autocast_enabled(ids.device.type)
     leaked, moved = _difference(one, other), _difference(one, alone)

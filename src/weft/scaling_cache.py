@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weft.backbone import in_evaluation_mode
 from weft.errors import ConfigError
 from weft.given_hidden import SCALING_PASS_HIDDEN, given_hidden_problems
 
@@ -326,20 +327,14 @@ def _write(place: Path, fill: Callable[[Path], None]) -> None:
 def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, batch_size: int) -> None:
     """Write the files of a cache, then the index that names them."""
     files: list[dict[str, Any]] = []
-    modes = {module: module.training for module in passes.backbone.base.modules()}
-    passes.backbone.base.eval()
     width = passes.config.hidden_size
-    try:
-        with Progress(transient=True) as progress:
-            bar = progress.add_task("scaling pass", total=len(sequences))
-            for first, part in _in_files(sequences, width * dtype.itemsize):
-                name = f"{len(files):05d}.safetensors"
-                hidden = _hidden_states(passes, part, dtype, batch_size, lambda done: progress.advance(bar, done))
-                save_file({_TENSOR: hidden}, target / name)
-                files.append({"name": name, "first": first, "bytes": (target / name).stat().st_size})
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation_mode(passes.backbone.base), Progress(transient=True) as progress:
+        bar = progress.add_task("scaling pass", total=len(sequences))
+        for first, part in _in_files(sequences, width * dtype.itemsize):
+            name = f"{len(files):05d}.safetensors"
+            hidden = _hidden_states(passes, part, dtype, batch_size, lambda done: progress.advance(bar, done))
+            save_file({_TENSOR: hidden}, target / name)
+            files.append({"name": name, "first": first, "bytes": (target / name).stat().st_size})
     index = {"dtype": str(dtype).removeprefix("torch."), "hidden_size": width, "files": files}
     (target / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
