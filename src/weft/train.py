@@ -6,6 +6,7 @@ The Trainer brings logging, checkpoints, resuming, mixed precision and accelerat
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -159,7 +160,8 @@ def _fit_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, dev
     if in_distributed_training():
         for parameter in model.internal_xlora_classifier.parameters():
             torch.distributed.broadcast(parameter.data, src=0)
-    say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
+    if not math.isnan(agreement):
+        say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
 
 
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:
