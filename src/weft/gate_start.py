@@ -1,4 +1,4 @@
-"""Where a gate starts from: a classifier that says of each token whose it is, fitted in seconds.
+"""Where a gate starts from: a classifier that says of each token whose it is, fitted before training.
 
 Training a gate through the mixture asks much of each step: the language model's loss is noisy, and it reaches the gate
 through every layer. To know whose text it is needs none of that. The gate's function f of a token's hidden state h,
