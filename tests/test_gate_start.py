@@ -216,6 +216,13 @@ def test_what_cannot_be_fitted_is_an_error(llama_adapters):
         weft.fit_gate(model, [{"input_ids": [1, 2, 3]}], "labels")
     with pytest.raises(DataError, match="the examples hold no text of two tokens or more"):
         weft.fit_gate(model, [{"input_ids": [1]}])
+    with pytest.raises(DataError, match=r"example . \(str\) must be a dict with input_ids"):
+        weft.fit_gate(model, ["one", "two"])
+    with pytest.raises(ConfigError, match=r"model \(LlamaForCausalLM\) must be a mixture of weft's"):
+        weft.fit_gate(tiny_llama(), rows())
+    for block in (model.disable_adapter(), model.fixed_scalings({"math": 1.0})):
+        with block, pytest.raises(ConfigError, match="the gate is not asked inside disable_adapter"):
+            weft.fit_gate(model, rows())
     model.passes.backbone.is_encoder_decoder = True  # as T5's is
     with pytest.raises(ConfigError, match="LlamaForCausalLM is an encoder-decoder: its gate reads two texts"):
         weft.fit_gate(model, rows())

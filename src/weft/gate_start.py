@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ _ROUNDING = 1e-6
 
 def fit_gate(
     model: Any,
-    examples: Sequence[dict[str, Any]],
+    examples: Sequence[Any],
     by: str = "losses",
     *,
     batch_size: int = 4,
@@ -60,7 +60,7 @@ def fit_gate(
 
     Args:
         model: of `weft.from_adapters`, a causal language model, where it is to run.
-        examples: with `input_ids` (a list) each, and with "labels" `expert_labels`, a number for each token, -100 for
+        examples: dicts with `input_ids` (a list), and with "labels" `expert_labels`, a number for each token, -100 for
             none; examples without any are left out. They should hold all the domains, and better switch between them.
         by: "labels" or "losses", see above.
         batch_size: sequences per forward pass.
@@ -114,8 +114,12 @@ def fit_gate(
 
 def fit_problems(model: Any) -> list[str]:
     """Why this mixture's gate cannot be fitted, a sentence each."""
+    if getattr(model, "passes", None) is None:
+        return [f"model ({type(model).__name__}) must be a mixture of weft's, from weft.from_adapters"]
     config, backbone = model.xlora_config, model.passes.backbone
     problems = []
+    if not model.passes.gate_decides:
+        problems.append("the gate is not asked inside disable_adapter() or fixed_scalings(): fit it outside of them")
     if not (config.enable_softmax or config.enable_softmax_topk):
         problems.append("enable_softmax (False) must be true: the gate's outputs are no shares of the experts")
     if backbone.is_encoder_decoder:
@@ -123,18 +127,21 @@ def fit_problems(model: Any) -> list[str]:
     return problems
 
 
-def _draw(examples: Sequence[dict[str, Any]], by: str, num_experts: int, seed: int) -> list[dict[str, Any]]:
+def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list[dict[str, Any]]:
     """Examples in random order, up to `MOST_TOKENS` tokens; with "labels" those that have one."""
     chosen: list[dict[str, Any]] = []
     left, unlabelled = MOST_TOKENS, False
     for place in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
         if left < 2:
             break
-        example = {"input_ids": examples[place]["input_ids"][:left]}
+        given = examples[place]
+        if not isinstance(given, Mapping) or "input_ids" not in given:
+            raise DataError(f"example {place} ({type(given).__name__}) must be a dict with input_ids")
+        example = {"input_ids": given["input_ids"][:left]}
         if len(example["input_ids"]) < 2:
             continue
         if by == "labels":
-            labels = _labels(examples[place], place, num_experts)[:left]
+            labels = _labels(given, place, num_experts)[:left]
             if bool((labels == NO_EXPERT).all()):
                 unlabelled = True
                 continue
@@ -148,7 +155,7 @@ def _draw(examples: Sequence[dict[str, Any]], by: str, num_experts: int, seed: i
     return chosen
 
 
-def _labels(example: dict[str, Any], place: int, num_experts: int) -> Tensor:
+def _labels(example: Mapping[str, Any], place: int, num_experts: int) -> Tensor:
     """The labels of an example's tokens, -100 for none."""
     length = len(example["input_ids"])
     labels = torch.as_tensor(example.get("expert_labels", [NO_EXPERT] * length))
