@@ -78,8 +78,7 @@ def train(options: TrainOptions) -> Path:
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     rows = read_training_rows(options, list(adapters), tokenizer)
-    length = options.sequence_length
-    held_out = training_rows(options.eval_data, [], tokenizer, length, labelled=False) if options.eval_data else None
+    held_out = read_eval_rows(options, tokenizer)
     model = _load_model(options, adapters)
     sequences = [row["input_ids"] for row in rows]
     packed = rows
@@ -146,6 +145,17 @@ def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer
     """
     labelled = options.expert_label_loss_weight != 0 or options.gate_start == "labels"
     return training_rows(options.data, adapters, tokenizer, options.sequence_length, labelled=labelled)
+
+
+def read_eval_rows(options: TrainOptions, tokenizer: Any) -> list[dict[str, Any]] | None:
+    """The rows that the training is evaluated on, if there are any.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    if not options.eval_data:
+        return None
+    return training_rows(options.eval_data, [], tokenizer, options.sequence_length, labelled=False)
 
 
 def _fit_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
