@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
+import accelerate
 import weft
 from models import is_expert, quietly, tiny_llama, tiny_tokenizer
 from weft.cli import main
-from weft.errors import ConfigError, DataError
-from weft.gate_start import _posterior
+from weft.errors import ConfigError, DataError, TrainingError
+from weft.gate_start import MOST_TOKENS, _posterior
 
 SCHEMES = [
     {},
@@ -126,21 +127,102 @@ def test_the_fit_leaves_the_random_numbers_that_follow_alone(llama_adapters):
 
 def test_one_example_is_enough_and_its_agreement_unknown(llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters)
-    assert not math.isnan(weft.fit_gate(model, rows(1), "labels"))
+    assert math.isnan(weft.fit_gate(model, rows(1), "labels"))
+    row = rows(1)[0]
+    assert (shares(model.eval(), row)[0, :, 0].argmax(-1) == torch.tensor(row["expert_labels"])).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_gate_is_fitted_in_full_precision_whatever_surrounds_it(depth, llama_adapters):
+    base = tiny_llama()
+    # A large mean, as channels of real models have it.
+    base.model.norm.register_forward_hook(lambda norm, given, output: output + torch.linspace(-30, 30, 32))
+    model = weft.from_adapters(base, llama_adapters, xlora_depth=depth, xlora_size=16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert weft.fit_gate(model, rows(), "labels") > 0.9
+    row = rows(number=30)[-1]
+    found = shares(model.eval(), row)[0, :, 0].argmax(-1)
+    assert (found == torch.tensor(row["expert_labels"])).float().mean() > 0.9
+
+
+def test_a_channel_that_varies_by_rounding_only_says_nothing(llama_adapters):
+    base = tiny_llama()
+
+    def nearly_constant(norm, given, output):
+        output = output.clone()
+        output[..., 0] = 0.1 * (1 + 1e-7 * torch.rand(output.shape[:-1]))
+        return output
+
+    base.model.norm.register_forward_hook(nearly_constant)
+    model = weft.from_adapters(base, llama_adapters)
+    assert weft.fit_gate(model, rows(), "labels") > 0.9
+    assert model.internal_xlora_classifier.layers[0].weight[:, 0].abs().max() < 1
+
+
+def test_examples_without_labels_are_left_out_and_the_tokens_are_bounded(llama_adapters):
+    said = []
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    without = [{"input_ids": [1, 2] * 300}] * (MOST_TOKENS // 500)
+    assert weft.fit_gate(model, [*without, *rows(16)], "labels", announce=said.append) > 0.9
+    assert said == ["fitting the gate to the labels of 192 tokens of 16 sequences"]
+    weft.fit_gate(model, without[:60], announce=said.append)
+    assert f"losses of {MOST_TOKENS:,} tokens of 55 sequences" in said[1]
+
+
+@pytest.mark.parametrize("by", ["labels", "losses"])
+def test_a_base_that_is_offloaded_is_read_where_it_runs(by, llama_adapters):
+    plain = weft.from_adapters(tiny_llama(), llama_adapters)
+    model = weft.from_adapters(accelerate.cpu_offload(tiny_llama(), execution_device="cpu"), llama_adapters)
+    assert weft.fit_gate(model, rows(16), by) == weft.fit_gate(plain, rows(16), by)
+
+
+def test_a_text_for_which_the_model_gives_nan_leaves_the_gate_as_it_was(llama_adapters):
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.embed_tokens.weight[3] = torch.nan
+    model = weft.from_adapters(base, llama_adapters)
+    before = [value.clone() for value in model.internal_xlora_classifier.parameters()]
+    for by in ("labels", "losses"):
+        with pytest.raises(TrainingError, match="hidden states or the experts' losses are NaN or infinite"):
+            weft.fit_gate(model, rows(), by)
+    assert all(torch.equal(*pair) for pair in zip(before, model.internal_xlora_classifier.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1], r"expert_labels of example 0 have shape \[2\], expected \[3\]: one for each token"),
+        (1, r"expert_labels of example 0 have shape \[\], expected \[3\]"),
+        ([0, 3, 1], r"expert_labels of example 0 have 3, expected the number of an expert, 0 to 2, or -100 for none"),
+        ([0, -1, 1], r"expert_labels of example 0 have -1, expected"),
+    ],
+)
+def test_wrong_labels_are_named(labels, message, llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    with pytest.raises(DataError, match=message):
+        weft.fit_gate(model, [{"input_ids": [1, 2, 3], "expert_labels": labels}], "labels")
 
 
 def test_what_cannot_be_fitted_is_an_error(llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters, enable_softmax=False)
     before = [value.clone() for value in model.internal_xlora_classifier.parameters()]
     with pytest.raises(ConfigError, match=r"enable_softmax \(False\) must be true: .*") as raised:
-        weft.fit_gate(model, rows(), "votes")
+        weft.fit_gate(model, rows(), "votes", batch_size=0)
     assert "by ('votes') must be 'labels' or 'losses'" in str(raised.value)
+    assert "batch_size (0) must be at least 1" in str(raised.value)
     assert all(torch.equal(*pair) for pair in zip(before, model.internal_xlora_classifier.parameters(), strict=True))
     model = weft.from_adapters(tiny_llama(), llama_adapters)
     with pytest.raises(DataError, match=r"none of the examples has one \(expert_labels\)"):
         weft.fit_gate(model, [{"input_ids": [1, 2, 3]}], "labels")
     with pytest.raises(DataError, match="the examples hold no text of two tokens or more"):
         weft.fit_gate(model, [{"input_ids": [1]}])
+    with pytest.raises(DataError, match=r"example . \(str\) must be a dict with input_ids"):
+        weft.fit_gate(model, ["one", "two"])
+    with pytest.raises(ConfigError, match=r"model \(LlamaForCausalLM\) must be a mixture of weft's"):
+        weft.fit_gate(tiny_llama(), rows())
+    for block in (model.disable_adapter(), model.fixed_scalings({"math": 1.0})):
+        with block, pytest.raises(ConfigError, match="the gate is not asked inside disable_adapter"):
+            weft.fit_gate(model, rows())
     model.passes.backbone.is_encoder_decoder = True  # as T5's is
     with pytest.raises(ConfigError, match="LlamaForCausalLM is an encoder-decoder: its gate reads two texts"):
         weft.fit_gate(model, rows())

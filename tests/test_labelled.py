@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorForSeq2Seq
 
 from models import tiny_tokenizer
 from weft.errors import DataError
-from weft.labelled import LabelledCollator, training_rows
+from weft.labelled import LabelledCollator, tokens_and_parts, training_rows
 
 EXPERTS = ["math", "code"]
 
@@ -31,11 +32,12 @@ def test_a_files_name_a_rows_expert_and_its_parts_label_tokens(write):
     file = write(
         {"text": text},
         {"text": text, "expert": "code"},
+        {"text": text, "expert": None, "experts": None},
         {"text": text, "experts": [[0, "code"], [text.index(" seven"), "math"], [text.rindex(" return"), "poems"]]},
     )
     number = len(tiny_tokenizer()(text).input_ids)
-    named, by_row, by_part = labels(f"math={file}")
-    assert named == [0] * number
+    named, by_row, null, by_part = labels(f"math={file}")
+    assert named == null == [0] * number
     assert by_row == [1] * number
     assert sorted(set(by_part), key=by_part.index) == [1, 0, -100]
     unnamed, *_ = labels(file)
@@ -43,11 +45,22 @@ def test_a_files_name_a_rows_expert_and_its_parts_label_tokens(write):
 
 
 def test_labels_change_no_row_and_are_cut_with_it(write):
-    file = write({"text": "seven return " * 9, "experts": [[0, "math"], [40, "code"]]}, {"text": "seven"})
+    rows = {"text": "seven return " * 9, "experts": [[0, "math"], [40, "code"]]}, {"text": "seven"}, {"text": " \n "}
+    file = write(*rows)
     plain = training_rows([file], EXPERTS, tiny_tokenizer(), 8, labelled=False)
     labelled = training_rows([file], EXPERTS, tiny_tokenizer(), 8, labelled=True)
     assert [row["input_ids"] for row in labelled] == [row["input_ids"] for row in plain]
     assert all(len(row["expert_labels"]) == len(row["input_ids"]) for row in labelled)
+
+
+def test_a_special_token_behind_a_text_belongs_to_its_last_part():
+    tokenizer = tiny_tokenizer()
+    ends = TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    row = {"text": "seven return", "experts": [[0, "math"], [6, "code"]]}
+    tokens, parts, names = tokens_and_parts(row["text"], row, "here", tokenizer, None)
+    assert tokens[0] == tokens[-1] == tokenizer.eos_token_id
+    assert (parts[0], parts[-1], names) == (0, 1, ["math", "code"])
 
 
 def test_a_batch_pads_labels_with_none(write):
@@ -68,5 +81,7 @@ def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
     with pytest.raises(DataError, match=r"need labels, and data \(.*data.jsonl\) names none of the experts \['math'"):
         labels(file)
     wrong = write({"text": "seven return", "experts": [[3, "math"]]})
+    with pytest.raises(DataError, match=r"sequence_length \(1\) must be at least 2"):
+        labels(f"math={file}", length=1)
     with pytest.raises(DataError, match=r'line 1: "experts" \(\[\[3, \'math\'\]\]\) must be \[\[start, name\], ...\]'):
         labels(wrong)

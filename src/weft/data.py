@@ -62,8 +62,7 @@ def token_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> list[l
     Raises:
         DataError: `length` leaves nothing to predict, or no text has two tokens.
     """
-    if length < 2:
-        raise DataError(f"sequence_length ({length}) must be at least 2: one token to read, one to predict")
+    check_sequence_length(length)
     sequences = []
     for text in texts:
         tokens = tokenizer(text, verbose=False)["input_ids"]
@@ -72,6 +71,16 @@ def token_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> list[l
     if not sequences:
         raise DataError("the data holds no text of two tokens or more")
     return sequences
+
+
+def check_sequence_length(length: int) -> None:
+    """Raise where sequences of this length leave nothing to predict.
+
+    Raises:
+        DataError: `length` is below 2.
+    """
+    if length < 2:
+        raise DataError(f"sequence_length ({length}) must be at least 2: one token to read, one to predict")
 
 
 def check_length(length: int, model_config: Any) -> None:

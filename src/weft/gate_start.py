@@ -1,4 +1,4 @@
-"""Where a gate starts from: a classifier that says of each token whose it is, fitted in seconds.
+"""Where a gate starts from: a classifier that says of each token whose it is, fitted before training.
 
 Training a gate through the mixture asks much of each step: the language model's loss is noisy, and it reaches the gate
 through every layer. To know whose text it is needs none of that. The gate's function f of a token's hidden state h,
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +33,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.backbone import in_evaluation_mode
-from weft.errors import ConfigError, DataError
+from weft.errors import ConfigError, DataError, TrainingError
 from weft.losses import NO_EXPERT
+from weft.placement import execution_device, resident_device
 
 MOST_TOKENS = 32_768  # that are read; 64 sequences of 512
 _TURN = 64  # tokens that one expert writes on average before another one goes on
 _STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
 _HELD_OUT = 8  # one sequence in so many
+# Of a channel's mean: what varies less is no more than rounding, and says nothing.
+_ROUNDING = 1e-6
 
 
 def fit_gate(
     model: Any,
-    examples: Sequence[dict[str, Any]],
+    examples: Sequence[Any],
     by: str = "losses",
     *,
     batch_size: int = 4,
@@ -57,19 +60,21 @@ def fit_gate(
 
     Args:
         model: of `weft.from_adapters`, a causal language model, where it is to run.
-        examples: with `input_ids` (a list) each, and with "labels" `expert_labels`, a number for each token, -100 for
-            none. They should hold all the domains, and better switch between them.
+        examples: dicts with `input_ids` (a list), and with "labels" `expert_labels`, a number for each token, -100 for
+            none; examples without any are left out. They should hold all the domains, and better switch between them.
         by: "labels" or "losses", see above.
         batch_size: sequences per forward pass.
         seed: which sequences are read, and where the fit starts.
         announce: gets a line that says what is read, before it is.
 
     Returns:
-        In how many of the tokens that were kept aside the gate's first choice is that of the labels or losses, 0 to 1.
+        In how many of the tokens that were kept aside the gate's first choice is that of the labels or losses, 0 to 1;
+        nan with one example, of which nothing is kept aside.
 
     Raises:
         ConfigError: this gate cannot be fitted so.
-        DataError: there are no labels.
+        DataError: there are no labels, or wrong ones.
+        TrainingError: the model gives NaN for these texts; the gate is as it was.
 
     Example:
         >>> rows = [{"input_ids": tokens} for tokens in tokenizer(texts)["input_ids"]]
@@ -78,36 +83,43 @@ def fit_gate(
     problems = fit_problems(model)
     if by not in ("labels", "losses"):
         problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
+    if batch_size < 1:
+        problems.append(f"batch_size ({batch_size}) must be at least 1")
     if problems:
         raise ConfigError("the gate cannot be fitted:", problems)
-    chosen = _draw(examples, seed)
-    tokens = sum(len(example["input_ids"]) for example in chosen)
     experts = list(model.xlora_config.expert_names)
+    chosen = _draw(examples, by, len(experts), seed)
+    tokens = sum(len(example["input_ids"]) for example in chosen)
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
 
-    kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
+    hidden, targets = [], []
     with in_evaluation_mode(model):
-        read = [_read(model, chosen[start : start + batch_size], by) for start in range(0, len(chosen), batch_size)]
-    hidden, targets = ([one for batch in read for one in batch[part]] for part in (0, 1))
-    places = [target.sum(-1) > 0 for target in targets]  # where there is a target
-    if not any(place.any() for place in places[kept:]):
-        raise DataError("the gate cannot be fitted by labels: none of the examples has one (expert_labels)")
-    hidden = [states[place] for states, place in zip(hidden, places, strict=True)]
-    targets = [target[place] for target, place in zip(targets, places, strict=True)]
+        for start in range(0, len(chosen), batch_size):
+            read = _read(model, chosen[start : start + batch_size], by)
+            hidden += read[0]
+            targets += read[1]
+    kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
     gate = model.internal_xlora_classifier
-    network = _fitted(gate, torch.cat(hidden[kept:]), torch.cat(targets[kept:]), seed)
-    aside = slice(0, kept or None)
-    with torch.no_grad():
-        agreement = network(torch.cat(hidden[aside])).argmax(-1) == torch.cat(targets[aside]).argmax(-1)
+    # The gate decides: not in half precision. And it learns, whatever surrounds this call.
+    with torch.autocast(hidden[0].device.type, enabled=False), torch.enable_grad():
+        network = _fitted(gate, torch.cat(hidden[kept:]), torch.cat(targets[kept:]), seed)
         _write(network, gate)
-    return float(agreement.float().mean()) if len(agreement) else math.nan
+        if not kept:
+            return math.nan
+        with torch.no_grad():
+            first_choice = network(torch.cat(hidden[:kept])).argmax(-1)
+    return float((first_choice == torch.cat(targets[:kept]).argmax(-1)).float().mean())
 
 
 def fit_problems(model: Any) -> list[str]:
     """Why this mixture's gate cannot be fitted, a sentence each."""
+    if getattr(model, "passes", None) is None:
+        return [f"model ({type(model).__name__}) must be a mixture of weft's, from weft.from_adapters"]
     config, backbone = model.xlora_config, model.passes.backbone
     problems = []
+    if not model.passes.gate_decides:
+        problems.append("the gate is not asked inside disable_adapter() or fixed_scalings(): fit it outside of them")
     if not (config.enable_softmax or config.enable_softmax_topk):
         problems.append("enable_softmax (False) must be true: the gate's outputs are no shares of the experts")
     if backbone.is_encoder_decoder:
@@ -115,47 +127,93 @@ def fit_problems(model: Any) -> list[str]:
     return problems
 
 
-def _draw(examples: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Examples in random order, up to `MOST_TOKENS` tokens."""
-    chosen, tokens = [], 0
+def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list[dict[str, Any]]:
+    """Examples in random order, up to `MOST_TOKENS` tokens; with "labels" those that have one."""
+    chosen: list[dict[str, Any]] = []
+    left, unlabelled = MOST_TOKENS, False
     for place in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
-        if tokens >= MOST_TOKENS:
+        if left < 2:
             break
-        if len(examples[place]["input_ids"]) > 1:
-            chosen.append(examples[place])
-            tokens += len(examples[place]["input_ids"])
+        given = examples[place]
+        if not isinstance(given, Mapping) or "input_ids" not in given:
+            raise DataError(f"example {place} ({type(given).__name__}) must be a dict with input_ids")
+        example = {"input_ids": given["input_ids"][:left]}
+        if len(example["input_ids"]) < 2:
+            continue
+        if by == "labels":
+            labels = _labels(given, place, num_experts)[:left]
+            if bool((labels == NO_EXPERT).all()):
+                unlabelled = True
+                continue
+            example["expert_labels"] = labels
+        chosen.append(example)
+        left -= len(example["input_ids"])
+    if not chosen and unlabelled:
+        raise DataError("the gate cannot be fitted by labels: none of the examples has one (expert_labels)")
     if not chosen:
         raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")
     return chosen
 
 
+def _labels(example: Mapping[str, Any], place: int, num_experts: int) -> Tensor:
+    """The labels of an example's tokens, -100 for none."""
+    length = len(example["input_ids"])
+    labels = torch.as_tensor(example.get("expert_labels", [NO_EXPERT] * length))
+    if tuple(labels.shape) != (length,):
+        raise DataError(
+            f"expert_labels of example {place} have shape {list(labels.shape)}, expected [{length}]: one for each token"
+        )
+    wrong = labels[((labels < 0) | (labels >= num_experts)) & (labels != NO_EXPERT)]
+    if len(wrong):
+        raise DataError(
+            f"expert_labels of example {place} have {wrong[0].item()}, expected the number of an expert, 0 to "
+            f"{num_experts - 1}, or {NO_EXPERT} for none"
+        )
+    return labels
+
+
 def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:
-    """What the gate reads of each example [token, hidden], and what it shall say [token, expert], 0 for no target."""
-    gate, experts = model.internal_xlora_classifier, list(model.xlora_config.expert_names)
-    device = gate.layers[0].weight.device
+    """What the gate reads of each example [token, hidden], and what it shall say there [token, expert].
+
+    With "labels" only of the tokens that have one.
+    """
+    experts = list(model.xlora_config.expert_names)
+    device = resident_device(model.internal_xlora_classifier)
     lengths = [len(example["input_ids"]) for example in examples]
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, example in enumerate(examples):
-        ids[row, : lengths[row]], mask[row, : lengths[row]] = torch.tensor(example["input_ids"]), 1
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        ids[row, : lengths[row]], mask[row, : lengths[row]] = torch.as_tensor(example["input_ids"]), 1
+    where = execution_device(model.passes.backbone.module)
+    inputs = {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
     read = _what_the_gate_reads(model, inputs)
     hidden = [read[row, :length].to(device, torch.float32) for row, length in enumerate(lengths)]
     if by == "labels":
-        labels = [
-            torch.tensor(example.get("expert_labels", [NO_EXPERT] * len(example["input_ids"]))) for example in examples
-        ]
-        return hidden, [_one_hot(label, len(experts)).to(device) for label in labels]
+        labels = [example["expert_labels"].to(device) for example in examples]
+        hidden = [states[label != NO_EXPERT] for states, label in zip(hidden, labels, strict=True)]
+        targets = [functional.one_hot(label[label != NO_EXPERT], len(experts)).float() for label in labels]
+    else:
+        posterior = _posterior(_losses(model, inputs, experts)).float().to(device)
+        targets = [posterior[row, [*range(length - 1), length - 2]] for row, length in enumerate(lengths)]
+    for states, target in zip(hidden, targets, strict=True):
+        if not (states.isfinite().all() and target.isfinite().all()):
+            raise TrainingError(
+                "the gate cannot be fitted: the model's hidden states or the experts' losses are NaN or infinite. Look "
+                "at the adapters and the base model's dtype"
+            )
+    return hidden, targets
+
+
+def _losses(model: Any, inputs: dict[str, Tensor], experts: Sequence[str]) -> Float[Tensor, "batch token expert"]:
+    """What each expert alone loses on each token but the first, given those before; 0 for padding."""
     losses = []
     for name in experts:
         with model.fixed_scalings({name: 1.0}):
             logits = model(**inputs).logits[:, :-1].float()
         following = inputs["input_ids"][:, 1:].to(logits.device)
-        losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none"))
-    table = torch.stack(losses, -1).view(len(examples), -1, len(experts)).double()
-    table = table * inputs["attention_mask"][:, 1:, None].to(table.device)  # padding says nothing of who wrote
-    posterior = _posterior(table).float().to(device)
-    return hidden, [posterior[row, [*range(length - 1), length - 2]] for row, length in enumerate(lengths)]
+        losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").cpu())
+    table = torch.stack(losses, -1).view(*inputs["input_ids"][:, 1:].shape, len(experts)).double()
+    return table.masked_fill(inputs["attention_mask"][:, 1:, None].cpu() == 0, 0.0)  # which says nothing of who wrote
 
 
 def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:
@@ -168,10 +226,6 @@ def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor,
     finally:
         hook.remove()
     return seen[0]
-
-
-def _one_hot(labels: Tensor, num_experts: int) -> Float[Tensor, "token expert"]:
-    return functional.one_hot(labels.clamp(min=0), num_experts).float() * (labels != NO_EXPERT)[:, None]
 
 
 def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "batch token expert"]:
@@ -192,10 +246,10 @@ def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "ba
 
 def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
     """A network like the gate's with an output for each expert, in evaluation mode; it takes h as it is."""
-    mean, deviation = hidden.mean(0), hidden.std(0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
+    mean, deviation = hidden.mean(0), hidden.std(0, correction=0)
+    deviation = torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
     last = gate.layers[-1]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
         torch.manual_seed(seed)
         layers = [copy.deepcopy(layer).float() for layer in gate.layers[:-1]]
         for layer in layers:
@@ -220,6 +274,7 @@ def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
     return network.eval()
 
 
+@torch.no_grad()
 def _write(network: Any, gate: Any) -> None:
     """The gate's parameters: the network's, its outputs in every layer, times the temperature by which λ divides."""
     config = gate.config

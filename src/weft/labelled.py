@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from weft.data import read_rows, read_texts, row_text, token_sequences
+from weft.data import check_sequence_length, read_rows, read_texts, row_text, token_sequences
 from weft.errors import DataError
 from weft.losses import NO_EXPERT
 
@@ -75,7 +76,8 @@ def tokens_and_parts(
     spans = row.get("experts")
     if not spans or not isinstance(row.get("text"), str):
         tokens = tokenizer(text, verbose=False)["input_ids"]
-        return tokens, [0] * len(tokens), [row.get("expert", default)]
+        # Tables have null where a row has no value.
+        return tokens, [0] * len(tokens), [default if row.get("expert") is None else row["expert"]]
     try:
         starts, names = zip(*spans, strict=True)
         ordered = starts[0] == 0 and list(starts) == sorted(set(starts))
@@ -86,11 +88,9 @@ def tokens_and_parts(
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
     encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
-    return (
-        encoded["input_ids"],
-        [bisect_right(starts, start) - 1 for start, _ in encoded["offset_mapping"]],
-        list(names),
-    )
+    # A special token behind the text says that it is at 0: it belongs to the part before it.
+    parts = accumulate((bisect_right(starts, start) - 1 for start, _ in encoded["offset_mapping"]), max)
+    return encoded["input_ids"], list(parts), list(names)
 
 
 class LabelledCollator:
@@ -119,10 +119,13 @@ class LabelledCollator:
 def _labelled_rows(
     source: str, default: str | None, expert_names: Sequence[str], tokenizer: Any, length: int
 ) -> list[dict[str, Any]]:
+    check_sequence_length(length)
     numbers = {name: number for number, name in enumerate(expert_names)}
     rows = []
     for place, row in read_rows(source):
         text = row_text(row, place, tokenizer)
+        if not text.strip():
+            continue
         tokens, parts, names = tokens_and_parts(text, row, place, tokenizer, default)
         part_labels = [numbers.get(name, NO_EXPERT) if isinstance(name, str) else NO_EXPERT for name in names]
         labels = [part_labels[part] for part in parts]

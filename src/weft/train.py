@@ -6,6 +6,7 @@ The Trainer brings logging, checkpoints, resuming, mixed precision and accelerat
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -77,8 +78,7 @@ def train(options: TrainOptions) -> Path:
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     rows = read_training_rows(options, list(adapters), tokenizer)
-    length = options.sequence_length
-    held_out = training_rows(options.eval_data, [], tokenizer, length, labelled=False) if options.eval_data else None
+    held_out = read_eval_rows(options, tokenizer)
     model = _load_model(options, adapters)
     sequences = [row["input_ids"] for row in rows]
     packed = rows
@@ -147,6 +147,17 @@ def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer
     return training_rows(options.data, adapters, tokenizer, options.sequence_length, labelled=labelled)
 
 
+def read_eval_rows(options: TrainOptions, tokenizer: Any) -> list[dict[str, Any]] | None:
+    """The rows that the training is evaluated on, if there are any.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    if not options.eval_data:
+        return None
+    return training_rows(options.eval_data, [], tokenizer, options.sequence_length, labelled=False)
+
+
 def _fit_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
     """Let the gate start from the labels or losses of the data; in all processes alike."""
     model.to(device)
@@ -159,7 +170,8 @@ def _fit_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, dev
     if in_distributed_training():
         for parameter in model.internal_xlora_classifier.parameters():
             torch.distributed.broadcast(parameter.data, src=0)
-    say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
+    if not math.isnan(agreement):
+        say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
 
 
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:

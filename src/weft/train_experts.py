@@ -26,7 +26,15 @@ from weft.finite import FiniteLoss
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
 from weft.processes import by_the_first
-from weft.train import StopOnInterrupt, check, read_training_rows, steps_to_train, train, training_arguments
+from weft.train import (
+    StopOnInterrupt,
+    check,
+    read_eval_rows,
+    read_training_rows,
+    steps_to_train,
+    train,
+    training_arguments,
+)
 from weft.whole_checkpoints import last_checkpoint
 
 RECORD = "weft_expert.json"
@@ -80,6 +88,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
         assert options.base is not None
         tokenizer = load_tokenizer(options.base)
         read_training_rows(gate_options, list(adapters), tokenizer)
+        read_eval_rows(gate_options, tokenizer)
         train_experts(options, say)
     say(f"training the gate over {', '.join(adapters)}")
     return train(gate_options)
