@@ -1,9 +1,10 @@
 """What makes the gate good: its start, temperature, top-k, losses, learning rate, on the demo's experts and data.
 
 Needs the demo's experts (`make demo`, at least until its experts are there). Each variant is a gate that is trained
-like the demo's own but for one thing; beside them one LoRA with at least as many parameters as the gate, trained on the
-same texts for as many steps, at several learning rates. All are rows of one `weft eval`, with the static merges
-(weights searched), Arrow and the oracle. Choose by the column "select"; "test" is other texts, for what is reported.
+like "two passes" (random start, depth 1, learning rate 5e-3) but for what its name says; beside them one LoRA with at
+least as many parameters as that gate, trained on the same texts for as many steps, at several learning rates. All are
+rows of one `weft eval`, with the static merges (weights searched), Arrow and the oracle. Choose by the column "select";
+"test" is other texts, for what is reported.
 
 Gates, adapters and finished cells are kept in `.bench/ablation/`, so that an interrupted run goes on. Writes
 `results/DATE-ablation-STEPS-steps.{json,md}`. About two minutes a variant at 48 steps on two quiet cores.
@@ -34,9 +35,9 @@ LENGTH = 256
 SEARCHED = 8  # texts by which the static merges choose: each is tried 4 or 12 times
 
 DEEPER = {"scaling_pass_layers": 4, "xlora_depth": 2, "xlora_size": 256}
-# What differs from the demo's gate: options of `weft train`.
+# What differs from the first: options of `weft train`.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as in the demo": {},
+    "two passes": {},
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "learning rate 2e-2": {"learning_rate": 2e-2},
     "temperature 0.5": {"softmax_temperature": 0.5},
@@ -66,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
     },
 }
-RECOMMENDED = "scaling_pass_layers=4, depth 2, gate_start=labels"  # the rows "weft ..." are its
+RECOMMENDED = "scaling_pass_layers=4, depth 2, gate_start=losses"  # the rows "weft ..." are its
 STARTS: dict[str, Callable[..., None]] = {
     "neutral start": neutral,
     "start from prototypes": prototypes,
@@ -112,6 +113,7 @@ def options_of(folder: Path, seed: int, arguments: argparse.Namespace, **options
         "save_steps": 10_000,
         "learning_rate": 5e-3,
         "batch_size": 2,
+        "gate_start": "random",
         "sequence_length": LENGTH,
         # What the gate reads is the same in all of these runs: computed once, and the losses stay what they are.
         "cache_scaling_pass": "gate_layer" not in options,

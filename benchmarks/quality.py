@@ -1,6 +1,6 @@
 """What the cheaper schemes cost in quality: gates of several kinds and seeds, trained and compared on the demo's data.
 
-Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the demo's own;
+Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the others, from a random start;
 each row is the perplexity on held-out texts that switch between the domains, and on each domain. Results are kept in
 `.bench/quality/` as they come, so that an interrupted run goes on; about half an hour on two quiet cores. Writes
 `results/DATE-quality-STEPS-steps.{json,md}`.
@@ -86,6 +86,7 @@ def training_options(folder: Path, options: dict[str, Any], seed: int, steps: in
         batch_size=2,
         sequence_length=LENGTH,
         seed=seed,
+        gate_start="random",  # as of old: a fit would cost each of them as much time as these steps
         # What the gate reads is the same for all seeds: computed once, and the losses stay what they are.
         cache_scaling_pass="gate_layer" not in options,
         cache_folder=str(WORK / "scaling-cache"),

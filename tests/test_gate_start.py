@@ -255,6 +255,26 @@ def test_training_starts_from_the_fit(arguments, tmp_path, capsys):
         assert shares(model, {"input_ids": inputs.input_ids[0].tolist()}).mean((0, 1, 2))[number] > 0.8
 
 
+def test_training_starts_from_the_losses_unless_told_otherwise(arguments, tmp_path, capsys):
+    assert main([*arguments, "--max-steps", "1"]) == 0
+    assert "fitting the gate to the losses of " in capsys.readouterr().out
+    again = [*arguments[arguments.index("--data") :][:4], "--output", str(tmp_path / "again"), "--max-steps", "1"]
+    assert main(["train", "--start-from", str(tmp_path / "out"), *again]) == 0
+    assert "fitting the gate" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_fitted_starts_at_random_unless_it_was_asked_for(arguments, monkeypatch, capsys):
+    def spoiled(*args, **kwargs):
+        raise TrainingError("the hidden states hold NaN")
+
+    monkeypatch.setattr("weft.start_from.fit_gate", spoiled)
+    assert main([*arguments, "--max-steps", "1"]) == 0
+    assert "the gate starts at random: the hidden states hold NaN" in capsys.readouterr().out
+    asked = [*arguments[:-1], arguments[-1] + "2", "--gate-start", "losses", "--max-steps", "1"]
+    assert main(asked) == 1
+    assert "the hidden states hold NaN" in capsys.readouterr().err
+
+
 def test_a_resumed_training_does_not_start_again(arguments, tmp_path, capsys):
     options = [*arguments, "--gate-start", "losses", "--save-steps", "1"]
     assert main([*options, "--max-steps", "2"]) == 0

@@ -36,8 +36,9 @@ class TrainOptions:
         expert_learning_rate: Peak learning rate of the experts.
         start_from: A trained mixture, folder or Hub id, to go on from: its experts, its gate and its options, in the
             place of `adapters` and a new gate; null starts anew.
-        gate_start: Fit the gate, before it is trained, to say whose each token is: by the "labels" of the data (see
-            `data`), or by the "losses" that each expert has there, which need none; "random" trains it from nothing.
+        gate_start: Fit the gate, before it is trained, to say whose each token is: by the "losses" that each expert has
+            on it, or by the "labels" of the data (see `data`); "random" trains it from nothing. null takes losses where
+            that can be done.
         output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
         epochs: Passes over the data when max_steps and max_tokens are 0.
@@ -98,7 +99,7 @@ class TrainOptions:
     expert_epochs: float = 1.0
     expert_learning_rate: float = 2e-4
     start_from: str | None = None
-    gate_start: Literal["random", "labels", "losses"] = "random"
+    gate_start: Literal["random", "labels", "losses"] | None = None
     output: str = "weft-model"
     max_steps: int = 0
     epochs: float = 1.0

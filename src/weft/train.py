@@ -6,7 +6,6 @@ The Trainer brings logging, checkpoints, resuming, mixed precision and accelerat
 from __future__ import annotations
 
 import copy
-import math
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -24,23 +23,16 @@ from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.finite import FiniteLoss
-from weft.gate_start import fit_gate
 from weft.integration import from_adapters, from_pretrained
 from weft.labelled import LabelledCollator, training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
-from weft.processes import (
-    any_process,
-    by_the_first,
-    in_distributed_training,
-    number_of_processes,
-    sharding_is_to_come,
-)
+from weft.processes import any_process, by_the_first, number_of_processes
 from weft.progress import ProgressLine, TokenBudget, budget_in_steps
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
-from weft.start_from import continued
+from weft.start_from import continued, start_gate, start_problems
 from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
 
 _CONFIG_OPTIONS = (
@@ -89,8 +81,8 @@ def train(options: TrainOptions) -> Path:
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
     schedule_steps, most_steps = steps_to_train(options, len(packed), sum(len(sequence) - 1 for sequence in sequences))
     arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
-    if options.gate_start != "random" and _last_checkpoint(options) is None:
-        _fit_gate(model, rows, options, arguments.device)
+    if _last_checkpoint(options) is None:
+        start_gate(model, rows, options, arguments.device)
     collator = _collator(options, tokenizer, model, sequences, arguments)
     try:
         _checkpoints(options).mkdir(parents=True, exist_ok=True)
@@ -156,22 +148,6 @@ def read_eval_rows(options: TrainOptions, tokenizer: Any) -> list[dict[str, Any]
     if not options.eval_data:
         return None
     return training_rows(options.eval_data, [], tokenizer, options.sequence_length, labelled=False)
-
-
-def _fit_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
-    """Let the gate start from the labels or losses of the data; in all processes alike."""
-    model.to(device)
-    say = by_the_first(print)
-    assert options.gate_start != "random"
-    with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-        agreement = fit_gate(
-            model, rows, options.gate_start, batch_size=options.batch_size, seed=options.seed, announce=say
-        )
-    if in_distributed_training():
-        for parameter in model.internal_xlora_classifier.parameters():
-            torch.distributed.broadcast(parameter.data, src=0)
-    if not math.isnan(agreement):
-        say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
 
 
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:
@@ -303,7 +279,7 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
     if not 0 <= options.warmup <= 1:
         problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
-    problems += _start_problems(options)
+    problems += start_problems(options)
     problems += monitoring_problems(options)
     problems += _amount_problems(options)
     problems += _output_problems(options)
@@ -311,20 +287,6 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
     if problems:
         raise ConfigError("weft train cannot start:", problems)
     XLoraConfig(adapters=adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
-
-
-def _start_problems(options: TrainOptions) -> list[str]:
-    if options.gate_start == "random":
-        return []
-    what = f"gate_start ({options.gate_start})"
-    if options.start_from is not None:
-        return [f"{what} and start_from ({options.start_from}) exclude each other: that mixture's gate goes on"]
-    if sharding_is_to_come():
-        return [
-            f"{what} needs the whole model in each process, not shards: train without FSDP or DeepSpeed, or from a "
-            "mixture whose gate was fitted (weft.fit_gate), with start_from"
-        ]
-    return []
 
 
 def _output_problems(options: TrainOptions) -> list[str]:
