@@ -72,8 +72,8 @@ def train_gate(work: Path, results: Path, size: Size) -> None:
             *("train", "--base", work / "model"),
             *("--adapters", *[f"{domain}={results / 'experts' / domain}" for domain in DOMAINS]),
             *("--data", work / "data" / "train" / "mixed.jsonl", "--output", partial),
-            # A short scaling pass, and a gate with a hidden layer that starts from whose each token is.
-            *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256", "--gate-start", "labels"),
+            # A short scaling pass, and a gate with a hidden layer: what docs/evaluate.md found best.
+            *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
             *("--max-steps", str(size.gate_steps), "--learning-rate", "5e-3"),
             *("--batch-size", "2", "--sequence-length", "256"),
         )
