@@ -1,9 +1,9 @@
 """What the cheaper schemes cost in quality: gates of several kinds and seeds, trained and compared on the demo's data.
 
-Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the others, from
-a random start; each row is the perplexity on held-out texts that switch between the domains, and on each domain. Results
-are kept in `.bench/quality/` as they come, so that an interrupted run goes on; about half an hour on two quiet cores.
-Writes `results/DATE-quality-STEPS-steps.{json,md}`.
+Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the
+others, from a random start; each row is the perplexity on held-out texts that switch between the domains, and on
+each domain. Results are kept in `.bench/quality/` as they come, so that an interrupted run goes on; about half an
+hour on two quiet cores. Writes `results/DATE-quality-STEPS-steps.{json,md}`.
 """
 
 from __future__ import annotations
