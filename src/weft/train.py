@@ -70,7 +70,7 @@ def train(options: TrainOptions) -> Path:
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base)
     rows = read_training_rows(options, list(adapters), tokenizer)
-    held_out = read_eval_rows(options, tokenizer)
+    held_out = read_eval_rows(options, list(adapters), tokenizer)
     model = _load_model(options, adapters)
     sequences = [row["input_ids"] for row in rows]
     packed = rows
@@ -139,15 +139,15 @@ def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer
     return training_rows(options.data, adapters, tokenizer, options.sequence_length, labelled=labelled)
 
 
-def read_eval_rows(options: TrainOptions, tokenizer: Any) -> list[dict[str, Any]] | None:
-    """The rows that the training is evaluated on, if there are any.
+def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> list[dict[str, Any]] | None:
+    """The rows that the training is evaluated on, if there are any; an expert's name before a file changes nothing.
 
     Raises:
         DataError: the data cannot be read.
     """
     if not options.eval_data:
         return None
-    return training_rows(options.eval_data, [], tokenizer, options.sequence_length, labelled=False)
+    return training_rows(options.eval_data, adapters, tokenizer, options.sequence_length, labelled=False)
 
 
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:

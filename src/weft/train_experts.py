@@ -88,7 +88,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
         assert options.base is not None
         tokenizer = load_tokenizer(options.base)
         read_training_rows(gate_options, list(adapters), tokenizer)
-        read_eval_rows(gate_options, tokenizer)
+        read_eval_rows(gate_options, list(adapters), tokenizer)
         train_experts(options, say)
     say(f"training the gate over {', '.join(adapters)}")
     return train(gate_options)
