@@ -140,7 +140,7 @@ def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer
 
 
 def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> list[dict[str, Any]] | None:
-    """The rows that the training is evaluated on, if there are any; an expert's name before a file changes nothing.
+    """The rows that the training is evaluated on, if any; an expert's name before a file changes nothing.
 
     Raises:
         DataError: the data cannot be read.
