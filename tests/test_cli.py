@@ -272,7 +272,16 @@ def test_options_of_decoding_are_checked_before_the_model_is_loaded(capsys):
 
 def test_training_evaluates_reports_and_saves_the_best(arguments, data, tmp_path):
     arguments += ["--eval-data", f"math={data}", "--eval-steps", "1", "--early-stopping", "2"]
-    arguments += ["--report-to", "tensorboard", "--learning-rate", "20", "--log-steps", "1", "--balance-loss-weight", "0.1"]
+    arguments += [
+        "--report-to",
+        "tensorboard",
+        "--learning-rate",
+        "20",
+        "--log-steps",
+        "1",
+        "--balance-loss-weight",
+        "0.1",
+    ]
     arguments[arguments.index("--max-steps") + 1] = "30"
     assert main(arguments) == 0
     checkpoints = tmp_path / "out/checkpoints"
