@@ -74,7 +74,7 @@ STARTS: dict[str, Callable[..., None]] = {
     "start from domain means": domain_means,
 }
 ONE_LORA = "one LoRA"
-LORA_RATES = (5e-4, 2e-3, 5e-3)
+LORA_RATES = (5e-4, 2e-3, 5e-3, 1e-2)
 
 
 def main() -> None:

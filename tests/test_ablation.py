@@ -37,7 +37,7 @@ def test_the_ablation_runs_and_runs_again(base_folder, tmp_path):
         str(tmp_path / "work"),
     ]
     command += ["--results", str(tmp_path), "--steps", "1", "--seeds", "1", "--sequences", "2", "--only"]
-    command += ["two passes", "neutral start", "start from prototypes", "start from domain means"]
+    command += ["two passes", "neutral start", "start from prototypes", "start from domain means", "one LoRA"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -45,7 +45,7 @@ def test_the_ablation_runs_and_runs_again(base_folder, tmp_path):
     rows = json.loads(file.read_text())["perplexity"]
     assert {"two passes #0", "start from prototypes, untrained #0", "merge ties", "arrow", "oracle"} <= set(rows)
     assert rows["neutral start, untrained #0"]["test"] == pytest.approx(rows["uniform mix"]["test"], rel=1e-5)
-    assert sum(row.startswith("one LoRA of rank") for row in rows) == 3
+    assert sum(row.startswith("one LoRA of rank") for row in rows) == 4
     again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 0
     assert "trained to step" not in again.stdout

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,6 +37,7 @@ from weft.backbone import in_evaluation_mode
 from weft.errors import ConfigError, DataError, TrainingError
 from weft.losses import NO_EXPERT
 from weft.placement import execution_device, resident_device
+from weft.processes import process_number
 
 MOST_TOKENS = 32_768  # that are read; 64 sequences of 512
 _TURN = 64  # tokens that one expert writes on average before another one goes on
@@ -94,8 +96,8 @@ def fit_gate(
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
 
     hidden, targets = [], []
-    with in_evaluation_mode(model):
-        for start in range(0, len(chosen), batch_size):
+    with in_evaluation_mode(model), Progress(transient=True, disable=process_number() > 0) as progress:
+        for start in progress.track(range(0, len(chosen), batch_size), description="reading"):
             read = _read(model, chosen[start : start + batch_size], by)
             hidden += read[0]
             targets += read[1]

@@ -75,6 +75,8 @@ class TrainOptions:
         xlora_dropout_p: Dropout between the gate's layers (from depth 2 on).
         softmax_temperature: Divides the gate's logits; lower is sharper.
         top_k_lora: How many experts each token keeps; null keeps all.
+        global_scaling_weight: Weight of the whole mixture, beside the gate's; above 1 where the experts are trained
+            too little.
         scaling_pass_value: Weight of the experts while the gate's input is computed; 0 leaves them out; null means 0,
             or 1 / number of experts with gate_layer.
         scaling_pass_layers: End the scaling pass after so many decoder layers; null runs all of them.
@@ -132,6 +134,7 @@ class TrainOptions:
     xlora_dropout_p: float = 0.2
     softmax_temperature: float = 1.0
     top_k_lora: int | None = None
+    global_scaling_weight: float = 1.0
     scaling_pass_value: float | None = None
     scaling_pass_layers: int | None = None
     gate_layer: int | None = None

@@ -42,6 +42,7 @@ _CONFIG_OPTIONS = (
     "xlora_dropout_p",
     "softmax_temperature",
     "top_k_lora",
+    "global_scaling_weight",
     "scaling_pass_value",
     "scaling_pass_layers",
     "gate_layer",
