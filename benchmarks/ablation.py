@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
     },
 }
-RECOMMENDED = "scaling_pass_layers=4, depth 2, gate_start=losses"  # the rows "weft ..." are its
+SHOWN = "scaling_pass_layers=4, depth 2, gate_start=labels"  # the rows "weft ..." are its
 STARTS: dict[str, Callable[..., None]] = {
     "neutral start": neutral,
     "start from prototypes": prototypes,
@@ -188,7 +188,7 @@ def measure(folders: dict[str, str], arguments: argparse.Namespace) -> None:
     output = arguments.work / f"table-{arguments.steps}.json"
     evaluate(
         EvalOptions(
-            folders.get(f"{RECOMMENDED} #0", next(iter(folders.values()))),
+            folders.get(f"{SHOWN} #0", next(iter(folders.values()))),
             data=[f"{name}={data / name}.jsonl" for name in ("select", "test")],
             rows=[*arguments.rows, "compare"] if arguments.rows else [],
             compare=folders,
