@@ -22,7 +22,7 @@ browser: env
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core) \
 		|| $(RUN)/playwright install --with-deps chromium
 
-# Train four experts and the gate on real text, compare, and generate: about a quarter of an hour on two cores.
+# Train four experts and the gate on real text, compare, and generate: about twenty minutes on two cores.
 demo: env
 	HF_HUB_OFFLINE=1 $(RUN)/python demo/run.py
 
