@@ -26,19 +26,21 @@ class Size:
 
     Attributes:
         expert_steps: Training steps of each expert.
+        gate_start: What the gate starts from; the experts' losses take minutes.
         gate_steps: Training steps of the gate.
         eval_sequences: Sequences evaluated per data set.
         new_tokens: Tokens generated per prompt.
     """
 
     expert_steps: int
+    gate_start: str
     gate_steps: int
     eval_sequences: int
     new_tokens: int
 
 
-FULL = Size(expert_steps=32, gate_steps=48, eval_sequences=10, new_tokens=40)
-QUICK = Size(expert_steps=2, gate_steps=2, eval_sequences=1, new_tokens=8)
+FULL = Size(expert_steps=32, gate_start="losses", gate_steps=48, eval_sequences=10, new_tokens=40)
+QUICK = Size(expert_steps=2, gate_start="random", gate_steps=2, eval_sequences=1, new_tokens=8)
 
 
 def weft(*arguments: str | Path) -> None:
@@ -74,6 +76,7 @@ def train_gate(work: Path, results: Path, size: Size) -> None:
             *("--data", work / "data" / "train" / "mixed.jsonl", "--output", partial),
             # A short scaling pass, and a gate with a hidden layer: what docs/evaluate.md found best.
             *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
+            *("--gate-start", size.gate_start),
             *("--max-steps", str(size.gate_steps), "--learning-rate", "5e-3"),
             *("--batch-size", "2", "--sequence-length", "256"),
         )
