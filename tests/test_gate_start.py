@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaForSequenceClassification
 
 import accelerate
 import weft
@@ -223,6 +224,9 @@ def test_what_cannot_be_fitted_is_an_error(llama_adapters):
     for block in (model.disable_adapter(), model.fixed_scalings({"math": 1.0})):
         with block, pytest.raises(ConfigError, match="the gate is not asked inside disable_adapter"):
             weft.fit_gate(model, rows())
+    classifier = weft.from_adapters(LlamaForSequenceClassification(tiny_llama().config), llama_adapters)
+    with pytest.raises(ConfigError, match=r"by \('losses'\) needs a causal language model, .*, and LlamaForSeq"):
+        weft.fit_gate(classifier, rows())
     model.passes.backbone.is_encoder_decoder = True  # as T5's is
     with pytest.raises(ConfigError, match="LlamaForCausalLM is an encoder-decoder: its gate reads two texts"):
         weft.fit_gate(model, rows())

@@ -33,7 +33,7 @@ def test_a_files_name_a_rows_expert_and_its_parts_label_tokens(write):
         {"text": text},
         {"text": text, "expert": "code"},
         {"text": text, "expert": None, "experts": None},
-        {"text": text, "experts": [[0, "code"], [text.index(" seven"), "math"], [text.rindex(" return"), "poems"]]},
+        {"text": text, "experts": [[0, "code"], [text.index(" seven"), "math"], [text.rindex(" return"), None]]},
     )
     number = len(tiny_tokenizer()(text).input_ids)
     named, by_row, null, by_part = labels(f"math={file}")
@@ -77,9 +77,14 @@ def test_a_batch_pads_labels_with_none(write):
 
 
 def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
-    file = write({"text": "seven return", "expert": "poems"})
+    file = write({"text": "seven return", "expert": None})
     with pytest.raises(DataError, match=r"need labels, and data \(.*data.jsonl\) names none of the experts \['math'"):
         labels(file)
+    wrong = write({"text": "seven return", "expert": "math"}, {"text": "seven return", "expert": "mth"})
+    with pytest.raises(DataError, match=r"line 2: the label 'mth' must be one of the experts \['math', 'code'.*\], or"):
+        labels(wrong)
+    with pytest.raises(DataError, match='"experts" counts the characters of "text", which is not there'):
+        tokens_and_parts("seven", {"messages": [], "experts": [[0, "math"]]}, "line 1", tiny_tokenizer(), None)
     wrong = write({"text": "seven return", "experts": [[3, "math"]]})
     with pytest.raises(DataError, match=r"sequence_length \(1\) must be at least 2"):
         labels(f"math={file}", length=1)

@@ -85,6 +85,11 @@ def fit_gate(
     problems = fit_problems(model)
     if by not in ("labels", "losses"):
         problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
+    if by == "losses" and not problems and not model.get_base_model().can_generate():
+        problems.append(
+            f"by ('losses') needs a causal language model, whose loss on a token says whose it is, and "
+            f"{type(model.get_base_model()).__name__} is none: take 'labels'"
+        )
     if batch_size < 1:
         problems.append(f"batch_size ({batch_size}) must be at least 1")
     if problems:

@@ -71,10 +71,13 @@ def tokens_and_parts(
         default: the label where the row has none.
 
     Raises:
-        DataError: "experts" is no list of parts, or the tokenizer does not know its tokens' places.
+        DataError: "experts" is no list of parts, or of a row without "text", or the tokenizer does not know its tokens'
+            places.
     """
     spans = row.get("experts")
-    if not spans or not isinstance(row.get("text"), str):
+    if spans and not isinstance(row.get("text"), str):
+        raise DataError(f'{place}: "experts" counts the characters of "text", which is not there: name one "expert"')
+    if not spans:
         tokens = tokenizer(text, verbose=False)["input_ids"]
         # Tables have null where a row has no value.
         return tokens, [0] * len(tokens), [default if row.get("expert") is None else row["expert"]]
@@ -127,7 +130,12 @@ def _labelled_rows(
         if not text.strip():
             continue
         tokens, parts, names = tokens_and_parts(text, row, place, tokenizer, default)
-        part_labels = [numbers.get(name, NO_EXPERT) if isinstance(name, str) else NO_EXPERT for name in names]
+        unknown = [name for name in names if name is not None and name not in expert_names]
+        if unknown:
+            raise DataError(
+                f"{place}: the label {unknown[0]!r} must be one of the experts {list(expert_names)}, or null for none"
+            )
+        part_labels = [NO_EXPERT if name is None else numbers[name] for name in names]
         labels = [part_labels[part] for part in parts]
         for start in range(0, len(tokens) - 1, length):
             sequence = tokens[start : start + length]
