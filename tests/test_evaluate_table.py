@@ -91,6 +91,21 @@ def test_every_row_is_what_it_says(table, mixture, data, base_adapters, capsys):
     assert "merge ties: weight 1 each, density 0.5" in shown
 
 
+def test_experts_and_the_uniform_mix_are_as_they_were_trained_whatever_the_mixtures_weight(
+    table, mixture, data, tmp_path
+):
+    let_the_gate_decide(mixture)
+    rows = ("--rows", "experts", "uniform", "weft", "oracle")
+    before = table(*rows, data=data[:2])["perplexity"]
+    model = weft.from_pretrained(mixture)
+    model.set_global_scaling_weight(2.0)
+    model.save_pretrained(mixture)
+    (tmp_path / "table.cells.jsonl").unlink()
+    after = table(*rows, data=data[:2])["perplexity"]
+    assert after.pop("weft")["math"] != pytest.approx(before.pop("weft")["math"], rel=1e-4)
+    assert after == before
+
+
 def test_what_is_known_is_not_measured_again(table, mixture, tmp_path, data, monkeypatch):
     calls = []
     score = evaluation.score

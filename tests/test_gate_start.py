@@ -104,6 +104,18 @@ def test_a_gate_fitted_to_losses_prefers_the_expert_that_loses_least(llama_adapt
     assert found.argmax() == torch.tensor(losses).argmin()
 
 
+def test_the_mixtures_weight_changes_nothing_in_the_losses_of_the_experts(llama_adapters):
+    gates = []
+    for weight in (1.0, 3.0):
+        torch.manual_seed(0)
+        model = weft.from_adapters(tiny_llama(), llama_adapters, global_scaling_weight=weight)
+        weft.fit_gate(model, rows(8))
+        assert model.get_global_scaling_weight() == weight
+        gates.append([value.clone() for value in model.internal_xlora_classifier.parameters()])
+    for one, other in zip(*gates, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_padding_and_the_order_of_examples_in_a_batch_change_nothing(llama_adapters):
     examples = [{**row, "input_ids": row["input_ids"][: 6 + place % 7]} for place, row in enumerate(rows())]
     examples = [{**row, "expert_labels": row["expert_labels"][: len(row["input_ids"])]} for row in examples]

@@ -36,6 +36,7 @@ from torch.nn import functional
 from weft.backbone import in_evaluation_mode
 from weft.errors import ConfigError, DataError, TrainingError
 from weft.losses import NO_EXPERT
+from weft.own_weight import at_own_weight
 from weft.placement import execution_device, resident_device
 from weft.processes import process_number
 
@@ -215,7 +216,7 @@ def _losses(model: Any, inputs: dict[str, Tensor], experts: Sequence[str]) -> Fl
     """What each expert alone loses on each token but the first, given those before; 0 for padding."""
     losses = []
     for name in experts:
-        with model.fixed_scalings({name: 1.0}):
+        with at_own_weight(model, {name: 1.0}):
             logits = model(**inputs).logits[:, :-1].float()
         following = inputs["input_ids"][:, 1:].to(logits.device)
         losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").cpu())

@@ -14,6 +14,7 @@ from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.evaluate.stage import MERGES, Load, Merge, adapters, arrow, folder_of, merged, mixture, nothing
+from weft.own_weight import at_own_weight
 
 GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
 ORACLE = "oracle"
@@ -114,7 +115,7 @@ def _compared(name: str, path: str) -> Row:
 
 @contextmanager
 def _fixed(weights: dict[str, float], model: Any) -> Iterator[Any]:
-    with model.fixed_scalings(weights):
+    with at_own_weight(model, weights):
         yield model
 
 

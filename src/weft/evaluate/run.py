@@ -130,7 +130,7 @@ class _Measuring:
         depends: list[Any] = []
         if row.depends_on == "experts":
             folders = (self.config.adapters or {}).items()
-            depends = [[name, self._folder(path)] for name, path in folders] + [self.config.global_scaling_weight]
+            depends = [[name, self._folder(path)] for name, path in folders]
         elif row.depends_on is not None:
             depends = [self._folder(self.options.model if row.depends_on == "mixture" else row.depends_on)]
         if row.may_fail:
