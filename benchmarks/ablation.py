@@ -25,6 +25,7 @@ import weft
 from contenders import PROJECTIONS, ROOT, quiet
 from gate_starts import domain_means, neutral, prototypes
 from harness import RESULTS, setting
+from remembered import remember_losses
 from weft.evaluate import evaluate
 from weft.options import EvalOptions, TrainOptions
 from weft.train import train
@@ -61,6 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gate_start=losses": {"gate_start": "losses"},
     "scaling_pass_layers=4, depth 2, gate_start=labels": {**DEEPER, "gate_start": "labels"},
     "scaling_pass_layers=4, depth 2, gate_start=losses": {**DEEPER, "gate_start": "losses"},
+    **{
+        f"scaling_pass_layers=4, depth 2, gate_start=losses, weight {weight:g}": {
+            **DEEPER,
+            "gate_start": "losses",
+            "global_scaling_weight": weight,
+        }
+        for weight in (1.5, 2.0, 3.0)
+    },
     "scaling_pass_layers=4, depth 2, gate_start=labels, rate 1e-3": {
         **DEEPER,
         "gate_start": "labels",
@@ -74,7 +83,7 @@ STARTS: dict[str, Callable[..., None]] = {
     "start from domain means": domain_means,
 }
 ONE_LORA = "one LoRA"
-LORA_RATES = (5e-4, 2e-3, 5e-3, 1e-2)
+LORA_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 
 
 def main() -> None:
@@ -87,10 +96,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=24, help="held-out texts to choose by, and as many to test on")
     parser.add_argument("--only", nargs="*", help=f"names of variants and starts, or {ONE_LORA!r}; all by default")
+    parser.add_argument("--rates", nargs="*", type=float, default=LORA_RATES, help="learning rates of the one LoRA")
+    parser.add_argument("--label", default="", help="put it into the result's name: DATE-ablation-LABEL-STEPS-steps")
     parser.add_argument("--no-table", action="store_true", help="train only: for two processes at once")
     parser.add_argument("--rows", nargs="*", default=[], help="of weft eval, beside the variants; all by default")
     arguments = parser.parse_args()
     quiet()
+    remember_losses(arguments.work / "losses")
     found: dict[str, str] = {}
     for seed in range(arguments.seeds):
         for name in (*VARIANTS, *STARTS):
@@ -148,7 +160,7 @@ def equal_size_loras(seed: int, arguments: argparse.Namespace) -> dict[str, str]
     mixed = str(arguments.demo / "data" / "train" / "mixed.jsonl")
     rank = equal_size_rank(arguments.demo / "model")
     found = {}
-    for rate in LORA_RATES:
+    for rate in arguments.rates:
         name = f"one-lora-rank-{rank}-rate-{rate:g}"
         options = options_of(
             arguments.work / f"single-{arguments.steps}-{seed}",
@@ -185,7 +197,7 @@ def measure(folders: dict[str, str], arguments: argparse.Namespace) -> None:
     parts["search"] = parts["select"][:SEARCHED]
     for name, lines in parts.items():
         (data / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
-    output = arguments.work / f"table-{arguments.steps}.json"
+    output = arguments.work / f"table-{arguments.steps}{arguments.label}.json"
     evaluate(
         EvalOptions(
             folders.get(f"{SHOWN} #0", next(iter(folders.values()))),
@@ -204,7 +216,8 @@ def measure(folders: dict[str, str], arguments: argparse.Namespace) -> None:
         **json.loads(output.read_text()),
     }
     arguments.results.mkdir(exist_ok=True)
-    stem = arguments.results / f"{result['setting']['date']}-ablation-{arguments.steps}-steps"
+    label = f"-{arguments.label}" if arguments.label else ""
+    stem = arguments.results / f"{result['setting']['date']}-ablation{label}-{arguments.steps}-steps"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2), "utf-8")
     stem.with_suffix(".md").write_text(output.with_suffix(".md").read_text("utf-8"), "utf-8")
 

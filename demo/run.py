@@ -39,7 +39,7 @@ class Size:
     new_tokens: int
 
 
-FULL = Size(expert_steps=32, gate_start="losses", gate_steps=48, eval_sequences=10, new_tokens=40)
+FULL = Size(expert_steps=32, gate_start="losses", gate_steps=96, eval_sequences=10, new_tokens=40)
 QUICK = Size(expert_steps=2, gate_start="random", gate_steps=2, eval_sequences=1, new_tokens=8)
 
 
@@ -74,9 +74,10 @@ def train_gate(work: Path, results: Path, size: Size) -> None:
             *("train", "--base", work / "model"),
             *("--adapters", *[f"{domain}={results / 'experts' / domain}" for domain in DOMAINS]),
             *("--data", work / "data" / "train" / "mixed.jsonl", "--output", partial),
-            # A short scaling pass, and a gate with a hidden layer: what docs/evaluate.md found best.
+            # A short scaling pass, a gate with a hidden layer, and more weight than experts so little trained have alone:
+            # what docs/evaluate.md found best.
             *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
-            *("--gate-start", size.gate_start),
+            *("--gate-start", size.gate_start, "--global-scaling-weight", "2"),
             *("--max-steps", str(size.gate_steps), "--learning-rate", "5e-3"),
             *("--batch-size", "2", "--sequence-length", "256"),
         )
