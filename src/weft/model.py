@@ -199,7 +199,8 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
 
         Args:
             weights: expert name -> weight in all layers (left out: 0; one expert at 1 is that adapter alone), or a
-                table [layer, expert] with a row for each of `xlora_config.layer_names`.
+                table [layer, expert] with a row for each of `xlora_config.layer_names`. `global_scaling_weight`
+                multiplies them, as it does the gate's.
 
         Raises:
             ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.

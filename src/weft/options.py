@@ -76,7 +76,7 @@ class TrainOptions:
         softmax_temperature: Divides the gate's logits; lower is sharper.
         top_k_lora: How many experts each token keeps; null keeps all.
         global_scaling_weight: Weight of the whole mixture, beside the gate's; above 1 where the experts are trained
-            too little.
+            too little: try 2.
         scaling_pass_value: Weight of the experts while the gate's input is computed; 0 leaves them out; null means 0,
             or 1 / number of experts with gate_layer.
         scaling_pass_layers: End the scaling pass after so many decoder layers; null runs all of them.
