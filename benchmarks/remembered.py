@@ -13,7 +13,7 @@ from weft import gate_start
 
 
 def remember_losses(folder: Path) -> None:
-    """Let `weft.fit_gate` take what it knows from files in this folder, which is for one base and one set of experts.
+    """Let `weft.fit_gate` take what it knows from files in this folder, which is for one base.
 
     The losses are what they would be: which gate asks, and with which seed, makes no difference to them.
     """
@@ -23,7 +23,9 @@ def remember_losses(folder: Path) -> None:
     def losses(model: Any, inputs: dict[str, torch.Tensor], experts: Sequence[str]) -> torch.Tensor:
         lengths = inputs["attention_mask"].sum(-1).tolist()
         texts = [row[:length].tolist() for row, length in zip(inputs["input_ids"], lengths, strict=True)]
-        files = [folder / f"{hashlib.sha256(repr((text, experts)).encode()).hexdigest()}.pt" for text in texts]
+        sums = [float(value.double().sum()) for name, value in model.named_parameters() if "lora_" in name]
+        keys = [repr((text, experts, sums)).encode() for text in texts]
+        files = [folder / f"{hashlib.sha256(key).hexdigest()}.pt" for key in keys]
         if not all(file.exists() for file in files):
             for row, file, length in zip(compute(model, inputs, experts), files, lengths, strict=True):
                 torch.save(row[: length - 1].clone(), file)
