@@ -74,8 +74,8 @@ def train_gate(work: Path, results: Path, size: Size) -> None:
             *("train", "--base", work / "model"),
             *("--adapters", *[f"{domain}={results / 'experts' / domain}" for domain in DOMAINS]),
             *("--data", work / "data" / "train" / "mixed.jsonl", "--output", partial),
-            # A short scaling pass, a gate with a hidden layer, and more weight than experts so little trained have alone:
-            # what docs/evaluate.md found best.
+            # A short scaling pass, a gate with a hidden layer, and twice the weight, since the experts are trained so
+            # little: what docs/evaluate.md found best.
             *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
             *("--gate-start", size.gate_start, "--global-scaling-weight", "2"),
             *("--max-steps", str(size.gate_steps), "--learning-rate", "5e-3"),
