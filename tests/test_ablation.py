@@ -37,15 +37,26 @@ def test_the_ablation_runs_and_runs_again(base_folder, tmp_path):
         str(tmp_path / "work"),
     ]
     command += ["--results", str(tmp_path), "--steps", "1", "--seeds", "1", "--sequences", "2", "--only"]
-    command += ["two passes", "neutral start", "start from prototypes", "start from domain means", "one LoRA"]
+    command += [
+        "two passes",
+        "neutral start",
+        "start from prototypes",
+        "start from domain means",
+        "one LoRA",
+        "--rates",
+        "1e-3",
+        "1e-2",
+        "--label",
+        "tiny",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert first.returncode == 0, first.stdout + first.stderr
-    (file,) = tmp_path.glob("*-ablation-1-steps.json")
+    (file,) = tmp_path.glob("*-ablation-tiny-1-steps.json")
     rows = json.loads(file.read_text())["perplexity"]
     assert {"two passes #0", "start from prototypes, untrained #0", "merge ties", "arrow", "oracle"} <= set(rows)
     assert rows["neutral start, untrained #0"]["test"] == pytest.approx(rows["uniform mix"]["test"], rel=1e-5)
-    assert sum(row.startswith("one LoRA of rank") for row in rows) == 4
+    assert sum(row.startswith("one LoRA of rank") for row in rows) == 2
     again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 0
     assert "trained to step" not in again.stdout
