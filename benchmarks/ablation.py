@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import weft
 from contenders import PROJECTIONS, ROOT, quiet
 from gate_starts import domain_means, neutral, prototypes
-from harness import RESULTS, setting
+from harness import RESULTS, setting, slug
 from remembered import remember_losses
 from weft.evaluate import evaluate
 from weft.options import EvalOptions, TrainOptions
@@ -220,11 +220,6 @@ def measure(folders: dict[str, str], arguments: argparse.Namespace) -> None:
     stem = arguments.results / f"{result['setting']['date']}-ablation{label}-{arguments.steps}-steps"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=2), "utf-8")
     stem.with_suffix(".md").write_text(output.with_suffix(".md").read_text("utf-8"), "utf-8")
-
-
-def slug(name: str) -> str:
-    """A variant's name as a folder's."""
-    return "".join(letter if letter.isalnum() or letter in ".=-" else "-" for letter in name)
 
 
 if __name__ == "__main__":

@@ -82,3 +82,8 @@ def save(name: str, result: dict[str, Any], table: str) -> None:
     (RESULTS / f"{stem}.md").write_text(table, encoding="utf-8")
     print(table)
     print(json.dumps(result))
+
+
+def slug(name: str) -> str:
+    """A variant's name as a folder's."""
+    return "".join(letter if letter.isalnum() or letter in ".=-" else "-" for letter in name)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 import weft
 from contenders import ROOT, quiet
-from harness import save, setting
+from harness import save, setting, slug
 from remembered import remember_losses
 from weft.data import read_texts, token_sequences
 from weft.evaluate import perplexity
@@ -33,7 +33,6 @@ DEMO = ROOT / ".demo"
 WORK = ROOT / ".bench" / "quality"
 LENGTH = 256
 FROZEN_AFTER = 64
-SLUG = str.maketrans(" ", "-", ",'")
 
 # As docs/evaluate.md recommends: a hidden layer, a start from the experts' losses, twice the weight.
 GATE = {"xlora_depth": 2, "xlora_size": 256, "gate_start": "losses", "global_scaling_weight": 2.0}
@@ -71,7 +70,7 @@ def main() -> None:
 
 def measured(name: str, options: dict[str, Any], seed: int, steps: int, sequences: int) -> dict[str, dict[str, float]]:
     """Row -> data set -> perplexity, of one gate."""
-    folder = WORK / f"{name.translate(SLUG)}-{steps}-{seed}"
+    folder = WORK / f"{slug(name)}-{steps}-{seed}"
     file = folder / f"perplexity-{sequences}.json"
     if not file.exists():
         if not (folder / "adapter_config.json").exists():

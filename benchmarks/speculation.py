@@ -81,8 +81,13 @@ def measure(model: Any, some: list[torch.Tensor], new_tokens: int) -> dict[str, 
     }
 
 
-def agreement(model: Any, some: list[torch.Tensor], new_tokens: int) -> float:
-    """Share of the base model's guesses (of the scaling pass, one per call) that were the mixture's own choice."""
+def agreement(model: Any, some: list[torch.Tensor], new_tokens: int) -> float | None:
+    """Share of the base model's guesses (of the scaling pass, one per call) that were the mixture's own choice.
+
+    None where no scaling pass reaches the LM head, so that only n-grams guess.
+    """
+    if model.xlora_config.reads_inside:
+        return None
     plain = NGramGuesses.__call__, Pace.guess_now
     NGramGuesses.__call__ = lambda self, limit: []  # type: ignore[method-assign]
     Pace.guess_now = lambda self: True  # type: ignore[method-assign]
@@ -106,9 +111,11 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kind, values in result["kinds"].items():
+        agrees = result["base_agrees"][kind]
+        shown = "-" if agrees is None else f"{agrees:.2f}"
         lines.append(
             f"| {kind} | {values['plain_tokens_per_s']:.1f} | {values['tokens_per_s']:.1f} | {values['speedup']:.2f} | "
-            f"{values['slowest']:.2f} | {values['calls_per_token']:.2f} | {result['base_agrees'][kind]:.2f} |"
+            f"{values['slowest']:.2f} | {values['calls_per_token']:.2f} | {shown} |"
         )
     return "\n".join(lines) + "\n"
 
