@@ -83,14 +83,9 @@ def fit_gate(
         >>> rows = [{"input_ids": tokens} for tokens in tokenizer(texts)["input_ids"]]
         >>> weft.fit_gate(model, rows)  # 0.87
     """
-    problems = fit_problems(model)
+    problems = fit_problems(model, by)
     if by not in ("labels", "losses"):
         problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
-    if by == "losses" and not problems and not model.get_base_model().can_generate():
-        problems.append(
-            f"by ('losses') needs a causal language model, whose loss on a token says whose it is, and "
-            f"{type(model.get_base_model()).__name__} is none: take 'labels'"
-        )
     if batch_size < 1:
         problems.append(f"batch_size ({batch_size}) must be at least 1")
     if problems:
@@ -120,8 +115,8 @@ def fit_gate(
     return float((first_choice == torch.cat(targets[:kept]).argmax(-1)).float().mean())
 
 
-def fit_problems(model: Any) -> list[str]:
-    """Why this mixture's gate cannot be fitted, a sentence each."""
+def fit_problems(model: Any, by: str) -> list[str]:
+    """Why this mixture's gate cannot be fitted to labels or losses, a sentence each."""
     if getattr(model, "passes", None) is None:
         return [f"model ({type(model).__name__}) must be a mixture of weft's, from weft.from_adapters"]
     config, backbone = model.xlora_config, model.passes.backbone
@@ -132,6 +127,11 @@ def fit_problems(model: Any) -> list[str]:
         problems.append("enable_softmax (False) must be true: the gate's outputs are no shares of the experts")
     if backbone.is_encoder_decoder:
         problems.append(f"{type(backbone.base).__name__} is an encoder-decoder: its gate reads two texts")
+    elif by == "losses" and not backbone.base.can_generate():
+        problems.append(
+            f"by ('losses') needs a causal language model, whose loss on a token says whose it is, and "
+            f"{type(backbone.base).__name__} is none: take 'labels'"
+        )
     return problems
 
 

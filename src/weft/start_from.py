@@ -70,7 +70,7 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
     """
     by, say = options.gate_start or "losses", by_the_first(print)
     left_open = options.gate_start is None
-    if by == "random" or (left_open and (options.start_from or sharding_is_to_come() or fit_problems(model))):
+    if by == "random" or (left_open and (options.start_from or sharding_is_to_come() or fit_problems(model, by))):
         return
     base = model.get_base_model()
     if not getattr(base, "is_quantized", False) and getattr(base, "hf_device_map", None) is None:
