@@ -9,7 +9,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import weft
-from models import VOCAB, lora, make_architecture, peft_model, quietly, save_adapter, tiny_llama, weft_model
+from models import VOCAB, make_architecture, peft_model, quietly, tiny_llama, weft_model
 from weft.cache import XLoraCache
 from weft.errors import CacheError
 
@@ -291,21 +291,6 @@ def test_a_cache_that_another_model_filled_is_refused(model):
 def test_a_tuple_is_refused(model):
     with pytest.raises(CacheError, match=r"past_key_values \(tuple\) must be a cache of transformers"):
         model(input_ids=torch.ones(1, 1).long(), past_key_values=((torch.ones(1), torch.ones(1)),))
-
-
-def test_a_model_with_another_kind_of_state_runs_uncached(tmp_path):
-    def mamba():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 2}
-        return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=VOCAB, **sizes)).eval()
-
-    path = save_adapter(mamba(), lora(target_modules=["in_proj"]), tmp_path / "a", seed=1)
-    model = quietly(weft.from_adapters, mamba(), {"a": path, "b": path})
-    ids = torch.ones(1, 3).long()
-    with torch.no_grad():
-        model(input_ids=ids)
-    with pytest.raises(CacheError, match=r"use_cache \(True\) is not supported with MambaForCausalLM"):
-        model(input_ids=ids, use_cache=True)
 
 
 @pytest.mark.parametrize("how", ["off", "fixed"])

@@ -13,13 +13,13 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
     ["errors", "options", "format_options", "own_weight", "palette", "placement", "quantised", "licences"],
-    ["whole", "processes"],
-    ["routing", "freezing", "data", "sampling", "detokeniser", "losses"],
+    ["whole", "processes", "routing"],
+    ["freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled", "traces"],
     ["gate", "experts", "backbone", "auxiliary", "callbacks", "scalings_log", "summary"],
-    ["layers", "rank_weights", "gate_place", "given_hidden"],
+    ["layers", "rank_weights", "gate_place", "given_hidden", "layer_inputs", "padding", "row_scalings"],
     ["convert", "passes", "adapters", "page", "figures"],
-    ["manifest", "original", "seq2seq", "finite", "whole_checkpoints", "heads"],
+    ["manifest", "original", "seq2seq", "finite", "whole_checkpoints", "heads", "peft_methods"],
     ["checkpoint"],
     ["model"],
     ["integration", "speculation"],

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+import unusual_models
 import weft
 from models import VOCAB, gate_options, lora, mixture_by_loop, quietly, save_adapter
 from weft.cache import XLoraCache
@@ -648,17 +649,11 @@ def test_a_head_that_is_no_lm_head_is_refused(tmp_path):
         quietly(weft.from_adapters, base(), {"a": path, "b": path})
 
 
-def test_a_decoder_without_a_last_hidden_state_is_refused(tmp_path):
-    def base():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-        parts = [transformers.BertConfig(vocab_size=VOCAB, **sizes) for _ in range(2)]
-        config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
-        return transformers.EncoderDecoderModel(config).eval()
-
-    path = save_adapter(base(), lora(target_modules=["query"], task_type=None), tmp_path / "a", seed=0)
-    model = quietly(weft.from_adapters, base(), {"a": path, "b": path})
-    with pytest.raises(ValueError, match=r"base model's BertLMHeadModel gives no last_hidden_state .* like T5 or BART"):
+def test_a_decoder_without_a_last_hidden_state_is_refused(t5_adapters, monkeypatch):
+    model = mixture(t5_adapters)
+    decoder = model.get_base_model().get_decoder()
+    monkeypatch.setattr(decoder, "forward", lambda input_ids=None, past_key_values=None, **others: None)
+    with pytest.raises(ValueError, match=r"base model's T5Stack gives no last_hidden_state .* like T5 or BART"):
         model(**batch())
 
 
@@ -676,3 +671,55 @@ def test_streaming_and_freezing_are_refused(t5_adapters):
         weft.stream(model, torch.ones(1, 3).long())
     with pytest.raises(ConfigError, match=r"freeze_scalings_after \(2\) is not supported with an encoder-decoder"):
         model.generate(input_ids=torch.ones(1, 3).long(), freeze_scalings_after=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "targets"),
+    [
+        (
+            unusual_models.vision_encoder_decoder,
+            lambda: {"pixel_values": torch.randn(2, 3, 8, 8)},
+            ["c_attn", "q_attn", "c_fc", "q_proj", "fc1"],
+        ),
+        (
+            unusual_models.encoder_decoder,
+            lambda: {"input_ids": torch.randint(3, VOCAB, (2, 6))},
+            ["query", "key", "value", "intermediate.dense"],
+        ),
+    ],
+    ids=["images to text", "joined language models"],
+)
+def test_encoders_and_decoders_that_were_joined_work_end_to_end(make, inputs, targets, tmp_path):
+    paths = {
+        name: save_adapter(make(), lora(task_type=None, target_modules=targets), tmp_path / name, seed=seed)
+        for seed, name in enumerate(("one", "two"))
+    }
+    model, inputs = quietly(weft.from_adapters, make(), paths, layerwise_scalings=True).eval(), inputs()
+    with torch.no_grad():
+        for parameter in model.internal_xlora_classifier.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    ids = torch.randint(3, VOCAB, (2, 5))
+    with torch.no_grad():
+        whole = model(**inputs, decoder_input_ids=ids).logits
+        shorter = model(**inputs, decoder_input_ids=ids[:, :3]).logits
+        torch.testing.assert_close(shorter, whole[:, :3], rtol=1e-4, atol=1e-4)  # no token sees a later one
+        for name, path in paths.items():
+            alone = quietly(peft.PeftModel.from_pretrained, make(), path)
+            with model.fixed_scalings({name: 1.0}):
+                expected = alone(**inputs, decoder_input_ids=ids).logits
+                torch.testing.assert_close(
+                    model(**inputs, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4
+                )
+    for beams in (1, 2):
+        options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        cached = quietly(model.generate, **inputs, **options)
+        assert torch.equal(cached, quietly(model.generate, **inputs, **options, use_cache=False))
+
+
+def test_an_encoder_and_a_decoder_of_different_widths_are_refused(tmp_path):
+    def make():
+        return unusual_models.vision_encoder_decoder(width=16)
+
+    path = save_adapter(make(), lora(task_type=None, target_modules=["c_fc"]), tmp_path / "a", seed=1)
+    with pytest.raises(ConfigError, match="has an encoder of width 16 and a decoder of width 32: expected one width"):
+        weft.from_adapters(make(), {"a": path})

@@ -339,7 +339,7 @@ def test_only_a_mixture_can_be_streamed():
 
 def test_a_model_without_a_cache_of_keys_and_values_is_refused(model, monkeypatch):
     monkeypatch.setattr(model.base_model.backbone, "takes", lambda name: False)
-    with pytest.raises(CacheError, match=r"model \(LlamaForCausalLM\) keeps its state in something else than past_key"):
+    with pytest.raises(CacheError, match=r"model \(LlamaForCausalLM\) keeps its state in no cache of transformers"):
         weft.stream(model, PROMPT)
 
 

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from weft.config import XLoraConfig
 from weft.errors import ConfigError, DataError
 from weft.gate_metrics import GateMetrics
-from weft.losses import NO_EXPERT, balance_loss, entropy_loss, expert_label_loss
+from weft.losses import NO_EXPERT, balance_loss, entropy_loss, expert_label_loss, token_weights
 from weft.routing import keep_top_k, softmax_with_temperature
 
 EXPERT_LABELS = "expert_labels"
@@ -130,12 +130,7 @@ class AuxiliaryLosses:
         shares = torch.cat([shares for shares, _ in call.answers], dim=1)
         padding = None
         if any(mask is not None for _, mask in call.answers):
-            # An answer's own tokens are the last of its mask, which may cover cached ones.
-            masks = [
-                shares.new_ones(shares.shape[:2]) if mask is None else (mask[:, -shares.shape[1] :] != 0).to(shares)
-                for shares, mask in call.answers
-            ]
-            padding = torch.cat(masks, dim=1)
+            padding = torch.cat([token_weights(shares, mask) for shares, mask in call.answers], dim=1)
         config, losses = self.config, {}
         if config.balance_loss_weight:
             losses["balance_loss"] = balance_loss(shares, padding, top_k=config.top_k_lora)

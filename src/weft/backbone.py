@@ -6,22 +6,26 @@ states; with a cache of its own where the call keeps one.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.utils import ModelOutput
 
 from weft.errors import CacheError, ConfigError
-from weft.placement import where_it_starts
+from weft.placement import CACHE_NAMES, where_it_starts
 from weft.short_backbone import ShortBackbone
 
 # Outputs the scaling pass does not want, whoever asked for them.
-_OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", "past_key_values"}
+_OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", *CACHE_NAMES}
+# Arguments other than the cache by which calls share a state: of transformers' continuous batching, RWKV, XLNet.
+_STATES = ("cache", "state", "mems")
 # Arguments of the loss, which models take through **kwargs; the last one is TRL's.
 _LOSS_OPTIONS = {"num_items_in_batch", "shift_labels", "fused_lm_head"}
 
@@ -31,6 +35,10 @@ class Backbone:
 
     Args:
         base: a transformers model.
+
+    Attributes:
+        module: the module that runs the layers; the base model itself where it has no head.
+        module_state: names of the activations that modules keep from call to call, outside of any cache.
 
     Raises:
         ValueError: `base` is no transformers model.
@@ -42,6 +50,8 @@ class Backbone:
             raise ValueError(f"the base model ({type(base).__name__}) must be a transformers PreTrainedModel")
         self.base = base
         self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        self.module = without_head(base)
+        self.module_state: tuple[str, ...] = ()
         self._positional = [
             name
             for name, parameter in inspect.signature(base.forward).parameters.items()
@@ -54,11 +64,6 @@ class Backbone:
         # logits_to_keep, ...
         self._heads_own = set(self._positional) - self._accepted
         self._short: ShortBackbone | None = None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that runs the layers; the base model itself where it has no head."""
-        return getattr(self.base, self.base.base_model_prefix, self.base)
 
     @property
     def text_model(self) -> nn.Module | None:
@@ -85,35 +90,53 @@ class Backbone:
             given = kwargs.get(name) if given is None else given
         return 0 if given is None else given.shape[1]
 
+    def batch_size(self, arguments: dict[str, Any]) -> int:
+        """Rows of the batch in the arguments of a call; 0 where they tell none."""
+        names = (self.base.main_input_name, "input_ids", "inputs_embeds", "decoder_input_ids")
+        tensors = (arguments.get(name) for name in (*names, *arguments))
+        return next((len(value) for value in tensors if isinstance(value, Tensor)), 0)
+
     def takes(self, name: str) -> bool:
         """Whether the base model's forward names this argument."""
         return name in self._positional
 
-    def settle_cache(self, arguments: dict[str, Any]) -> None:
-        """Decide whether a call of the base model keeps a cache, and make one where it does and has none.
+    def settle_cache(self, arguments: dict[str, Any], *, two_passes: bool) -> None:
+        """Decide whether a call of the base model keeps a cache, and make one where both passes need one.
 
         Where `use_cache` is not given, the base model's config decides, as in transformers; but in training mode, where
         nobody would read the cache and both passes would have to hold it, the answer is no.
 
         Raises:
-            CacheError: the model keeps its state in something else than `past_key_values`.
+            CacheError: two passes would share a state, or need a cache where the model keeps its state elsewhere.
         """
+        if two_passes:
+            _refuse_shared_state(arguments)
         if not self.takes("use_cache"):
             return
         wanted = arguments.get("use_cache")
         if wanted is None:
-            wanted = self.caches and not self.base.training and self.base.config.get_text_config().use_cache
+            possible = self.caches and not (two_passes and self.module_state)
+            wanted = possible and not self.base.training and self.base.config.get_text_config().use_cache
             # An encoder-decoder with labels is at the end of its text; BART would say that it takes no cache then.
             wanted = wanted and not (self.is_encoder_decoder and arguments.get("labels") is not None)
         arguments["use_cache"] = bool(wanted)
-        if not wanted or arguments.get("past_key_values") is not None:
+        if not wanted or not two_passes:
             return
-        if not self.caches:
+        cache = self.cache_of(arguments)
+        if self.module_state or (cache is None and not self.caches):
+            where = f"its modules ({self.module_state[0]})" if self.module_state else "no cache of transformers' own"
             raise CacheError(
-                f"use_cache (True) is not supported with {type(self.base).__name__}, which keeps its state in "
-                "something else than past_key_values: pass use_cache=False"
+                f"use_cache (True) is not supported with {type(self.base).__name__}, which keeps its state in {where}, "
+                "and the two passes would share it: pass use_cache=False, or make the mixture with gate_layer, which "
+                "has one pass"
             )
-        arguments["past_key_values"] = self.empty_cache()
+        if cache is None:
+            assert self.cache_name is not None
+            arguments[self.cache_name] = self.empty_cache()
+
+    def cache_of(self, arguments: dict[str, Any]) -> Any:
+        """The cache in the arguments of a call; None where there is none."""
+        return None if self.cache_name is None else arguments.get(self.cache_name)
 
     def empty_cache(self) -> Cache:
         """A cache of the kind that transformers makes for the base model where it is given none."""
@@ -124,9 +147,15 @@ class Backbone:
         return DynamicCache(config=self.base.config.get_text_config(decoder=True))
 
     @property
+    def cache_name(self) -> str | None:
+        """The argument of the base model that is its cache; None where there is none."""
+        return next((name for name in CACHE_NAMES if self.takes(name) and self.takes("use_cache")), None)
+
+    @property
     def caches(self) -> bool:
-        """Whether the base model can keep keys and values."""
-        return self.takes("past_key_values") and self.takes("use_cache")
+        """Whether the base model keeps its state in a cache that transformers makes."""
+        makes = getattr(self.base, "_supports_default_dynamic_cache", lambda: True)
+        return self.cache_name is not None and makes()
 
     def last_hidden_state(self, arguments: dict[str, Any], cache: Cache | None = None) -> Tensor:
         """Run the backbone on the arguments of a call of the base model: `[batch, seq, hidden]`.
@@ -135,13 +164,33 @@ class Backbone:
 
         A vision model's last feature map `[batch, hidden, height, width]` becomes a sequence of its cells.
         """
-        hidden = getattr(self._call(self.module, arguments, cache), "last_hidden_state", None)
+        return self.hidden_of(self._call(self.module, arguments, cache))
+
+    def hidden_of(self, output: Any) -> Tensor:
+        """What a gate reads in the backbone's output: `[batch, seq, hidden]`.
+
+        Raises:
+            ValueError: there is nothing.
+        """
+        hidden = getattr(output, "last_hidden_state", None)
         if hidden is None:
-            raise ValueError(
-                f"the base model ({type(self.base).__name__}) gives no last_hidden_state that a gate could read: "
-                "expected a model of one text or image, such as a causal language model"
-            )
+            self._refuse_hidden_states()
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
+
+    def refuse_other_outputs(self) -> None:
+        """Raise where the backbone's `forward` says by its annotation that it gives no last hidden state.
+
+        Raises:
+            ValueError: it does.
+        """
+        if not self.is_encoder_decoder and not _may_give_last_hidden_state(self.module):
+            self._refuse_hidden_states()
+
+    def _refuse_hidden_states(self) -> NoReturn:
+        raise ValueError(
+            f"the base model ({type(self.base).__name__}) gives no last_hidden_state that a gate could read: "
+            "expected a model of one text or image, such as a causal language model"
+        )
 
     def _call(self, module: nn.Module, arguments: dict[str, Any], cache: Cache | None) -> Any:
         # The backbone is called by itself, so nothing else brings the tokens to where it starts.
@@ -149,8 +198,8 @@ class Backbone:
         call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
         if "use_cache" in self._accepted:
             call["use_cache"] = cache is not None
-        if cache is not None:
-            call["past_key_values"] = cache
+        if cache is not None and self.cache_name is not None:
+            call[self.cache_name] = cache
         return module(**call, return_dict=True)
 
     def residual_stream(self, arguments: dict[str, Any], cache: Cache | None, layers: int) -> Tensor:
@@ -196,22 +245,26 @@ class Backbone:
         Raises:
             ConfigError: the base model's config does not tell it, or it is not the given one.
         """
-        config = self.base.config.get_text_config()
         # OPT projects its last hidden state to the width of its embeddings.
-        for name in ("hidden_size",) if inside else ("word_embed_proj_dim", "hidden_size", "hidden_sizes"):
-            found = getattr(config, name, None)
-            if found:
-                found = int(found[-1] if isinstance(found, (list, tuple)) else found)
-                if given not in (None, found):
-                    raise ConfigError(
-                        f"hidden_size ({given}) must be the base model's ({found}): leave it out to infer it"
-                    )
-                return found
-        if given is None:
+        names = ("hidden_size",) if inside else ("word_embed_proj_dim", "hidden_size", "hidden_sizes")
+        found = _width(self.base.config.get_text_config(), names)
+        if self.is_encoder_decoder:
+            widths = [_width(part.config, names) for part in (self.base.get_encoder(), self.base.get_decoder())]
+            if None not in widths and len(set(widths)) > 1:
+                raise ConfigError(
+                    f"the base model ({type(self.base).__name__}) has an encoder of width {widths[0]} and a decoder of "
+                    f"width {widths[1]}: expected one width, as one gate reads the hidden states of both"
+                )
+            found = widths[1] or found
+        if given is None and found is None:
             raise ConfigError(
                 f"hidden_size (None) must be given: the config of {type(self.base).__name__} does not tell it"
             )
-        return given
+        if given not in (None, found) and found is not None:
+            raise ConfigError(f"hidden_size ({given}) must be the base model's ({found}): leave it out to infer it")
+        width = found or given
+        assert width is not None
+        return width
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_short": None}
@@ -219,6 +272,48 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """Of the base model's first floating parameter."""
         return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
+
+def _refuse_shared_state(arguments: dict[str, Any]) -> None:
+    for name in _STATES:
+        if arguments.get(name) is not None:
+            raise CacheError(
+                f"{name} ({type(arguments[name]).__name__}) is a state that the two passes would share: call the model "
+                "without it (generate in the place of generate_batch), or make the mixture with gate_layer, which has "
+                "one pass"
+            )
+
+
+def without_head(base: Any) -> nn.Module:
+    """The part of a transformers model that runs its layers; the model itself where it has no head."""
+    try:
+        return base.get_submodule(base.base_model_prefix) if base.base_model_prefix else base
+    except AttributeError:
+        pass  # some classes name a prefix that they do not have, such as Llama4ForCausalLM
+    if base.get_output_embeddings() is None or base.config.get_text_config() is not base.config:
+        return base
+    embeddings = base.get_input_embeddings()
+    parts = [part for part in base.children() if isinstance(part, PreTrainedModel)]
+    return next((part for part in parts if embeddings in part.modules()), base)
+
+
+def _width(config: Any, names: Sequence[str]) -> int | None:
+    """The first of these options that a config has."""
+    for name in names:
+        found = getattr(config, name, None)
+        if found:
+            return int(found[-1] if isinstance(found, (list, tuple)) else found)
+    return None
+
+
+def _may_give_last_hidden_state(module: nn.Module) -> bool:
+    """Whether the outputs that a module's `forward` is annotated with have a last hidden state; true without any."""
+    annotation = inspect.signature(module.forward).return_annotation
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    outputs = [kind for kind in kinds if issubclass(kind, ModelOutput)]
+    return not outputs or any(
+        "last_hidden_state" in {field.name for field in dataclasses.fields(cast(Any, kind))} for kind in outputs
+    )
 
 
 def input_gradient_hooks(base: Any) -> list[Any]:

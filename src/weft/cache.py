@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
-from weft.errors import CacheError
+from weft.errors import CacheError, ConfigError
 from weft.freezing import SequenceMeans
 
 # How to make an empty cache.
@@ -84,6 +85,30 @@ class XLoraCache(Cache):
         super().early_initialization(*args, **kwargs)
         self.scaling.early_initialization(*args, **kwargs)
 
+    def count_in(self, scalings: Float[Tensor, "batch seq layer expert"], attention_mask: Any, freeze_at: int) -> None:
+        """Note what the scalings of the coming tokens are, and freeze them when there are enough.
+
+        Args:
+            scalings: top-k applied.
+            attention_mask: of the call, or None.
+            freeze_at: how many tokens are enough.
+
+        Raises:
+            ConfigError: it cannot be told which tokens are padding.
+        """
+        padding = attention_mask
+        if padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2):
+            if len(scalings) > 1:
+                raise ConfigError(
+                    "freeze_scalings_after cannot tell padding in a batch with a static cache: generate for one text "
+                    "at a time, or leave cache_implementation out"
+                )
+            padding = None
+        if self.means is None:
+            self.means = SequenceMeans(length=tokens_in(self))
+        self.means.add(scalings, None if padding is None else padding.to(scalings.device))
+        self.means.frozen = self.means.length >= freeze_at
+
     def _change_means(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.means is not None:
             self.means.change_rows(change)
@@ -114,13 +139,11 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
         raise CacheError(
             f"past_key_values ({type(cache).__name__}) must be a cache of transformers: {_how_to_go_on(cache)}"
         )
-    length = int(cache.get_seq_length())
-    if isinstance(cache, EncoderDecoderCache):
-        length = length or int(cache.cross_attention_cache.get_seq_length())
-    if length > 0:
+    contents = _contents(cache)
+    if contents:
         raise CacheError(
-            f"past_key_values ({type(cache).__name__} with {length} tokens) was not filled by this model, whose "
-            f"scaling pass needs keys and values of its own: {_how_to_go_on(cache)}"
+            f"past_key_values ({type(cache).__name__} with {contents}) was not filled by this model, whose scaling "
+            f"pass needs keys and values of its own: {_how_to_go_on(cache)}"
         )
     scaling = _twin(cache)
     if scaling_layers is not None:
@@ -131,6 +154,37 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
     double.scaling_is_behind = False
     double.means = None
     return double
+
+
+def tokens_in(cache: Cache) -> int:
+    """How many tokens a cache has, padding included.
+
+    Raises:
+        CacheError: it cannot say, as it keeps recurrent states only.
+    """
+    if not is_recurrent(cache):
+        return int(cache.get_seq_length())
+    if cache.has_previous_state():
+        raise CacheError(
+            f"past_key_values ({type(cache).__name__}) keeps recurrent states, which do not tell how many tokens they "
+            "are of: start again with an empty cache"
+        )
+    return 0
+
+
+def _contents(cache: Cache) -> str:
+    """What a cache has, in words; nothing where it is empty."""
+    if is_recurrent(cache):
+        return "recurrent states" if cache.has_previous_state() else ""
+    length = tokens_in(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        length = length or tokens_in(cache.cross_attention_cache)
+    return f"{length} tokens" if length else ""
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether a cache keeps recurrent states and nothing else."""
+    return bool(getattr(cache, "layers", None)) and all(cache.is_linear)
 
 
 def _how_to_go_on(cache: Any) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
+
+from weft.routing import Sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +46,20 @@ class Routing:
         ready: what the layers can use as it is, where the tokens are few; or None.
         first_layer: number of the layer that the layer axis begins with.
         padding: the pass's attention mask, or None: which tokens count in a mean over the sequence.
-        output_layer: number of the LoRA layer that sees only `output_positions` of the sequence (an adapted LM head
-            under `logits_to_keep`), or None.
-        output_positions: index into the sequence axis for that layer.
+        kinds: what each layer sees, by its number; empty where that is not known.
+        kept: index into the sequence axis for layers that see the kept tokens only; None for all of them.
+        per_token: whether the scalings differ from token to token, rather than hold for all of a row.
+        of_biases: how much of each expert's `lora_bias` acts in each row; None for all of it.
     """
 
     scalings: Float[Tensor, "batch seq layer expert"]
     ready: ReadyWeights | None = None
     first_layer: int = 0
     padding: Shaped[Tensor, "batch total"] | None = None
-    output_layer: int | None = None
-    output_positions: slice | Tensor | None = None
+    kinds: tuple[Sees, ...] = ()
+    kept: slice | Tensor | None = None
+    per_token: bool = True
+    of_biases: Float[Tensor, "row expert"] | None = None
     _per_layer: tuple[Tensor, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,9 +71,12 @@ class Routing:
         """λ for one LoRA layer."""
         shared = len(self._per_layer) == 1
         scalings = self._per_layer[0 if shared else layer_number - self.first_layer]
-        if layer_number == self.output_layer and self.output_positions is not None and scalings.shape[1] > 1:
-            return scalings[:, self.output_positions]
-        return scalings
+        kept_only = self.kept is not None and self.per_token and self.sees(layer_number) is Sees.KEPT
+        return scalings[:, self.kept] if kept_only else scalings
+
+    def sees(self, layer_number: int) -> Sees:
+        """What one LoRA layer sees."""
+        return self.kinds[layer_number] if self.kinds else Sees.SAMPLE
 
 
 class ScalingsCarrier:
@@ -152,3 +160,24 @@ class CheckpointedWithScalings:
     def _plain(self, function: Callable[..., Any], *args: Any) -> Any:
         with self.carrier.following(None):
             return function(*args)
+
+
+def carry_through_checkpoints(base: nn.Module, carrier: ScalingsCarrier) -> None:
+    """Let what checkpoints its activations in a base model recompute them with the scalings of their own forward.
+
+    At every call, because gradient checkpointing may be switched on, with plain functions, at any time.
+    """
+    module: Any
+    for module in base.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None and not isinstance(function, CheckpointedWithScalings):
+            module._gradient_checkpointing_func = CheckpointedWithScalings(function, carrier)
+
+
+def undo_checkpoints(base: nn.Module) -> None:
+    """Give a base model its own checkpointing functions back."""
+    module: Any
+    for module in base.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, CheckpointedWithScalings):
+            module._gradient_checkpointing_func = function.checkpoint

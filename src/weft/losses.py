@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from weft.errors import DataError
+from weft.routing import present_positions
 
 # The names of the losses below, and of their weights in XLoraConfig without "_weight".
 GATE_LOSSES = ("balance_loss", "entropy_loss", "expert_label_loss")
@@ -125,7 +126,7 @@ def token_weights(
     batch, seq, *_ = shares.shape
     if padding is None:
         return shares.new_ones(batch, seq)
-    return (padding[:, -seq:] != 0).to(shares)
+    return present_positions(padding, seq).to(shares)
 
 
 def _mean(values: Float[Tensor, "batch seq *rest"], weights: Float[Tensor, "batch seq"]) -> Float[Tensor, "*rest"]:

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -29,18 +28,19 @@ from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
+from weft.layer_inputs import find_layer_inputs
 from weft.licences import licensed_card
 from weft.passes import Passes
+from weft.peft_methods import PeftMethods
 from weft.placement import execution_device, is_offloaded
 from weft.processes import others_have_parameters
 from weft.quantised import keep_unpacked, let_repack
 from weft.rank_weights import RankWeights
 from weft.routing import ConstantWeights, constant_scalings
-from weft.scalings_log import ScalingsLogMethods
 from weft.seq2seq import Seq2SeqPasses
 
 
-class XLoraModel(ScalingsLogMethods, BaseTuner):
+class XLoraModel(PeftMethods, BaseTuner):
     """A base model with several LoRA experts and a gate that mixes them per token and layer (arXiv 2402.07148).
 
     Use `weft.from_adapters` or, after `weft.register_with_peft()`, peft's `get_peft_model` to make one; both give a
@@ -139,7 +139,9 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         if options.layer_names is not None and options.layer_names != layer_names:
             raise CheckpointError(layer_mismatch(options.layer_names, layer_names))
         options.layer_names, options.expert_names = layer_names, names
-        output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        with self.carrier.scaling_pass(None):
+            inputs = find_layer_inputs(self.backbone)
+        self.backbone.module_state = inputs.module_state
 
         device = next(adapter_parameters(model, names[0]))[1].device
         first_layer = first_following_layer(self.backbone, options)
@@ -159,13 +161,14 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
             self.internal_xlora_classifier,
             options,
             first_layer=first_layer,
-            output_layer=next((number for number, layer in enumerate(layers.values()) if layer is output), None),
+            kinds=inputs.kinds,
             rank_weights=RankWeights([linear_experts(layer) for layer in layers.values()]),
         )
         self.passes.attach(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model; its hooks run the scaling pass first."""
+        self.passes.check_rows(self.backbone.named_arguments(args, kwargs))
         try:
             return self.lora_model.model(*args, **kwargs)
         finally:
@@ -293,43 +296,6 @@ class XLoraModel(ScalingsLogMethods, BaseTuner):
         raise ValueError(
             f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` at the start"
         )
-
-    # ------------------------------------------------------------------ peft's X-LoRA methods
-
-    def set_topk_lora(self, value: int | None) -> None:
-        """Keep `value` experts per token, 1 to the number of experts; None keeps all. Written to the config.
-
-        Raises:
-            ConfigError: out of that range.
-        """
-        self._set_option("top_k_lora", value)
-
-    def get_global_scaling_weight(self) -> float:
-        """The weight of the whole mixture."""
-        return self.xlora_config.global_scaling_weight
-
-    def set_global_scaling_weight(self, weight: float) -> None:
-        """Set the weight of the whole mixture; written to the config."""
-        self._set_option("global_scaling_weight", weight)
-
-    def set_scaling_pass_value(self, value: float | None) -> None:
-        """Set every expert's weight in the scaling pass; None means 1/N. Written to the config."""
-        self._set_option("scaling_pass_value", 1 / self.xlora_config.num_experts if value is None else value)
-
-    def _set_option(self, name: str, value: Any) -> None:
-        before = getattr(self.xlora_config, name)
-        setattr(self.xlora_config, name, value)
-        problems = self.xlora_config.problems()
-        if problems:
-            setattr(self.xlora_config, name, before)
-            raise ConfigError(problems[0])
-
-    def get_latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """The scalings of the last pass that used the gate, gradients included; None before the first.
-
-        Of an encoder-decoder, those of the target tokens; `passes.latest_source_scalings` has the source tokens'.
-        """
-        return self.passes.latest_scalings
 
     # ------------------------------------------------------------------ peft's machinery
 

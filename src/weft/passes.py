@@ -30,15 +30,17 @@ from torch import Tensor, nn
 from weft.auxiliary import AuxiliaryLosses
 from weft.backbone import Backbone
 from weft.cache import XLoraCache, doubled, leave_scaling_behind
-from weft.carrier import CheckpointedWithScalings, ReadyWeights, Routing, ScalingsCarrier
+from weft.carrier import ReadyWeights, Routing, ScalingsCarrier, carry_through_checkpoints, undo_checkpoints
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
-from weft.freezing import SequenceMeans
+from weft.freezing import SequenceMeans, freezing_problems
 from weft.gate import XLoraClassifier
 from weft.given_hidden import take_given_hidden
+from weft.padding import padding_of
 from weft.placement import resident_device
 from weft.rank_weights import RankWeights
-from weft.routing import keep_top_k, padding_mask
+from weft.routing import Sees, keep_top_k
+from weft.row_scalings import RowScalings
 from weft.scalings_log import ScalingsLog
 
 
@@ -51,7 +53,7 @@ class Passes:
         gate: predicts the scalings.
         config: options, read at every call.
         first_layer: number of the first LoRA layer that follows the gate; those before have constant weights.
-        output_layer: number of the LoRA layer that is the LM head, if it is adapted.
+        kinds: what each LoRA layer sees.
         rank_weights: prepares what the layers need, where tokens are few.
 
     Attributes:
@@ -68,7 +70,7 @@ class Passes:
         config: XLoraConfig,
         *,
         first_layer: int,
-        output_layer: int | None,
+        kinds: tuple[Sees, ...],
         rank_weights: RankWeights,
     ) -> None:
         self.backbone = backbone
@@ -76,7 +78,7 @@ class Passes:
         self.gate = gate
         self.config = config
         self.first_layer = first_layer
-        self.output_layer = output_layer
+        self.kinds = kinds
         self._rank_weights = rank_weights
         self.disabled = False
         self.log = ScalingsLog(config.scalings_log_size)
@@ -86,6 +88,9 @@ class Passes:
         self._latest: Tensor | None = None
         self._followed: Routing | None = None
         self._fixed: Tensor | None = None
+        self._rows: RowScalings | None = None
+        # The same for the batch of the call in progress.
+        self._rows_of_call: RowScalings | None = None
         self._freeze_at: int | None = None
         self._ahead: Tensor | None = None
         # Arguments of a call in progress whose gate has not read yet.
@@ -102,7 +107,7 @@ class Passes:
     @staticmethod
     def detach(base: nn.Module) -> None:
         """Remove the hooks, and what gradient checkpointing was given, from a base model."""
-        module: Any
+        undo_checkpoints(base)
         for module in base.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
@@ -110,9 +115,6 @@ class Passes:
                         del hooks[key]
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
                         module._forward_hooks_always_called.pop(key, None)
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, CheckpointedWithScalings):
-                module._gradient_checkpointing_func = function.checkpoint
 
     @contextmanager
     def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> Iterator[None]:
@@ -123,6 +125,27 @@ class Passes:
             yield
         finally:
             self._fixed = before
+
+    @contextmanager
+    def scalings_of_rows(self, rows: RowScalings) -> Iterator[None]:
+        """Let each row of the batch follow what is its own; rows that are repeated, as for beams, do alike."""
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    def check_rows(self, arguments: dict[str, Any]) -> None:
+        """Raise where a call of the model does not have as many rows as were named.
+
+        Raises:
+            ConfigError: it has more or fewer.
+        """
+        batch = self.backbone.batch_size(arguments)
+        if self._rows is not None and batch not in (0, len(self._rows.gated)):
+            raise ConfigError(
+                f"adapter_names has {len(self._rows.gated)} names, expected {batch}: one for each row of the batch"
+            )
 
     def followed(self) -> Float[Tensor, "batch seq layer expert"] | None:
         """What the layers followed in the last call, top-k applied; None before the first and with the experts off.
@@ -145,7 +168,7 @@ class Passes:
     @property
     def gate_decides(self) -> bool:
         """Whether the next call asks the gate: the experts are on, and their weights not fixed."""
-        return not self.disabled and self._fixed is None
+        return not self.disabled and self._fixed is None and (self._rows is None or not self._rows.none_gated)
 
     def _top_k(self, scalings: Tensor) -> Tensor:
         return keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
@@ -153,19 +176,6 @@ class Passes:
     def _ready(self, scalings: Tensor, first_layer: int = 0) -> ReadyWeights | None:
         """What the layers can use as it is to follow these scalings, top-k applied."""
         return self._rank_weights.per_rank(scalings, first_layer, self.config.global_scaling_weight)
-
-    def _ready_by_gate(self, scalings: Tensor, followed: Tensor) -> ReadyWeights | None:
-        """The same for the gate's answer, of which `followed` has top-k applied: with few tokens, gather the chosen."""
-        config, ready = self.config, None
-        if config.top_k_lora is not None:
-            ready = self._rank_weights.of_chosen(
-                scalings,
-                config.top_k_lora,
-                self.first_layer,
-                config.global_scaling_weight,
-                renormalise=config.enable_softmax_topk,
-            )
-        return self._ready(followed, self.first_layer) if ready is None else ready
 
     def _whole(self, scalings: Tensor) -> Float[Tensor, "batch seq layer expert"]:
         if self.first_layer == 0:
@@ -186,7 +196,7 @@ class Passes:
         taken = self.losses.begin(arguments, training=base.training and torch.is_grad_enabled() and self.gate_decides)
         given = take_given_hidden(arguments, self.config, self.backbone)
         if self.disabled:
-            leave_scaling_behind(arguments.get("past_key_values"))
+            leave_scaling_behind(self.backbone.cache_of(arguments))
             return ((), arguments) if taken or given is not None else None
         if getattr(base, "_is_replica", False):
             raise RuntimeError(
@@ -195,13 +205,16 @@ class Passes:
             )
         self.carrier.clear()
         if torch.is_grad_enabled():
-            self._carry_scalings_through_checkpoints(base)
-        self.backbone.settle_cache(arguments)
-        cache = arguments.get("past_key_values")
+            carry_through_checkpoints(base, self.carrier)
+        self._begin_rows(arguments)
+        fixed, frozen = self._fixed_scalings(), self._frozen_means(arguments)
+        two_passes = given is None and frozen is None and fixed is None and self.config.gate_layer is None
+        self.backbone.settle_cache(arguments, two_passes=two_passes)
+        cache = self.backbone.cache_of(arguments)
         self._rank_weights.begin_call(cache)
-        if self._fixed is not None:
+        if fixed is not None:
             leave_scaling_behind(cache)
-            self._follow(Routing(self._fixed, self._ready(self._fixed)))
+            self._follow(self._of_rows(fixed))
         elif self.config.gate_layer is not None:
             leave_scaling_behind(cache)
             self.carrier.routing = self._constant()
@@ -209,13 +222,30 @@ class Passes:
         elif given is not None:
             leave_scaling_behind(cache)
             self._follow_gate(given, arguments)
-        elif isinstance(cache, XLoraCache) and cache.means is not None and cache.means.frozen:
+        elif frozen is not None:
             leave_scaling_behind(cache)
-            means = cache.means.mean()
-            self._follow(Routing(means, self._ready(means)))
+            self._follow(self._of_rows(self._mixed(frozen.mean())))
         else:
             self._ask_gate(arguments, cache)
         return (), arguments
+
+    def _begin_rows(self, arguments: dict[str, Any]) -> None:
+        self._rows_of_call = None if self._rows is None else self._rows.of_batch(self.backbone.batch_size(arguments))
+
+    def _fixed_scalings(self) -> Float[Tensor, "batch 1 layer expert"] | None:
+        """The scalings that the layers follow whatever the text is; None where the gate is to be asked."""
+        rows = self._rows_of_call
+        return rows.constant() if rows is not None and rows.none_gated else self._fixed
+
+    def _mixed(self, scalings: Tensor) -> Tensor:
+        """The gate's scalings with those of the rows that do not follow it."""
+        return scalings if self._rows_of_call is None else self._rows_of_call.mixed_with(scalings)
+
+    def _frozen_means(self, arguments: dict[str, Any]) -> SequenceMeans | None:
+        """The scalings that the layers go on with, where those of the call's cache are frozen."""
+        cache = self.backbone.cache_of(arguments)
+        means = cache.means if isinstance(cache, XLoraCache) else None
+        return means if means is not None and means.frozen else None
 
     def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
         """Let the layers of a call of the base model follow the gate."""
@@ -225,7 +255,8 @@ class Passes:
         else:
             self._follow_gate(self._ahead, arguments)
         if cache is not None and self._freeze_at is not None:
-            self._count_in(cache, arguments, self._freeze_at)
+            assert self._latest is not None
+            cache.count_in(self._top_k(self._latest.detach()), arguments.get("attention_mask"), self._freeze_at)
 
     @torch.no_grad()
     def scaling_step(self, input_ids: Int[Tensor, "batch seq"], cache: XLoraCache) -> Float[Tensor, "batch seq hidden"]:
@@ -253,51 +284,18 @@ class Passes:
     def _scaling_routing(self) -> Routing | None:
         return None if self.config.constant_weight == 0 else self._constant()
 
-    def _count_in(self, cache: XLoraCache, arguments: dict[str, Any], freeze_at: int) -> None:
-        """Note in the cache what its tokens' scalings are, and freeze them when there are enough."""
-        assert self._latest is not None
-        padding = arguments.get("attention_mask")
-        if padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2):
-            if len(self._latest) > 1:
-                raise ConfigError(
-                    "freeze_scalings_after cannot tell padding in a batch with a static cache: generate for one text "
-                    "at a time, or leave cache_implementation out"
-                )
-            padding = None
-        if cache.means is None:
-            cache.means = SequenceMeans(length=int(cache.get_seq_length()))
-        scalings = self._top_k(self._latest.detach())
-        cache.means.add(scalings, None if padding is None else padding.to(scalings.device))
-        cache.means.frozen = cache.means.length >= freeze_at
-
     def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
-        """Raise where the scalings cannot be frozen after so many new tokens.
-
-        Args:
-            after: tokens.
-            generation: the other options of the generation.
+        """Raise where the scalings cannot be frozen after so many new tokens, in a generation with these options.
 
         Raises:
             ConfigError: all that is wrong.
         """
-        problems = []
-        if isinstance(after, bool) or not isinstance(after, int) or after < 0:
-            problems.append(f"freeze_scalings_after ({after!r}) must be a whole number of at least 0")
-        if self.config.gate_layer is not None:
-            problems.append(
-                f"freeze_scalings_after ({after!r}) saves nothing with gate_layer ({self.config.gate_layer}), which "
-                "has one pass anyway: leave it out"
-            )
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "speculate"):
-            if generation.get(name) is not None:
-                problems.append(f"freeze_scalings_after ({after!r}) and {name} exclude each other: leave one out")
+        problems = freezing_problems(after, generation, gate_layer=self.config.gate_layer)
         if self.backbone.is_encoder_decoder:
             problems.append(
                 f"freeze_scalings_after ({after!r}) is not supported with an encoder-decoder "
                 f"({type(self.backbone.base).__name__}): leave it out"
             )
-        if generation.get("use_cache") is False:
-            problems.append(f"freeze_scalings_after ({after!r}) needs a cache: leave use_cache (False) out")
         if problems:
             raise ConfigError("the scalings cannot be frozen:", problems)
 
@@ -314,7 +312,7 @@ class Passes:
         if self.carrier.in_scaling_pass:
             return None
         self.carrier.clear()
-        self._awaiting_gate = None
+        self._awaiting_gate = self._rows_of_call = None
         return self.losses.finish(output)
 
     def _at_gate_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -343,7 +341,14 @@ class Passes:
         # One position and one layer for all: every expert acts with the same weight everywhere.
         shape = (1, 1, 1, self.config.num_experts)
         constant = torch.full(shape, self.config.constant_weight, device=self._device)
-        return Routing(constant, self._ready(constant))
+        return self._of_rows(self._mixed(constant))
+
+    def _of_rows(self, scalings: Tensor) -> Routing:
+        """One position for all tokens of a row."""
+        return Routing(scalings, self._ready(scalings), kinds=self.kinds, per_token=False, of_biases=self._of_biases())
+
+    def _of_biases(self) -> Tensor | None:
+        return None if self._rows_of_call is None else self._rows_of_call.of_biases()
 
     def _follow_gate(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Let the layers follow the gate's answer to `hidden` from here on."""
@@ -352,35 +357,31 @@ class Passes:
             self.log.record(self._whole(scalings))
         if not self.config.layerwise_scalings:
             scalings = scalings[:, :, :1]  # one computation for all layers
-        padding = padding_mask(arguments, scalings.device)
+        padding = padding_of(self.backbone.base, arguments, scalings.shape[1], scalings.device)
         self.losses.gate_answered(scalings, padding)
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
         elif isinstance(keep, Tensor):
             keep = keep.to(scalings.device)
-        followed = self._top_k(scalings)
+        followed = self._mixed(self._top_k(scalings))
+        ready = None
+        if self._rows_of_call is None:  # else it is not the gate alone that they follow
+            ready = self._rank_weights.of_chosen(scalings, self.config, self.first_layer)
         self._follow(
             Routing(
                 followed,
-                self._ready_by_gate(scalings, followed),
+                self._ready(followed, self.first_layer) if ready is None else ready,
                 first_layer=self.first_layer,
                 padding=padding,
-                output_layer=self.output_layer,
-                output_positions=keep,
+                kinds=self.kinds,
+                kept=keep,
+                of_biases=self._of_biases(),
             )
         )
 
     def _follow(self, routing: Routing) -> None:
         self.carrier.routing = self._followed = routing
-
-    def _carry_scalings_through_checkpoints(self, base: nn.Module) -> None:
-        # At every call, because gradient checkpointing may be switched on, with plain functions, at any time.
-        module: Any
-        for module in base.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, CheckpointedWithScalings):
-                module._gradient_checkpointing_func = CheckpointedWithScalings(function, self.carrier)
 
     def __getstate__(self) -> dict[str, Any]:
         # The latest scalings are part of a graph, which can neither be copied nor pickled.

@@ -14,6 +14,9 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+# The arguments by which models of transformers take their cache; the second is that of Mamba and its kin.
+CACHE_NAMES = ("past_key_values", "cache_params")
+
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where a module's first weights are when it runs; the CPU where it has none."""
@@ -34,7 +37,7 @@ def where_it_starts(base: nn.Module, arguments: dict[str, Any]) -> dict[str, Any
     What runs a part of the model by itself goes past that hook.
     """
     device = _hooks_device(base)
-    return arguments if device is None else send_to_device(arguments, device, skip_keys=["past_key_values"])
+    return arguments if device is None else send_to_device(arguments, device, skip_keys=list(CACHE_NAMES))
 
 
 def is_offloaded(module: nn.Module) -> bool:

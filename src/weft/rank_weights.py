@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from weft.carrier import ReadyWeights
+from weft.config import XLoraConfig
 from weft.experts import Stack, StackedExperts
 from weft.routing import choose_top_k
 
@@ -125,23 +126,18 @@ class RankWeights:
         return ReadyWeights(table.stacks, tokens if tokens.numel() > 1 else None, 0, weights.split(table.sizes, 1))
 
     def of_chosen(
-        self,
-        scalings: Float[Tensor, "batch seq layer expert"],
-        top_k: int,
-        first_layer: int,
-        global_weight: float,
-        *,
-        renormalise: bool,
+        self, scalings: Float[Tensor, "batch seq layer expert"], config: XLoraConfig, first_layer: int
     ) -> ReadyWeights | None:
         """The weights of each token's chosen experts, which the layers then gather; None where that does not pay.
 
         Args:
             scalings: λ as the gate gave it; a layer axis of 1 is shared by all layers.
-            top_k: how many experts each token keeps.
+            config: `top_k_lora`, `enable_softmax_topk` and `global_scaling_weight`.
             first_layer: number of the layer that the layer axis begins with.
-            global_weight: g.
-            renormalise: as in `choose_top_k`.
         """
+        if config.top_k_lora is None:
+            return None
+        top_k, renormalise = config.top_k_lora, config.enable_softmax_topk
         batch, seq, num_layers, num_experts = scalings.shape
         tokens = batch * seq
         key = (num_experts, scalings.device)
@@ -156,7 +152,7 @@ class RankWeights:
         scales = table.scales[first_layer:]
         kept, experts = choose_top_k(scalings.flatten(0, 1), top_k, renormalise=renormalise)
         experts = experts.expand(tokens, len(scales), top_k)
-        weights = kept * scales.expand(tokens, -1, -1).gather(2, experts) * global_weight
+        weights = kept * scales.expand(tokens, -1, -1).gather(2, experts) * config.global_scaling_weight
         ranks = experts[..., None] * table.rank + torch.arange(table.rank, device=scalings.device)
         return ReadyWeights(
             table.stacks,

@@ -6,11 +6,12 @@ input's dtype where that is wider).
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from weft.errors import ConfigError
@@ -19,6 +20,29 @@ from weft.errors import ConfigError
 MAX_LEADING_TOKENS = 8
 # Weights that do not depend on the token: {expert: weight} in all layers, or a table [layer, expert].
 ConstantWeights = dict[str, float] | Tensor | Sequence[Sequence[float]]
+
+
+class Sees(enum.Enum):
+    """What the input of a LoRA layer is made of, so what scalings over tokens mean in it.
+
+    Attributes:
+        TOKENS: the tokens in order, `[batch, seq, ...]` or batch and sequence flattened; of an encoder-decoder, those
+            of the part that runs.
+        SOURCE: an encoder-decoder's source tokens, in its decoder.
+        KEPT: the tokens whose logits a call asks for (`logits_to_keep`).
+        TRANSPOSED: the tokens as `[seq, batch, ...]`.
+        PADDED: the tokens, filled up on the right by the model.
+        PADDED_TRANSPOSED: both.
+        SAMPLE: something else of each sample, outside of a text's order: pooled states, cells of an image.
+    """
+
+    TOKENS = enum.auto()
+    SOURCE = enum.auto()
+    KEPT = enum.auto()
+    TRANSPOSED = enum.auto()
+    PADDED = enum.auto()
+    PADDED_TRANSPOSED = enum.auto()
+    SAMPLE = enum.auto()
 
 
 def softmax_with_temperature(
@@ -99,10 +123,18 @@ def constant_scalings(
     return table
 
 
-def padding_mask(arguments: dict[str, Any], device: torch.device) -> Tensor | None:
-    """The attention mask of a call, where it tells padding from tokens."""
-    mask = arguments.get("attention_mask")
-    return mask.to(device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def present_positions(padding: Shaped[Tensor, "batch total"], positions: int) -> Bool[Tensor, "batch positions"]:
+    """Where there is a token, by a mask whose last columns are those of the positions.
+
+    Raises:
+        ValueError: the mask has fewer columns.
+    """
+    if padding.shape[1] < positions:
+        raise ValueError(
+            f"attention_mask has {padding.shape[1]} columns, expected at least {positions}, one for each position that "
+            "the gate reads: it cannot be told which of them are padding"
+        )
+    return padding[:, -positions:] != 0
 
 
 def mean_over_tokens(
@@ -116,9 +148,35 @@ def mean_over_tokens(
     """
     if padding is None:
         return scalings.mean(dim=1, keepdim=True)
-    seq = scalings.shape[1]
-    present = (padding[:, -seq:, None] != 0).to(scalings.dtype)  # [batch, seq, 1]
+    present = present_positions(padding, scalings.shape[1]).to(scalings.dtype)[..., None]  # [batch, seq, 1]
     return (scalings * present).sum(dim=1, keepdim=True) / present.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def align_to_tokens(
+    scalings: Float[Tensor, "batch seq expert"], batch: int, cells: tuple[int, ...], *, padded: bool = False
+) -> Float[Tensor, "..."]:
+    """Give scalings over tokens the axes of activations `[batch, *cells, channel]` of these tokens.
+
+    Args:
+        scalings: one layer's scalings.
+        batch: size of the activations' first axis.
+        cells: the activations' axes between the first and the channels: the tokens and perhaps others, or none where
+            batch and sequence are flattened into the first.
+        padded: there may be more positions than tokens, on the right; their scalings are 0.
+
+    Returns:
+        Scalings that broadcast against `[batch, *cells, expert]`.
+
+    Raises:
+        ValueError: the activations are not of these tokens.
+    """
+    samples, seq, num_experts = scalings.shape
+    if cells and samples == batch and (cells[0] == seq or (padded and cells[0] > seq)):
+        scalings = F.pad(scalings, (0, 0, 0, cells[0] - seq)) if cells[0] > seq else scalings
+        return scalings.view(batch, cells[0], *(1 for _ in cells[1:]), num_experts)
+    if not cells and batch == samples * seq:
+        return scalings.reshape(batch, num_experts)
+    raise _no_fit(scalings, batch, cells)
 
 
 def align_to_cells(
@@ -135,7 +193,7 @@ def align_to_cells(
     1. scalings of a single position hold for all of a sample's cells;
     2. as many positions as cells: one each; with up to eight positions more, the leading ones are class or register
        tokens and are left out (only where the activations have more than one cell axis);
-    3. batch and sequence flattened into one axis: the same order, flattened;
+    3. batch and sequence flattened into one axis: the same order, flattened; single positions hold for a row's cells;
     4. anything else: the mean over each sample's unpadded tokens.
 
     Args:
@@ -164,7 +222,14 @@ def align_to_cells(
             return mean_over_tokens(scalings, padding).view(samples, *(1 for _ in cells), num_experts)
     if not cells and batch == samples * seq:
         return scalings.reshape(batch, num_experts)
-    raise ValueError(
+    if not cells and seq == 1 and batch % samples == 0:
+        return scalings.repeat_interleave(batch // samples, 0).view(batch, num_experts)
+    raise _no_fit(scalings, batch, cells)
+
+
+def _no_fit(scalings: Tensor, batch: int, cells: tuple[int, ...]) -> ValueError:
+    samples, seq, _ = scalings.shape
+    return ValueError(
         f"scalings of {samples} samples x {seq} tokens do not fit activations of shape [{batch}, "
         + "".join(f"{size}, " for size in cells)
         + "channels]: their first axis must be the batch, or batch x tokens flattened"

@@ -25,30 +25,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
+from weft.backbone import without_head
 from weft.cache import ENCODER_DECODER_CACHE, XLoraCache, doubled
-from weft.carrier import Routing
-from weft.errors import CacheError, ConfigError
+from weft.carrier import Routing, carry_through_checkpoints
+from weft.errors import CacheError
+from weft.padding import padding_of
 from weft.passes import Passes
-from weft.routing import padding_mask
+from weft.routing import Sees
 
 # The entry of the encoder's output that holds what the gate reads for source tokens.
 SOURCE_ENTRY = "scaling_pass_hidden_state"
-# transformers' names for a decoder's cross-attention, and for the linear layers in it by the tokens that they see.
-_CROSS_ATTENTION = {
-    "EncDecAttention",
-    "encoder_attn",
-    "cross_attn",
-    "cross_attention",
-    "crossattention",
-    "encoder_decoder_attention",
-}
-_SEE_SOURCE = {"k", "v", "k_proj", "v_proj", "key", "value", "key_proj", "value_proj"}
-_SEE_TARGET = {"q", "o", "q_proj", "o_proj", "out_proj", "query", "query_proj", "output", "dense"}
 # Outputs a scaling pass does not want, whoever asked for them.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions"}
 
@@ -61,22 +51,20 @@ class Seq2SeqRouting(Routing):
 
     Attributes:
         source_length: how many source tokens there are.
-        source_layers: numbers of the LoRA layers that see them.
     """
 
     source_length: int = 0
-    source_layers: frozenset[int] = frozenset()
 
     @cached_property
     def _parts(self) -> tuple[Routing, Routing]:
         target_length = self.scalings.shape[1] - self.source_length
         source, target = self.scalings.split([self.source_length, target_length], dim=1)
-        return Routing(source), Routing(target, output_layer=self.output_layer, output_positions=self.output_positions)
+        return Routing(source), Routing(target, kinds=self.kinds, kept=self.kept)
 
     def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
         """λ for one LoRA layer, of the tokens that it sees."""
         source, target = self._parts
-        return (source if layer_number in self.source_layers else target).of_layer(layer_number)
+        return (source if self.sees(layer_number) is Sees.SOURCE else target).of_layer(layer_number)
 
 
 @dataclasses.dataclass
@@ -116,18 +104,12 @@ class Seq2SeqPasses(Passes):
         self.latest_source_scalings: Tensor | None = None
         self._call: _Call | None = None
         self._encoding: _Encoding | None = None
-        self._source_layers: frozenset[int] = frozenset()
 
     def attach(self, base: nn.Module) -> None:
-        """Register the hooks, once.
-
-        Raises:
-            ConfigError: it cannot be told which tokens a LoRA layer sees.
-        """
+        """Register the hooks, once."""
         model: Any = base
-        self._source_layers = layers_that_see_source_tokens(model)
         super().attach(base)
-        encoder, decoder = model.get_encoder(), model.get_decoder()
+        encoder, decoder = model.get_encoder(), without_head(model.get_decoder())
         encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
         encoder.register_forward_hook(self._after_encoder, always_call=True)
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
@@ -162,21 +144,22 @@ class Seq2SeqPasses(Passes):
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.carrier.in_scaling_pass or self.disabled:
             return
-        before = self.carrier.routing
-        if self._fixed is not None:
+        before, arguments = self.carrier.routing, _by_name(encoder, args, kwargs)
+        self._begin_rows(arguments)  # generate calls the encoder by itself
+        fixed = self._fixed_scalings()
+        if fixed is not None:
             self._encoding = _Encoding(before, None)
-            self.carrier.routing = Routing(self._fixed)
+            self.carrier.routing = self._of_rows(fixed)
             return
         if torch.is_grad_enabled():
-            self._carry_scalings_through_checkpoints(encoder)
-        arguments = _by_name(encoder, args, kwargs)
+            carry_through_checkpoints(encoder, self.carrier)
         hidden = self._read(encoder, arguments)
-        padding = padding_mask(arguments, self._device)
+        padding = padding_of(encoder, arguments, hidden.shape[1], self._device)
         scalings = self._source_scalings(hidden, padding)
         if self._call is not None:
             self._call.hidden, self._call.scalings = hidden, scalings
         self._encoding = _Encoding(before, hidden)
-        self.carrier.routing = Routing(scalings, padding=padding)
+        self.carrier.routing = Routing(scalings, padding=padding, kinds=self.kinds, of_biases=self._of_biases())
 
     def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
         encoding = self._encoding
@@ -207,17 +190,12 @@ class Seq2SeqPasses(Passes):
                 "use_cache": cache is not None,
             },
         )
-        self._follow_gate(
-            hidden,
-            {
-                "attention_mask": arguments.get("attention_mask"),
-                "logits_to_keep": call.arguments.get("logits_to_keep"),
-            },
-        )
+        self._follow_gate(hidden, {**arguments, "logits_to_keep": call.arguments.get("logits_to_keep")})
         # Where the keys and values of cross-attention are cached, no layer sees source tokens any more.
         if cache is None or not any(cache.is_updated.values()):
             if call.scalings is None:
-                call.scalings = self._source_scalings(call.hidden, call.arguments.get("attention_mask"))
+                padding = padding_of(self.backbone.base, call.arguments, call.hidden.shape[1], self._device)
+                call.scalings = self._source_scalings(call.hidden, padding)
             self._follow_source_too(call.scalings)
 
     def _follow_source_too(self, source: Tensor) -> None:
@@ -226,10 +204,10 @@ class Seq2SeqPasses(Passes):
         self.carrier.routing = Seq2SeqRouting(
             torch.cat([source, target.scalings], dim=1),
             padding=target.padding,
-            output_layer=target.output_layer,
-            output_positions=target.output_positions,
+            kinds=target.kinds,
+            kept=target.kept,
+            of_biases=target.of_biases,
             source_length=source.shape[1],
-            source_layers=self._source_layers,
         )
 
     def _source_scalings(self, hidden: Tensor, padding: Tensor | None) -> Float[Tensor, "batch seq layer expert"]:
@@ -237,7 +215,7 @@ class Seq2SeqPasses(Passes):
         scalings = self.latest_source_scalings = self.gate(hidden.to(self._device))
         scalings = scalings if self.config.layerwise_scalings else scalings[:, :, :1]
         self.losses.gate_answered(scalings, padding)
-        return self._top_k(scalings)
+        return self._mixed(self._top_k(scalings))
 
     def _read(self, module: nn.Module, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
         """The last hidden state of a scaling pass of the encoder or the decoder."""
@@ -253,35 +231,6 @@ class Seq2SeqPasses(Passes):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "latest_source_scalings": None, "_call": None, "_encoding": None}
-
-
-def layers_that_see_source_tokens(base: Any) -> frozenset[int]:
-    """Numbers of the LoRA layers that make the keys and values of cross-attention.
-
-    Raises:
-        ConfigError: it cannot be told which tokens a LoRA layer sees.
-    """
-    encoder, decoder = base.get_encoder(), base.get_decoder()
-    if not any(_CROSS_ATTENTION.intersection(path.split(".")) for path, _ in decoder.named_modules()):
-        raise ConfigError(
-            f"the base model ({type(base).__name__}) has no cross-attention in its decoder under a name that weft "
-            f"knows, so that it cannot tell which layers see source tokens: expected one of {sorted(_CROSS_ATTENTION)}"
-        )
-    placed = {*encoder.modules(), *decoder.modules(), base.get_input_embeddings(), base.get_output_embeddings()}
-    layers = [(path, module) for path, module in base.named_modules() if isinstance(module, LoraLayer)]
-    found = set()
-    for number, (path, module) in enumerate(layers):
-        *parents, name = path.split(".")
-        in_cross_attention = bool(_CROSS_ATTENTION.intersection(parents))
-        if module not in placed or (in_cross_attention and name not in _SEE_SOURCE | _SEE_TARGET):
-            raise ConfigError(
-                f"layer {path!r} is adapted, of which weft cannot tell whether it sees source or target tokens: "
-                "expected layers of the encoder, of the decoder (in its cross-attention one of "
-                f"{sorted(_SEE_SOURCE | _SEE_TARGET)}) or the LM head"
-            )
-        if in_cross_attention and name in _SEE_SOURCE:
-            found.add(number)
-    return frozenset(found)
 
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
+from weft.cache import is_recurrent, tokens_in
 from weft.detokeniser import Detokeniser
 from weft.errors import CacheError, ConfigError
 from weft.model import XLoraModel
@@ -118,8 +119,8 @@ def stream(
         )
     if not tuner.backbone.caches:
         raise CacheError(
-            f"model ({type(tuner.backbone.base).__name__}) keeps its state in something else than past_key_values, "
-            "which stream needs: use model.generate(..., use_cache=False)"
+            f"model ({type(tuner.backbone.base).__name__}) keeps its state in no cache of transformers' own, which "
+            "stream needs: use model.generate(..., use_cache=False)"
         )
     input_ids = _token_ids(prompt, tokenizer).to(execution_device(tuner.backbone.base))
     cache = tuner.backbone.empty_cache() if past_key_values is None else past_key_values
@@ -228,7 +229,8 @@ def _steps(
             try:
                 yield step
             except GeneratorExit:
-                reader.forget(len(steps) - place)  # tokens that nobody has asked for
+                if place < len(steps):
+                    reader.forget(len(steps) - place)  # tokens that nobody has asked for
                 raise
 
 
@@ -246,6 +248,7 @@ class Reader:
         self.tuner = tuner_of(model)
         self.cache = cache
         self.freeze_at = freeze_at
+        self._number_read = tokens_in(cache)
         self._shares: list[dict[str, float]] = []
 
     def read(
@@ -263,7 +266,8 @@ class Reader:
         Returns:
             The logits after the text and after each guess, and the guesses.
         """
-        unread = input_ids[:, int(self.cache.get_seq_length()) :]
+        # A cache of recurrent states does not tell how many tokens it has read.
+        unread = input_ids[:, self._number_read if is_recurrent(self.cache) else tokens_in(self.cache) :]
         try:
             guesses, hidden = ([], None) if speculation is None else speculation(unread, limit)
             places = len(guesses) + 1
@@ -276,7 +280,7 @@ class Reader:
                     stack.enter_context(self.tuner.passes.freezing_at(self.freeze_at))
                 output = self.model(
                     input_ids=torch.cat([unread, unread.new_tensor([guesses])], 1) if guesses else unread,
-                    past_key_values=self.cache,
+                    **{str(self.tuner.backbone.cache_name): self.cache},
                     use_cache=True,
                     **({"logits_to_keep": places} if self.tuner.backbone.takes("logits_to_keep") else {}),
                 )
@@ -284,7 +288,9 @@ class Reader:
             raise  # refused before anything was read
         except BaseException:
             self.cache.reset()
+            self._number_read = 0
             raise
+        self._number_read += unread.shape[1] + len(guesses)
         self._note_shares(places)
         return output.logits[:, -places:], guesses
 
@@ -348,7 +354,7 @@ def _token_ids(prompt: str | Tensor, tokenizer: Any) -> Int[Tensor, "1 seq"]:
 
 def _that_fit(max_new_tokens: int, tuner: XLoraModel, input_ids: Tensor, cache: Cache) -> int:
     """`max_new_tokens`, or fewer where the model has no positions to read them at."""
-    length, cached = input_ids.shape[1], int(cache.get_seq_length())
+    length, cached = input_ids.shape[1], tokens_in(cache)
     if cached >= length:
         raise CacheError(
             f"past_key_values ({cached} tokens) must be shorter than the prompt ({length} tokens), which is the whole "

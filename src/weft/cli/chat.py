@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from weft.cache import is_recurrent, tokens_in
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError, WeftError, first_line
 from weft.loading import load_mixture
@@ -99,7 +100,10 @@ class Conversation:
             ) from err
 
     def _keep_common_beginning(self, token_ids: list[int]) -> None:
-        cached = self._read[: self._cache.get_seq_length()]
+        if is_recurrent(self._cache):  # which does not tell how many tokens it is of
+            self._cache = self.model.base_model.backbone.empty_cache()
+            return
+        cached = self._read[: tokens_in(self._cache)]
         common = 0
         # Not up to the last one: what comes after it is asked for, so it is read again.
         for one, other in zip(cached, token_ids[:-1], strict=False):

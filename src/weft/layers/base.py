@@ -19,11 +19,14 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from weft.carrier import ReadyWeights, ScalingsCarrier
+from weft.carrier import ReadyWeights, Routing, ScalingsCarrier
 from weft.config import XLoraConfig
 from weft.experts import Stack, StackedExperts, StorageLayout
 from weft.layers.dora import Dora
-from weft.routing import align_to_cells, keep_top_k
+from weft.routing import Sees, align_to_cells, align_to_tokens, keep_top_k
+
+_TRANSPOSED = (Sees.TRANSPOSED, Sees.PADDED_TRANSPOSED)
+_AS_THE_GATE = (Sees.TOKENS, Sees.PADDED, Sees.SAMPLE)
 
 
 class XLoraLayer(ABC):
@@ -119,12 +122,11 @@ class XLoraLayer(ABC):
         if target._disable_adapters or merged:
             return result.to(dtype)
         routing = carrier.routing
-        padding = None
         if scalings is not None:
-            weights = self.get_maybe_topk_scalings(scalings)
+            routing, weights = None, self.get_maybe_topk_scalings(scalings)
         elif routing is not None:
-            # An adapted LM head may see other positions, in another order, than the scalings are for.
-            ready = routing.ready if self.layer_number != routing.output_layer else None
+            # Others see other positions than the weights are for, or in another order.
+            ready = routing.ready if routing.sees(self.layer_number) in _AS_THE_GATE else None
             stacks = self.experts.current
             # What made the weights ready looked whether the stacks hold; a compiled graph may have those of before.
             if ready is not None and len(stacks) == 1 and ready.stacks[self.layer_number] is stacks[0]:
@@ -132,7 +134,6 @@ class XLoraLayer(ABC):
                 if sum_of_both is not None:
                     return sum_of_both if sum_of_both.dtype == dtype else sum_of_both.to(dtype)
             weights = routing.of_layer(self.layer_number)
-            padding = routing.padding
         elif carrier.experts_off:
             return result.to(dtype)
         else:
@@ -141,7 +142,7 @@ class XLoraLayer(ABC):
         self._check_columns(weights)
         base_result = result
         for stack in self.experts.stacks():
-            result = self._add_mixture(result, base_result, x, stack, weights, padding)
+            result = self._add_mixture(result, base_result, x, stack, weights, routing)
         return result.to(dtype)
 
     def _refuse_blind_recomputation(self) -> None:
@@ -167,7 +168,7 @@ class XLoraLayer(ABC):
         x: Tensor,
         stack: Stack,
         weights: Tensor | None,
-        padding: Tensor | None,
+        routing: Routing | None,
     ) -> Tensor:
         """result + Σ_e s_e · g · B_e(A_e(dropout(λ_e · x))) over the experts of one stack; DoRA as `dora.py` has it."""
         down, up = self.experts.differentiable(stack)
@@ -180,7 +181,7 @@ class XLoraLayer(ABC):
         if weights is not None:
             if stack.column_index is not None:
                 weights = weights.index_select(-1, stack.column_index.to(weights.device))
-            weights = self._align(weights, h, rank_axis, padding)  # [batch, *cells, expert]
+            weights = self._align(weights, h, rank_axis, routing)  # [batch, *cells, expert]
             if self.config.global_scaling_weight != 1:
                 scales = scales * self.config.global_scaling_weight
             scales = weights.to(device=h.device, dtype=h.dtype) * scales
@@ -194,15 +195,30 @@ class XLoraLayer(ABC):
             plain = self.dora.plain(base_result) if dropped is None else self.dora.plain_of_each(dropped)
             result = result + dora.change_of_base(scales, scales.dim() - (h.dim() - rank_axis), plain)
         if stack.biased:
-            result = self._add_biases(result, stack, self.config.global_scaling_weight if weights is not None else 1.0)
+            result = self._add_biases(
+                result, stack, 1.0 if weights is None else self.config.global_scaling_weight, routing
+            )
         return result
 
-    @staticmethod
-    def _align(weights: Tensor, h: Tensor, rank_axis: int, padding: Tensor | None) -> Tensor:
-        if weights.shape[:2] == h.shape[:2] and h.dim() == 3 and rank_axis == 2:
+    def _align(self, weights: Tensor, h: Tensor, rank_axis: int, routing: Routing | None) -> Tensor:
+        sees = Sees.SAMPLE if routing is None else routing.sees(self.layer_number)
+        transposed = sees in _TRANSPOSED
+        if weights.shape[:2] == h.shape[:2] and h.dim() == 3 and rank_axis == 2 and not transposed:
             return weights  # token by token, as in nearly every call
-        cells = tuple(size for axis, size in enumerate(h.shape) if axis not in (0, rank_axis))
-        return align_to_cells(weights, h.shape[0], cells, padding)
+        batch, *cells = (size for axis, size in enumerate(h.shape) if axis != rank_axis)
+        if transposed:
+            batch, cells[0] = cells[0], batch
+        try:
+            if routing is None or sees is Sees.SAMPLE or not routing.per_token:
+                padding = None if routing is None else routing.padding
+                aligned = align_to_cells(weights, batch, tuple(cells), padding)
+            else:
+                padded = sees in (Sees.PADDED, Sees.PADDED_TRANSPOSED)
+                aligned = align_to_tokens(weights, batch, tuple(cells), padded=padded)
+        except ValueError as err:
+            name = (self.config.layer_names or [])[self.layer_number]
+            raise ValueError(f"layer {name!r} sees something else than the text's tokens in this call: {err}") from err
+        return aligned.transpose(0, 1) if transposed else aligned
 
     def dropped_inputs(self, x: Tensor, stack: Stack) -> list[Tensor] | None:
         """Each expert's own dropout of x; None where none is active."""
@@ -219,14 +235,23 @@ class XLoraLayer(ABC):
         parts = zip(dropped, down.split(stack.ranks), strict=True)
         return torch.cat([self.down(one, weight) for one, weight in parts], dim=self.channel_axis)
 
-    def _add_biases(self, result: Tensor, stack: Stack, global_weight: float) -> Tensor:
+    def _add_biases(self, result: Tensor, stack: Stack, global_weight: float, routing: Routing | None) -> Tensor:
         """Add the `lora_bias` of the experts that have one.
 
-        In the formula the bias stands outside of λ: B_e(z) = B z + b, so s_e · g · b is added unscaled by λ.
+        In the formula the bias stands outside of λ: B_e(z) = B z + b, so s_e · g · b is added unscaled by λ. Rows that
+        follow one expert have its bias alone.
         """
+        of_rows = None if routing is None else routing.of_biases
+        channels = self.channel_axis % result.dim()
         for name in stack.biased:
             bias = self.target.lora_B[name].bias * (self.target.scaling[name] * global_weight)
-            result = result + bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
+            bias = bias.view(-1, *(1 for _ in range(channels + 1, result.dim())))
+            if of_rows is not None:
+                column = of_rows[:, self.target.active_adapters.index(name)].to(bias)
+                rows = int(routing is not None and routing.sees(self.layer_number) in _TRANSPOSED)  # their axis
+                column = column.repeat_interleave(result.shape[rows] // len(column))
+                bias = column.view(-1, *(1 for _ in result.shape[rows + 1 :])) * bias
+            result = result + bias
         return result
 
     def add_ready(self, result: Tensor, x: Tensor, stack: Stack, ready: ReadyWeights) -> Tensor | None:
