@@ -61,3 +61,16 @@ def test_trl(run):
     trainer = run("train_with_trl", "--steps", "10")
     assert losses_in(trainer.state.log_history[0])
     assert "mean_token_accuracy" in trainer.state.log_history[0]
+
+
+def test_preferences_with_trl(mixture, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"question {i} ", "chosen": f"yes {i}", "rejected": "no"} for i in range(8)]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = importlib.util.spec_from_file_location("prefer_with_trl", EXAMPLES / "prefer_with_trl.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    paths = {"--mixture": mixture, "--data": str(tmp_path / "preferences.jsonl"), "--output": str(tmp_path / "out")}
+    trainer = quietly(module.main, [*(part for pair in paths.items() for part in pair), "--steps", "10"])
+    assert "rewards/margins" in trainer.state.log_history[0]
+    weft.from_pretrained(tmp_path / "out")

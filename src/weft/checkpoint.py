@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from weft.adapters import adapter_parameters, key_problems, local_folder, read_json, read_tensors
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.frozen_copies import refuse_frozen_copy
 from weft.heads import head_tensors
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
 from weft.original import ORIGINAL_GATE, is_original, original_base, original_options, read_original_gate
@@ -49,6 +51,10 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     """
     folder = Path(save_directory)
     save = type(model).save_pretrained
+    tuner: Any = model.base_model
+    for name in kwargs.get("selected_adapters") or ():
+        refuse_frozen_copy(model, name)
+    kwargs.setdefault("selected_adapters", [tuner.mixture_name])
     if folder.is_file() or not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
         return
@@ -71,6 +77,11 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
     folder.mkdir(parents=True, exist_ok=True)
     replaced: dict[str, Any] = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
     gate_file = folder / SAFETENSORS_WEIGHTS_NAME
+    if config.model is not None and config is not config.model.xlora_config:  # of a frozen copy, which is not saved
+        gate_file.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's files are in it
+            folder.rmdir()
+        return
     if config.model is not None and (folder / "adapter_model.bin").exists():
         raise CheckpointError(
             f"safe_serialization (False) must be True: weft reads and writes safetensors only. Remove {folder}/"
@@ -202,14 +213,22 @@ def _add_trained_experts(config: XLoraConfig, file: Path) -> None:
     So every tool that loads the gate through peft (a Trainer that resumes or takes the best checkpoint) gets them too.
     """
     model: Any = config.model
-    experts = {f"base_model.{name}": parameter for name, parameter in model.named_parameters() if is_expert_key(name)}
+    names = config.expert_names or ()
+    experts = {
+        f"base_model.{name}": parameter for name, parameter in model.named_parameters() if expert_of_key(name) in names
+    }
     tensors = {**read_tensors(file), **_whole(model, experts)}
     replace_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def is_expert_key(key: str) -> bool:
     """Whether a parameter of this name belongs to an expert."""
-    return any(part in key for part in _EXPERT_PARTS)
+    return expert_of_key(key) is not None
+
+
+def expert_of_key(key: str) -> str | None:
+    """The name of the expert that a parameter of this name belongs to; None where it is no expert's."""
+    return next((key.rpartition(part)[2].partition(".")[0] for part in _EXPERT_PARTS if part in key), None)
 
 
 def given_experts(model: torch.nn.Module, state_dict: dict[str, Any]) -> dict[str, Tensor]:

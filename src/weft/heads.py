@@ -123,13 +123,9 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of the heads, under the names that peft saves them by."""
-    return {
-        f"{path}.{key}": value
-        for path, wrapper in wrappers(model)
-        for module in wrapper.modules_to_save.values()
-        for key, value in module.state_dict().items()
-    }
+    """All tensors of the mixture's heads, under the names that peft saves them by."""
+    heads = {path: next(iter(wrapper.modules_to_save.values())) for path, wrapper in wrappers(model)}  # copies follow
+    return {f"{path}.{key}": value for path, head in heads.items() for key, value in head.state_dict().items()}
 
 
 def _common(path: str, adapters: list[Adapter]) -> dict[str, Tensor] | None:

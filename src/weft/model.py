@@ -25,9 +25,10 @@ from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismat
 from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
+from weft.frozen_copies import refuse_frozen_copy, refuse_loading_into_copy
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
-from weft.heads import add_heads, find_heads, refuse_task_of_peft, switch_heads
+from weft.heads import add_heads, find_heads, refuse_task_of_peft
 from weft.layer_inputs import find_layer_inputs
 from weft.licences import licensed_card
 from weft.passes import Passes
@@ -104,8 +105,10 @@ class XLoraModel(PeftMethods, BaseTuner):
 
         self.xlora_config = options
         self.peft_config = {adapter_name: options}
-        self.active_adapter = adapter_name
+        self.mixture_name = self.active_adapter = adapter_name
         self.carrier = ScalingsCarrier()
+        self.frozen_copies = nn.ModuleDict()
+        self.register_load_state_dict_pre_hook(refuse_loading_into_copy)
         self.given_experts: dict[str, Tensor] = {}
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
         self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -248,23 +251,6 @@ class XLoraModel(PeftMethods, BaseTuner):
                 # The flag alone: peft's own switch also changes what is trainable, which is the user's to say.
                 module._disable_adapters = not enabled
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """peft's switch between adapters: there is one, the mixture.
-
-        Raises:
-            ValueError: another name.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if names != [self.active_adapter]:
-            raise ValueError(
-                f"adapter_name ({adapter_name!r}) must be {self.active_adapter!r}, the mixture: its experts "
-                f"{self.xlora_config.expert_names} act together"
-            )
-        self.internal_xlora_classifier.requires_grad_(not inference_mode)
-        if self.xlora_config.use_trainable_adapters:
-            self.lora_model.set_adapter(self.xlora_config.expert_names or [], inference_mode=inference_mode)
-        switch_heads(self.lora_model.model, names[0], inference_mode=inference_mode)
-
     def unload(self) -> nn.Module:
         """Take the experts, the gate and the hooks out, and return the base model as it was."""
         model = self.lora_model.model
@@ -286,16 +272,6 @@ class XLoraModel(PeftMethods, BaseTuner):
         raise ValueError("an X-LoRA model cannot be merged, as its weights depend on the token: use unload()")
 
     merge_and_unload = merge_adapter = _cannot_merge
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Raises: the mixture is the only adapter."""
-        raise ValueError(f"adapter {adapter_name!r} cannot be deleted: use unload() to get the base model back")
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Raises: the experts of a mixture are fixed when it is made."""
-        raise ValueError(
-            f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` at the start"
-        )
 
     # ------------------------------------------------------------------ peft's machinery
 
@@ -321,6 +297,8 @@ class XLoraModel(PeftMethods, BaseTuner):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         tuner: Any = model.base_model
+        if adapter_name in tuner.frozen_copies:
+            return {}
         tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
         return {key: value for key, value in state_dict.items() if GATE_KEY in key}
 
@@ -329,6 +307,7 @@ class XLoraModel(PeftMethods, BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
+        refuse_frozen_copy(model, adapter_name)
         # peft has put its own names for the heads into the keys already.
         saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
         problems = gate_problems(model, saved)

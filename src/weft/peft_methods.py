@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft.backbone import Backbone
 from weft.config import XLoraConfig
 from weft.errors import CacheError, ConfigError
+from weft.frozen_copies import (
+    FrozenCopy,
+    activate_experts,
+    activate_heads,
+    copy_experts,
+    copy_heads,
+    remove_experts,
+    remove_heads,
+)
+from weft.heads import switch_heads
 from weft.passes import Passes
 from weft.placement import resident_device
 from weft.row_scalings import rows_of_names
@@ -26,7 +37,10 @@ class PeftMethods(ScalingsLogMethods):
     backbone: Backbone
     internal_xlora_classifier: Any
     lora_model: Any
+    mixture_name: str
     active_adapter: Any
+    peft_config: dict[str, Any]
+    frozen_copies: nn.ModuleDict
     training: bool
 
     def set_topk_lora(self, value: int | None) -> None:
@@ -108,7 +122,7 @@ class PeftMethods(ScalingsLogMethods):
         rows = rows_of_names(
             names,
             options.expert_names or (),
-            self.active_adapter,
+            self.mixture_name,
             options.global_scaling_weight,
             resident_device(self.internal_xlora_classifier),
         )
@@ -120,3 +134,70 @@ class PeftMethods(ScalingsLogMethods):
         with self.passes.scalings_of_rows(rows):
             self.passes.check_rows(self.backbone.named_arguments(args, kwargs))
             yield
+
+    # ------------------------------------------------------------------ frozen copies
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """peft's switch between adapters: the mixture, or a frozen copy of it.
+
+        Raises:
+            ValueError: another name.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) != 1 or names[0] not in (self.mixture_name, *self.frozen_copies):
+            raise ValueError(
+                f"adapter_name ({adapter_name!r}) must be {self.mixture_name!r}, the mixture, or a frozen copy of it "
+                f"({list(self.frozen_copies)}): its experts {self.xlora_config.expert_names} act together"
+            )
+        base = self.lora_model.model
+        self.active_adapter = names[0]
+        if names[0] in self.frozen_copies:
+            frozen: Any = self.frozen_copies[names[0]]
+            self.passes.gate = frozen.gate
+            activate_experts(base, frozen.experts)
+            activate_heads(base, names[0])
+            return
+        self.passes.gate = self.internal_xlora_classifier
+        activate_experts(base, self.xlora_config.expert_names or [])
+        activate_heads(base, self.mixture_name)
+        self.internal_xlora_classifier.requires_grad_(not inference_mode)
+        if self.xlora_config.use_trainable_adapters:
+            self.lora_model.set_adapter(self.xlora_config.expert_names or [], inference_mode=inference_mode)
+        switch_heads(base, self.mixture_name, inference_mode=inference_mode)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """peft's `add_adapter` with the mixture's own options: a frozen copy of it as it is now (see `frozen_copies`).
+
+        Raises:
+            ValueError: other options, as the experts of a mixture are fixed when it is made.
+        """
+        given = XLoraConfig.from_peft(self.peft_config[adapter_name])
+        if given.to_dict() != self.xlora_config.to_dict():
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` at the "
+                "start (weft.add_expert adds one to a saved mixture). For a frozen copy of the mixture, give its own "
+                f"options, model.peft_config[{self.mixture_name!r}]"
+            )
+        base, names = self.lora_model.model, self.xlora_config.expert_names or []
+        if self.xlora_config.use_trainable_adapters:
+            names = copy_experts(base, names, adapter_name)
+        copy_heads(base, self.mixture_name, adapter_name)
+        self.frozen_copies[adapter_name] = FrozenCopy(self.internal_xlora_classifier, names)
+        # Options of its own, by which saving knows it.
+        self.peft_config[adapter_name] = options = copy.copy(self.xlora_config)
+        options.bind_model(self)  # type: ignore[arg-type]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove a frozen copy.
+
+        Raises:
+            ValueError: it is the mixture itself, which `unload()` takes out.
+        """
+        if adapter_name not in self.frozen_copies:
+            raise ValueError(f"adapter {adapter_name!r} cannot be deleted: use unload() to get the base model back")
+        if self.active_adapter == adapter_name:
+            self.set_adapter(self.mixture_name)
+        frozen: Any = self.frozen_copies[adapter_name]
+        remove_experts(self.lora_model.model, set(frozen.experts) - set(self.xlora_config.expert_names or []))
+        remove_heads(self.lora_model.model, adapter_name)
+        del self.frozen_copies[adapter_name], self.peft_config[adapter_name]
