@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import weft
 from contenders import ROOT, quiet
 from harness import save, setting
-from weft.data import read_texts
+from weft.data import read_tokens
 from weft.speculation import NGramGuesses, Pace
 
 DEMO = ROOT / ".demo"
@@ -49,8 +49,8 @@ def prompts(tokenizer: Any) -> dict[str, list[torch.Tensor]]:
     """Kind -> prompts: the beginnings of held-out texts, and texts that are to be copied with a small change."""
     found: dict[str, list[torch.Tensor]] = {}
     for domain in DOMAINS:
-        texts = read_texts(str(DEMO / "data" / "heldout" / f"{domain}.jsonl"), tokenizer)
-        found[domain] = [tokenizer(text, return_tensors="pt").input_ids[:, :96] for text in texts[:8]]
+        texts = read_tokens(str(DEMO / "data" / "heldout" / f"{domain}.jsonl"), tokenizer)
+        found[domain] = [torch.tensor([tokens[:96]]) for tokens in texts[:8]]
     copies = []
     for domain in ("python", "records", "licences"):
         part = found[domain][0][:, :80]

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from models import tiny_llama, tiny_tokenizer
-from weft.data import check_length, named_sources, read_texts, token_sequences
+from weft.data import check_length, named_sources, read_tokens, token_sequences
 from weft.errors import DataError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -19,6 +19,11 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
+
+
+def read_texts(source, tokenizer):
+    """What is read, as text again."""
+    return [tokenizer.decode(tokens) for tokens in read_tokens(source, tokenizer)]
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +203,7 @@ def test_data_set_that_cannot_be_loaded_is_named_with_the_reason(name, tokenizer
 def test_sequences_are_the_tokens_in_order_in_pieces_of_at_most_length(length, tokenizer):
     text = "a text of some length"
     tokens = tokenizer(text)["input_ids"]
-    sequences = token_sequences([text], tokenizer, length)
+    sequences = token_sequences([tokens], length)
     assert all(1 < len(sequence) <= length for sequence in sequences)
     assert all(len(sequence) == length for sequence in sequences[:-1])
     joined = [token for sequence in sequences for token in sequence]
@@ -206,21 +211,21 @@ def test_sequences_are_the_tokens_in_order_in_pieces_of_at_most_length(length, t
     assert joined == (tokens[:-1] if rest == 1 else tokens)
 
 
-def test_texts_are_not_joined(tokenizer):
-    assert token_sequences(["abc", "de"], tokenizer, 4) == [tokenizer(text)["input_ids"] for text in ("abc", "de")]
-    assert token_sequences(["abc", "d"], tokenizer, 4) == [tokenizer("abc")["input_ids"]]
+def test_texts_are_not_joined():
+    assert token_sequences([[5, 6, 7], [8, 9]], 4) == [[5, 6, 7], [8, 9]]
+    assert token_sequences([[5, 6, 7], [8]], 4) == [[5, 6, 7]]
 
 
 @pytest.mark.parametrize("length", [1, 0, -5])
-def test_length_that_leaves_nothing_to_predict_is_refused(length, tokenizer):
+def test_length_that_leaves_nothing_to_predict_is_refused(length):
     with pytest.raises(DataError, match=rf"sequence_length \({length}\) must be at least 2"):
-        token_sequences(["abc"], tokenizer, length)
+        token_sequences([[5, 6, 7]], length)
 
 
-@pytest.mark.parametrize("texts", [[], ["a", "b"]])
-def test_texts_of_single_tokens_are_refused(texts, tokenizer):
+@pytest.mark.parametrize("texts", [[], [[5], [6]]])
+def test_texts_of_single_tokens_are_refused(texts):
     with pytest.raises(DataError, match="holds no text of two tokens or more"):
-        token_sequences(texts, tokenizer, 8)
+        token_sequences(texts, 8)
 
 
 def test_length_is_at_most_the_number_of_positions():

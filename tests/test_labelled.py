@@ -12,6 +12,7 @@ from weft.errors import DataError
 from weft.labelled import LabelledCollator, tokens_and_parts, training_rows
 
 EXPERTS = ["math", "code"]
+CHAT = {"messages": [{"role": "user", "content": "seven"}]}
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_special_token_behind_a_text_belongs_to_its_last_part():
     ends = TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)])
     tokenizer.backend_tokenizer.post_processor = ends
     row = {"text": "seven return", "experts": [[0, "math"], [6, "code"]]}
-    tokens, parts, names = tokens_and_parts(row["text"], row, "here", tokenizer, None)
+    tokens, parts, names = tokens_and_parts(row, "here", tokenizer, None)
     assert tokens[0] == tokens[-1] == tokenizer.eos_token_id
     assert (parts[0], parts[-1], names) == (0, 1, ["math", "code"])
 
@@ -84,7 +85,7 @@ def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
     with pytest.raises(DataError, match=r"line 2: the label 'mth' must be one of the experts \['math', 'code'.*\], or"):
         labels(wrong)
     with pytest.raises(DataError, match='"experts" counts the characters of "text", which is not there'):
-        tokens_and_parts("seven", {"messages": [], "experts": [[0, "math"]]}, "line 1", tiny_tokenizer(), None)
+        tokens_and_parts({**CHAT, "experts": [[0, "math"]]}, "line 1", tiny_tokenizer(), None)
     wrong = write({"text": "seven return", "experts": [[3, "math"]]})
     with pytest.raises(DataError, match=r"sequence_length \(1\) must be at least 2"):
         labels(f"math={file}", length=1)

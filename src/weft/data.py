@@ -1,43 +1,50 @@
-"""Texts from files, and token sequences from texts. It knows nothing of models."""
+"""Rows from files, and tokens from rows: the one place where a text or a conversation becomes tokens.
+
+It knows nothing of models.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from weft.chat_template import assistant_mask, check_messages, conversation_tokens
 from weft.errors import DataError, first_line
 
 _LINES = {".jsonl", ".json", ".ndjson"}
 _FILES = {*_LINES, ".parquet", ".txt", ".md"}
 # Windows editors put a byte order mark first.
 _ENCODING = "utf-8-sig"
+# The label of a token that counts in no loss, as in transformers.
+NO_LABEL = -100
 
 
-def read_texts(source: str, tokenizer: Any) -> list[str]:
-    """All texts of one source.
+def read_tokens(source: str, tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text or conversation of one source.
 
     Args:
         source: a .jsonl file with "text" or "messages" in each line, a .parquet file with such a column, any other
             file as one plain text, or the name or folder of a data set of the `datasets` library (its split "train").
-        tokenizer: turns "messages" into a text by its chat template.
+        tokenizer: the base model's.
 
     Raises:
         DataError: nothing is there, it cannot be read (which line, and why), or it holds no text.
     """
-    texts = [row_text(row, place, tokenizer) for place, row in read_rows(source)]
-    texts = [text for text in texts if text.strip()]
-    if not texts:
+    found = [row_tokens(row, place, tokenizer) for place, row in read_rows(source)]
+    found = [tokens for tokens in found if tokens]
+    if not found:
         raise DataError(f"data ({source}) holds no text")
-    return texts
+    return found
 
 
 def read_rows(source: str) -> Iterator[tuple[str, Any]]:
     """All rows of one source as they stand in it, each with its place, for messages.
 
     Args:
-        source: as for `read_texts`; a plain text is one row, {"text": ...}.
+        source: as for `read_tokens`; a plain text is one row, {"text": ...}.
 
     Raises:
         DataError: nothing is there, or it cannot be read (which line, and why).
@@ -56,18 +63,16 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from _data_set_rows(source, source)
 
 
-def token_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> list[list[int]]:
-    """Each text as consecutive sequences of at most `length` tokens; a rest of one token is dropped.
+def token_sequences(texts: Iterable[list[int]], length: int) -> list[list[int]]:
+    """The tokens of each text as consecutive sequences of at most `length`; a rest of one token is dropped.
 
     Raises:
         DataError: `length` leaves nothing to predict, or no text has two tokens.
     """
     check_sequence_length(length)
     sequences = []
-    for text in texts:
-        tokens = tokenizer(text, verbose=False)["input_ids"]
-        sequences += [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    sequences = [sequence for sequence in sequences if len(sequence) > 1]
+    for tokens in texts:
+        sequences += [tokens[start : start + length] for start in range(0, len(tokens) - 1, length)]
     if not sequences:
         raise DataError("the data holds no text of two tokens or more")
     return sequences
@@ -124,24 +129,111 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
 
 
-def row_text(row: Any, place: str, tokenizer: Any) -> str:
-    """The text of one row.
+def text_tokens(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text, with what the tokenizer puts before and behind one."""
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that goes on: without what the tokenizer puts behind one that is complete."""
+    encoded = tokenizer(text, verbose=False, return_special_tokens_mask=True)
+    tokens, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while 0 in added and added[-1]:
+        added.pop()
+    return tokens[: len(added)]
+
+
+def row_tokens(row: Any, place: str, tokenizer: Any) -> list[int]:
+    """The tokens of one row; none where its text is blank.
+
+    Args:
+        row: an object with "text", or with "messages", which the tokenizer's chat template renders; "tools" (a list,
+            or JSON) and "chat_template_kwargs" (an object) are handed to it.
+        place: of the row, for messages.
+        tokenizer: the base model's.
 
     Raises:
-        DataError: it has none.
+        DataError: it has neither, or the template cannot render it.
     """
-    if isinstance(row, dict):
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        if isinstance(row.get("messages"), list):
-            if getattr(tokenizer, "chat_template", None) is None:
-                raise DataError(f'{place}: has "messages", but the base model\'s tokenizer has no chat template')
-            try:
-                return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-            except Exception as err:  # whatever the template, which is a program of its own, raises
-                raise DataError(f"{place}: the chat template refuses its messages: {first_line(err)}") from err
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return text_tokens(row["text"], tokenizer) if row["text"].strip() else []
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        return _conversation(row, "messages", place, tokenizer, conversation_tokens)
     found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
     raise DataError(f'{place}: found {found}, expected an object with "text" (a string) or "messages" (a list)')
+
+
+def row_prompt_tokens(row: dict[str, Any], place: str, tokenizer: Any) -> list[int]:
+    """The tokens of a row's "prompt", a text that goes on, or messages that are to be answered.
+
+    Raises:
+        DataError: the chat template cannot render the messages, or they are answered already.
+    """
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt_tokens(prompt, tokenizer)
+    tokens = _conversation(row, "prompt", place, tokenizer, partial(conversation_tokens, add_generation_prompt=True))
+    if prompt[-1]["role"] == "assistant":
+        raise DataError(f"{place}: the prompt ends with a turn of the assistant, expected one to be answered")
+    return tokens
+
+
+def assistant_labels(tokens: list[int], row: dict[str, Any], place: str, tokenizer: Any) -> list[int]:
+    """A row's tokens where they are of the assistant's turns, -100 in the place of the others.
+
+    Args:
+        tokens: of `row_tokens`.
+        row: as it was read.
+        place: of the row, for messages.
+        tokenizer: the base model's.
+
+    Raises:
+        DataError: the row has no "messages", or it cannot be told which tokens are the assistant's, or none are.
+    """
+    if isinstance(row.get("text"), str):
+        raise DataError(
+            f'{place}: has "text", in which no turn is the assistant\'s: assistant_only_loss (True) needs rows with '
+            '"messages"'
+        )
+    mask = _conversation(row, "messages", place, tokenizer, assistant_mask)
+    if not any(mask):
+        roles = ", ".join(message["role"] for message in row["messages"])
+        raise DataError(
+            f"{place}: assistant_only_loss (True) needs tokens of the assistant's, and the chat template gives none in "
+            f"this conversation ({roles}): leave it out"
+        )
+    return [token if is_assistant else NO_LABEL for token, is_assistant in zip(tokens, mask, strict=True)]
+
+
+def _conversation(row: dict[str, Any], key: str, place: str, tokenizer: Any, render: Callable[..., Any]) -> Any:
+    """What `render` makes of a row's messages; all errors name the place."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DataError(f'{place}: has "{key}", but the base model\'s tokenizer has no chat template')
+    try:
+        options = _template_options(row)
+        check_messages(tokenizer, row[key], **options)
+        return render(tokenizer, row[key], **options)
+    except DataError as err:
+        raise DataError(f"{place}: {err}") from err
+    except Exception as err:  # whatever the template, which is a program of its own, raises
+        raise DataError(f"{place}: the chat template refuses its messages: {first_line(err)}") from err
+
+
+def _template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row hands to the template beside its messages, by the names that TRL's data sets have."""
+    tools, options = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as err:
+            raise DataError(f'"tools" ({tools[:40]!r}) is no valid JSON: {err}') from err
+    if not isinstance(tools, list | None):
+        raise DataError(f'"tools" ({tools!r}) must be a list of JSON schemas')
+    if not isinstance(options, dict | None):
+        raise DataError(f'"chat_template_kwargs" ({options!r}) must be an object')
+    # Tables have null where a row has no value; some templates take an empty list for tools.
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    return {**given, **({"tools": tools} if tools else {})}
 
 
 def _plain_text(path: Path) -> str:

@@ -14,7 +14,8 @@ layers apart. Where q comes from:
   each token another one of them goes on with probability 1/64, and the token has the probability that the expert whose
   turn it is gives it, alone, after all that was before. This is a hidden Markov model, whose posterior the
   forward-backward algorithm computes (Rabiner, A tutorial on hidden Markov models, 1989, equation 27). It needs no
-  labels, and one forward pass for each expert.
+  labels, and one forward pass for each expert. Tokens that the training's loss leaves out (`labels` of -100, as those
+  of a user's turns may have) are read, but say nothing of who wrote, and the mean is over the t before the others.
 
 Hidden states have channels far larger than others, and a large mean. f is fitted on (h - mean) / deviation, channel by
 channel, which its first linear layer then takes in: W / deviation, and b - W mean / deviation.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.backbone import in_evaluation_mode
+from weft.data import NO_LABEL
 from weft.errors import ConfigError, DataError, TrainingError
 from weft.losses import NO_EXPERT
 from weft.own_weight import at_own_weight
@@ -64,7 +66,8 @@ def fit_gate(
     Args:
         model: of `weft.from_adapters`, a causal language model, where it is to run.
         examples: dicts with `input_ids` (a list), and with "labels" `expert_labels`, a number for each token, -100 for
-            none; examples without any are left out. They should hold all the domains, and better switch between them.
+            none; examples without any are left out. With "losses" `labels`, if they are there, are -100 where a token
+            does not count. They should hold all the domains, and better switch between them.
         by: "labels" or "losses", see above.
         batch_size: sequences per forward pass.
         seed: which sequences are read, and where the fit starts.
@@ -136,7 +139,7 @@ def fit_problems(model: Any, by: str) -> list[str]:
 
 
 def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list[dict[str, Any]]:
-    """Examples in random order, up to `MOST_TOKENS` tokens; with "labels" those that have one."""
+    """Examples in random order, up to `MOST_TOKENS` tokens; those that have one that the fit can learn from."""
     chosen: list[dict[str, Any]] = []
     left, unlabelled = MOST_TOKENS, False
     for place in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
@@ -149,15 +152,21 @@ def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list
         if len(example["input_ids"]) < 2:
             continue
         if by == "labels":
-            labels = _labels(given, place, num_experts)[:left]
-            if bool((labels == NO_EXPERT).all()):
-                unlabelled = True
-                continue
-            example["expert_labels"] = labels
+            example["expert_labels"] = _labels(given, place, num_experts)[:left]
+            has_one = bool((example["expert_labels"] != NO_EXPERT).any())
+        else:
+            example["counts"] = _per_token(given, "labels", place, 0)[:left] != NO_LABEL
+            has_one = bool(example["counts"][1:].any())
+        if not has_one:
+            unlabelled = True
+            continue
         chosen.append(example)
         left -= len(example["input_ids"])
     if not chosen and unlabelled:
-        raise DataError("the gate cannot be fitted by labels: none of the examples has one (expert_labels)")
+        what = "labels: none of the examples has one (expert_labels)"
+        if by == "losses":
+            what = "losses: in none of the examples is there a token behind the first that counts (labels)"
+        raise DataError(f"the gate cannot be fitted by {what}")
     if not chosen:
         raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")
     return chosen
@@ -165,12 +174,7 @@ def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list
 
 def _labels(example: Mapping[str, Any], place: int, num_experts: int) -> Tensor:
     """The labels of an example's tokens, -100 for none."""
-    length = len(example["input_ids"])
-    labels = torch.as_tensor(example.get("expert_labels", [NO_EXPERT] * length))
-    if tuple(labels.shape) != (length,):
-        raise DataError(
-            f"expert_labels of example {place} have shape {list(labels.shape)}, expected [{length}]: one for each token"
-        )
+    labels = _per_token(example, "expert_labels", place, NO_EXPERT)
     wrong = labels[((labels < 0) | (labels >= num_experts)) & (labels != NO_EXPERT)]
     if len(wrong):
         raise DataError(
@@ -180,10 +184,21 @@ def _labels(example: Mapping[str, Any], place: int, num_experts: int) -> Tensor:
     return labels
 
 
+def _per_token(example: Mapping[str, Any], name: str, place: int, otherwise: int) -> Tensor:
+    """What an example has for each of its tokens; the same for all where it has nothing."""
+    length = len(example["input_ids"])
+    found = torch.as_tensor(example.get(name, [otherwise] * length))
+    if tuple(found.shape) != (length,):
+        raise DataError(
+            f"{name} of example {place} have shape {list(found.shape)}, expected [{length}]: one for each token"
+        )
+    return found
+
+
 def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:
     """What the gate reads of each example [token, hidden], and what it shall say there [token, expert].
 
-    With "labels" only of the tokens that have one.
+    With "labels" only of the tokens that have one, with "losses" of those before a token that counts.
     """
     experts = list(model.xlora_config.expert_names)
     device = resident_device(model.internal_xlora_classifier)
@@ -201,8 +216,16 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
         hidden = [states[label != NO_EXPERT] for states, label in zip(hidden, labels, strict=True)]
         targets = [functional.one_hot(label[label != NO_EXPERT], len(experts)).float() for label in labels]
     else:
-        posterior = _posterior(_losses(model, inputs, experts)).float().to(device)
-        targets = [posterior[row, [*range(length - 1), length - 2]] for row, length in enumerate(lengths)]
+        counts = torch.zeros_like(ids, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            counts[row, : lengths[row]] = example["counts"]
+        posterior = _posterior(_losses(model, inputs, counts[:, 1:], experts)).float().to(device)
+        targets = []
+        for row, length in enumerate(lengths):
+            following = torch.tensor([*range(length - 1), length - 2])  # the last token's is that of the one before
+            following, counted = following.to(device), counts[row, following + 1].to(device)
+            targets.append(posterior[row, following[counted]])
+            hidden[row] = hidden[row][counted]
     for states, target in zip(hidden, targets, strict=True):
         if not (states.isfinite().all() and target.isfinite().all()):
             raise TrainingError(
@@ -212,8 +235,10 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
     return hidden, targets
 
 
-def _losses(model: Any, inputs: dict[str, Tensor], experts: Sequence[str]) -> Float[Tensor, "batch token expert"]:
-    """What each expert alone loses on each token but the first, given those before; 0 for padding."""
+def _losses(
+    model: Any, inputs: dict[str, Tensor], counts: Tensor, experts: Sequence[str]
+) -> Float[Tensor, "batch token expert"]:
+    """What each expert alone loses on each token but the first, given those before; 0 where it does not count."""
     losses = []
     for name in experts:
         with at_own_weight(model, {name: 1.0}):
@@ -221,7 +246,7 @@ def _losses(model: Any, inputs: dict[str, Tensor], experts: Sequence[str]) -> Fl
         following = inputs["input_ids"][:, 1:].to(logits.device)
         losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").cpu())
     table = torch.stack(losses, -1).view(*inputs["input_ids"][:, 1:].shape, len(experts)).double()
-    return table.masked_fill(inputs["attention_mask"][:, 1:, None].cpu() == 0, 0.0)  # which says nothing of who wrote
+    return table.masked_fill(~counts[..., None], 0.0)  # which says nothing of who wrote
 
 
 def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from weft.data import check_sequence_length, read_rows, read_texts, row_text, token_sequences
+from weft.data import NO_LABEL, assistant_labels, check_sequence_length, read_rows, row_tokens
 from weft.errors import DataError
 from weft.losses import NO_EXPERT
 
@@ -28,7 +28,13 @@ def labelled_source(value: str, expert_names: Sequence[str]) -> tuple[str, str |
 
 
 def training_rows(
-    values: Sequence[str], expert_names: Sequence[str], tokenizer: Any, length: int, *, labelled: bool
+    values: Sequence[str],
+    expert_names: Sequence[str],
+    tokenizer: Any,
+    length: int,
+    *,
+    labelled: bool,
+    assistant_only_loss: bool = False,
 ) -> list[dict[str, Any]]:
     """The token sequences of all sources as rows for a Trainer.
 
@@ -38,6 +44,8 @@ def training_rows(
         tokenizer: the base model's.
         length: tokens of a row at most; a rest of one token is dropped.
         labelled: give each token the number of its expert, -100 for none, as `expert_labels`.
+        assistant_only_loss: `labels` are -100 but for the assistant's turns; rows without a label to learn from are
+            dropped.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn from, or labels are asked for and there are none.
@@ -45,11 +53,9 @@ def training_rows(
     rows: list[dict[str, Any]] = []
     for value in values:
         source, name = labelled_source(value, expert_names)
-        if labelled:
-            rows += _labelled_rows(source, name, expert_names, tokenizer, length)
-        else:
-            sequences = token_sequences(read_texts(source, tokenizer), tokenizer, length)
-            rows += [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
+        rows += _source_rows(
+            source, name, expert_names if labelled else None, tokenizer, length, assistant_only_loss=assistant_only_loss
+        )
     if labelled and all(label == NO_EXPERT for row in rows for label in row["expert_labels"]):
         raise DataError(
             f"expert_label_loss_weight and gate_start (labels) need labels, and data ({', '.join(values)}) names none "
@@ -58,27 +64,24 @@ def training_rows(
     return rows
 
 
-def tokens_and_parts(
-    text: str, row: dict[str, Any], place: str, tokenizer: Any, default: Any
-) -> tuple[list[int], list[int], list[Any]]:
-    """A text's tokens, the part of each, and the parts' labels as they stand in the row.
+def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tuple[list[int], list[int], list[Any]]:
+    """A row's tokens, none where its text is blank, the part of each, and the parts' labels as they stand in the row.
 
     Args:
-        text: the row's.
         row: as it was read.
         place: of the row, for messages.
         tokenizer: the base model's.
         default: the label where the row has none.
 
     Raises:
-        DataError: "experts" is no list of parts, or of a row without "text", or the tokenizer does not know its tokens'
-            places.
+        DataError: the row cannot be read, "experts" is no list of parts, or of a row without "text", or the tokenizer
+            does not know its tokens' places.
     """
+    tokens = row_tokens(row, place, tokenizer)
     spans = row.get("experts")
     if spans and not isinstance(row.get("text"), str):
         raise DataError(f'{place}: "experts" counts the characters of "text", which is not there: name one "expert"')
-    if not spans:
-        tokens = tokenizer(text, verbose=False)["input_ids"]
+    if not spans or not tokens:
         # Tables have null where a row has no value.
         return tokens, [0] * len(tokens), [default if row.get("expert") is None else row["expert"]]
     try:
@@ -90,10 +93,10 @@ def tokens_and_parts(
         raise DataError(f'{place}: "experts" ({spans!r}) must be [[start, name], ...] in order, the first from 0 on')
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
-    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    offsets = tokenizer(row["text"], verbose=False, return_offsets_mapping=True)["offset_mapping"]
     # A special token behind the text says that it is at 0: it belongs to the part before it.
-    parts = accumulate((bisect_right(starts, start) - 1 for start, _ in encoded["offset_mapping"]), max)
-    return encoded["input_ids"], list(parts), list(names)
+    parts = accumulate((bisect_right(starts, start) - 1 for start, _ in offsets), max)
+    return tokens, list(parts), list(names)
 
 
 class LabelledCollator:
@@ -119,27 +122,43 @@ class LabelledCollator:
         return batch
 
 
-def _labelled_rows(
-    source: str, default: str | None, expert_names: Sequence[str], tokenizer: Any, length: int
+def _source_rows(
+    source: str,
+    default: str | None,
+    expert_names: Sequence[str] | None,
+    tokenizer: Any,
+    length: int,
+    *,
+    assistant_only_loss: bool,
 ) -> list[dict[str, Any]]:
+    """The rows of one source, with `expert_labels` where there are names of experts."""
     check_sequence_length(length)
-    numbers = {name: number for number, name in enumerate(expert_names)}
     rows = []
     for place, row in read_rows(source):
-        text = row_text(row, place, tokenizer)
-        if not text.strip():
-            continue
-        tokens, parts, names = tokens_and_parts(text, row, place, tokenizer, default)
-        unknown = [name for name in names if name is not None and name not in expert_names]
-        if unknown:
-            raise DataError(
-                f"{place}: the label {unknown[0]!r} must be one of the experts {list(expert_names)}, or null for none"
-            )
-        part_labels = [NO_EXPERT if name is None else numbers[name] for name in names]
-        labels = [part_labels[part] for part in parts]
+        columns = {}
+        if expert_names is None:
+            tokens = row_tokens(row, place, tokenizer)
+        else:
+            tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
+            numbers = _numbers(names, expert_names, place)
+            columns["expert_labels"] = [numbers[part] for part in parts]
+        labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
+        columns |= {"input_ids": tokens, "labels": labels}
         for start in range(0, len(tokens) - 1, length):
-            sequence = tokens[start : start + length]
-            rows.append({"input_ids": sequence, "labels": sequence, "expert_labels": labels[start : start + length]})
+            cut = {name: values[start : start + length] for name, values in columns.items()}
+            if any(label != NO_LABEL for label in cut["labels"][1:]):  # nothing predicts the first
+                rows.append(cut)
     if not rows:
-        raise DataError(f"data ({source}) holds no text of two tokens or more")
+        behind = ", with one of the assistant's behind the first" if assistant_only_loss else ""
+        raise DataError(f"data ({source}) holds no text of two tokens or more{behind}")
     return rows
+
+
+def _numbers(names: Sequence[Any], expert_names: Sequence[str], place: str) -> list[int]:
+    """The parts' labels as numbers."""
+    unknown = [name for name in names if name is not None and name not in expert_names]
+    if unknown:
+        raise DataError(
+            f"{place}: the label {unknown[0]!r} must be one of the experts {list(expert_names)}, or null for none"
+        )
+    return [NO_EXPERT if name is None else list(expert_names).index(name) for name in names]

@@ -47,6 +47,8 @@ class TrainOptions:
         batch_size: Sequences per device and forward pass.
         gradient_accumulation: Forward passes per optimizer step.
         sequence_length: Tokens per sequence; longer texts are cut into several sequences.
+        assistant_only_loss: Count only the assistant's turns in the loss, the experts' and the one on eval_data too, as
+            TRL's option of this name; all rows must have "messages".
         packing: Several short texts in one sequence, none of which sees another, in the place of padding.
         group_by_length: Batches of texts of about the same length, so that little is padding. Excludes packing.
         cache_scaling_pass: Compute the scaling pass of each text once, keep it on disk and read it in every epoch; for
@@ -109,6 +111,7 @@ class TrainOptions:
     batch_size: int = 4
     gradient_accumulation: int = 1
     sequence_length: int = 512
+    assistant_only_loss: bool = False
     packing: bool = False
     group_by_length: bool = False
     cache_scaling_pass: bool = False

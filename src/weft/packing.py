@@ -47,7 +47,8 @@ def packed_rows(examples: Sequence[dict[str, Any]], capacity: int) -> list[dict[
     """Examples with several texts each; the first token of a text has the label -100, as nothing precedes it.
 
     Args:
-        examples: `input_ids` of one text each, and, in all or none, `expert_labels`, one for each token.
+        examples: `input_ids` of one text each, `labels` where they are others, and, in all or none, `expert_labels`,
+            one for each token.
         capacity: tokens of a row.
     """
     rows = []
@@ -55,13 +56,17 @@ def packed_rows(examples: Sequence[dict[str, Any]], capacity: int) -> list[dict[
         texts = [list(examples[place]["input_ids"]) for place in places]
         row = {
             "input_ids": [token for text in texts for token in text],
-            "labels": [label for text in texts for label in [-100, *text[1:]]],
+            "labels": [label for place in places for label in [-100, *_labels(examples[place])[1:]]],
             "position_ids": [position for text in texts for position in range(len(text))],
         }
         if "expert_labels" in examples[0]:
             row["expert_labels"] = [label for place in places for label in examples[place]["expert_labels"]]
         rows.append(row)
     return rows
+
+
+def _labels(example: dict[str, Any]) -> list[int]:
+    return list(example.get("labels", example["input_ids"]))
 
 
 class PackedCollator:

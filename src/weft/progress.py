@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import Trainer, TrainerCallback
+
+from weft.data import NO_LABEL
 
 # Names of what the gate did, in the log.
 _GATE, _SHARE = "gate/", "gate/share/"
@@ -32,7 +35,7 @@ class CountingTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of one batch."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        trained = inputs["labels"][:, 1:].ne(-100).sum().to(self.args.device)
+        trained = inputs["labels"][:, 1:].ne(NO_LABEL).sum().to(self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.reduce(trained, "sum"))
         return loss
 
@@ -59,6 +62,11 @@ class TokenBudget(TrainerCallback):
         """Stop here if they are spent."""
         if self.tokens and state.num_input_tokens_seen >= self.tokens:
             control.should_log = control.should_save = control.should_training_stop = True
+
+
+def trained_tokens(labels: Sequence[int]) -> int:
+    """How many tokens of a sequence `CountingTrainer` counts."""
+    return sum(label != NO_LABEL for label in labels[1:])
 
 
 def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int) -> tuple[int, int]:

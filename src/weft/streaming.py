@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Cache
 
 from weft.cache import is_recurrent, tokens_in
+from weft.data import prompt_tokens
 from weft.detokeniser import Detokeniser
 from weft.errors import CacheError, ConfigError
 from weft.model import XLoraModel
@@ -340,10 +341,10 @@ def _token_ids(prompt: str | Tensor, tokenizer: Any) -> Int[Tensor, "1 seq"]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ConfigError(f"tokenizer (None) must be given with a prompt that is text ({prompt[:40]!r})")
-        token_ids: Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-        if token_ids.shape[1] == 0:
+        token_ids = prompt_tokens(prompt, tokenizer)
+        if not token_ids:
             raise ConfigError(f"prompt ({prompt[:40]!r}) has no tokens, expected at least one to continue")
-        return token_ids
+        return torch.tensor([token_ids])
     if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0 or prompt.dtype != torch.long:
         raise ConfigError(
             f"prompt ({prompt.dtype} of shape {list(prompt.shape)}) must be token ids, torch.int64 of shape [1, seq] "

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weft.data import check_length, read_texts, token_sequences
+from weft.data import check_length, prompt_tokens, read_tokens, text_tokens, token_sequences
 from weft.detokeniser import Detokeniser
 from weft.errors import ConfigError, DataError
 from weft.evaluate import padded_batches
@@ -101,8 +101,11 @@ def trace_data(
     limit, left_out = max(1, max_tokens // len(data)), 0
     texts: list[tuple[str, list[int]]] = []
     for name, source in data.items():
-        found = read_texts(source, tokenizer) if isinstance(source, str) else source
-        kept, beyond = _first(token_sequences(found, tokenizer, sequence_length), limit)
+        if isinstance(source, str):
+            found = read_tokens(source, tokenizer)
+        else:
+            found = [text_tokens(text, tokenizer) for text in source]
+        kept, beyond = _first(token_sequences(found, sequence_length), limit)
         texts += [(name, sequence) for sequence in kept]
         left_out += beyond
     return _record(
@@ -150,7 +153,7 @@ def trace_generation(
                 "end: leave it out"
             )
     options.pop("freeze_scalings_after", None)
-    prompt_ids = _token_ids(prompt, tokenizer)
+    prompt_ids = _token_ids(prompt, tokenizer, tokens_of=prompt_tokens)
     steps = stream(model, torch.tensor([prompt_ids]), tokenizer=tokenizer, **options)
     token_ids = prompt_ids + [step.token for step in steps]
     length = _positions(tuner) or len(token_ids)  # a last token that nobody has read has no scalings
@@ -179,11 +182,13 @@ def _checked(model: Any, max_tokens: int) -> XLoraModel:
     return tuner
 
 
-def _token_ids(text: str | Tensor | Sequence[int], tokenizer: Any) -> list[int]:
+def _token_ids(
+    text: str | Tensor | Sequence[int], tokenizer: Any, tokens_of: Callable[[str, Any], list[int]] = text_tokens
+) -> list[int]:
     if isinstance(text, str):
         if tokenizer is None:
             raise ConfigError(f"tokenizer (None) must be given with a text ({text[:40]!r})")
-        token_ids = tokenizer(text, verbose=False)["input_ids"]
+        token_ids = tokens_of(text, tokenizer)
     elif isinstance(text, Tensor):
         if text.dtype != torch.long or text.dim() > 2 or (text.dim() == 2 and len(text) != 1):
             raise ConfigError(

@@ -30,7 +30,7 @@ from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitori
 from weft.options import TrainOptions
 from weft.packing import PackedCollator, check_packing, packed_rows
 from weft.processes import any_process, by_the_first, number_of_processes
-from weft.progress import ProgressLine, TokenBudget, budget_in_steps
+from weft.progress import ProgressLine, TokenBudget, budget_in_steps, trained_tokens
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued, start_gate, start_problems
 from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
@@ -80,7 +80,9 @@ def train(options: TrainOptions) -> Path:
         packed = packed_rows(rows, options.sequence_length)
     output = Path(options.output)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
-    schedule_steps, most_steps = steps_to_train(options, len(packed), sum(len(sequence) - 1 for sequence in sequences))
+    schedule_steps, most_steps = steps_to_train(
+        options, len(packed), sum(trained_tokens(row["labels"]) for row in rows)
+    )
     arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
     if _last_checkpoint(options) is None:
         start_gate(model, rows, options, arguments.device)
@@ -137,7 +139,7 @@ def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer
         DataError: the data cannot be read, or it has no labels and their loss is asked for.
     """
     labelled = options.expert_label_loss_weight != 0 or options.gate_start == "labels"
-    return training_rows(options.data, adapters, tokenizer, options.sequence_length, labelled=labelled)
+    return _rows(options.data, adapters, tokenizer, options, labelled=labelled)
 
 
 def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> list[dict[str, Any]] | None:
@@ -148,7 +150,20 @@ def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: An
     """
     if not options.eval_data:
         return None
-    return training_rows(options.eval_data, adapters, tokenizer, options.sequence_length, labelled=False)
+    return _rows(options.eval_data, adapters, tokenizer, options, labelled=False)
+
+
+def _rows(
+    data: list[str], adapters: Sequence[str], tokenizer: Any, options: TrainOptions, *, labelled: bool
+) -> list[dict[str, Any]]:
+    return training_rows(
+        data,
+        adapters,
+        tokenizer,
+        options.sequence_length,
+        labelled=labelled,
+        assistant_only_loss=options.assistant_only_loss,
+    )
 
 
 def _save(trainer: EvenTrainer, tokenizer: Any, options: TrainOptions, *, together: bool) -> None:

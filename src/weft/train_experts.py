@@ -19,13 +19,15 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from weft.adapters import parse_adapters, read_adapters, read_json
-from weft.data import check_length, read_texts, token_sequences
+from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import AdapterError, ConfigError
 from weft.finite import FiniteLoss
+from weft.labelled import training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
 from weft.processes import by_the_first
+from weft.progress import trained_tokens
 from weft.train import (
     StopOnInterrupt,
     check,
@@ -50,6 +52,7 @@ _RECORDED = (
     "batch_size",
     "gradient_accumulation",
     "sequence_length",
+    "assistant_only_loss",
     "warmup",
     "seed",
 )
@@ -114,13 +117,20 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> 
     folders = {name: experts_folder(options) / name for name in sources}
     missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
     tokenizer = load_tokenizer(options.base)
-    sequences = {
-        name: token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
+    rows = {
+        name: training_rows(
+            [source],
+            [],
+            tokenizer,
+            options.sequence_length,
+            labelled=False,
+            assistant_only_loss=options.assistant_only_loss,
+        )
         for name, source in missing.items()
     }
     for name in missing:
-        say(f"training expert {name!r} on {sources[name]}: {len(sequences[name])} sequences")
-        _train_expert(name, folders[name], sequences[name], tokenizer, options)
+        say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")
+        _train_expert(name, folders[name], rows[name], tokenizer, options)
     return folders
 
 
@@ -182,7 +192,8 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
         raise ConfigError(
             f"{folder} holds an adapter that weft did not train: give it with --adapters, or move it away"
         )
-    saved, wanted = read_json(folder / RECORD), _record(name, options)
+    # Earlier versions knew no such option, and recorded none.
+    saved, wanted = {"assistant_only_loss": False, **read_json(folder / RECORD)}, _record(name, options)
     problems = [
         f"{option} ({value!r}) must be what it was trained with ({saved.get(option)!r})"
         for option, value in wanted.items()
@@ -193,7 +204,7 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
     return True
 
 
-def _train_expert(name: str, folder: Path, sequences: list[list[int]], tokenizer: Any, options: TrainOptions) -> None:
+def _train_expert(name: str, folder: Path, rows: list[dict[str, Any]], tokenizer: Any, options: TrainOptions) -> None:
     """Train one expert on a base model of its own, and save it when it is complete."""
     assert options.base is not None
     set_seed(options.seed)
@@ -221,13 +232,13 @@ def _train_expert(name: str, folder: Path, sequences: list[list[int]], tokenizer
     )
     interrupt = StopOnInterrupt(saves=False)
     with TemporaryDirectory() as unused:
-        steps = steps_to_train(own, len(sequences), sum(len(sequence) - 1 for sequence in sequences))
+        steps = steps_to_train(own, len(rows), sum(trained_tokens(row["labels"]) for row in rows))
         arguments = training_arguments(own, Path(unused), *steps)
         arguments.save_strategy = SaveStrategy.NO  # an expert that is stopped starts anew
         trainer = EvenTrainer(
             model,
             arguments,
-            train_dataset=RowsAndABlank([{"input_ids": sequence, "labels": sequence} for sequence in sequences]),
+            train_dataset=RowsAndABlank(rows),
             data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
             callbacks=[interrupt],
         )

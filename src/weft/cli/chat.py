@@ -11,6 +11,7 @@ import torch
 from transformers import Cache
 
 from weft.cache import is_recurrent, tokens_in
+from weft.chat_template import conversation_tokens
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError, WeftError, first_line
 from weft.loading import load_mixture
@@ -92,7 +93,7 @@ class Conversation:
 
     def _token_ids(self, messages: list[dict[str, str]]) -> list[int]:
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+            return conversation_tokens(self.tokenizer, messages, add_generation_prompt=True)
         except Exception as err:  # whatever the template, which is a program of its own, raises
             raise ConfigError(
                 f"the chat template refuses the conversation ({', '.join(message['role'] for message in messages)}): "

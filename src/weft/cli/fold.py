@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor
 
-from weft.data import check_length, read_texts, token_sequences
+from weft.data import check_length, read_tokens, token_sequences
 from weft.errors import ConfigError
 from weft.folding import check_output, fold, mean_scalings
 from weft.loading import load_mixture
@@ -75,7 +75,7 @@ def _mean_over_data(model: Any, tokenizer: Any, options: FoldOptions) -> Tensor:
     check_length(options.sequence_length, model.config)
     sequences = []
     for source in options.data:
-        found = token_sequences(read_texts(source, tokenizer), tokenizer, options.sequence_length)
+        found = token_sequences(read_tokens(source, tokenizer), options.sequence_length)
         sequences += found[: options.max_sequences or None]
     with Progress(transient=True) as progress:
         task = progress.add_task("the gate reads", total=len(sequences))

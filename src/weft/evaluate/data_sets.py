@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from weft.data import read_rows, row_text
+from weft.data import prompt_tokens, read_rows, row_prompt_tokens
 from weft.errors import DataError
 from weft.labelled import tokens_and_parts
 
@@ -129,9 +129,9 @@ def read_data_set(
 
     Args:
         name: of the data set; where it is an expert's, all of it is of that expert's domain.
-        source: as for `weft.data.read_texts`. Rows with text or messages are texts; with question, choices and answer,
-            multiple choice; with prompt and answer, questions. "expert" names the domain of a row, and "experts"
-            ([[start, name], ...], from which character on) those of a text's parts.
+        source: as for `weft.data.read_tokens`. Rows with text or messages are texts; with question, choices and answer,
+            multiple choice; with prompt (a text, or messages) and answer, questions. "expert" names the domain of a
+            row, and "experts" ([[start, name], ...], from which character on) those of a text's parts.
         tokenizer: the base model's.
         expert_names: labels of other names are none.
         sequence_length: tokens that are read at once.
@@ -160,10 +160,9 @@ def read_data_set(
     labels = []
     left = max_sequences or None
     for place, row in rows:
-        text = row_text(row, place, tokenizer)
-        if not text.strip() or left == 0:
+        tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
+        if left == 0:
             continue
-        tokens, parts, names = tokens_and_parts(text, row, place, tokenizer, default)
         windows = token_windows(len(tokens), sequence_length, stride)[:left]
         if windows:
             left = None if left is None else left - len(windows)
@@ -191,11 +190,11 @@ def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Cho
     question, choices = row["question"], list(row["choices"])
     if not isinstance(question, str) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise DataError(f"{place}: expected a question (a string) and two or more choices (strings)")
-    context = tokenizer(question.rstrip(), verbose=False)["input_ids"]
+    context = prompt_tokens(question.rstrip(), tokenizer)
     sequences, firsts = [], []
     for choice in choices:
         # Encoded together, since tokens may reach over the space between them.
-        whole = tokenizer(f"{question.rstrip()} {choice}", verbose=False)["input_ids"]
+        whole = prompt_tokens(f"{question.rstrip()} {choice}", tokenizer)
         cut = max(0, len(whole) - length)
         sequences.append(whole[cut:])
         firsts.append(max(1, min(len(context), len(whole) - 1) - cut))
@@ -219,9 +218,11 @@ def _answer(answer: Any, choices: list[str], place: str) -> int:
 
 def _question(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Question:
     answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-    if not isinstance(row["prompt"], str) or not isinstance(answers, list) or not answers:
-        raise DataError(f"{place}: expected a prompt (a string) and an answer (a string, or a list of them)")
-    tokens = tokenizer(row["prompt"], verbose=False)["input_ids"][-length:]
+    if not isinstance(row["prompt"], str | list) or not isinstance(answers, list) or not answers:
+        raise DataError(
+            f"{place}: expected a prompt (a string, or messages) and an answer (a string, or a list of them)"
+        )
+    tokens = row_prompt_tokens(row, place, tokenizer)[-length:]
     if not tokens:
         raise DataError(f"{place}: the prompt is empty")
     return Question(tokens, [str(answer) for answer in answers])

@@ -28,7 +28,7 @@ from weft.loading import base_name, load_placed_base, load_tokenizer
 from weft.options import EvalOptions
 from weft.placement import execution_device
 
-FORMAT = 1  # of cells: those that were kept in another one are not found
+FORMAT = 2  # of cells: those that were kept in another one are not found
 
 
 def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.evaluate.data_sets import DataSet
 from weft.placement import execution_device
+from weft.streaming import end_tokens
 
 # Of each part: what is summed up, and how much it counts (nats and tokens; or right answers and 1).
 Scores = list[tuple[float, float]]
@@ -70,12 +71,15 @@ class Runner:
         device = execution_device(self.model)
         # By the prompt alone, so that all of the answer is written with frozen scalings.
         frozen = {} if self.freeze_after is None else {"freeze_scalings_after": 0}
+        # The base's own end of text, and what its tokenizer ends a message with.
+        ends = end_tokens(self.model.generation_config.eos_token_id) | end_tokens(self.tokenizer.eos_token_id)
         output = self.model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
             **frozen,
         )
         return self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
