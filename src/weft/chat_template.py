@@ -6,8 +6,10 @@ tokens from `conversation_tokens`.
 
 Which of them are the assistant's a template says by its markers, `{% generation %}` and `{% endgeneration %}`. Without
 markers it is what the assistant would have written in a chat: a turn begins where the conversation before it, rendered
-to be answered, ends, and it ends where the conversation up to it does. This holds where the template leaves the turns
-as they are when a conversation goes on, so all of these renderings have to be beginnings of the whole one.
+to be answered, ends, and it ends where the conversation up to it does. These renderings have to be beginnings of the
+whole one. Where a template writes an answer in another way once the conversation goes on, as those do that drop the
+reasoning of earlier answers, it ends with what stands behind another answer in its place, both as the last message and
+in the whole conversation.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 
 from weft.errors import DataError
 
+# An answer that no template has a reason to change, in the place of one.
+_STAND_IN = "(an answer)"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -82,13 +86,28 @@ def _turn(tokenizer: Any, messages: list[Any], place: int, whole: str, options: 
             f"{advice}, or let another turn be the first"
         )
     before = _rendered(tokenizer, messages[:place], add_generation_prompt=True, **options)
-    after = _rendered(tokenizer, messages[: place + 1], **options)
-    if not (after.startswith(before) and whole.startswith(after)):
+    end = _end(tokenizer, messages, place, whole, options)
+    if end is None or not whole[:end].startswith(before):
         raise DataError(
             "assistant_only_loss (True) cannot tell which tokens are the assistant's: the chat template changes "
             f"message {place + 1}, or what stands before it, when the conversation goes on; {advice}"
         )
-    return len(before), len(after)
+    return len(before), end
+
+
+def _end(tokenizer: Any, messages: list[Any], place: int, whole: str, options: dict[str, Any]) -> int | None:
+    """The character of the whole conversation before which a message ends; None where that cannot be told."""
+    until = _rendered(tokenizer, messages[: place + 1], **options)
+    if whole.startswith(until):
+        return len(until)
+    if not isinstance(messages[place].get("content"), str):
+        return None
+    marked = [*messages[:place], {**messages[place], "content": _STAND_IN}, *messages[place + 1 :]]
+    _, is_last, ending = _rendered(tokenizer, marked[: place + 1], **options).partition(_STAND_IN)
+    _, is_there, rest = _rendered(tokenizer, marked, **options).partition(_STAND_IN)
+    if not (is_last and is_there and rest.startswith(ending) and whole.endswith(rest)):
+        return None
+    return len(whole) - len(rest) + len(ending)
 
 
 def check_messages(tokenizer: Any, messages: list[Any], **options: Any) -> None:

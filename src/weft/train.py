@@ -80,9 +80,8 @@ def train(options: TrainOptions) -> Path:
         packed = packed_rows(rows, options.sequence_length)
     output = Path(options.output)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
-    schedule_steps, most_steps = steps_to_train(
-        options, len(packed), sum(trained_tokens(row["labels"]) for row in rows)
-    )
+    tokens = sum(trained_tokens(row["labels"]) for row in rows)
+    schedule_steps, most_steps = steps_to_train(options, len(packed), tokens)
     arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
     if _last_checkpoint(options) is None:
         start_gate(model, rows, options, arguments.device)
