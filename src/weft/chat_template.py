@@ -8,8 +8,8 @@ Which of them are the assistant's a template says by its markers, `{% generation
 markers it is what the assistant would have written in a chat: a turn begins where the conversation before it, rendered
 to be answered, ends, and it ends where the conversation up to it does. These renderings have to be beginnings of the
 whole one. Where a template writes an answer in another way once the conversation goes on, as those do that drop the
-reasoning of earlier answers, it ends with what stands behind another answer in its place, both as the last message and
-in the whole conversation.
+reasoning of earlier answers or end a conversation with a token of its own, it ends with what stands behind another
+answer in its place, both as the last message and in the whole conversation.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _end(tokenizer: Any, messages: list[Any], place: int, whole: str, options: d
     marked = [*messages[:place], {**messages[place], "content": _STAND_IN}, *messages[place + 1 :]]
     _, is_last, ending = _rendered(tokenizer, marked[: place + 1], **options).partition(_STAND_IN)
     _, is_there, rest = _rendered(tokenizer, marked, **options).partition(_STAND_IN)
-    if not (is_last and is_there and rest.startswith(ending) and whole.endswith(rest)):
+    if not rest.startswith(ending):
+        ending = ending.removesuffix(tokenizer.eos_token or "")  # of the conversation
+    if not (is_last and is_there and ending and rest.startswith(ending) and whole.endswith(rest)):
         return None
     return len(whole) - len(rest) + len(ending)
 

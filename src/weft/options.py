@@ -155,8 +155,8 @@ class EvalOptions:
     Args:
         model: Folder or Hub id of a trained mixture.
         data: Data sets as name=FILE (or FILE), one or more, separated by spaces; files as for `weft train`: perplexity.
-            .jsonl with "question", "choices" and "answer" gives accuracy, with "prompt" and "answer" exact match. A
-            data set with an expert's name, or rows with "expert", are what the oracle needs.
+            .jsonl with "question", "choices" and "answer" gives accuracy, with "prompt" (a text, or messages) and
+            "answer" exact match. A data set with an expert's name, or rows with "expert", are what the oracle needs.
         rows: What to compare, separated by spaces: base, experts, uniform, merges, arrow, weft, topk, frozen, compare,
             oracle, or the name of a row; all by default.
         compare: More mixtures or LoRA adapters of the same base, as name=FOLDER, separated by spaces: a row for each.
