@@ -41,7 +41,8 @@ def trace(
 
     Args:
         model: a mixture in evaluation mode. Inside of `fixed_scalings` its weights are recorded.
-        text: a text, which needs a tokenizer, or token ids ([seq] or [1, seq]).
+        text: a text, which needs a tokenizer, or token ids ([seq] or [1, seq]), as `tokenizer.apply_chat_template`
+            gives them for a conversation.
         tokenizer: makes tokens of the text and text of the tokens; without it tokens are shown as numbers.
         title: what it is, for people.
         max_tokens: the trace has at most so many, the first ones. A text longer than the model's positions is read in
