@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 
+import peft
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -24,7 +25,7 @@ from models import (
 )
 from weft.errors import AdapterError, ConfigError
 from weft.layers import XLoraLayer
-from weft.model import XLoraModel, convert_layers_to_xlora
+from weft.model import convert_layers_to_xlora
 
 
 @pytest.fixture
@@ -398,7 +399,9 @@ def test_fixed_scalings_may_differ_from_layer_to_layer(model, ids):
 
 
 def test_what_a_mixture_cannot_do_is_said(model):
-    with pytest.raises(ValueError, match="cannot be merged"):
+    with pytest.raises(
+        ValueError, match=r"cannot be merged, .* weft\.fold\(model, folder, weights\) writes a constant"
+    ):
         model.merge_and_unload()
     with pytest.raises(ValueError, match="adapter 'more' cannot be added"):
         model.base_model.inject_adapter(model.get_base_model(), "more")
@@ -461,9 +464,24 @@ def test_hidden_size_of_a_multimodal_model_is_its_text_models():
 def test_a_base_model_that_cannot_work_is_an_error(llama_adapters, model):
     with pytest.raises(ValueError, match="must be a transformers PreTrainedModel"):
         weft.from_adapters(nn.Linear(2, 2), llama_adapters)
-    with pytest.raises(AdapterError, match="already has peft adapters"):
-        weft.from_adapters(model.get_base_model(), llama_adapters)
-    assert isinstance(model.base_model, XLoraModel)
+
+
+def test_an_earlier_mixture_is_taken_out_of_the_base_with_a_warning(
+    llama_adapters, model, tmp_path, peft_xlora_restored
+):
+    base, ids = model.get_base_model(), torch.randint(1, VOCAB, (2, 5))
+    expected = logits(weft.from_adapters(tiny_llama(), {"a": llama_adapters["code"]}).eval(), ids)
+    with pytest.warns(UserWarning, match=r"\(LlamaForCausalLM\) carried an earlier mixture, of \['math', 'code', "):
+        again = weft.from_adapters(base, {"a": llama_adapters["code"]}).eval()
+    torch.testing.assert_close(logits(again, ids), expected)
+    again.save_pretrained(str(tmp_path))
+    weft.register_with_peft()
+    with pytest.warns(UserWarning, match=r"carried an earlier mixture, of \['a'\]"):
+        loaded = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(logits(loaded, ids), expected)
+    loaded.base_model.unload()
+    with torch.no_grad():
+        assert torch.equal(base(ids).logits, tiny_llama()(ids).logits)
 
 
 def test_an_expert_called_like_the_mixture_is_refused(llama_adapters):

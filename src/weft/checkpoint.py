@@ -138,6 +138,8 @@ def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kw
         )
     if version is not None or (folder / MANIFEST_NAME).exists():
         verify(folder, values, with_experts=adapters is None)
+    else:
+        values.setdefault("layerwise_scalings", False)  # peft's default
     saved = values.get("adapters") or {}
     values["adapters"] = (
         adapters if adapters is not None else {name: _resolve(folder, name, at) for name, at in saved.items()}

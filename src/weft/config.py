@@ -45,7 +45,8 @@ class XLoraConfig(PeftConfig):
             outputs.
         enable_softmax: softmax over the experts, so that a token's scalings sum to one.
         enable_softmax_topk: a softmax over the kept experts only; needs `top_k_lora`, excludes `enable_softmax`.
-        layerwise_scalings: one set of scalings per LoRA layer; otherwise all layers share one.
+        layerwise_scalings: one set of scalings per LoRA layer; otherwise all layers share one, as is peft's default,
+            which its configs and folders keep.
         xlora_depth: number of linear layers of the gate, 1 or more.
         xlora_size: width of the gate's hidden layers, 1 or more; without effect at depth 1.
         xlora_dropout_p: dropout between the gate's layers, in [0, 1); without effect at depth 1.
@@ -87,7 +88,7 @@ class XLoraConfig(PeftConfig):
     adapters: dict[str, str] | None = None
     enable_softmax: bool = True
     enable_softmax_topk: bool = False
-    layerwise_scalings: bool = False
+    layerwise_scalings: bool = True
     xlora_depth: int = 1
     xlora_size: int = 2048
     xlora_dropout_p: float = 0.2

@@ -88,6 +88,15 @@ def linear_experts(target: Any) -> StackedExperts | None:
     return layer.experts if isinstance(layer, XLoraLinearLayer) else None
 
 
+def mixture_of(target: Any) -> nn.Module | None:
+    """The X-LoRA model that a LoRA layer was converted for; None where it was not."""
+    forward = target.forward
+    while not isinstance(getattr(forward, "__self__", None), XLoraLayer) and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    layer = getattr(forward, "__self__", None)
+    return layer.model if isinstance(layer, XLoraLayer) else None
+
+
 def _layer_of(target: Any) -> XLoraLayer:
     """What mixes the experts of a converted layer."""
     forward = target.forward

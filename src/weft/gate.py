@@ -62,6 +62,11 @@ class XLoraClassifier(nn.Module):
         layers.append(nn.Linear(width, outputs, device=device, dtype=dtype))
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def override_scaling_pass_value(self) -> float:
+        """peft's name for the weight of every expert in the scaling pass, `config.scaling_pass_value`."""
+        return self.config.constant_weight
+
     def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq layer expert"]:
         """λ for every LoRA layer; a view that repeats one layer when `layerwise_scalings` is off.
 

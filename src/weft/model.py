@@ -7,6 +7,7 @@ everything out again. What happens in a call is in `passes.py`.
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +24,7 @@ from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismatch
 from weft.config import XLoraConfig
-from weft.convert import convert_layers_to_xlora, linear_experts, restack
+from weft.convert import convert_layers_to_xlora, linear_experts, mixture_of, restack
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
 from weft.frozen_copies import refuse_frozen_copy, refuse_loading_into_copy
 from weft.gate import XLoraClassifier
@@ -87,6 +88,7 @@ class XLoraModel(PeftMethods, BaseTuner):
         refuse_task_of_peft(given)
         options = copy.deepcopy(XLoraConfig.from_peft(given))
         options.peft_type = PeftType.XLORA
+        _take_out_earlier(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError(
                 "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() "
@@ -269,7 +271,11 @@ class XLoraModel(PeftMethods, BaseTuner):
 
     def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: a mixture cannot be merged into the base weights."""
-        raise ValueError("an X-LoRA model cannot be merged, as its weights depend on the token: use unload()")
+        raise ValueError(
+            "an X-LoRA model cannot be merged, as its weights depend on the token: weft.fold(model, folder, weights) "
+            "writes a constant mixture as one ordinary LoRA adapter, which peft merges; unload() gives the base model "
+            "back"
+        )
 
     merge_and_unload = merge_adapter = _cannot_merge
 
@@ -329,3 +335,21 @@ class XLoraModel(PeftMethods, BaseTuner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.xlora_config.bind_model(self)
+
+
+def _take_out_earlier(base: nn.Module) -> None:
+    """Take an earlier mixture of weft's out of a base model.
+
+    Warns:
+        UserWarning: there was one, which is of no use any more.
+    """
+    layers = (module for module in base.modules() if isinstance(module, LoraLayer))
+    earlier = next((tuner for layer in layers if (tuner := mixture_of(layer)) is not None), None)
+    if isinstance(earlier, XLoraModel):
+        warnings.warn(
+            f"the base model ({type(base).__name__}) carried an earlier mixture, of "
+            f"{earlier.xlora_config.expert_names}, which is taken out and of no use any more: call its unload() first "
+            "to say that this is meant",
+            stacklevel=2,
+        )
+        earlier.unload()

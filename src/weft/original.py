@@ -88,7 +88,8 @@ def original_options(folder: Path, adapters: dict[str, str] | None = None) -> di
             f"{file} does not name its adapters: give them with adapters={{name: path}}, in the order in which the "
             f"gate was trained; adapters in the folder: {', '.join(found) or 'none'}"
         )
-    options: dict[str, Any] = {name: saved[name] for name in SHARED_OPTIONS if name in saved}
+    options: dict[str, Any] = {"layerwise_scalings": False}  # that library's default
+    options |= {name: saved[name] for name in SHARED_OPTIONS if name in saved}
     if not _has_relu(saved):
         options["xlora_depth"] = 1
     given = dict(adapters) if adapters is not None else {n: _resolve(folder, n, at) for n, at in named.items()}

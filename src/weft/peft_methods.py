@@ -171,8 +171,8 @@ class PeftMethods(ScalingsLogMethods):
         Raises:
             ValueError: other options, as the experts of a mixture are fixed when it is made.
         """
-        given = XLoraConfig.from_peft(self.peft_config[adapter_name])
-        if given.to_dict() != self.xlora_config.to_dict():
+        given = self.peft_config.get(adapter_name)
+        if given is None or XLoraConfig.from_peft(given).to_dict() != self.xlora_config.to_dict():
             raise ValueError(
                 f"adapter {adapter_name!r} cannot be added to an X-LoRA model: name all experts in `adapters` at the "
                 "start (weft.add_expert adds one to a saved mixture). For a frozen copy of the mixture, give its own "
