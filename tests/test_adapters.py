@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import weft
 from models import VOCAB, lora, quietly, save_adapter, tiny_llama
-from weft.adapters import adapter_parameters, read_adapters
-from weft.errors import AdapterError, WeftError
+from weft.adapters import read_adapters
+from weft.errors import AdapterError, CheckpointError, WeftError
+from weft.injection import adapter_parameters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DOWN = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -412,3 +413,132 @@ def test_path_that_is_neither_a_folder_nor_cached_is_named_offline(path, untouch
         AdapterError, match=rf"adapter 'math' \({re.escape(path)}\) is neither a folder here nor a Hub id"
     ):
         weft.from_adapters(untouched_base, {"math": path})
+
+
+# ---------------------------------------------------------------------- numbers that are none
+
+
+def broken(key, value):
+    return lambda bad: change_tensors(bad, lambda tensors: tensors[key].view(-1)[3:4].fill_(value))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            broken(UP, torch.nan),
+            rf"adapter 'bad': .*{TENSORS} is broken, as {re.escape(UP)} holds NaN: .*Save it again",
+        ),
+        (broken(DOWN, torch.inf), rf"adapter 'bad': .* as {re.escape(DOWN)} holds infinite numbers"),
+        (
+            lambda bad: change_tensors(
+                bad, lambda tensors: tensors.update({UP: torch.full((48, 4), 1e300, dtype=torch.float64)})
+            ),
+            rf"adapter 'bad' is broken in this model, as {re.escape(UP)} holds infinite numbers: expected finite",
+        ),
+        (
+            lambda bad: (bad / CONFIG).write_text(
+                (bad / CONFIG).read_text().replace('"lora_alpha": 8', '"lora_alpha": NaN')
+            ),
+            r"adapter 'bad' is broken in this model, as its scaling in model.layers.0.self_attn.q_proj is nan \(",
+        ),
+    ],
+    ids=["NaN", "inf", "overflow", "alpha"],
+)
+def test_a_broken_adapter_is_refused_by_name_and_tensor(damage, message, good, bad, untouched_base):
+    damage(bad)
+    with pytest.raises(AdapterError, match=message):
+        weft.from_adapters(untouched_base, {"good": good, "bad": str(bad)})
+
+
+def test_a_broken_head_of_an_adapter_is_refused(tmp_path):
+    folder = Path(save_adapter(tiny_llama(), lora(modules_to_save=["lm_head"]), tmp_path / "one", seed=1))
+    broken("base_model.model.lm_head.weight", torch.nan)(folder)
+    with pytest.raises(AdapterError, match=r"adapter 'one': .* as base_model.model.lm_head.weight holds NaN"):
+        weft.from_adapters(tiny_llama(), {"one": str(folder)}, heads=["lm_head"])
+
+
+@pytest.mark.usefixtures("peft_xlora_restored")
+def test_a_cast_that_overflows_is_refused_and_the_base_model_as_it_was(bad):
+    change_tensors(bad, lambda tensors: tensors[DOWN].fill_(1e6))
+    base = tiny_llama().half()
+    weft.register_with_peft()
+    before = snapshot(base)
+    with pytest.raises(
+        AdapterError, match=rf"adapter 'bad' is broken in this model, as {re.escape(DOWN)} holds infinite"
+    ):
+        peft.get_peft_model(base, weft.XLoraConfig(adapters={"bad": str(bad)}), autocast_adapter_dtype=False)
+    assert snapshot(base)[1:] == before[1:]
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "peft", "convert"])
+@pytest.mark.usefixtures("peft_xlora_restored")
+def test_a_broken_gate_is_refused_however_it_is_read(way, mixture, base_folder, tmp_path):
+    key = next(key for key in load_file(f"{mixture}/{TENSORS}") if key.endswith(".weight"))
+    broken(key, torch.nan)(Path(mixture))
+    (Path(mixture) / "weft_manifest.json").unlink()
+    config = json.loads((Path(mixture) / CONFIG).read_text())
+    (Path(mixture) / CONFIG).write_text(json.dumps({**config, "format_version": None}))
+    weft.register_with_peft()
+    ways = {
+        "from_pretrained": lambda: weft.from_pretrained(mixture),
+        "peft": lambda: peft.PeftModel.from_pretrained(tiny_llama(258, max_position_embeddings=1024), mixture),
+        "convert": lambda: weft.convert_mixture(mixture, "xlora", tmp_path / "converted"),
+    }
+    with pytest.raises(WeftError, match=rf"{re.escape(key)} holds NaN"):
+        ways[way]()
+
+
+def test_an_expert_broken_in_memory_is_neither_saved_nor_folded(llama_adapters, tmp_path):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    model.save_pretrained(tmp_path / "mixture")
+    before = {file: file.read_bytes() for file in (tmp_path / "mixture").rglob("*") if file.is_file()}
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        layer.lora_B["code"].weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=rf"expert 'code' cannot be saved, as {re.escape(UP)} holds NaN"):
+        model.save_pretrained(tmp_path / "mixture")
+    assert {file: file.read_bytes() for file in (tmp_path / "mixture").rglob("*") if file.is_file()} == before
+    with pytest.raises(AdapterError, match=rf"the mixture cannot be folded, as {re.escape(UP)} holds NaN"):
+        weft.fold(model, tmp_path / "folded", {"math": 0.5, "code": 0.5})
+    assert not (tmp_path / "folded").exists()
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS.repeat(1, 9)], ids=["few", "many"])
+@pytest.mark.parametrize("names", [("math", "code"), ("math", "adapter_3")], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_expert_whose_products_overflow_is_not_heard_at_weight_0(tokens, names, grad, llama_adapters):
+    one, other = names
+    model = weft.from_adapters(tiny_llama(), {name: llama_adapters[name] for name in names}, layerwise_scalings=True)
+    model.eval()
+    with torch.set_grad_enabled(grad), model.fixed_scalings({one: 1.0}):
+        expected = model(tokens).logits
+    for name, parameter in model.named_parameters():
+        if f"lora_A.{other}" in name:
+            parameter.data.fill_(torch.finfo(torch.float32).max)
+    with torch.set_grad_enabled(grad), model.fixed_scalings({one: 1.0}):
+        torch.testing.assert_close(model(tokens).logits, expected)
+    with torch.set_grad_enabled(grad), model.fixed_scalings({other: 1.0}):
+        assert model(tokens).logits.isnan().any()
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[:, :1], TOKENS, TOKENS.repeat(1, 9)], ids=["one", "few", "many"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_expert_whose_products_overflow_is_not_heard_outside_of_top_k(tokens, grad, llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters, top_k_lora=1, xlora_depth=1).eval()
+    gate = model.internal_xlora_classifier
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.zero_()
+        gate.layers[-1].bias.view(-1, 3)[:, 0] = 5.0
+    with torch.set_grad_enabled(grad):
+        expected = model(tokens).logits
+    for name, parameter in model.named_parameters():
+        if "lora_A.code" in name or "lora_A.adapter_3" in name:
+            parameter.data.fill_(torch.finfo(torch.float32).max)
+    with torch.set_grad_enabled(grad):
+        logits = model(tokens).logits
+        torch.testing.assert_close(logits, expected)
+    if grad:
+        logits.sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in gate.parameters())

@@ -28,6 +28,7 @@ class ReadyWeights:
         first_layer: number of the layer that `weights` and `chosen` begin with.
         weights: by layer, `[token, rank]` each: of all ranks, or of those of the chosen experts.
         chosen: by layer, which ranks of the stack, `[token * rank]` each; None for all.
+        left_out: by layer, `[token, rank]` each, whose weight is exactly 0, whatever A x is; None where that is nobody.
     """
 
     stacks: tuple[Any, ...]
@@ -35,6 +36,7 @@ class ReadyWeights:
     first_layer: int
     weights: tuple[Tensor, ...]
     chosen: tuple[Tensor, ...] | None = None
+    left_out: tuple[Tensor, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

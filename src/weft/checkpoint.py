@@ -25,11 +25,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weft.adapters import adapter_parameters, key_problems, local_folder, read_json, read_tensors
+from weft.adapters import local_folder, not_finite, read_json, read_tensors
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.frozen_copies import refuse_frozen_copy
 from weft.heads import head_tensors
+from weft.injection import adapter_parameters, key_problems
 from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
 from weft.original import ORIGINAL_GATE, is_original, original_base, original_options, read_original_gate
 from weft.processes import is_sharded
@@ -200,7 +201,9 @@ def saved_base(folder: Path) -> str | None:
 def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
     """What hinders these tensors from being a PeftModel's gate and heads; copies of its experts' beside them do not."""
     own, everything = _mixture_tensors(model), model.state_dict()
-    return key_problems({key: value for key, value in weights.items() if key in own or key not in everything}, own)
+    problems = key_problems({key: value for key, value in weights.items() if key in own or key not in everything}, own)
+    broken = not_finite({key: value.to(own[key].dtype) for key, value in weights.items() if key in own})
+    return problems if broken is None else [*problems, broken]
 
 
 def _mixture_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -282,6 +285,9 @@ def write_expert(model: Any, name: str, folder: Path) -> None:
     """Write one expert of an X-LoRA model as an ordinary peft adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _whole(model, dict(adapter_parameters(model.lora_model.model, name)))
+    broken = not_finite(tensors)
+    if broken:
+        raise CheckpointError(f"expert {name!r} cannot be saved, as {broken}: nobody could load it")
     tensors |= model.expert_heads[name]
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     card = model.expert_cards[name]

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from weft.adapters import KEY_PREFIX, read_json
+from weft.adapters import KEY_PREFIX, not_finite, read_json
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
@@ -114,6 +114,9 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
     }
     config = _adapter_config(model, list(layers), rank, with_bias=with_bias)
     tensors |= _heads(base)
+    broken = not_finite(tensors)
+    if broken:
+        raise AdapterError(f"the mixture cannot be folded, as {broken}: expected finite numbers")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -19,8 +19,9 @@ from peft.utils import PeftType, TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from weft.adapters import KEY_PREFIX, Adapter, key_problems
+from weft.adapters import KEY_PREFIX, Adapter
 from weft.errors import AdapterError, ConfigError, bullet_list
+from weft.injection import key_problems
 
 
 def find_heads(base: nn.Module, backbone: nn.Module, names: Sequence[str] | None) -> list[str]:

@@ -19,7 +19,7 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from weft.adapters import adapter_parameters, inject_adapters, read_adapters, remove_adapters
+from weft.adapters import read_adapters
 from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
 from weft.carrier import ScalingsCarrier
 from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismatch
@@ -30,6 +30,7 @@ from weft.frozen_copies import refuse_frozen_copy, refuse_loading_into_copy
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft
+from weft.injection import adapter_parameters, inject_adapters, refuse_not_finite, remove_adapters
 from weft.layer_inputs import find_layer_inputs
 from weft.licences import licensed_card
 from weft.passes import Passes
@@ -291,6 +292,12 @@ class XLoraModel(PeftMethods, BaseTuner):
                 device = execution_device(base_layer) if is_offloaded(base_layer) else None
                 for name in self.xlora_config.expert_names or ():
                     module._move_adapter_to_device_of_base_layer(name, device=device)
+        try:
+            for name in self.xlora_config.expert_names or ():
+                refuse_not_finite(self.lora_model.model, name)
+        except AdapterError:
+            self.unload()
+            raise
 
     @classmethod
     def _get_adapter_state_dict(

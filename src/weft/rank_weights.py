@@ -103,7 +103,12 @@ class RankWeights:
         self._to_look_at = (0, *everywhere[self._calls % SHARE_LOOKED_AT :: SHARE_LOOKED_AT]) if goes_on else everywhere
 
     def per_rank(
-        self, scalings: Float[Tensor, "batch seq layer expert"], first_layer: int, global_weight: float
+        self,
+        scalings: Float[Tensor, "batch seq layer expert"],
+        first_layer: int,
+        global_weight: float,
+        *,
+        some_left_out: bool = False,
     ) -> ReadyWeights | None:
         """The weights for scalings with top-k applied; None where the layers should compute them.
 
@@ -111,6 +116,7 @@ class RankWeights:
             scalings: λ; a layer axis of 1 is shared by all layers.
             first_layer: number of the layer that the layer axis begins with.
             global_weight: g.
+            some_left_out: a scaling of 0 leaves its expert out, even where A x has overflowed: 0 · inf would be NaN.
         """
         _, _, num_layers, num_experts = scalings.shape
         key = (num_experts, None if num_layers == 1 else first_layer, scalings.device)
@@ -123,7 +129,9 @@ class RankWeights:
             return None
         tokens = scalings.shape[:2]
         weights = scalings.flatten(2).flatten(0, 1).index_select(1, table.index) * (table.scales * global_weight)
-        return ReadyWeights(table.stacks, tokens if tokens.numel() > 1 else None, 0, weights.split(table.sizes, 1))
+        left_out = (weights == 0).split(table.sizes, 1) if some_left_out else None
+        tokens = tokens if tokens.numel() > 1 else None
+        return ReadyWeights(table.stacks, tokens, 0, weights.split(table.sizes, 1), left_out=left_out)
 
     def of_chosen(
         self, scalings: Float[Tensor, "batch seq layer expert"], config: XLoraConfig, first_layer: int

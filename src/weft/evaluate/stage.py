@@ -19,8 +19,9 @@ from peft import ArrowConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.arrow import create_arrow_model
 
-from weft.adapters import inject_adapters, local_folder, read_adapters, remove_adapters
+from weft.adapters import local_folder, read_adapters
 from weft.errors import AdapterError
+from weft.injection import inject_adapters, remove_adapters
 from weft.integration import from_pretrained
 
 # What comes onto the base, and how it goes again.

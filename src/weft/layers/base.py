@@ -189,7 +189,7 @@ class XLoraLayer(ABC):
                 scales = scales.movedim(-1, rank_axis)
         else:
             scales = scales.view(-1, *(1 for _ in range(rank_axis + 1, h.dim())))
-        h = _scale_blocks(h, scales, stack, rank_axis)
+        h = _scale_blocks(h, scales, stack, rank_axis, chosen_only=weights is not None)
         result = self.add_up(result, h, up if dora is None else dora.up, stack)
         if dora is not None:
             plain = self.dora.plain(base_result) if dropped is None else self.dora.plain_of_each(dropped)
@@ -279,14 +279,27 @@ class XLoraLayer(ABC):
         """The base layer's weight as W, [out, in]."""
 
 
-def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int) -> Tensor:
-    """Multiply each expert's block of the rank axis by its scale; `scales` has the experts at that axis."""
+def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int, *, chosen_only: bool) -> Tensor:
+    """Multiply each expert's block of the rank axis by its scale; `scales` has the experts at that axis.
+
+    Args:
+        h: A x, `[batch, *cells, rank]`.
+        scales: of the experts.
+        stack: the experts.
+        rank_axis: of `h`.
+        chosen_only: a scale of 0 leaves its expert out, even where its h has overflowed: 0 · inf would be NaN.
+    """
+    expert_axis = scales.dim() - (h.dim() - rank_axis)
+    blocks = h
     if stack.rank_expert is not None:
-        expert_axis = scales.dim() - (h.dim() - rank_axis)
-        return h * scales.index_select(expert_axis, stack.rank_expert)
-    before, after = h.shape[:rank_axis], h.shape[rank_axis + 1 :]
-    blocks = h.view(*before, len(stack.ranks), stack.ranks[0], *after)  # [..., expert, rank of one, ...]
-    return (blocks * scales.unsqueeze(scales.dim() - (h.dim() - rank_axis) + 1)).reshape(h.shape)
+        scales = scales.index_select(expert_axis, stack.rank_expert)
+    else:
+        before, after = h.shape[:rank_axis], h.shape[rank_axis + 1 :]
+        blocks = h.view(*before, len(stack.ranks), stack.ranks[0], *after)  # [..., expert, rank of one, ...]
+        scales = scales.unsqueeze(expert_axis + 1)
+    if chosen_only:
+        blocks = blocks.masked_fill((scales == 0) & ~blocks.isfinite(), 0)
+    return (blocks * scales).reshape(h.shape)
 
 
 def add_product(result: Tensor, h: Float[Tensor, "*cells rank"], up: Float[Tensor, "rank out"]) -> Tensor:

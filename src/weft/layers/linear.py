@@ -40,7 +40,10 @@ class XLoraLinearLayer(XLoraLayer):
         if ready.chosen is not None:
             down, up = down.index_select(0, ready.chosen[place]), up.index_select(0, ready.chosen[place])
         if len(down) == weights.shape[1]:
-            h = F.linear(rows, down) * weights
+            h = F.linear(rows, down)
+            if ready.left_out is not None:
+                h = h.masked_fill(ready.left_out[place], 0)
+            h = h * weights
             rows = torch.addmm(base, h, up) if base.dtype == h.dtype else base + h @ up
         else:  # each of several tokens has chosen its own
             down, up = down.unflatten(0, weights.shape), up.unflatten(0, weights.shape)

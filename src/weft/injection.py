@@ -1,0 +1,205 @@
+"""Putting LoRA adapters into a base model as experts, and taking them out.
+
+Parameters are made by peft and filled from what `adapters.py` has read: an adapter is either wholly in or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from weft.adapters import KEY_PREFIX, SHOWN, Adapter, model_name, not_finite, preview
+from weft.errors import AdapterError, bullet_list
+from weft.placement import execution_device, is_offloaded, offloaded_weights
+
+
+def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
+    """Put the adapters into the base model's layers, in float32 where they would be in half precision.
+
+    The parameters are cast before they are filled, so that float32 files lose nothing in a bfloat16 model.
+
+    Raises:
+        AdapterError: an adapter's targets or tensors do not fit this base model. The caller restores the base model.
+    """
+    lora_model: LoraModel | None = None
+    for adapter in adapters:
+        config = adapter.config
+        config.inference_mode = False
+        try:
+            if lora_model is None:
+                lora_model = LoraModel(base, {adapter.name: config}, adapter.name)
+            else:
+                lora_model.peft_config[adapter.name] = config
+                lora_model.inject_adapter(base, adapter.name)
+        except (
+            ValueError,
+            TypeError,
+        ) as err:  # a TypeError where peft knows the layers' quantisation, but not their LoRA
+            raise AdapterError(
+                f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
+            ) from err
+        remove_wrappers(base)  # peft's, around modules of the adapter's own: they do not act in a mixture
+        lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
+        _leave_meta(base, adapter.name)
+        _fill(base, adapter)
+    assert lora_model is not None
+    return lora_model
+
+
+def _leave_meta(base: nn.Module, name: str) -> None:
+    """Bring an adapter to where its layers compute, whose own weights are offloaded; peft puts it beside these."""
+    for module in base.modules():
+        if not isinstance(module, LoraLayer) or not is_offloaded(module.get_base_layer()):
+            continue
+        device = execution_device(module.get_base_layer())
+        for attribute in ("lora_A", "lora_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                factors[name].to_empty(device=device)
+        for attribute in ("lora_embedding_A", "lora_embedding_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                factors[name] = nn.Parameter(torch.empty_like(factors[name], device=device))
+
+
+def remove_adapters(base: nn.Module) -> None:
+    """Put the base layers back in the place of all LoRA layers, and of modules that are trained as a whole."""
+    remove_wrappers(base)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def remove_wrappers(base: nn.Module) -> None:
+    """Put the base model's own modules back in the place of those that are trained as a whole."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, module.original_module)
+
+
+def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(key in an adapter file, parameter) of everything adapter `name` has in the base model."""
+    for layer_name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for attribute in ("lora_A", "lora_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                for parameter_name, parameter in factors[name].named_parameters():
+                    yield f"{KEY_PREFIX}{layer_name}.{attribute}.{parameter_name}", parameter
+        for attribute in ("lora_embedding_A", "lora_embedding_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                yield f"{KEY_PREFIX}{layer_name}.{attribute}", factors[name]
+        if name in module.lora_magnitude_vector:
+            magnitude = module.lora_magnitude_vector[name].get_parameter("weight")
+            yield f"{KEY_PREFIX}{layer_name}.lora_magnitude_vector", magnitude
+
+
+def _fill(base: nn.Module, adapter: Adapter) -> None:
+    """Copy an adapter's tensors into its parameters, all of them or none."""
+    parameters = dict(adapter_parameters(base, adapter.name))
+    weights = _without_base_weights(base, adapter)
+    if weights.keys() != parameters.keys():
+        weights = _converted(base, adapter, weights)
+    problems = key_problems(weights, parameters)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        problems.append(
+            "its parameters are on the meta device: load with low_cpu_mem_usage=False, and with weft.from_pretrained "
+            "where the base model is offloaded to disk"
+        )
+    if problems:
+        file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
+        made_for, given = adapter.config.base_model_name_or_path, getattr(base, "name_or_path", None)
+        if made_for and given and model_name(made_for) != model_name(given):
+            problems.append(f"it was made for the base model {made_for}, and this one is {given}")
+        raise AdapterError(f"adapter {adapter.name!r} ({file}) does not fit the base model:{bullet_list(problems)}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(weights[key])
+    refuse_not_finite(base, adapter.name)
+
+
+def refuse_not_finite(base: nn.Module, name: str) -> None:
+    """Raise where an adapter's numbers in the base model are NaN or infinite, as after a cast to a narrower dtype.
+
+    Raises:
+        AdapterError: it is so.
+    """
+    broken = not_finite(dict(adapter_parameters(base, name)))
+    scalings = {
+        path: module.scaling[name]
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer) and not math.isfinite(module.scaling.get(name, 0))
+    }
+    if scalings:
+        path, value = next(iter(scalings.items()))
+        broken = f"its scaling in {path} is {value} (from lora_alpha and r in its config)"
+    if broken:
+        raise AdapterError(f"adapter {name!r} is broken in this model, as {broken}: expected finite numbers")
+
+
+def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[str]:
+    """Missing keys, unexpected keys and wrong shapes, apart and sorted; empty where the tensors fit."""
+    missing = sorted(parameters.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - parameters.keys())
+    problems = []
+    if missing:
+        problems.append(f"missing keys ({len(missing)}): {preview(missing)}")
+    if unexpected:
+        problems.append(f"unexpected keys ({len(unexpected)}): {preview(unexpected)}")
+    shapes = [
+        f"{key} has shape {list(weights[key].shape)}, expected {list(parameters[key].shape)}"
+        for key in sorted(weights.keys() & parameters.keys())
+        if weights[key].shape != parameters[key].shape
+    ]
+    problems += shapes[:SHOWN]
+    if len(shapes) > SHOWN:
+        problems.append(f"and {len(shapes) - SHOWN} more of other shapes")
+    return problems
+
+
+def _converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of today's transformers, where the base model's layers were renamed since."""
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return weights
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    converted = convert_peft_adapter_state_dict_for_transformers(
+        model=base, peft_config=adapter.config, adapter_state_dict=dict(weights), adapter_name=adapter.name
+    )
+    return {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in converted.items()}
+
+
+def _without_base_weights(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Drop copies of the base model's own embeddings, which peft adds to adapters that target them."""
+    base_weights: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
+    kept = {}
+    for key, value in adapter.weights.items():
+        name = key.removeprefix(KEY_PREFIX)
+        own = base_weights.get(name)
+        if own is not None and own.is_meta:
+            path, _, attribute = name.rpartition(".")
+            own = offloaded_weights(base.get_submodule(path)).get(attribute)
+        if own is None:
+            kept[key] = value
+        elif own.shape != value.shape or not _equal_in_either_dtype(own.cpu(), value.cpu()):
+            raise AdapterError(
+                f"adapter {adapter.name!r} carries its own {key}, which differs from the base model's: an adapter with "
+                "retrained or resized embeddings or other modules cannot be mixed"
+            )
+    return kept
+
+
+def _equal_in_either_dtype(own: Tensor, other: Tensor) -> bool:
+    return torch.equal(own.to(other.dtype), other) or torch.equal(other.to(own.dtype), own)
