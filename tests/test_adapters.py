@@ -211,15 +211,13 @@ def test_all_problems_of_all_adapters_are_reported_in_one_error(tmp_path, good, 
         shutil.copytree(good, paths[name])
     change_config(paths["two"], use_dora=True)
     (paths["three"] / TENSORS).unlink()
-    change_config(paths["four"], base_model_name_or_path="base-4")
-    alien = Path(shutil.copytree(paths["four"], tmp_path / "five"))
-    change_config(alien, base_model_name_or_path="base-5")
+    change_config(paths["four"], alora_invocation_tokens=[3])
     with pytest.raises(AdapterError) as error:
-        weft.from_adapters(untouched_base, {**{name: str(path) for name, path in paths.items()}, "five": str(alien)})
+        weft.from_adapters(untouched_base, {name: str(path) for name, path in paths.items()})
     lines = str(error.value).splitlines()
     assert len(lines) == 1 + 4
     for line, words in zip(
-        lines[1:], [("'one'", "neither"), ("'two'", "DoRA"), ("'three'", "missing"), ("base-4", "base-5")], strict=True
+        lines[1:], [("'one'", "neither"), ("'two'", "DoRA"), ("'three'", "missing"), ("'four'", "alora")], strict=True
     ):
         assert all(word in line for word in words), line
 
@@ -280,15 +278,52 @@ def test_same_base_model_under_another_path_is_accepted(bases, good, bad):
     assert [adapter.name for adapter in read_adapters({"b": str(bad / "other"), "a": str(bad)})] == ["b", "a"]
 
 
-def test_different_base_models_are_refused_with_their_names(good, bad):
-    other = Path(shutil.copytree(good, bad / "other"))
-    change_config(bad, base_model_name_or_path="meta/Llama-8B")
-    change_config(other, base_model_name_or_path="mistralai/Mistral-7B")
+@pytest.fixture
+def of_two_bases(good, tmp_path):
+    """Adapters of one base model, trained with it as it is and in four bits."""
+    paths = {name: str(shutil.copytree(good, tmp_path / name)) for name in ("a", "b")}
+    change_config(Path(paths["a"]), base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    change_config(Path(paths["b"]), base_model_name_or_path="unsloth/Meta-Llama-3.1-8B-bnb-4bit")
+    return paths
+
+
+NAMED = r"\('a' of meta-llama/Llama-3.1-8B; 'b' of unsloth/Meta-Llama-3.1-8B-bnb-4bit\)"
+
+
+def test_without_a_base_model_different_names_are_refused(of_two_bases):
     with pytest.raises(
-        AdapterError,
-        match=r"different base models \('a' of meta/Llama-8B; 'b' of mistralai/Mistral-7B\): expected one base model",
+        AdapterError, match=rf"different base models {NAMED}: .* give the base model too \(base, or --b"
     ):
-        read_adapters({"a": str(bad), "b": str(other)})
+        read_adapters(of_two_bases)
+
+
+def test_with_a_base_model_the_tensors_decide_and_different_names_are_one_warning(of_two_bases, tmp_path):
+    with pytest.warns(
+        UserWarning, match=rf"different base models {NAMED}: all of their .* \(LlamaForCausalLM\)"
+    ) as told:
+        model = weft.from_adapters(tiny_llama(), of_two_bases)
+    assert sum("different base models" in str(one.message) for one in told) == 1
+    for name, folder in of_two_bases.items():
+        torch.testing.assert_close(alone(model, name), by_peft(folder), atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "mixture")
+    weft.from_pretrained(tmp_path / "mixture", tiny_llama())  # says it no more
+
+
+def test_a_mixture_is_converted_though_its_experts_name_different_base_models(of_two_bases, tmp_path):
+    model = quietly(weft.from_adapters, tiny_llama(), of_two_bases)
+    model.save_pretrained(tmp_path / "mixture")
+    weft.convert_mixture(tmp_path / "mixture", "xlora", tmp_path / "xlora")  # which names no base model
+    with pytest.raises(AdapterError, match=rf"different base models {NAMED}"):
+        weft.convert_mixture(tmp_path / "xlora", "weft", tmp_path / "again")
+    weft.convert_mixture(tmp_path / "xlora", "weft", tmp_path / "again", base=tiny_llama())
+    assert torch.equal(alone(weft.from_pretrained(tmp_path / "again", tiny_llama()), "b"), alone(model, "b"))
+
+
+def test_adapters_of_another_base_model_are_refused_by_shape_and_no_warning(of_two_bases, tmp_path, untouched_base):
+    other = save_adapter(tiny_llama(hidden_size=16), lora(), tmp_path / "other", seed=1)
+    change_config(Path(other), base_model_name_or_path="org/other")
+    with pytest.raises(AdapterError, match=r"\[4, 16\], expected \[4, 32\]"):
+        weft.from_adapters(untouched_base, {**of_two_bases, "c": other})
 
 
 # ---------------------------------------------------------------------- what is read, and how

@@ -24,6 +24,7 @@ ORDER = [
     ["frozen_copies"],
     ["peft_methods"],
     ["checkpoint"],
+    ["peft_state"],
     ["model"],
     ["integration", "speculation"],
     ["change_experts", "mixture_files", "card"],

@@ -46,7 +46,9 @@ class Adapter:
 _BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
-def read_adapters(paths: dict[str, str], *, allow_dora: bool = False, heads: Sequence[str] = ()) -> list[Adapter]:
+def read_adapters(
+    paths: dict[str, str], *, allow_dora: bool = False, heads: Sequence[str] = (), base_is_known: bool = False
+) -> list[Adapter]:
     """Read the adapters of one base model.
 
     Args:
@@ -54,6 +56,8 @@ def read_adapters(paths: dict[str, str], *, allow_dora: bool = False, heads: Seq
         allow_dora: take adapters with DoRA too.
         heads: modules of the base model which the mixture has one of, so that adapters may have their own, which does
             not act.
+        base_is_known: there is a base model, whose layers will show whether they fit; else the names that they have
+            recorded for theirs must be one.
 
     Raises:
         AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
@@ -66,7 +70,12 @@ def read_adapters(paths: dict[str, str], *, allow_dora: bool = False, heads: Seq
             adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads))
         except AdapterError as err:
             problems.append(str(err))
-    problems += _base_model_problems(adapters)
+    named = None if base_is_known else different_bases(adapters)
+    if named is not None:
+        problems.append(
+            f"they are of different base models ({named}): expected one base model for all. The names alone say so: "
+            "give the base model too (base, or --base), and what fits it is taken"
+        )
     if problems:
         raise AdapterError(f"the adapters cannot be experts of one model:{bullet_list(problems)}")
     return adapters
@@ -235,17 +244,15 @@ def _refuse_unmixable(name: str, config: LoraConfig, *, has_heads: bool) -> None
         )
 
 
-def _base_model_problems(adapters: list[Adapter]) -> list[str]:
-    """Adapters name their base model by a path or a Hub id; mirrors and moved folders keep the last part."""
+def different_bases(adapters: list[Adapter]) -> str | None:
+    """The base models that the adapters name, where these are several: 'a' of X; 'b' of Y.
+
+    They are named by a path or a Hub id, of which mirrors and moved folders keep the last part.
+    """
     names = {adapter.name: adapter.config.base_model_name_or_path for adapter in adapters}
-    by_base: dict[str, list[str]] = {}
-    for name, base in names.items():
-        if base:
-            by_base.setdefault(model_name(base), []).append(name)
-    if len(by_base) < 2:
-        return []
-    described = "; ".join(f"{name!r} of {names[name]}" for group in by_base.values() for name in group)
-    return [f"they are of different base models ({described}): expected one base model for all"]
+    if len({model_name(base) for base in names.values() if base}) < 2:
+        return None
+    return "; ".join(f"{name!r} of {base}" for name, base in names.items() if base)
 
 
 def model_name(base: str) -> str:

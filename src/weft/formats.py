@@ -79,7 +79,7 @@ def convert_mixture(
     target = Path(output).expanduser()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"output ({target}) exists already: give a new or empty folder")
-    with opened(source, adapters, rename) as files:
+    with opened(source, adapters, rename, base_is_given=base is not None) as files:
         if base is not None and not isinstance(base, nn.Module):
             files.config.base_model_name_or_path = os.fspath(base)
         problems = problems_of(files)

@@ -6,6 +6,7 @@ Parameters are made by peft and filled from what `adapters.py` has read: an adap
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from weft.adapters import KEY_PREFIX, SHOWN, Adapter, model_name, not_finite, preview
+from weft.adapters import KEY_PREFIX, SHOWN, Adapter, different_bases, model_name, not_finite, preview
 from weft.errors import AdapterError, bullet_list
 from weft.placement import execution_device, is_offloaded, offloaded_weights
 
@@ -66,6 +67,17 @@ def _leave_meta(base: nn.Module, name: str) -> None:
             factors = getattr(module, attribute)
             if name in factors:
                 factors[name] = nn.Parameter(torch.empty_like(factors[name], device=device))
+
+
+def warn_of_different_bases(base: nn.Module, adapters: list[Adapter]) -> None:
+    """Say once that adapters which fit a base model name several."""
+    named = different_bases(adapters)
+    if named is not None:
+        warnings.warn(
+            f"the adapters name different base models ({named}): all of their tensors fit this one "
+            f"({getattr(base, 'name_or_path', None) or type(base).__name__}), which is taken for theirs",
+            stacklevel=2,
+        )
 
 
 def remove_adapters(base: nn.Module) -> None:

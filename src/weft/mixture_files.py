@@ -85,7 +85,11 @@ class MixtureFiles:
 
 @contextlib.contextmanager
 def opened(
-    source: str | os.PathLike[str], adapters: dict[str, str] | None = None, rename: dict[str, str] | None = None
+    source: str | os.PathLike[str],
+    adapters: dict[str, str] | None = None,
+    rename: dict[str, str] | None = None,
+    *,
+    base_is_given: bool = False,
 ) -> Iterator[MixtureFiles]:
     """Read a saved mixture of any layout.
 
@@ -93,6 +97,7 @@ def opened(
         source: folder or Hub id.
         adapters: where the experts are, if not where the folder says.
         rename: new names of experts, {old: new}.
+        base_is_given: the base model is known, though the folder may not name it.
 
     Raises:
         WeftError: a file is missing or broken, or they do not belong together.
@@ -113,7 +118,13 @@ def opened(
             layer_names=config.layer_names or layer_names,
         )
         heads = config.heads or ()
-        experts = read_adapters(config.adapters or {}, allow_dora=config.allow_dora, heads=heads)
+        experts = read_adapters(
+            config.adapters or {},
+            allow_dora=config.allow_dora,
+            heads=heads,
+            # A mixture that weft saved has been on one.
+            base_is_known=base_is_given or (config.layer_names or config.base_model_name_or_path) is not None,
+        )
         tensors = {key: value for key, value in read_gate(folder).items() if ".lora_" not in key}
         layers = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for e in experts for key in e.weights}
         files = MixtureFiles(folder, config, tensors, experts, layers - {""}, config.layer_names)

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 from weft.adapters import read_adapters
 from weft.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
 from weft.carrier import ScalingsCarrier
-from weft.checkpoint import GATE_KEY, gate_problems, given_experts, layer_mismatch
+from weft.checkpoint import layer_mismatch
 from weft.config import XLoraConfig
 from weft.convert import convert_layers_to_xlora, linear_experts, mixture_of, restack
-from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list
-from weft.frozen_copies import refuse_frozen_copy, refuse_loading_into_copy
+from weft.errors import AdapterError, CheckpointError, ConfigError
+from weft.frozen_copies import refuse_loading_into_copy
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft
-from weft.injection import adapter_parameters, inject_adapters, refuse_not_finite, remove_adapters
+from weft.injection import adapter_parameters, inject_adapters, remove_adapters, warn_of_different_bases
 from weft.layer_inputs import find_layer_inputs
 from weft.licences import licensed_card
 from weft.passes import Passes
 from weft.peft_methods import PeftMethods
-from weft.placement import execution_device, is_offloaded
+from weft.peft_state import PeftStateMethods
 from weft.processes import others_have_parameters
 from weft.quantised import keep_unpacked, let_repack
 from weft.rank_weights import RankWeights
@@ -43,7 +43,7 @@ from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
 
 
-class XLoraModel(PeftMethods, BaseTuner):
+class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
     """A base model with several LoRA experts and a gate that mixes them per token and layer (arXiv 2402.07148).
 
     Use `weft.from_adapters` or, after `weft.register_with_peft()`, peft's `get_peft_model` to make one; both give a
@@ -102,7 +102,7 @@ class XLoraModel(PeftMethods, BaseTuner):
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
         heads = find_heads(model, self.backbone.module, options.heads)
-        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads)
+        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads, base_is_known=True)
         self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
         self.expert_cards = {adapter.name: licensed_card(adapter.folder) for adapter in adapters}
 
@@ -120,6 +120,8 @@ class XLoraModel(PeftMethods, BaseTuner):
         base_peft_config = getattr(model, "peft_config", None)
         try:
             self.lora_model = inject_adapters(model, adapters)
+            if options.layer_names is None:  # else it is a saved mixture, whose maker has been told
+                warn_of_different_bases(model, adapters)
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
         except BaseException:
@@ -281,52 +283,6 @@ class XLoraModel(PeftMethods, BaseTuner):
     merge_and_unload = merge_adapter = _cannot_merge
 
     # ------------------------------------------------------------------ peft's machinery
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """peft's request for the adapters' dtype: float32 (how they were loaded), or each layer's own."""
-        if autocast_adapter_dtype:
-            return
-        for module in self.lora_model.model.modules():
-            if isinstance(module, LoraLayer):
-                base_layer = module.get_base_layer()
-                device = execution_device(base_layer) if is_offloaded(base_layer) else None
-                for name in self.xlora_config.expert_names or ():
-                    module._move_adapter_to_device_of_base_layer(name, device=device)
-        try:
-            for name in self.xlora_config.expert_names or ():
-                refuse_not_finite(self.lora_model.model, name)
-        except AdapterError:
-            self.unload()
-            raise
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        tuner: Any = model.base_model
-        if adapter_name in tuner.frozen_copies:
-            return {}
-        tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
-        return {key: value for key, value in state_dict.items() if GATE_KEY in key}
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
-        refuse_frozen_copy(model, adapter_name)
-        # peft has put its own names for the heads into the keys already.
-        saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
-        problems = gate_problems(model, saved)
-        if problems:
-            raise CheckpointError(f"the gate's tensors do not fit this model:{bullet_list(problems)}")
-        return state_dict
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("the experts are injected by their own LoraModel")

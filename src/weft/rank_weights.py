@@ -130,8 +130,13 @@ class RankWeights:
         tokens = scalings.shape[:2]
         weights = scalings.flatten(2).flatten(0, 1).index_select(1, table.index) * (table.scales * global_weight)
         left_out = (weights == 0).split(table.sizes, 1) if some_left_out else None
-        tokens = tokens if tokens.numel() > 1 else None
-        return ReadyWeights(table.stacks, tokens, 0, weights.split(table.sizes, 1), left_out=left_out)
+        return ReadyWeights(
+            table.stacks,
+            tokens if tokens.numel() > 1 else None,
+            0,
+            weights.split(table.sizes, 1),
+            left_out=left_out,
+        )
 
     def of_chosen(
         self, scalings: Float[Tensor, "batch seq layer expert"], config: XLoraConfig, first_layer: int

@@ -86,7 +86,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
     _check(options)
     check(gate_options, adapters)
-    read_adapters(parse_adapters(options.adapters))
+    read_adapters(parse_adapters(options.adapters), allow_dora=options.allow_dora, base_is_known=True)
     if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
         assert options.base is not None
         tokenizer = load_tokenizer(options.base)

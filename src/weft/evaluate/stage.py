@@ -107,7 +107,7 @@ def adapters(paths: dict[str, str]) -> Load:
     """Ordinary adapters side by side, as peft's `LoraModel`; the first one acts."""
 
     def put(base: Any) -> Carried:
-        lora_model = inject_adapters(base, read_adapters(paths, allow_dora=True))
+        lora_model = inject_adapters(base, read_adapters(paths, allow_dora=True, base_is_known=True))
         lora_model.set_adapter(next(iter(paths)))
         return lora_model, partial(remove_adapters, base)
 
@@ -121,7 +121,9 @@ def arrow(paths: dict[str, str], seed: int) -> Load:
     """
 
     def put(base: Any) -> Carried:
-        _refuse_unlike({adapter.name: adapter.config for adapter in read_adapters(paths, allow_dora=True)})
+        _refuse_unlike(
+            {adapter.name: adapter.config for adapter in read_adapters(paths, allow_dora=True, base_is_known=True)}
+        )
         folders = [str(local_folder(path, f"adapter {name!r}")) for name, path in paths.items()]
         config = ArrowConfig(top_k=min(ArrowConfig().top_k, len(paths)), rng_seed=seed)
         with warnings.catch_warnings():

@@ -1,0 +1,69 @@
+"""What peft asks of a tuner when it casts its adapters, saves them and loads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from weft.checkpoint import GATE_KEY, gate_problems, given_experts
+from weft.errors import AdapterError, CheckpointError, bullet_list
+from weft.frozen_copies import refuse_frozen_copy
+from weft.injection import refuse_not_finite
+from weft.placement import execution_device, is_offloaded
+
+
+class PeftStateMethods:
+    """The part of `XLoraModel` that peft calls."""
+
+    lora_model: Any
+    xlora_config: Any
+    unload: Any
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """peft's request for the adapters' dtype: float32 (how they were loaded), or each layer's own."""
+        if autocast_adapter_dtype:
+            return
+        for module in self.lora_model.model.modules():
+            if isinstance(module, LoraLayer):
+                base_layer = module.get_base_layer()
+                device = execution_device(base_layer) if is_offloaded(base_layer) else None
+                for name in self.xlora_config.expert_names or ():
+                    module._move_adapter_to_device_of_base_layer(name, device=device)
+        try:
+            for name in self.xlora_config.expert_names or ():
+                refuse_not_finite(self.lora_model.model, name)
+        except AdapterError:
+            self.unload()
+            raise
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        tuner: Any = model.base_model
+        if adapter_name in tuner.frozen_copies:
+            return {}
+        tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
+        return {key: value for key, value in state_dict.items() if GATE_KEY in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
+        refuse_frozen_copy(model, adapter_name)
+        # peft has put its own names for the heads into the keys already.
+        saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
+        problems = gate_problems(model, saved)
+        if problems:
+            raise CheckpointError(f"the gate's tensors do not fit this model:{bullet_list(problems)}")
+        return state_dict
