@@ -251,7 +251,7 @@ def test_pefts_own_functions_know_the_head(bert, ids, tmp_path):
 
 def test_experts_with_heads_need_one_of_the_mixtures(bert):
     with pytest.raises(
-        AdapterError, match=r"adapter 'one' has modules_to_save \(\['classifier', 'score'\]\): .* name it in heads"
+        AdapterError, match=r"\['one', 'two'\] each bring their own classifier.weight, .* by heads=\['classifier'\]"
     ):
         weft.from_adapters(tiny("SequenceClassification"), bert)
 
@@ -287,12 +287,24 @@ def test_a_common_head_with_other_labels_is_refused(bert):
         weft.from_adapters(tiny("SequenceClassification", 5), {"one": bert["one"]}, heads=["classifier"])
 
 
-def test_other_modules_of_an_experts_own_are_refused(tmp_path):
+def test_other_modules_of_an_experts_own_are_in_the_mixtures_base(tmp_path, ids):
     config = lora(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"])
     path = save_adapter(tiny("SequenceClassification"), config, tmp_path / "one", seed=1)
     change_head(path, "pooler", lambda value: value + 1)
-    with pytest.raises(AdapterError, match=r"adapter 'one' carries its own .*pooler.*, which differs"):
-        weft.from_adapters(tiny("SequenceClassification"), {"one": path}, heads=["classifier"])
+    expected = quietly(peft.PeftModel.from_pretrained, tiny("SequenceClassification"), path).eval()
+    model = weft.from_adapters(tiny("SequenceClassification"), {"one": path}, heads=["classifier"]).eval()
+    with model.fixed_scalings({"one": 1.0}):
+        torch.testing.assert_close(outputs(model, ids), outputs(expected, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_single_experts_own_head_is_the_mixtures(bert, ids, tmp_path):
+    expected = quietly(peft.PeftModel.from_pretrained, tiny("SequenceClassification"), bert["two"]).eval()
+    model = weft.from_adapters(tiny("SequenceClassification"), {"two": bert["two"]}).eval()
+    with model.fixed_scalings({"two": 1.0}):
+        torch.testing.assert_close(outputs(model, ids), outputs(expected, ids), atol=1e-5, rtol=1e-5)
+    mixed = outputs(model, ids)
+    model.save_pretrained(tmp_path / "mixture")
+    assert torch.equal(outputs(weft.from_pretrained(tmp_path / "mixture", tiny("SequenceClassification")), ids), mixed)
 
 
 @pytest.mark.usefixtures("without_type_checks")
@@ -318,5 +330,5 @@ def test_a_lost_head_is_named_on_load(bert, tmp_path):
     values = json.loads((tmp_path / "mixture" / CONFIG).read_text())
     save_file(whole, file)
     (tmp_path / "mixture" / CONFIG).write_text(json.dumps({**values, "heads": None}))
-    with pytest.raises(AdapterError, match="name it in heads"):
+    with pytest.raises(AdapterError, match=r"by heads=\['classifier'\]"):
         weft.from_pretrained(tmp_path / "mixture", tiny("SequenceClassification"))

@@ -17,23 +17,30 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from weft.adapter_keys import KEY_PREFIX, own_keys
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
 from weft.experts import refuse_dora
 
-KEY_PREFIX = "base_model.model."
 SHOWN = 8  # keys in one message
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
 _UNMIXABLE = {
     "layer_replication": "replicates layers of the base model",
     "target_parameters": "adapts bare parameters",
-    "trainable_token_indices": "trains embeddings of its own",
     "alora_invocation_tokens": "acts on a part of the text only",
 }
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter as read from its folder; `heads` are tensors of whole modules, which do not act in a mixture."""
+    """One LoRA adapter as read from its folder.
+
+    Attributes:
+        name: the expert's.
+        folder: where it lies.
+        config: peft's options.
+        weights: all tensors but `heads`, under peft's keys.
+        heads: of whole modules that are saved with it, but are no part of what the expert adds to the base model.
+    """
 
     name: str
     folder: Path
@@ -200,7 +207,7 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
                 f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
                 "save it again with peft, which writes safetensors"
             )
-        weights = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
+        weights = own_keys(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
     except CheckpointError as err:
         # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
         unfetched = not Path(path).is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
@@ -208,7 +215,7 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
         raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
     if config.use_dora and not allow_dora:
         refuse_dora(name)
-    _refuse_unmixable(name, config, has_heads=bool(heads))
+    _refuse_unmixable(name, config)
     prefixes = tuple(f"{KEY_PREFIX}{path}." for path in heads)
     own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefixes) and ".lora_" not in key}
     return Adapter(name, folder, config, weights, own)
@@ -221,17 +228,12 @@ def _read_config(name: str, folder: Path) -> LoraConfig:
         raise AdapterError(f"adapter {name!r}: peft refuses {folder / CONFIG_NAME}: {err}") from err
 
 
-def _refuse_unmixable(name: str, config: LoraConfig, *, has_heads: bool) -> None:
+def _refuse_unmixable(name: str, config: LoraConfig) -> None:
     start = str(config.init_lora_weights).lower()
     if start.startswith(_BASE_CHANGING_STARTS):
         raise AdapterError(
             f"adapter {name!r} has init_lora_weights ({start!r}), which changes the base model's weights, and that "
             "cannot be mixed: save it again as a plain LoRA (peft's path_initial_model_for_weight_conversion)"
-        )
-    if config.modules_to_save and not has_heads:
-        raise AdapterError(
-            f"adapter {name!r} has modules_to_save ({config.modules_to_save!r}): it trains whole modules of its own, "
-            "which cannot be mixed. The mixture can have such a module of its own in their place: name it in heads"
         )
     for option, what in _UNMIXABLE.items():
         value = getattr(config, option, None)

@@ -32,8 +32,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weft.adapters import KEY_PREFIX, local_folder, read_tensors
-from weft.checkpoint import GATE_KEY, complete_folder, read_config, write_expert
+from weft.adapter_keys import KEY_PREFIX, brought_keys
+from weft.adapters import local_folder, preview, read_tensors
+from weft.checkpoint import GATE_KEY, complete_folder, read_config, read_gate, write_expert
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
 from weft.gate_place import first_following_layer
@@ -153,6 +154,13 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
             f"top_k_lora ({config.top_k_lora}) must be at most the number of experts that are left ({len(names) - 1}): "
             f"lower it first, with model.set_topk_lora({len(names) - 1}) and model.save_pretrained(...)"
         )
+    keys = {other: set(brought_keys(_expert_keys(folder, other), config.heads or ())) for other in names}
+    alone = keys.pop(name).difference(*keys.values())
+    if alone:
+        raise ConfigError(
+            f"name ({name!r}) is the only expert that brings {preview(sorted(alone))} along, with which the gate and "
+            "the others run: make a new mixture of the others, with weft.from_adapters, and train its gate"
+        )
     target = _target(model, folder, output, f"without-{name}")
     new = _changed(config, {other: path for other, path in config.adapters.items() if other != name})
     adapted = {layer for other in new.adapters or {} for layer in _adapted_layers(folder, other)}
@@ -215,7 +223,7 @@ def _changed(config: XLoraConfig, adapters: dict[str, str]) -> XLoraConfig:
 
 
 def _read_gate(folder: Path) -> dict[str, Tensor]:
-    return {key: value for key, value in read_tensors(folder / SAFETENSORS_WEIGHTS_NAME).items() if GATE_KEY in key}
+    return {key: value for key, value in read_gate(folder).items() if GATE_KEY in key}
 
 
 def _followers(gate: dict[str, Tensor], config: XLoraConfig) -> list[str]:
@@ -255,8 +263,11 @@ def _with_expert(rows: Tensor, before: list[str], after: list[str], config: XLor
 
 
 def _adapted_layers(folder: Path, name: str) -> set[str]:
-    keys = read_tensors(folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME)
-    return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in keys}
+    return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in _expert_keys(folder, name)}
+
+
+def _expert_keys(folder: Path, name: str) -> list[str]:
+    return list(read_tensors(folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME))
 
 
 def _write(part: Path, folder: Path, config: XLoraConfig, gate: dict[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weft.adapter_keys import without_wrappers
 from weft.adapters import local_folder, not_finite, read_json, read_tensors
 from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
@@ -56,6 +57,7 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     for name in kwargs.get("selected_adapters") or ():
         refuse_frozen_copy(model, name)
     kwargs.setdefault("selected_adapters", [tuner.mixture_name])
+    kwargs.setdefault("save_embedding_layers", False)  # the experts are saved with what they brought
     if folder.is_file() or not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
         return
@@ -179,7 +181,7 @@ def read_gate(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds the gate as a pickle (adapter_model.bin), which weft does not open: save it again with "
             "peft's safe_serialization=True"
         )
-    return read_tensors(file)
+    return {without_wrappers(key): value for key, value in read_tensors(file).items()}
 
 
 def saved_base(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from weft.adapters import KEY_PREFIX, not_finite, read_json
+from weft.adapter_keys import KEY_PREFIX
+from weft.adapters import not_finite, read_json
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
@@ -113,7 +114,7 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
         for key, value in _folded(layer, parts, rank, dtype, with_bias=with_bias).items()
     }
     config = _adapter_config(model, list(layers), rank, with_bias=with_bias)
-    tensors |= _heads(base)
+    tensors |= _heads(base) | _retrained(model, layers)
     broken = not_finite(tensors)
     if broken:
         raise AdapterError(f"the mixture cannot be folded, as {broken}: expected finite numbers")
@@ -268,6 +269,15 @@ def _heads(base: nn.Module) -> dict[str, Tensor]:
     return {f"{KEY_PREFIX}{key}": value.contiguous() for key, value in head_tensors(base).items()}
 
 
+def _retrained(model: Any, adapted: Container[str]) -> dict[str, Tensor]:
+    """What the experts brought along for the base model, under the names by which peft puts it there."""
+    return {
+        f"{KEY_PREFIX}{path}.{'base_layer.' if path in adapted else ''}{key}": value.clone()
+        for path, module in model.retrained.modules().items()
+        for key, value in module.state_dict().items()
+    }
+
+
 def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias: bool) -> LoraConfig:
     base, options = model.lora_model.model, model.xlora_config
     expert = model.lora_model.peft_config[options.expert_names[0]]
@@ -283,7 +293,8 @@ def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias:
     )
     # Not through the constructor, which makes a set of it, whose order in the file is chance.
     config.target_modules = _target_modules(base, layer_names)
-    config.modules_to_save = [path for path, _ in wrappers(base)] or None
+    whole = [path for path in model.retrained.modules() if path not in layer_names]
+    config.modules_to_save = [*(path for path, _ in wrappers(base)), *whole] or None
     return config
 
 

@@ -18,7 +18,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weft.adapters import Adapter, local_folder, read_json
+from weft.adapter_keys import brought_keys
+from weft.adapters import Adapter, local_folder, preview, read_json
 from weft.checkpoint import complete_folder
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
@@ -115,6 +116,12 @@ def _common_problems(files: MixtureFiles, library: str) -> list[str]:
     dora = [adapter.name for adapter in files.adapters if adapter.config.use_dora]
     if dora:
         problems.append(f"experts {dora} have use_dora, which {library} cannot mix: train them without")
+    brought = {adapter.name: keys for adapter in files.adapters if (keys := brought_keys(adapter.weights))}
+    if brought:
+        problems.append(
+            f"experts {list(brought)} bring weights of the base model along ({preview(next(iter(brought.values())))}), "
+            f"for which {library} has no place: put these into a base model of their own, and train on that"
+        )
     if config.task_type == TaskType.SEQ_2_SEQ_LM:
         problems.append(f"task_type ({config.task_type}): {library} cannot mix experts of an encoder-decoder")
     convolutions = _layers_where(files, lambda key, value: value.dim() == 4)
@@ -243,7 +250,7 @@ def _write_mistralrs(files: MixtureFiles, layers: list[str], part: Path, target:
     for adapter in files.adapters:
         # Side by side: the engine does not look into the folders of a folder.
         shutil.copy(adapter.folder / CONFIG_NAME, part / f"{adapter.name}_config.json")
-        shutil.copy(adapter.folder / SAFETENSORS_WEIGHTS_NAME, part / f"{adapter.name}_model.safetensors")
+        _save({**adapter.weights, **adapter.heads}, part / f"{adapter.name}_model.safetensors")
     _save(_original_gate(files, stride=1), part / ORIGINAL_GATE)
     # It leaves dropout on.
     config = _original_config(files) | {"adapters": {name: name for name in names}, "xlora_dropout_p": 0.0}
@@ -278,8 +285,8 @@ def _original_gate(files: MixtureFiles, stride: int) -> dict[str, Tensor]:
 
 def _copy_expert(adapter: Adapter, folder: Path) -> None:
     folder.mkdir(parents=True)
-    for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        shutil.copy(adapter.folder / file, folder / file)
+    shutil.copy(adapter.folder / CONFIG_NAME, folder / CONFIG_NAME)
+    _save({**adapter.weights, **adapter.heads}, folder / SAFETENSORS_WEIGHTS_NAME)
     if licensed_card(adapter.folder) is not None:
         shutil.copy(adapter.folder / CARD, folder / CARD)
 

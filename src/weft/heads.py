@@ -19,7 +19,8 @@ from peft.utils import PeftType, TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from weft.adapters import KEY_PREFIX, Adapter
+from weft.adapter_keys import KEY_PREFIX
+from weft.adapters import Adapter
 from weft.errors import AdapterError, ConfigError, bullet_list
 from weft.injection import key_problems
 

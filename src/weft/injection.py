@@ -8,16 +8,42 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from weft.adapters import KEY_PREFIX, SHOWN, Adapter, different_bases, model_name, not_finite, preview
+from weft.adapter_keys import KEY_PREFIX, fitted
+from weft.adapters import SHOWN, Adapter, different_bases, model_name, not_finite, preview
 from weft.errors import AdapterError, bullet_list
-from weft.placement import execution_device, is_offloaded, offloaded_weights
+from weft.placement import execution_device, is_offloaded
+
+
+def uncompiled(base: Any) -> Any:
+    """The model inside of what `torch.compile(base)` gave, whose attribute would be in the names of all layers.
+
+    What `base.compile()` compiled stays that: it is traced again with the experts in it.
+
+    Raises:
+        AdapterError: only parts of the model are compiled, or it is wrapped for several processes.
+    """
+    while "_orig_mod" in base._modules:
+        base = base._orig_mod
+    if isinstance(base, (DataParallel, DistributedDataParallel)):
+        raise AdapterError(
+            f"the base model is wrapped as {type(base).__name__}: pass the model itself (.module), and wrap the mixture"
+        )
+    parts = [path for path, module in base.named_modules() if "_orig_mod" in module._modules]
+    if parts:
+        raise AdapterError(
+            f"parts of the base model are compiled ({preview(parts)}): pass it uncompiled, and compile them in the "
+            "mixture"
+        )
+    return base
 
 
 def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
@@ -94,7 +120,7 @@ def remove_adapters(base: nn.Module) -> None:
 def remove_wrappers(base: nn.Module) -> None:
     """Put the base model's own modules back in the place of those that are trained as a whole."""
     for name, module in list(base.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper):
             parent, _, attribute = name.rpartition(".")
             setattr(base.get_submodule(parent), attribute, module.original_module)
 
@@ -121,9 +147,9 @@ def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor
 def _fill(base: nn.Module, adapter: Adapter) -> None:
     """Copy an adapter's tensors into its parameters, all of them or none."""
     parameters = dict(adapter_parameters(base, adapter.name))
-    weights = _without_base_weights(base, adapter)
+    weights = fitted(adapter.weights, parameters)
     if weights.keys() != parameters.keys():
-        weights = _converted(base, adapter, weights)
+        weights = converted(base, adapter, weights)
     problems = key_problems(weights, parameters)
     if any(parameter.is_meta for parameter in parameters.values()):
         problems.append(
@@ -135,6 +161,12 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
         made_for, given = adapter.config.base_model_name_or_path, getattr(base, "name_or_path", None)
         if made_for and given and model_name(made_for) != model_name(given):
             problems.append(f"it was made for the base model {made_for}, and this one is {given}")
+        rows = {len(value.T) for key, value in weights.items() if key.endswith("lora_embedding_A")}
+        if rows - {len(value.T) for key, value in parameters.items() if key.endswith("lora_embedding_A")}:
+            problems.append(
+                f"it was trained with embeddings of {max(rows)} tokens: call "
+                f"model.resize_token_embeddings({max(rows)}) first"
+            )
         raise AdapterError(f"adapter {adapter.name!r} ({file}) does not fit the base model:{bullet_list(problems)}")
     with torch.no_grad():
         for key, parameter in parameters.items():
@@ -181,7 +213,7 @@ def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> l
     return problems
 
 
-def _converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the names of today's transformers, where the base model's layers were renamed since."""
     if not hasattr(getattr(base, "config", None), "model_type"):
         return weights
@@ -191,27 +223,3 @@ def _converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) ->
         model=base, peft_config=adapter.config, adapter_state_dict=dict(weights), adapter_name=adapter.name
     )
     return {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in converted.items()}
-
-
-def _without_base_weights(base: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """Drop copies of the base model's own embeddings, which peft adds to adapters that target them."""
-    base_weights: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
-    kept = {}
-    for key, value in adapter.weights.items():
-        name = key.removeprefix(KEY_PREFIX)
-        own = base_weights.get(name)
-        if own is not None and own.is_meta:
-            path, _, attribute = name.rpartition(".")
-            own = offloaded_weights(base.get_submodule(path)).get(attribute)
-        if own is None:
-            kept[key] = value
-        elif own.shape != value.shape or not _equal_in_either_dtype(own.cpu(), value.cpu()):
-            raise AdapterError(
-                f"adapter {adapter.name!r} carries its own {key}, which differs from the base model's: an adapter with "
-                "retrained or resized embeddings or other modules cannot be mixed"
-            )
-    return kept
-
-
-def _equal_in_either_dtype(own: Tensor, other: Tensor) -> bool:
-    return torch.equal(own.to(other.dtype), other) or torch.equal(other.to(own.dtype), own)

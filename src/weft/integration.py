@@ -24,6 +24,7 @@ from weft.adapters import local_folder
 from weft.checkpoint import load_gate, save_whole
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, first_line
+from weft.injection import uncompiled
 from weft.model import XLoraModel
 
 _peft_own: dict[str, Any] = {}
@@ -163,7 +164,7 @@ def base_model_of(base: nn.Module | str | os.PathLike[str] | None, options: XLor
         CheckpointError: there is none.
     """
     if isinstance(base, nn.Module):
-        return base
+        return uncompiled(base)
     name = base
     if options is not None and base is None:
         name = options.base_model_name_or_path

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from weft.adapters import KEY_PREFIX, Adapter, local_folder, read_adapters, read_json, read_tensors
+from weft.adapter_keys import KEY_PREFIX
+from weft.adapters import Adapter, local_folder, read_adapters, read_json, read_tensors
 from weft.checkpoint import GATE_KEY, read_config, read_gate
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, first_line

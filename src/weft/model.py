@@ -30,7 +30,7 @@ from weft.frozen_copies import refuse_loading_into_copy
 from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft
-from weft.injection import adapter_parameters, inject_adapters, remove_adapters, warn_of_different_bases
+from weft.injection import adapter_parameters, inject_adapters, remove_adapters, uncompiled, warn_of_different_bases
 from weft.layer_inputs import find_layer_inputs
 from weft.licences import licensed_card
 from weft.passes import Passes
@@ -39,6 +39,7 @@ from weft.peft_state import PeftStateMethods
 from weft.processes import others_have_parameters
 from weft.quantised import keep_unpacked, let_repack
 from weft.rank_weights import RankWeights
+from weft.retrained import Retrained
 from weft.routing import ConstantWeights, constant_scalings
 from weft.seq2seq import Seq2SeqPasses
 
@@ -84,6 +85,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         nn.Module.__init__(self)
+        model = uncompiled(model)
         # A copy: one config may serve several models, and each writes its own layers and options into it.
         given = config[adapter_name] if isinstance(config, dict) else config
         refuse_task_of_peft(given)
@@ -103,6 +105,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
         heads = find_heads(model, self.backbone.module, options.heads)
         adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads, base_is_known=True)
+        self.retrained = Retrained(model, adapters, self.backbone.module)
         self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
         self.expert_cards = {adapter.name: licensed_card(adapter.folder) for adapter in adapters}
 
@@ -119,6 +122,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self._kept_unpacked = keep_unpacked(model)
         base_peft_config = getattr(model, "peft_config", None)
         try:
+            self.retrained.use(True)
             self.lora_model = inject_adapters(model, adapters)
             if options.layer_names is None:  # else it is a saved mixture, whose maker has been told
                 warn_of_different_bases(model, adapters)
@@ -129,6 +133,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             remove_adapters(model)
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
+            self.retrained.use(False)
             self._restore_requires_grad(model)
             let_repack(self._kept_unpacked)
             raise
@@ -251,6 +256,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
 
     def _switch_layers(self, *, enabled: bool) -> None:
         self.passes.disabled = not enabled
+        self.retrained.use(enabled)
         for module in self.lora_model.model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 # The flag alone: peft's own switch also changes what is trainable, which is the user's to say.
@@ -262,6 +268,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.carrier.clear()
         Passes.detach(model)
         remove_adapters(model)
+        self.retrained.use(False)
         self._restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
         let_repack(self._kept_unpacked)

@@ -8,6 +8,7 @@ from peft.config import PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from weft.adapter_keys import without_wrappers
 from weft.checkpoint import GATE_KEY, gate_problems, given_experts
 from weft.errors import AdapterError, CheckpointError, bullet_list
 from weft.frozen_copies import refuse_frozen_copy
@@ -52,6 +53,7 @@ class PeftStateMethods:
         tuner: Any = model.base_model
         if adapter_name in tuner.frozen_copies:
             return {}
+        state_dict = {without_wrappers(key): value for key, value in state_dict.items()}
         tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
         return {key: value for key, value in state_dict.items() if GATE_KEY in key}
 

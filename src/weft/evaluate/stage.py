@@ -23,6 +23,7 @@ from weft.adapters import local_folder, read_adapters
 from weft.errors import AdapterError
 from weft.injection import inject_adapters, remove_adapters
 from weft.integration import from_pretrained
+from weft.retrained import Retrained
 
 # What comes onto the base, and how it goes again.
 Carried = tuple[Any, Callable[[], Any]]
@@ -107,9 +108,21 @@ def adapters(paths: dict[str, str]) -> Load:
     """Ordinary adapters side by side, as peft's `LoraModel`; the first one acts."""
 
     def put(base: Any) -> Carried:
-        lora_model = inject_adapters(base, read_adapters(paths, allow_dora=True, base_is_known=True))
+        read = read_adapters(paths, allow_dora=True, base_is_known=True)
+        retrained = Retrained(base, read)
+
+        def leave() -> None:
+            remove_adapters(base)
+            retrained.use(False)
+
+        try:
+            retrained.use(True)
+            lora_model = inject_adapters(base, read)
+        except BaseException:
+            leave()
+            raise
         lora_model.set_adapter(next(iter(paths)))
-        return lora_model, partial(remove_adapters, base)
+        return lora_model, leave
 
     return Load(f"adapters {paths}", put)
 
