@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import weft
-from models import folder_files, quietly, save_adapter
+from models import folder_files, quietly, save_adapter, tiny_tokenizer
 from weft.cli import main
 from weft.errors import ConfigError
 from weft.options import TrainOptions
@@ -263,3 +263,80 @@ def test_an_expert_may_be_trained_by_itself_to_be_compared(base_folder, texts, t
     assert not (tmp_path / "out").exists()
     assert train_experts(options, said.append) == folders
     assert len(said) == 1
+
+
+# ---------------------------------------------------------------------- base models with experts of their own
+
+
+def moe(kind, vocabulary):
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "num_experts_per_tok": 2,
+    }
+    if kind == "Mixtral":
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**common, num_local_experts=4))
+    own = {"moe_intermediate_size": 16, "num_experts": 4}
+    if kind == "Qwen2Moe":
+        own["shared_expert_intermediate_size"] = 16
+        return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**common, **own))
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**common, **own, head_dim=8))
+
+
+@pytest.fixture(params=["Qwen3Moe", "Mixtral", "Qwen2Moe"])
+def moe_arguments(request, arguments, tmp_path):
+    """`weft train --experts-from` on such a base model."""
+    tokenizer = tiny_tokenizer()
+    moe(request.param, len(tokenizer)).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    return request.param, changed(arguments, base=str(tmp_path / "moe"))
+
+
+def test_fused_experts_of_the_base_model_are_left_out_and_that_is_said(moe_arguments, tmp_path, capsys):
+    kind, arguments = moe_arguments
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    fused = kind != "Qwen2Moe"  # whose shared experts have names by which peft takes linear layers only
+    assert ("the experts leave down_proj, gate.weight, gate_up_proj out" in shown) == fused
+    model = weft.from_pretrained(tmp_path / "out")
+    layers = {name.rpartition(".")[2] for name in model.base_model.xlora_config.layer_names}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= layers
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    alone = peft.PeftModel.from_pretrained(base, tmp_path / "out-experts/fox").eval()
+    ids = torch.arange(1, 9).view(1, 8)
+    with torch.no_grad(), model.fixed_scalings({"fox": 1.0}):
+        torch.testing.assert_close(model(ids).logits, alone(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("moe_arguments", ["Qwen3Moe"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"expert_targets": "gate_proj"},
+            "expert_targets (['gate_proj', 'up_proj']) mean the parameters ['gate_up_proj']",
+        ),
+        ({"gate_layer": "2"}, "gate_layer (2)"),
+        ({"scaling_pass_layers": "9"}, "scaling_pass_layers (9)"),
+        ({"adapters": "other={other}"}, "adapter 'other'"),
+    ],
+    ids=["targets", "gate layer", "pass", "adapter"],
+)
+def test_what_the_mixture_would_refuse_is_refused_before_any_training(
+    options, message, moe_arguments, base_adapters, tmp_path, capsys
+):
+    values = {name: value.format(other=base_adapters["math"]) for name, value in options.items()}
+    arguments = changed(moe_arguments[1], **values)
+    if "expert_targets" in options:
+        arguments.insert(arguments.index("--expert-targets") + 2, "up_proj")
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "training" not in printed.out
+    assert not (tmp_path / "out-experts").exists()

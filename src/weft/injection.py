@@ -109,9 +109,10 @@ def warn_of_different_bases(base: nn.Module, adapters: list[Adapter]) -> None:
 def remove_adapters(base: nn.Module) -> None:
     """Put the base layers back in the place of all LoRA layers, and of modules that are trained as a whole."""
     remove_wrappers(base)
-    for name, module in list(base.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent, _, attribute = name.rpartition(".")
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        if parent not in layers:  # else it is around the same base layer, as peft puts a parameter's around another's
             setattr(base.get_submodule(parent), attribute, module.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config

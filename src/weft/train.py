@@ -128,6 +128,11 @@ def _load_model(options: TrainOptions, adapters: dict[str, str]) -> PeftModel:
     check_length(options.sequence_length, base.config)
     if options.start_from is not None:
         return from_pretrained(options.start_from, base, is_trainable=True)
+    return new_mixture(base, adapters, options)
+
+
+def new_mixture(base: Any, adapters: dict[str, str], options: TrainOptions) -> PeftModel:
+    """A mixture on a base model, with the options of a training."""
     return from_adapters(base, adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,14 +24,18 @@ from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import AdapterError, ConfigError
 from weft.finite import FiniteLoss
+from weft.injection import remove_adapters
+from weft.integration import from_adapters
 from weft.labelled import training_rows
 from weft.loading import load_base, load_tokenizer
 from weft.options import TrainOptions
+from weft.packing import check_packing
 from weft.processes import by_the_first
 from weft.progress import trained_tokens
 from weft.train import (
     StopOnInterrupt,
     check,
+    new_mixture,
     read_eval_rows,
     read_training_rows,
     steps_to_train,
@@ -92,7 +97,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
         tokenizer = load_tokenizer(options.base)
         read_training_rows(gate_options, list(adapters), tokenizer)
         read_eval_rows(gate_options, list(adapters), tokenizer)
-        train_experts(options, say)
+        _train_missing(options, say, gate_options=gate_options)
     say(f"training the gate over {', '.join(adapters)}")
     return train(gate_options)
 
@@ -112,6 +117,19 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> 
         KeyboardInterrupt: after an interrupt; complete experts stay.
     """
     _check(options)
+    return _train_missing(options, say, gate_options=None)
+
+
+def _train_missing(
+    options: TrainOptions, say: Callable[[str], None], *, gate_options: TrainOptions | None
+) -> dict[str, Path]:
+    """Train the experts that are not there yet, when a mixture of all of them has been tried with fresh ones.
+
+    Args:
+        options: of the recipe.
+        say: told what goes on.
+        gate_options: of the gate's training that follows; None where none does.
+    """
     assert options.base is not None
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
@@ -128,9 +146,10 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> 
         )
         for name, source in missing.items()
     }
+    targets = _tried_targets(options, list(missing), gate_options, say) if missing else []
     for name in missing:
         say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")
-        _train_expert(name, folders[name], rows[name], tokenizer, options)
+        _train_expert(name, folders[name], rows[name], tokenizer, options, targets)
     return folders
 
 
@@ -204,23 +223,85 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
     return True
 
 
-def _train_expert(name: str, folder: Path, rows: list[dict[str, Any]], tokenizer: Any, options: TrainOptions) -> None:
+def _tried_targets(
+    options: TrainOptions, missing: list[str], gate_options: TrainOptions | None, say: Callable[[str], None]
+) -> str | list[str]:
+    """What the experts are to adapt, after a mixture with fresh experts has been made on the base model.
+
+    Raises:
+        WeftError: what could not be mixed after the training.
+    """
+    assert options.base is not None
+    base = load_base(options.base, options.dtype, options.quantization)
+    check_length(options.sequence_length, base.config)
+    targets, left_out = _mixable_targets(base, options)
+    if left_out:
+        say(
+            f"the experts leave {', '.join(left_out)} out, parameters of the base model's own experts, which are fused "
+            f"and cannot be adapted token by token; they adapt {', '.join(targets)}"
+        )
+    with TemporaryDirectory() as fresh:
+        model = get_peft_model(base, _lora_config(options, targets))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of embeddings, said again when an expert is saved
+            model.save_pretrained(fresh)
+        remove_adapters(base)
+        adapters = dict.fromkeys(missing, fresh)
+        if gate_options is None:
+            from_adapters(base, adapters)
+        else:
+            all_adapters = parse_adapters(gate_options.adapters)
+            paths = {name: adapters.get(name, path) for name, path in all_adapters.items()}
+            mixture = new_mixture(base, paths, gate_options)
+            if gate_options.packing:
+                check_packing(mixture, gate_options.batch_size)
+    return targets
+
+
+def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str], list[str]]:
+    """The targets by names of modules, and the fused parameters that all-linear would mean too.
+
+    Raises:
+        ConfigError: the targets given do not fit the base model, or mean such parameters.
+    """
+    given: str | list[str] = options.expert_targets
+    given = given[0] if given == ["all-linear"] else given
+    try:
+        config: Any = get_peft_model(base, _lora_config(options, given), low_cpu_mem_usage=True).peft_config["default"]
+    except ValueError as err:
+        raise AdapterError(f"expert_targets ({options.expert_targets}) do not fit the base model: {err}") from err
+    remove_adapters(base)
+    fused = sorted(config.target_parameters or ())
+    if not fused:
+        return given, []
+    if given != "all-linear" or not config.target_modules:
+        raise ConfigError(
+            f"expert_targets ({options.expert_targets}) mean the parameters {fused} of the base model's own experts, "
+            "which are fused and cannot be adapted token by token: name linear layers, such as those of the attention, "
+            "or leave it out (all-linear takes all that can be mixed)"
+        )
+    return sorted(config.target_modules), fused
+
+
+def _lora_config(options: TrainOptions, targets: str | list[str]) -> LoraConfig:
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=options.expert_rank, lora_alpha=options.expert_alpha, target_modules=targets
+    )
+
+
+def _train_expert(
+    name: str,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    options: TrainOptions,
+    targets: str | list[str],
+) -> None:
     """Train one expert on a base model of its own, and save it when it is complete."""
     assert options.base is not None
     set_seed(options.seed)
     base = load_base(options.base, options.dtype, options.quantization)
-    check_length(options.sequence_length, base.config)
-    targets = options.expert_targets
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=options.expert_rank,
-        lora_alpha=options.expert_alpha,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-    )
-    try:
-        model = get_peft_model(base, config)
-    except ValueError as err:
-        raise AdapterError(f"expert_targets ({targets}) do not fit the base model: {err}") from err
+    model = get_peft_model(base, _lora_config(options, targets))
     own = dataclasses.replace(
         options,
         max_steps=options.expert_steps,
