@@ -24,7 +24,7 @@ ORDER = [
     ["frozen_copies"],
     ["peft_methods"],
     ["checkpoint", "retrained"],
-    ["peft_state"],
+    ["peft_state", "inside_transformers"],
     ["model"],
     ["integration", "speculation"],
     ["change_experts", "mixture_files", "card"],

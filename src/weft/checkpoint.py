@@ -148,7 +148,7 @@ def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kw
         adapters if adapters is not None else {name: _resolve(folder, name, at) for name, at in saved.items()}
     )
     values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
-    return XLoraConfig(**values)
+    return XLoraConfig(**values).read_from(folder)
 
 
 def load_gate(model: torch.nn.Module, folder: Path) -> None:

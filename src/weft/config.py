@@ -202,6 +202,16 @@ class XLoraConfig(PeftConfig):
         """The X-LoRA model whose options these are."""
         return getattr(self, "_model", None)
 
+    @property
+    def folder(self) -> Path | None:
+        """The saved mixture's folder that these options were read from."""
+        return getattr(self, "_folder", None)
+
+    def read_from(self, folder: Path) -> XLoraConfig:
+        """Remember the folder; the options themselves."""
+        self._folder = folder
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_model"}
 

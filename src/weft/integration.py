@@ -16,6 +16,7 @@ from typing import Any
 import transformers
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, TaskType
 from torch import nn
@@ -39,6 +40,7 @@ _WITH_HEADS: dict[str, Any] = {
 def register_with_peft() -> None:
     """Let peft's `get_peft_model` and `PeftModel.from_pretrained` build weft's X-LoRA, also from peft's `XLoraConfig`.
 
+    So do transformers' own functions that take an adapter's folder: `AutoModelForCausalLM.from_pretrained`, `pipeline`.
     Idempotent; `unregister_from_peft` undoes it. Models that exist already stay what they are.
 
     Example:
@@ -46,6 +48,8 @@ def register_with_peft() -> None:
         >>> model = peft.get_peft_model(base, peft.XLoraConfig(...))  # an existing script, as it was
     """
     if not _peft_own:
+        _peft_own["from_pretrained"] = PeftConfigMixin.__dict__["from_pretrained"]
+        PeftConfigMixin.from_pretrained = classmethod(_config_of_folder)  # type: ignore[assignment]
         _peft_own["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA]
         _peft_own["model"] = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA]
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = XLoraConfig
@@ -57,7 +61,17 @@ def unregister_from_peft() -> None:
     if _peft_own:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = _peft_own["config"]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = _peft_own["model"]
+        PeftConfigMixin.from_pretrained = _peft_own["from_pretrained"]  # type: ignore[method-assign]
         _peft_own.clear()
+
+
+def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+    """peft's `from_pretrained` of configs, after which a mixture's knows its folder, by whatever class it was read.
+
+    transformers reads it by `PeftConfig`, which looks for the experts in the present directory.
+    """
+    config = _peft_own["from_pretrained"].__get__(None, cls)(path, subfolder=subfolder, **kwargs)
+    return XLoraConfig.from_pretrained(path, subfolder=subfolder) if isinstance(config, XLoraConfig) else config
 
 
 def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, str], **config: Any) -> PeftModel:

@@ -31,6 +31,7 @@ from weft.gate import XLoraClassifier
 from weft.gate_place import first_following_layer, refuse_layers_beside_text
 from weft.heads import add_heads, find_heads, refuse_task_of_peft
 from weft.injection import adapter_parameters, inject_adapters, remove_adapters, uncompiled, warn_of_different_bases
+from weft.inside_transformers import leave, settle_in
 from weft.layer_inputs import find_layer_inputs
 from weft.licences import licensed_card
 from weft.passes import Passes
@@ -128,9 +129,12 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
                 warn_of_different_bases(model, adapters)
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
+            if not isinstance(config, dict) and options.folder is not None:
+                settle_in(model, self, options.folder)
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
+            leave(model)
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self.retrained.use(False)
@@ -268,6 +272,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.carrier.clear()
         Passes.detach(model)
         remove_adapters(model)
+        leave(model)
         self.retrained.use(False)
         self._restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
