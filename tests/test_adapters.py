@@ -125,6 +125,10 @@ DAMAGES = {
         lambda bad: change_config(bad, alora_invocation_tokens=[3]),
         r"adapter 'bad' has alora_invocation_tokens \(\[3\]\): it acts on a part of the text only",
     ),
+    "Arrow": (
+        lambda bad: change_config(bad, arrow_config={"top_k": 1}),
+        r"adapter 'bad' has arrow_config \(.*\): it routes between other adapters",
+    ),
     "options that peft refuses": (
         lambda bad: change_config(bad, layers_pattern="layers"),
         r"adapter 'bad'.*layers_to_transform",
@@ -166,6 +170,12 @@ def test_adapter_that_cannot_be_an_expert_is_named_and_the_base_model_untouched(
     paths = {"good": good, "bad": str(bad)}
     with pytest.raises(AdapterError, match=message):
         weft.from_adapters(untouched_base, {name: paths[name] for name in order})
+
+
+def test_adapter_that_needs_a_library_is_refused_by_its_name(bad, untouched_base):
+    change_config(bad, megatron_config={"tensor_model_parallel_size": 1})
+    with pytest.raises(AdapterError, match=r"adapter 'bad' .* does not fit the base model: No module named 'megatron'"):
+        weft.from_adapters(untouched_base, {"bad": str(bad)})
 
 
 def test_adapter_error_is_a_value_error():

@@ -246,6 +246,21 @@ def test_pefts_own_functions_know_the_head(bert, ids, tmp_path):
             peft.get_peft_model(tiny("SequenceClassification"), config)
 
 
+def test_an_expert_more_or_less_leaves_the_heads(bert, ids, tmp_path):
+    model = weft.from_adapters(tiny("SequenceClassification"), {"one": bert["one"]}, heads=["classifier"]).eval()
+    with torch.no_grad():
+        model.get_base_model().classifier.modules_to_save["default"].weight.mul_(2)
+    model.save_pretrained(tmp_path / "mixture")
+    base = tiny("SequenceClassification")
+    weft.add_expert(tmp_path / "mixture", "two", bert["two"], tmp_path / "more", base=base)
+    more = weft.from_pretrained(tmp_path / "more", tiny("SequenceClassification"))
+    weft.drop_expert(tmp_path / "more", "two", tmp_path / "less")
+    less = weft.from_pretrained(tmp_path / "less", tiny("SequenceClassification"))
+    for each in (more, less):
+        with each.fixed_scalings({"one": 1.0}), model.fixed_scalings({"one": 1.0}):
+            torch.testing.assert_close(outputs(each, ids), outputs(model, ids))
+
+
 # ---------------------------------------------------------------------- refused
 
 

@@ -27,6 +27,7 @@ _UNMIXABLE = {
     "layer_replication": "replicates layers of the base model",
     "target_parameters": "adapts bare parameters",
     "alora_invocation_tokens": "acts on a part of the text only",
+    "arrow_config": "routes between other adapters",
 }
 
 
@@ -224,7 +225,7 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
 def _read_config(name: str, folder: Path) -> LoraConfig:
     try:
         return LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError) as err:
+    except (ValueError, TypeError, ImportError) as err:
         raise AdapterError(f"adapter {name!r}: peft refuses {folder / CONFIG_NAME}: {err}") from err
 
 
@@ -251,7 +252,7 @@ def different_bases(adapters: list[Adapter]) -> str | None:
 
     They are named by a path or a Hub id, of which mirrors and moved folders keep the last part.
     """
-    names = {adapter.name: adapter.config.base_model_name_or_path for adapter in adapters}
+    names = {adapter.name: str(adapter.config.base_model_name_or_path or "") for adapter in adapters}
     if len({model_name(base) for base in names.values() if base}) < 2:
         return None
     return "; ".join(f"{name!r} of {base}" for name, base in names.items() if base)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from weft.adapter_keys import KEY_PREFIX, brought_keys
 from weft.adapters import local_folder, preview, read_tensors
-from weft.checkpoint import GATE_KEY, complete_folder, read_config, read_gate, write_expert
+from weft.checkpoint import GATE_KEY, complete_folder, is_expert_key, read_config, read_gate, write_expert
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
 from weft.gate_place import first_following_layer
@@ -102,13 +102,13 @@ def add_expert(
     try:
         new.layer_names = tuner.xlora_config.layer_names
         following = new.layer_names[first_following_layer(tuner.backbone, new) :]
-        gate = _read_gate(folder)
+        gate, heads = _read_gate(folder)
         before = _followers(gate, config)
         _map_head(gate, config, lambda rows: _with_expert(rows, before, following, config))
 
         def write(part: Path) -> None:
             write_expert(tuner, name, part / EXPERTS_FOLDER / name)
-            _write(part, folder, new, gate)
+            _write(part, folder, new, {**gate, **heads})
 
         replace_folder(target, write, CONFIG_NAME)
     finally:
@@ -165,7 +165,7 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
     new = _changed(config, {other: path for other, path in config.adapters.items() if other != name})
     adapted = {layer for other in new.adapters or {} for layer in _adapted_layers(folder, other)}
     new.layer_names = [layer for layer in config.layer_names or [] if layer in adapted]
-    gate = _read_gate(folder)
+    gate, heads = _read_gate(folder)
     before = _followers(gate, config)
     kept = [number for number, layer in enumerate(before) if layer in adapted]
     if not kept:
@@ -178,7 +178,7 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
         _map_head(gate, config, lambda rows: rows[kept][:, columns])
     else:
         _map_head(gate, config, lambda rows: rows[:, columns])
-    replace_folder(target, lambda part: _write(part, folder, new, gate), CONFIG_NAME)
+    replace_folder(target, lambda part: _write(part, folder, new, {**gate, **heads}), CONFIG_NAME)
     return target
 
 
@@ -222,8 +222,11 @@ def _changed(config: XLoraConfig, adapters: dict[str, str]) -> XLoraConfig:
     )
 
 
-def _read_gate(folder: Path) -> dict[str, Tensor]:
-    return {key: value for key, value in read_gate(folder).items() if GATE_KEY in key}
+def _read_gate(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gate, and the heads beside it; without copies of trained experts."""
+    tensors = read_gate(folder)
+    gate = {key: value for key, value in tensors.items() if GATE_KEY in key}
+    return gate, {key: value for key, value in tensors.items() if key not in gate and not is_expert_key(key)}
 
 
 def _followers(gate: dict[str, Tensor], config: XLoraConfig) -> list[str]:
@@ -270,7 +273,7 @@ def _expert_keys(folder: Path, name: str) -> list[str]:
     return list(read_tensors(folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME))
 
 
-def _write(part: Path, folder: Path, config: XLoraConfig, gate: dict[str, Tensor]) -> None:
+def _write(part: Path, folder: Path, config: XLoraConfig, tensors: dict[str, Tensor]) -> None:
     """Write the new mixture, and what lies beside the old one: a tokenizer, a model card, but no optimizer's state."""
     for file in folder.iterdir():
         if file.is_file() and file.name not in {*_WEFTS_OWN, _TRAINING_STATE} and file.suffix not in _PICKLES:
@@ -279,5 +282,5 @@ def _write(part: Path, folder: Path, config: XLoraConfig, gate: dict[str, Tensor
         new = part / EXPERTS_FOLDER / name
         if not new.exists():
             shutil.copytree(folder / EXPERTS_FOLDER / name, new)
-    save_file(gate, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(tensors, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     complete_folder(config, part)

@@ -64,10 +64,8 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
             else:
                 lora_model.peft_config[adapter.name] = config
                 lora_model.inject_adapter(base, adapter.name)
-        except (
-            ValueError,
-            TypeError,
-        ) as err:  # a TypeError where peft knows the layers' quantisation, but not their LoRA
+        # A TypeError where peft knows the layers' quantisation, but not their LoRA.
+        except (ValueError, TypeError, ImportError) as err:
             raise AdapterError(
                 f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
             ) from err
@@ -159,7 +157,7 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
         )
     if problems:
         file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
-        made_for, given = adapter.config.base_model_name_or_path, getattr(base, "name_or_path", None)
+        made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None)
         if made_for and given and model_name(made_for) != model_name(given):
             problems.append(f"it was made for the base model {made_for}, and this one is {given}")
         rows = {len(value.T) for key, value in weights.items() if key.endswith("lora_embedding_A")}
