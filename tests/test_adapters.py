@@ -551,6 +551,23 @@ def test_an_expert_whose_products_overflow_is_not_heard_at_weight_0(tokens, name
         assert model(tokens).logits.isnan().any()
 
 
+def test_an_expert_whose_products_overflow_is_not_heard_in_the_rows_of_others(llama_adapters):
+    model = weft.from_adapters(tiny_llama(), {name: llama_adapters[name] for name in ("math", "code")}).eval()
+    ids = TOKENS.repeat(2, 1)
+
+    def of_rows():
+        with torch.no_grad():
+            return model(ids, adapter_names=["math", "code"]).logits
+
+    expected = of_rows()[0]
+    for name, parameter in model.named_parameters():
+        if "lora_A.code" in name:
+            parameter.data.fill_(torch.finfo(torch.float32).max)
+    found = of_rows()
+    torch.testing.assert_close(found[0], expected)
+    assert found[1].isnan().any()
+
+
 @pytest.mark.parametrize("tokens", [TOKENS[:, :1], TOKENS, TOKENS.repeat(1, 9)], ids=["one", "few", "many"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_an_expert_whose_products_overflow_is_not_heard_outside_of_top_k(tokens, grad, llama_adapters):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import weft
 from models import VOCAB, lora, quietly, randomise, tiny_llama
 from weft.errors import AdapterError, CheckpointError, ConfigError
+from weft.evaluate.stage import Stage, adapters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NEW = VOCAB + 8
@@ -258,6 +259,18 @@ def test_an_expert_is_added_that_brings_new_tokens_and_only_it_cannot_be_dropped
     with pytest.raises(ConfigError, match=r"name \('a'\) is the only expert that brings .*embed_tokens.weight.* along"):
         weft.drop_expert(added, "a", tmp_path / "dropped")
     assert not (tmp_path / "dropped").exists()
+
+
+def test_evaluation_carries_what_single_adapters_bring(several, bases):
+    base = original(bases)
+    before = logits(base, tokens_of(base))
+    expected = quietly(peft.PeftModel.from_pretrained, resized(bases), several["a"]).eval()
+    ids = tokens_of(expected.get_base_model())
+    stage = Stage(base)
+    carried = quietly(stage.carry, adapters({"a": several["a"]}))
+    torch.testing.assert_close(logits(carried, ids), logits(expected, ids), atol=1e-5, rtol=1e-5)
+    stage.clear()
+    assert torch.equal(logits(base, tokens_of(base)), before)
 
 
 @pytest.mark.parametrize("to", ["peft", "xlora", "mistralrs"])

@@ -175,7 +175,8 @@ class Passes:
 
     def _ready(self, scalings: Tensor, first_layer: int = 0) -> ReadyWeights | None:
         """What the layers can use as it is to follow these scalings, top-k applied."""
-        some_left_out = self._fixed is not None or self.config.top_k_lora is not None
+        chosen = self._fixed is not None or self._rows_of_call is not None
+        some_left_out = chosen or self.config.top_k_lora is not None
         weight = self.config.global_scaling_weight
         return self._rank_weights.per_rank(scalings, first_layer, weight, some_left_out=some_left_out)
 
