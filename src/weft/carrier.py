@@ -52,6 +52,8 @@ class Routing:
         kept: index into the sequence axis for layers that see the kept tokens only; None for all of them.
         per_token: whether the scalings differ from token to token, rather than hold for all of a row.
         of_biases: how much of each expert's `lora_bias` acts in each row; None for all of it.
+        some_left_out: a scaling of 0 means that an expert was not chosen, and is not heard even where its A x has
+            overflowed (0 · inf would be NaN); False where the gate gives each expert a share.
     """
 
     scalings: Float[Tensor, "batch seq layer expert"]
@@ -62,6 +64,7 @@ class Routing:
     kept: slice | Tensor | None = None
     per_token: bool = True
     of_biases: Float[Tensor, "row expert"] | None = None
+    some_left_out: bool = True
     _per_layer: tuple[Tensor, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -175,10 +175,13 @@ class Passes:
 
     def _ready(self, scalings: Tensor, first_layer: int = 0) -> ReadyWeights | None:
         """What the layers can use as it is to follow these scalings, top-k applied."""
-        chosen = self._fixed is not None or self._rows_of_call is not None
-        some_left_out = chosen or self.config.top_k_lora is not None
         weight = self.config.global_scaling_weight
-        return self._rank_weights.per_rank(scalings, first_layer, weight, some_left_out=some_left_out)
+        return self._rank_weights.per_rank(scalings, first_layer, weight, some_left_out=self._some_left_out)
+
+    @property
+    def _some_left_out(self) -> bool:
+        chosen = self._fixed is not None or self._rows_of_call is not None
+        return chosen or self.config.top_k_lora is not None
 
     def _whole(self, scalings: Tensor) -> Float[Tensor, "batch seq layer expert"]:
         if self.first_layer == 0:
@@ -380,6 +383,7 @@ class Passes:
                 kinds=self.kinds,
                 kept=keep,
                 of_biases=self._of_biases(),
+                some_left_out=self._some_left_out,
             )
         )
 

@@ -189,7 +189,8 @@ class XLoraLayer(ABC):
                 scales = scales.movedim(-1, rank_axis)
         else:
             scales = scales.view(-1, *(1 for _ in range(rank_axis + 1, h.dim())))
-        h = _scale_blocks(h, scales, stack, rank_axis, chosen_only=weights is not None)
+        chosen_only = weights is not None and (routing is None or routing.some_left_out)
+        h = _scale_blocks(h, scales, stack, rank_axis, chosen_only=chosen_only)
         result = self.add_up(result, h, up if dora is None else dora.up, stack)
         if dora is not None:
             plain = self.dora.plain(base_result) if dropped is None else self.dora.plain_of_each(dropped)
