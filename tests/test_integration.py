@@ -1,8 +1,12 @@
 """weft inside peft: registered and not, from peft's config and weft's own."""
 
+import shutil
+
+import huggingface_hub
 import peft
 import pytest
 import torch
+import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import weft
@@ -165,3 +169,62 @@ def test_from_pretrained_is_frozen_and_in_evaluation_mode_unless_trainable(llama
     trainable = weft.from_pretrained(tmp_path / "mixture", tiny_llama().train(), is_trainable=True)
     assert trainable.training
     assert any(p.requires_grad for p in trainable.parameters())
+
+
+# ---------------------------------------------------------------------- how models are named and loaded
+
+
+def weights(model):
+    return model.get_base_model().get_input_embeddings().weight
+
+
+def test_mixture_and_base_may_be_given_in_either_order(mixture, base_folder, base_adapters, ids, without_type_checks):
+    base = str(base_folder)
+    with torch.no_grad():
+        expected = weft.from_pretrained(mixture, base)(ids).logits
+        for first, second in ((base, mixture), (transformers.AutoModelForCausalLM.from_pretrained(base), mixture)):
+            assert torch.equal(weft.from_pretrained(first, second)(ids).logits, expected)
+    swapped = weft.from_adapters(base_adapters, base)
+    assert swapped.xlora_config.expert_names == list(base_adapters)
+
+
+@pytest.mark.parametrize("second", [None, tiny_llama])
+def test_a_model_in_the_place_of_the_mixture_is_named(second, without_type_checks):
+    with pytest.raises(ConfigError, match=r"path \(LlamaForCausalLM\) must be the folder or Hub id of a mixture"):
+        weft.from_pretrained(tiny_llama(), second and second())
+
+
+def test_a_base_model_that_is_named_is_loaded_as_transformers_users_say(mixture, base_folder, base_adapters):
+    loaded = weft.from_pretrained(mixture, dtype=torch.bfloat16, device_map="cpu")
+    assert weights(loaded).dtype == torch.bfloat16
+    made = weft.from_adapters(str(base_folder), base_adapters, dtype=torch.float64, device_map={"": "cpu"})
+    assert weights(made).dtype == torch.float64
+
+
+@pytest.mark.parametrize("option", [{"dtype": torch.float16}, {"device_map": "auto"}], ids=str)
+def test_options_of_loading_are_refused_where_nothing_is_loaded(option, mixture, llama_adapters):
+    name = next(iter(option))
+    message = rf"{name} \(.*\) has no effect on a base model that is loaded already \(LlamaForCausalLM\)"
+    with pytest.raises(ConfigError, match=message):
+        weft.from_pretrained(mixture, tiny_llama(), **option)
+    with pytest.raises(ConfigError, match=message):
+        weft.from_adapters(tiny_llama(), llama_adapters, **option)
+
+
+def test_revision_and_token_reach_the_hub(hub, mixture, base_folder, monkeypatch):
+    shutil.copytree(mixture, hub / "user/mix")
+    base, asked = transformers.AutoModelForCausalLM.from_pretrained(base_folder), []
+    fetch = huggingface_hub.snapshot_download
+
+    def noted(repository, **options):
+        asked.append((repository, options["revision"], options["token"]))
+        return fetch(repository, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    weft.from_pretrained("user/mix", base, revision="main", token="hf_right")
+    assert asked == [("user/mix", "main", "hf_right")]
+
+
+def test_the_default_is_scalings_for_each_layer_and_pefts_configs_keep_theirs(llama_adapters, numbered, registered):
+    assert weft.XLoraConfig(adapters=llama_adapters).layerwise_scalings
+    assert not weft.XLoraConfig.from_peft(peft.XLoraConfig(adapters=numbered, hidden_size=32)).layerwise_scalings

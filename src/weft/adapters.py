@@ -171,8 +171,14 @@ def parse_adapters(
     return adapters
 
 
-def local_folder(path: str, what: str) -> Path:
+def local_folder(path: str, what: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder itself, or a snapshot of the Hub id of that name (user/repository, or user/repository/folder).
+
+    Args:
+        path: folder or Hub id.
+        what: it is, for messages.
+        revision: branch, tag or commit on the Hub; None takes the main branch.
+        token: for the Hub; None takes the one of the machine, if it has one.
 
     Raises:
         CheckpointError: neither is there.
@@ -187,7 +193,8 @@ def local_folder(path: str, what: str) -> Path:
 
     try:
         wanted = [f"{below}{pattern}" for pattern in ("*.json", "*.safetensors", "*README.md")]
-        return Path(snapshot_download(repository, allow_patterns=wanted)) / below
+        snapshot = snapshot_download(repository, allow_patterns=wanted, revision=revision, token=token)
+        return Path(snapshot) / below
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
         message = f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {first_line(err)}"
         raise CheckpointError(message) from err

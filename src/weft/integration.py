@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -18,15 +19,16 @@ from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, TaskType
+from peft.utils import CONFIG_NAME, PeftType, TaskType
 from torch import nn
 
 from weft.adapters import local_folder
 from weft.checkpoint import load_gate, save_whole
 from weft.config import XLoraConfig
-from weft.errors import CheckpointError, first_line
+from weft.errors import CheckpointError, ConfigError, first_line
 from weft.injection import uncompiled
 from weft.model import XLoraModel
+from weft.original import is_original
 
 _peft_own: dict[str, Any] = {}
 # Tasks whose models have a head to be trained.
@@ -74,13 +76,26 @@ def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwar
     return XLoraConfig.from_pretrained(path, subfolder=subfolder) if isinstance(config, XLoraConfig) else config
 
 
-def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, str], **config: Any) -> PeftModel:
+def from_adapters(
+    base: nn.Module | str | os.PathLike[str],
+    adapters: dict[str, str],
+    *,
+    device_map: Any = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **config: Any,
+) -> PeftModel:
     """Make one model of a base model and several LoRA adapters of it. The gate is new: train it.
 
     Args:
         base: a transformers model (changed in place), or the name or path of a causal or sequence-to-sequence language
             model.
         adapters: expert name -> folder or Hub id, in the order of the gate's outputs.
+        device_map: where the base model is loaded, as in transformers; for one that is named.
+        dtype: the base model's number format; likewise.
+        revision: the base model's branch, tag or commit on the Hub; likewise.
+        token: for the Hub, of the base model and the adapters.
         **config: options of `XLoraConfig`.
 
     Returns:
@@ -94,8 +109,13 @@ def from_adapters(base: nn.Module | str | os.PathLike[str], adapters: dict[str, 
         >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"}, top_k_lora=1)
         >>> model.print_trainable_parameters()
     """
-    options = XLoraConfig(adapters=adapters, **config)
-    model = base_model_of(base, None)
+    if isinstance(base, dict) and not isinstance(adapters, dict):  # the other way round
+        base, adapters = adapters, base
+    options = XLoraConfig(adapters=adapters, revision=revision, **config)
+    if token is not None:
+        options.adapters = _fetched(options.adapters, token)
+    loading = {"device_map": device_map, "dtype": dtype, "revision": revision, "token": token}
+    model = base_model_of(base, None, **loading)
     if options.base_model_name_or_path is None:
         options.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     if options.task_type is None:
@@ -109,6 +129,10 @@ def from_pretrained(
     *,
     adapters: dict[str, str] | None = None,
     is_trainable: bool = False,
+    device_map: Any = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> PeftModel:
     """Load a saved mixture: a folder of weft's, of peft's X-LoRA, or of the original xlora library.
 
@@ -117,8 +141,13 @@ def from_pretrained(
         base: the base model, or its name or path; None takes the one that the folder names.
         adapters: where the experts are, if not where the folder says.
         is_trainable: leave the gate trainable; otherwise it is frozen and the model in evaluation mode.
+        device_map: where the base model is loaded, as in transformers; for one that is named.
+        dtype: the base model's number format; likewise.
+        revision: the mixture's branch, tag or commit on the Hub; the base model's is in its folder.
+        token: for the Hub, of the mixture, the base model and the experts.
 
     Raises:
+        ConfigError: the mixture is a model, or `device_map` or `dtype` are given with a base model that is one.
         CheckpointError: files are missing, broken, altered, or of another model. Nothing is loaded then, and a base
             model that was passed in is as it was.
 
@@ -126,10 +155,14 @@ def from_pretrained(
         >>> model = weft.from_pretrained("my-mixture")
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
-    folder = local_folder(os.fspath(path), "the X-LoRA model")
+    path, base = _in_order(path, base)
+    folder = local_folder(os.fspath(path), "the X-LoRA model", revision=revision, token=token)
     options = XLoraConfig.from_pretrained(folder, adapters=adapters)
     options.inference_mode = not is_trainable
-    model = base_model_of(base, options)
+    if token is not None:
+        options.adapters = _fetched(options.adapters, token)
+    loading = {"device_map": device_map, "dtype": dtype, "revision": options.revision, "token": token}
+    model = base_model_of(base, options, **loading)
     if options.task_type is None:
         options.task_type = _task_type(model)
     was_training = model.training
@@ -171,13 +204,57 @@ def _private_type(options: XLoraConfig) -> Iterator[None]:
         del PEFT_TYPE_TO_TUNER_MAPPING[own_type]
 
 
-def base_model_of(base: nn.Module | str | os.PathLike[str] | None, options: XLoraConfig | None) -> nn.Module:
+def _in_order(path: Any, base: Any) -> tuple[Any, Any]:
+    """(the mixture, its base model), in whichever order they were given: `from_adapters` takes the base first.
+
+    Raises:
+        ConfigError: a model stands where the mixture should.
+    """
+    if isinstance(path, nn.Module):
+        if base is None or isinstance(base, nn.Module):
+            raise ConfigError(
+                f"path ({type(path).__name__}) must be the folder or Hub id of a mixture: "
+                "weft.from_pretrained(mixture, base). weft.from_adapters(base, adapters) makes a new one"
+            )
+        return base, path
+    if base is not None and not isinstance(base, nn.Module) and _is_a_models(path) and not _is_a_models(base):
+        return base, path
+    return path, base
+
+
+def _is_a_models(path: Any) -> bool:
+    """Whether this is the folder of a whole model."""
+    folder = Path(path).expanduser()
+    return (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file() and not is_original(folder)
+
+
+def _fetched(adapters: dict[str, str] | None, token: str | bool) -> dict[str, str]:
+    """The adapters' folders, those on the Hub fetched with this token."""
+    return {name: str(local_folder(at, f"adapter {name!r}", token=token)) for name, at in (adapters or {}).items()}
+
+
+def base_model_of(
+    base: nn.Module | str | os.PathLike[str] | None, options: XLoraConfig | None, **loading: Any
+) -> nn.Module:
     """The base model itself, or the one of that name; None takes the one that the options name.
+
+    Args:
+        base: see above.
+        options: of the mixture.
+        **loading: options of transformers' `from_pretrained`; None stands for one that is not given.
 
     Raises:
         CheckpointError: there is none.
+        ConfigError: options of loading, where there is nothing to load.
     """
+    given = {name: value for name, value in loading.items() if value is not None}
     if isinstance(base, nn.Module):
+        useless = [name for name in ("device_map", "dtype") if name in given]
+        if useless:
+            raise ConfigError(
+                f"{useless[0]} ({given[useless[0]]!r}) has no effect on a base model that is loaded already "
+                f"({type(base).__name__}): give it to its from_pretrained, or give the base model by its name"
+            )
         return uncompiled(base)
     name = base
     if options is not None and base is None:
@@ -185,13 +262,14 @@ def base_model_of(base: nn.Module | str | os.PathLike[str] | None, options: XLor
     if name is None:
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
     try:
-        return model_class(os.fspath(name), options).from_pretrained(os.fspath(name))
+        fetching = {name: given[name] for name in ("revision", "token") if name in given}
+        return model_class(os.fspath(name), options, **fetching).from_pretrained(os.fspath(name), **given)
     except OSError as err:
         message = f"base ({name}) cannot be loaded: {first_line(err)}. Pass the base model or its path"
         raise CheckpointError(message) from err
 
 
-def model_class(name: str, options: XLoraConfig | None) -> Any:
+def model_class(name: str, options: XLoraConfig | None, **fetching: Any) -> Any:
     """The class that the base model of this name has, or most likely has."""
     saved_class = (options.auto_mapping or {}).get("base_model_class") if options is not None else None
     if saved_class is not None and hasattr(transformers, saved_class):
@@ -199,7 +277,7 @@ def model_class(name: str, options: XLoraConfig | None) -> Any:
     task_type = options.task_type if options is not None else None
     if task_type in _WITH_HEADS:
         return _WITH_HEADS[task_type]
-    if task_type is None and transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
+    if task_type is None and transformers.AutoConfig.from_pretrained(name, **fetching).is_encoder_decoder:
         task_type = TaskType.SEQ_2_SEQ_LM
     if task_type == TaskType.SEQ_2_SEQ_LM:
         return transformers.AutoModelForSeq2SeqLM
