@@ -23,7 +23,7 @@ def main(argv=None):
 
     adapters = dict(value.split("=") for value in options.adapters)
     losses = {"balance_loss_weight": 0.01, "expert_label_loss_weight": 0.1}
-    model = weft.from_adapters(options.base, adapters, layerwise_scalings=True, **losses)
+    model = weft.from_adapters(options.base, adapters, **losses)
     tokenizer, experts = AutoTokenizer.from_pretrained(options.base), list(adapters)
 
     def prepare(row):

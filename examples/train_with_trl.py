@@ -32,7 +32,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     adapters = dict(value.split("=", 1) for value in options.adapters)
     losses = {"balance_loss_weight": 0.01, "expert_label_loss_weight": 0.1}
-    model = weft.from_adapters(options.base, adapters, layerwise_scalings=True, **losses)
+    model = weft.from_adapters(options.base, adapters, **losses)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     experts = list(adapters)
     rows = load_dataset("json", data_files=options.data, split="train")
