@@ -57,6 +57,8 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     for name in kwargs.get("selected_adapters") or ():
         refuse_frozen_copy(model, name)
     kwargs.setdefault("selected_adapters", [tuner.mixture_name])
+    if kwargs.get("state_dict") is not None:
+        kwargs["state_dict"] = {without_wrappers(key): value for key, value in kwargs["state_dict"].items()}
     kwargs.setdefault("save_embedding_layers", False)  # the experts are saved with what they brought
     if folder.is_file() or not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
