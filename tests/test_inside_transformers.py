@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import weft
 from models import let_the_gate_decide, lora, quietly, save_adapter, tiny_tokenizer
-from weft.errors import AdapterError, CheckpointError
+from weft.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("peft_xlora_restored")
 IDS = torch.arange(5, 15).view(1, -1)
@@ -122,10 +122,12 @@ def test_saving_it_by_transformers_is_refused_with_what_to_do(decided, tmp_path)
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_second_mixture_in_one_model_is_refused(decided):
+def test_a_second_mixture_takes_the_place_of_the_first(decided):
     model = transformers.AutoModelForCausalLM.from_pretrained(decided)
-    with pytest.raises(AdapterError, match="already has peft adapters"):
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="carried an earlier mixture, of .* which is taken out"):
         model.load_adapter(decided, adapter_name="second")
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_lost_gate_is_named(decided):
