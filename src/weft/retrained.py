@@ -229,9 +229,7 @@ class Retrained:
 
     def _embeddings(self) -> list[str]:
         """The names of what has a row for each token: input embeddings, output embeddings."""
-        modules = [
-            getattr(self._base, method, lambda: None)() for method in ("get_input_embeddings", "get_output_embeddings")
-        ]
+        modules = [_embedding(self._base, method) for method in ("get_input_embeddings", "get_output_embeddings")]
         paths = {id(module): path for path, module in self._base.named_modules()}
         return [
             f"{paths[id(module)]}.{attribute}"
@@ -249,6 +247,14 @@ def _token_indices(adapter: Adapter, name: str) -> list[int] | None:
         module = name.rpartition(".")[0]
         return next((rows for layer, rows in indices.items() if f".{module}".endswith(f".{layer}")), None)
     return indices
+
+
+def _embedding(base: Any, method: str) -> nn.Module | None:
+    """The input or output embeddings; None where a model has none, such as one of images."""
+    try:
+        return getattr(base, method, lambda: None)()
+    except NotImplementedError:
+        return None
 
 
 def _tell_size(owner: nn.Module, weight: Tensor) -> None:
