@@ -48,6 +48,10 @@ def test_fields_are_pefts_in_pefts_order_and_then_wefts_own():
 @pytest.mark.parametrize("name", list(fields(PeftXLoraConfig)))
 def test_default_is_pefts(name):
     default = fields(XLoraConfig)[name].default
+    if name == "layerwise_scalings":
+        assert default
+        assert not XLoraConfig.from_peft(PeftXLoraConfig(hidden_size=32, adapters=TWO)).layerwise_scalings
+        return
     if name == "scaling_pass_value":  # None stands for it, as it depends on gate_layer
         default = XLoraConfig(adapters=TWO).scaling_pass_value
     assert default == fields(PeftXLoraConfig)[name].default
@@ -72,6 +76,7 @@ def test_a_short_scaling_pass_and_none_exclude_each_other():
 
 def test_options_that_peft_takes_mean_the_same_in_both():
     options = {"hidden_size": 32, "adapters": TWO, "xlora_depth": 3, "softmax_temperature": 0.5, "top_k_lora": 1}
+    options["layerwise_scalings"] = True
     ours, theirs = XLoraConfig(**options), PeftXLoraConfig(**options)
     assert {name: getattr(ours, name) for name in fields(PeftXLoraConfig)} == theirs.to_dict() | {
         "peft_type": ours.peft_type

@@ -190,8 +190,8 @@ def test_a_lora_bias_stays_outside_of_the_weights(weights, ids, tmp_path):
 
 
 def test_a_lora_bias_beside_an_embedding_is_refused(tmp_path):
-    model = gpt2_with_bias(tmp_path, plain=["wpe"], biased=["c_attn"])
-    with pytest.raises(AdapterError, match=r"lora_bias \(True\), and others adapt the embedding 'transformer.wpe'"):
+    model = gpt2_with_bias(tmp_path, plain=["wte"], biased=["c_attn"])
+    with pytest.raises(AdapterError, match=r"lora_bias \(True\), and others adapt the embedding 'transformer.wte'"):
         weft.fold(model, tmp_path / "folded", {"plain": 1.0, "biased": 1.0})
     assert not (tmp_path / "folded").exists()
 

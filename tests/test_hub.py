@@ -222,7 +222,7 @@ def _base(folder):
     ("options", "sentence"),
     [
         (
-            {"top_k_lora": 1},
+            {"top_k_lora": 1, "layerwise_scalings": False},
             "weights for all LoRA layers, each token keeps 1. It reads the base model's last hidden state",
         ),
         ({"scaling_pass_layers": 1}, "It reads what leaves the first 1 decoder layers"),

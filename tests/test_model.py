@@ -342,7 +342,7 @@ def test_log_is_bounded(llama_adapters, ids):
 
 
 def test_shared_scalings_are_the_same_in_every_layer(llama_adapters, ids):
-    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    model = weft.from_adapters(tiny_llama(), llama_adapters, layerwise_scalings=False)
     logits(model, ids)
     scalings = model.get_latest_scalings()
     assert scalings.shape[2] == len(lora_layers(model))

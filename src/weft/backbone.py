@@ -149,13 +149,13 @@ class Backbone:
     @property
     def cache_name(self) -> str | None:
         """The argument of the base model that is its cache; None where there is none."""
-        return next((name for name in CACHE_NAMES if self.takes(name) and self.takes("use_cache")), None)
+        return next((name for name in CACHE_NAMES if self.takes(name)), None)
 
     @property
     def caches(self) -> bool:
         """Whether the base model keeps its state in a cache that transformers makes."""
         makes = getattr(self.base, "_supports_default_dynamic_cache", lambda: True)
-        return self.cache_name is not None and makes()
+        return self.cache_name is not None and self.takes("use_cache") and makes()
 
     def last_hidden_state(self, arguments: dict[str, Any], cache: Cache | None = None) -> Tensor:
         """Run the backbone on the arguments of a call of the base model: `[batch, seq, hidden]`.

@@ -306,17 +306,24 @@ def _read_made_up_text(backbone: Backbone, layers: dict[str, Any]) -> _Reading |
 
 @contextmanager
 def _no_trace(base: nn.Module, state: list[str]) -> Iterator[None]:
-    """What modules remember of a call in this block is forgotten, and the activations among it are named in `state`."""
-    before = [(path, module, dict(module.__dict__), dict(module._buffers)) for path, module in base.named_modules()]
+    """Tensors that modules keep of a call in this block are forgotten; `state` gets the names of the activations."""
+
+    def kept(module: nn.Module) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+
+    before = [(path, module, dict(vars(module)), dict(module._buffers)) for path, module in base.named_modules()]
     try:
         yield
     finally:
         for path, module, values, buffers in before:
-            for name, value in module.__dict__.items():
-                if isinstance(value, Tensor) and value.is_floating_point() and values.get(name) is not value:
+            for name, value in kept(module).items():
+                if name in values and values[name] is value:
+                    continue
+                if value.is_floating_point():
                     state.append(f"{path}.{name}")
-            module.__dict__.clear()
-            module.__dict__.update(values)
+                vars(module).pop(name)
+                if name in values:
+                    vars(module)[name] = values[name]
             module._buffers.clear()
             module._buffers.update(buffers)
 

@@ -217,8 +217,9 @@ class XLoraLayer(ABC):
                 padded = sees in (Sees.PADDED, Sees.PADDED_TRANSPOSED)
                 aligned = align_to_tokens(weights, batch, tuple(cells), padded=padded)
         except ValueError as err:
-            name = (self.config.layer_names or [])[self.layer_number]
-            raise ValueError(f"layer {name!r} sees something else than the text's tokens in this call: {err}") from err
+            names = self.config.layer_names
+            name = repr(names[self.layer_number]) if names else str(self.layer_number)
+            raise ValueError(f"layer {name} sees something else than the text's tokens in this call: {err}") from err
         return aligned.transpose(0, 1) if transposed else aligned
 
     def dropped_inputs(self, x: Tensor, stack: Stack) -> list[Tensor] | None:
