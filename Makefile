@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 DOCS_VENV := .venv-docs
+OLDEST_VENV := .venv-oldest
 
-.PHONY: env browser demo test slow check docs plots format bench bench-demo clean
+.PHONY: env browser demo test oldest slow check docs plots format bench bench-demo clean
 
 env: $(VENV)/.done
 
@@ -29,6 +30,19 @@ demo: env
 # The whole suite but what needs minutes (slow) or a GPU (gpu).
 test: env
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2
+
+# The fast suite with the oldest versions that pyproject.toml admits. An old torch is a build with CUDA: some three
+# gigabytes to download, five on disk, a minute and a half.
+oldest: $(OLDEST_VENV)/.done
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST_VENV)/bin/python -m pytest -q -n 2
+
+$(OLDEST_VENV)/.done: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	$(PYTHON) .ci/oldest.py > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/pip install --disable-pip-version-check --constraint $(OLDEST_VENV)/constraints.txt \
+		--editable ".[dev,demo]"
+	touch $@
 
 # By itself, when it is needed: some forty packages.
 $(VENV)/.harness: $(VENV)/.done
@@ -75,4 +89,4 @@ plots: env
 	$(RUN)/python benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) .demo site
+	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) .demo site

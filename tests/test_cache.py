@@ -9,7 +9,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import weft
-from models import VOCAB, make_architecture, peft_model, quietly, tiny_llama, weft_model
+from models import GENERATE_MAKES_NO_CACHE, VOCAB, make_architecture, peft_model, quietly, tiny_llama, weft_model
 from weft.cache import XLoraCache
 from weft.errors import CacheError
 
@@ -118,6 +118,7 @@ def test_static_cache(decoder):
         assert torch.equal(model.generate(**inputs, **PLAIN, cache_implementation="static"), expected)
 
 
+@pytest.mark.skipif(GENERATE_MAKES_NO_CACHE, reason="transformers 5.0 has no cache for chunks")
 def test_long_prompts_are_read_in_chunks(decoder):
     model, inputs = weft_model(decoder), prompts(padded=True)
     expected = model.generate(**inputs, **PLAIN)
@@ -131,9 +132,12 @@ def test_assisted_decoding_crops_both_caches(decoder, how):
     inputs = {name: value[:1] for name, value in prompts(padded=False).items()}
     inputs["input_ids"] = torch.cat([inputs["input_ids"]] * 2, 1)  # something to look up
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    options = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": base}
+    # An end that no text reaches: the lookup of transformers before 5.14 needs one.
+    lookup = {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCAB}
+    options = lookup if how == "prompt lookup" else {"assistant_model": base}
     expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    assert torch.equal(quietly(model.generate, **inputs, max_new_tokens=16, do_sample=False, **options), expected)
+    found = quietly(model.generate, **inputs, max_new_tokens=16, do_sample=False, **options)
+    assert torch.equal(found[:, : expected.shape[1]], expected)  # old versions of transformers may give one token more
 
 
 def test_a_conversation_goes_on_from_its_cache(decoder):
@@ -163,6 +167,9 @@ def test_an_empty_cache_of_the_user_serves_several_turns(decoder):
     assert torch.equal(found, model.generate(input_ids=turn, attention_mask=torch.ones_like(turn), **PLAIN))
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"), reason="transformers before 5.21 has no fp8 cache"
+)
 def test_quantised_cache(llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters).eval()
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}

@@ -558,6 +558,8 @@ def test_keys_that_pefts_own_saving_loses_are_named(llama_adapters, tmp_path, un
     # peft 0.21 leaves out what looks like a parameter of an adapter: ".0." of the gate, when an expert is called 0.
     theirs = pefts_mixture(llama_adapters)
     quietly(theirs.save_pretrained, str(tmp_path / "peft"))
+    if f"{GATE}.0.bias" in load_file(tmp_path / "peft" / TENSORS):
+        pytest.skip("peft before 0.21 loses none")
     assert set(load_file(tmp_path / "peft" / TENSORS)) == {f"{GATE}.3.weight", f"{GATE}.3.bias"}
     with pytest.raises(
         CheckpointError,

@@ -222,7 +222,8 @@ def test_with_an_offloaded_base_everything_is_the_same(llama_adapters, ids, mask
     assert is_on_meta(model) == away
 
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+    # transformers 5.0 warns of a model on meta, where offloaded weights are.
+    assert torch.equal(quietly(model.generate, ids, **options), plain.generate(ids, **options))
     options = {"max_new_tokens": 5, "speculate": 2}
     assert weft.generate(model, ids[:1], **options).tokens == weft.generate(plain, ids[:1], **options).tokens
 

@@ -257,6 +257,8 @@ def test_accumulation_in_a_trainer_equals_one_big_batch(llama_adapters, tmp_path
 def test_a_trainer_steps_as_a_plain_loop_does(llama_adapters, tmp_path):
     model, looped = mixture(llama_adapters, **ALL), mixture(llama_adapters, **ALL)
     train = rows(4)
+    for row in train:  # the Trainer of transformers before 5.10 counts the first token, which nothing predicts
+        row["labels"] = torch.cat([torch.tensor([-100]), row["labels"][1:]])
     options = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "max_steps": 3}
     quietly(trainer(model, tmp_path, train, per_device_train_batch_size=4, **options).train)
     optimizer = torch.optim.SGD(looped.internal_xlora_classifier.parameters(), lr=0.05)
@@ -388,6 +390,9 @@ def test_sft_trainer_steps_as_a_trainer_does(llama_adapters, tmp_path, options, 
         assert {name: ours[name] for name in gates} == pytest.approx(gates, rel=1e-4)
 
 
+@pytest.mark.skipif(
+    not hasattr(trl.trainer.utils, "add_fused_lm_head"), reason=f"trl {trl.__version__} has no such head"
+)
 def test_a_preference_trainer_of_trl_is_told_that_the_losses_cannot_join(llama_adapters):
     model = mixture(llama_adapters, balance_loss_weight=0.1)
     quietly(trl.trainer.utils.add_fused_lm_head, model.get_base_model())

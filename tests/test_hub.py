@@ -50,7 +50,8 @@ def metadata(card):
 def test_pushed_and_pulled_it_is_the_same_mixture(hub, folder, tmp_path):
     address = weft.push(folder, "user/mixture", private=True, base=BASE, licence="apache-2.0")
     assert "/user/mixture/commit/" in address
-    assert json.loads((hub / "user" / "visibility").read_text())["visibility"] == "private"
+    wanted = json.loads((hub / "user" / "visibility").read_text())
+    assert wanted.get("visibility") == "private" or wanted["private"]  # of older clients
     pulled = weft.pull("user/mixture", tmp_path / "pulled")
     assert torch.equal(logits(pulled), logits(folder))
     assert folder_files(pulled) == folder_files(folder)

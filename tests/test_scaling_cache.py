@@ -13,6 +13,7 @@ from models import VOCAB, make_architecture, quietly, tiny_llama, tiny_tokenizer
 from test_tools_around import arguments
 from weft import scaling_cache
 from weft.errors import ConfigError
+from weft.versions import checkpointing_arguments
 
 
 def mixture(adapters, base=None, **options):
@@ -104,7 +105,7 @@ def test_a_users_own_trainer_learns_the_same_from_the_cache_and_resumes(
 ):
     options = {"max_steps": 4, "gradient_accumulation_steps": 2}
     if checkpointing:
-        options |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+        options |= checkpointing_arguments({"use_reentrant": False})
 
     def run(cached, **resume):
         model = mixture(llama_adapters, use_trainable_adapters=train_experts)

@@ -2,6 +2,7 @@
 
 import os
 
+import peft
 import pytest
 import torch
 
@@ -45,6 +46,7 @@ def gathered(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no FSDP2 on the CPU")
 @pytest.mark.parametrize("options", [{}, {"gate_layer": 1}, {"scaling_pass_layers": 1}], ids=str)
 def test_a_sharded_model_has_the_outputs_and_gradients_of_a_whole_one(llama_adapters, ids, one_process, options):
     whole = mixture(llama_adapters, use_trainable_adapters=True, **options)
@@ -72,7 +74,7 @@ def test_a_sharded_model_is_saved_from_its_gathered_state(
     expected = mixture(llama_adapters)(input_ids=ids).logits
     model = sharded(mixture(llama_adapters))
     with pytest.raises(CheckpointError, match=r"expert tensor base_model\.lora_model\.\S+ is sharded over several"):
-        model.save_pretrained(tmp_path / "unregistered", state_dict=gathered(model))
+        peft.PeftModel.save_pretrained(model, tmp_path / "unregistered", state_dict=gathered(model))
     weft.register_with_peft()
     with pytest.raises(CheckpointError, match=r"gather it with accelerator\.get_state_dict\(model\) in all"):
         model.save_pretrained(tmp_path / "shards")

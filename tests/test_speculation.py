@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 import weft
 from models import VOCAB, tiny_llama, weft_model
@@ -129,8 +131,18 @@ def test_an_error_in_the_middle_empties_the_cache(model, monkeypatch):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="transformers before 5.24 cannot crop a static cache")
+def test_a_static_cache_can_forget(model):
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    expected = weft.generate(model, prompt(), max_new_tokens=40)
+    found = weft.generate(model, prompt(), max_new_tokens=40, speculate=8, past_key_values=cache)
+    assert found.tokens == expected.tokens
+    assert found.num_calls < 30
+
+
 def test_the_cache_must_be_able_to_forget(model):
-    cache = StaticCache(config=model.config, max_cache_len=40)
+    # Since transformers 5.24 a static cache can, but not one of sliding windows.
+    cache = StaticCache(config=transformers.MistralConfig(num_hidden_layers=2, sliding_window=4), max_cache_len=40)
     with pytest.raises(ConfigError, match=r"speculate \(4\) needs a cache that can forget wrong guesses"):
         weft.stream(model, prompt(), speculate=4, past_key_values=cache)
 

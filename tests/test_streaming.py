@@ -162,8 +162,9 @@ def test_going_on_from_a_cache_reads_only_the_rest(model, reads):
     assert second == tokens(weft.stream(model, turn, max_new_tokens=4))
 
 
-def test_a_stream_that_is_closed_early_leaves_model_and_cache_in_order(model):
-    cache = DynamicCache(config=model.config)
+def test_a_stream_that_is_closed_early_leaves_model_and_cache_in_order(decoder):
+    model = weft_model(decoder)
+    cache = model.base_model.backbone.empty_cache()
     whole = tokens(weft.stream(model, PROMPT, max_new_tokens=6))
     steps = weft.stream(model, PROMPT, max_new_tokens=6, past_key_values=cache)
     begun = [next(steps).token, next(steps).token]

@@ -64,13 +64,12 @@ class AuxiliaryLosses:
         self.metrics = GateMetrics(config.expert_names or list(config.adapters or {}))
         self._call: _Call | None = None
 
-    def begin(self, arguments: dict[str, Any], *, training: bool) -> bool:
-        """Take what the base model does not know out of a call's arguments; says whether there was something.
+    def begin(self, arguments: dict[str, Any], *, training: bool) -> None:
+        """Take what the base model does not know out of a call's arguments.
 
         Raises:
             DataError: the labels are no numbers of experts.
         """
-        found = EXPERT_LABELS in arguments
         expert_labels = arguments.pop(EXPERT_LABELS, None)
         self._call = None
         if training:
@@ -81,7 +80,6 @@ class AuxiliaryLosses:
                 self._checked(expert_labels) if self.config.expert_label_loss_weight else None,
                 arguments.get("position_ids"),
             )
-        return found
 
     def gate_answered(self, scalings: Float[Tensor, "batch seq layer expert"], padding: Tensor | None) -> None:
         """Note scalings, before top-k, that layers of the call in progress follow."""

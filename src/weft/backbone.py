@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from weft.errors import CacheError, ConfigError
 from weft.placement import CACHE_NAMES, where_it_starts
 from weft.short_backbone import ShortBackbone
+from weft.versions import croppable
 
 # Outputs the scaling pass does not want, whoever asked for them.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", *CACHE_NAMES}
@@ -74,8 +75,18 @@ class Backbone:
         return self.base.get_decoder()
 
     def named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of the base model, by name."""
-        return {**dict(zip(self._positional, args, strict=False)), **kwargs}
+        """The arguments of a call of the base model, by name; the cache by the base model's, whatever the caller's."""
+        # Not by zip: torch.compile of torch 2.6 stumbles over it.
+        named = {name: args[place] for place, name in enumerate(self._positional[: len(args)])}
+        return self.with_named_cache({**named, **kwargs})
+
+    def with_named_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the base model's forward or `generate`, with a cache by the name that they have for it."""
+        given = next((name for name in CACHE_NAMES if name in arguments), None)
+        if self.cache_name != CACHE_NAMES[0] or given in (None, self.cache_name):
+            return arguments
+        others = {name: value for name, value in arguments.items() if name != given}
+        return {**others, self.cache_name: arguments[given]}
 
     @property
     def shifts_labels(self) -> bool:
@@ -110,7 +121,7 @@ class Backbone:
             CacheError: two passes would share a state, or need a cache where the model keeps its state elsewhere.
         """
         if two_passes:
-            _refuse_shared_state(arguments)
+            _refuse_shared_state({name: value for name, value in arguments.items() if name != self.cache_name})
         if not self.takes("use_cache"):
             return
         wanted = arguments.get("use_cache")
@@ -144,7 +155,7 @@ class Backbone:
             # The decoder's own config: T5's may have another number of layers than the encoder. Cross-attention has no
             # sliding window, which a config may ask for.
             return EncoderDecoderCache(DynamicCache(config=self.base.get_decoder().config), DynamicCache())
-        return DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        return croppable(DynamicCache(config=self.base.config.get_text_config(decoder=True)))
 
     @property
     def cache_name(self) -> str | None:

@@ -23,6 +23,7 @@ from transformers import Cache, EncoderDecoderCache
 
 from weft.errors import CacheError, ConfigError
 from weft.freezing import SequenceMeans
+from weft.versions import drop_grown_layers, is_recurrent
 
 # How to make an empty cache.
 DYNAMIC_CACHE = "DynamicCache(config=model.config)"
@@ -46,16 +47,22 @@ class XLoraCache(Cache):
     def reset(self) -> None:
         """Empty both caches."""
         super().reset()
+        drop_grown_layers(self)
         self.scaling.reset()
+        drop_grown_layers(self.scaling)
         self.scaling_is_behind = False
         self.means = None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens from both caches."""
+    def crop(self, tokens_to_remove: Any) -> None:
+        """Remove the last `-tokens_to_remove` tokens from both caches.
+
+        Before transformers 5.16 a number above 0 is that of the tokens that stay.
+        """
+        before = 0 if self.means is None else tokens_in(self)
         super().crop(tokens_to_remove)
         self.scaling.crop(tokens_to_remove)
         if self.means is not None:
-            self.means.length += tokens_to_remove
+            self.means.length -= before - tokens_in(self)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Let row i of both caches be what row `beam_idx[i]` was."""
@@ -180,11 +187,6 @@ def _contents(cache: Cache) -> str:
     if isinstance(cache, EncoderDecoderCache):
         length = length or tokens_in(cache.cross_attention_cache)
     return f"{length} tokens" if length else ""
-
-
-def is_recurrent(cache: Cache) -> bool:
-    """Whether a cache keeps recurrent states and nothing else."""
-    return bool(getattr(cache, "layers", None)) and all(cache.is_linear)
 
 
 def _how_to_go_on(cache: Any) -> str:

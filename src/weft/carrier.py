@@ -7,6 +7,7 @@ carrier knows nothing of gates or layers, and what it holds is of the moment: co
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -136,22 +137,38 @@ class ScalingsCarrier:
         self.clear()
 
 
+Readers = dict[nn.Module, Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]]
+
+
 class CheckpointedWithScalings:
     """A gradient checkpointing function whose recomputation sees the scalings of its own forward.
 
     Backward recomputes a block long after its pass has ended, perhaps after another one; so the block takes its
     scalings with it. They travel as an explicit tensor argument, because reentrant checkpointing gives gradients to
     arguments only.
+
+    Args:
+        checkpoint: the function itself.
+        carrier: has the scalings.
+        before: called first with a block's arguments, and not in recomputation.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], carrier: ScalingsCarrier) -> None:
+    def __init__(
+        self,
+        checkpoint: Callable[..., Any],
+        carrier: ScalingsCarrier,
+        before: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.carrier = carrier
+        self.before = before
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(*args)` so that backward can recompute it, with the scalings of now."""
         if not torch.is_grad_enabled():
             return function(*args)  # the scaling pass: there is nothing to recompute
+        if self.before is not None:
+            self.before(args, getattr(function, "keywords", {}))
         routing = self.carrier.routing
         if routing is None:
             return self.checkpoint(self._plain, function, *args)
@@ -167,16 +184,24 @@ class CheckpointedWithScalings:
             return function(*args)
 
 
-def carry_through_checkpoints(base: nn.Module, carrier: ScalingsCarrier) -> None:
+def carry_through_checkpoints(base: nn.Module, carrier: ScalingsCarrier, readers: Readers | None = None) -> None:
     """Let what checkpoints its activations in a base model recompute them with the scalings of their own forward.
 
     At every call, because gradient checkpointing may be switched on, with plain functions, at any time.
+
+    Args:
+        base: the model.
+        carrier: has the scalings.
+        readers: by module, the hook by which a gate reads what enters it. Before transformers 5.23 a block's hooks are
+            recomputed with it, and what they compute is not part of the graph: there it is called before the block.
     """
     module: Any
     for module in base.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, CheckpointedWithScalings):
-            module._gradient_checkpointing_func = CheckpointedWithScalings(function, carrier)
+            reader = (readers or {}).get(module)
+            before = None if reader is None else functools.partial(reader, module)
+            module._gradient_checkpointing_func = CheckpointedWithScalings(function, carrier, before)
 
 
 def undo_checkpoints(base: nn.Module) -> None:

@@ -199,7 +199,7 @@ def saved_base(folder: Path) -> str | None:
         raise CheckpointError(
             f"model ({folder}) is of type {config.get('peft_type')}, expected XLORA: a trained mixture"
         )
-    return config.get("base_model_name_or_path")
+    return config.get("base_model_name_or_path") or None
 
 
 def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:

@@ -113,6 +113,7 @@ class XLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.XLORA
+        self.base_model_name_or_path = self.base_model_name_or_path or None  # peft before 0.21 writes "" for none
         if self.scaling_pass_value is None and isinstance(self.adapters, dict):
             self.scaling_pass_value = 0.0 if self.gate_layer is None else 1 / max(1, len(self.adapters))
         problems = self.problems()

@@ -24,6 +24,7 @@ from weft.integration import register_with_peft
 from weft.losses import NO_EXPERT
 from weft.processes import fail_together, is_sharded
 from weft.progress import CountingTrainer
+from weft.versions import groups_by_length
 from weft.whole import replace_folder
 
 
@@ -165,7 +166,7 @@ class EvenTrainer(CountingTrainer):
             return super()._get_train_sampler(train_dataset)
         args, rows = self.args, cast(RowsAndABlank, self.train_dataset)
         together = args.train_batch_size * args.world_size
-        alike = args.train_sampling_strategy == "group_by_length"
+        alike = groups_by_length(args)
         return FullBatches(
             len(rows),
             together if args.world_size > 1 else 1,

@@ -21,6 +21,7 @@ from weft.adapter_keys import KEY_PREFIX, fitted
 from weft.adapters import SHOWN, Adapter, different_bases, model_name, not_finite, preview
 from weft.errors import AdapterError, bullet_list
 from weft.placement import execution_device, is_offloaded
+from weft.versions import in_todays_names
 
 
 def uncompiled(base: Any) -> Any:
@@ -64,6 +65,8 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
             else:
                 lora_model.peft_config[adapter.name] = config
                 lora_model.inject_adapter(base, adapter.name)
+            if not dict(adapter_parameters(base, adapter.name)):  # of which peft before 0.21 tells the first alone
+                raise ValueError(f"target modules {config.target_modules} not found in the base model")
         # A TypeError where peft knows the layers' quantisation, but not their LoRA.
         except (ValueError, TypeError, ImportError) as err:
             raise AdapterError(
@@ -216,9 +219,5 @@ def converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> 
     """The weights under the names of today's transformers, where the base model's layers were renamed since."""
     if not hasattr(getattr(base, "config", None), "model_type"):
         return weights
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-    converted = convert_peft_adapter_state_dict_for_transformers(
-        model=base, peft_config=adapter.config, adapter_state_dict=dict(weights), adapter_name=adapter.name
-    )
+    converted = in_todays_names(weights, base, adapter.config, adapter.name)
     return {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in converted.items()}

@@ -210,7 +210,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             frozen = self.passes.freezing_at(self.backbone.prompt_length(args, kwargs) + freeze_scalings_after)
         try:
             with frozen:
-                return self.lora_model.model.generate(*args, **kwargs)
+                return self.lora_model.model.generate(*args, **self.backbone.with_named_cache(kwargs))
         finally:
             self.carrier.clear()
 

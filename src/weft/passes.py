@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from weft.auxiliary import AuxiliaryLosses
 from weft.backbone import Backbone
 from weft.cache import XLoraCache, doubled, leave_scaling_behind
-from weft.carrier import ReadyWeights, Routing, ScalingsCarrier, carry_through_checkpoints, undo_checkpoints
+from weft.carrier import Readers, ReadyWeights, Routing, ScalingsCarrier, carry_through_checkpoints, undo_checkpoints
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.freezing import SequenceMeans, freezing_problems
@@ -95,6 +95,7 @@ class Passes:
         self._ahead: Tensor | None = None
         # Arguments of a call in progress whose gate has not read yet.
         self._awaiting_gate: dict[str, Any] | None = None
+        self._gate_readers: Readers = {}
 
     def attach(self, base: nn.Module) -> None:
         """Register the hooks, once."""
@@ -103,6 +104,7 @@ class Passes:
         if self.config.gate_layer is not None:
             layer = self.backbone.decoder_layers()[self.config.gate_layer]
             layer.register_forward_pre_hook(self._at_gate_layer, with_kwargs=True)
+            self._gate_readers = {layer: self._at_gate_layer}
 
     @staticmethod
     def detach(base: nn.Module) -> None:
@@ -199,11 +201,11 @@ class Passes:
         if self.carrier.in_scaling_pass:
             return None
         arguments = self.backbone.named_arguments(args, kwargs)
-        taken = self.losses.begin(arguments, training=base.training and torch.is_grad_enabled() and self.gate_decides)
+        self.losses.begin(arguments, training=base.training and torch.is_grad_enabled() and self.gate_decides)
         given = take_given_hidden(arguments, self.config, self.backbone)
         if self.disabled:
             leave_scaling_behind(self.backbone.cache_of(arguments))
-            return ((), arguments) if taken or given is not None else None
+            return (), arguments
         if getattr(base, "_is_replica", False):
             raise RuntimeError(
                 "X-LoRA cannot run in torch.nn.DataParallel, whose threads would share one model's scalings: start one "
@@ -211,7 +213,7 @@ class Passes:
             )
         self.carrier.clear()
         if torch.is_grad_enabled():
-            carry_through_checkpoints(base, self.carrier)
+            carry_through_checkpoints(base, self.carrier, self._gate_readers)
         self._begin_rows(arguments)
         fixed, frozen = self._fixed_scalings(), self._frozen_means(arguments)
         two_passes = given is None and frozen is None and fixed is None and self.config.gate_layer is None

@@ -14,6 +14,9 @@ from weft.errors import AdapterError, CheckpointError, bullet_list
 from weft.frozen_copies import refuse_frozen_copy
 from weft.injection import refuse_not_finite
 from weft.placement import execution_device, is_offloaded
+from weft.versions import cast_like_base_layer, let_peft_ask
+
+let_peft_ask()
 
 
 class PeftStateMethods:
@@ -32,7 +35,7 @@ class PeftStateMethods:
                 base_layer = module.get_base_layer()
                 device = execution_device(base_layer) if is_offloaded(base_layer) else None
                 for name in self.xlora_config.expert_names or ():
-                    module._move_adapter_to_device_of_base_layer(name, device=device)
+                    cast_like_base_layer(module, name, device)
         try:
             for name in self.xlora_config.expert_names or ():
                 refuse_not_finite(self.lora_model.model, name)

@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 # The arguments by which models of transformers take their cache; the second is that of Mamba and its kin.
-CACHE_NAMES = ("past_key_values", "cache_params")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first one since transformers 5.24
 
 
 def execution_device(module: nn.Module) -> torch.device:

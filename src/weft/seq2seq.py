@@ -180,13 +180,14 @@ class Seq2SeqPasses(Passes):
                 "call the whole model, with encoder_outputs if the encoder has run already"
             )
         arguments = _by_name(decoder, args, kwargs)
-        cache = arguments.get("past_key_values")
+        cache_name = str(self.backbone.cache_name)
+        cache = arguments.get(cache_name)
         hidden = self._read(
             decoder,
             {
                 **arguments,
                 "encoder_hidden_states": call.hidden,
-                "past_key_values": cache.scaling if isinstance(cache, XLoraCache) else None,
+                cache_name: cache.scaling if isinstance(cache, XLoraCache) else None,
                 "use_cache": cache is not None,
             },
         )

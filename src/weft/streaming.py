@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from weft.cache import is_recurrent, tokens_in
+from weft.cache import tokens_in
 from weft.data import prompt_tokens
 from weft.detokeniser import Detokeniser
 from weft.errors import CacheError, ConfigError
@@ -29,6 +29,7 @@ from weft.model import XLoraModel
 from weft.placement import execution_device
 from weft.sampling import Sampler, check_decoding
 from weft.speculation import Speculation
+from weft.versions import can_crop, forget, is_recurrent, keep_for_crop
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def stream(
         temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
     if speculate:
-        cache.activate_past_recording()  # sliding windows forget what a crop would need
+        keep_for_crop(cache)
     return _steps(
         Reader(model, cache, None if freeze_scalings_after is None else input_ids.shape[1] + freeze_scalings_after),
         input_ids,
@@ -297,7 +298,7 @@ class Reader:
 
     def forget(self, number: int) -> None:
         """Take the last tokens out of the cache again."""
-        self.cache.crop(-number)
+        forget(self.cache, number)
 
     def shares(self, place: int) -> dict[str, float]:
         """Each expert's share after the text (0) or after a guess (1, 2, ...), as the mean over the layers."""
@@ -315,7 +316,7 @@ def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_sca
         raise ConfigError(f"speculate ({speculate!r}) must be a whole number of at least 0: tokens to guess ahead")
     if freeze_scalings_after is not None:
         tuner.passes.check_freezing(freeze_scalings_after, {"speculate": speculate or None})
-    if speculate and not cache.is_croppable:
+    if speculate and not can_crop(cache):
         raise ConfigError(
             f"speculate ({speculate}) needs a cache that can forget wrong guesses, which {type(cache).__name__} "
             "cannot: use a dynamic cache"

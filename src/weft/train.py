@@ -33,6 +33,7 @@ from weft.processes import any_process, by_the_first, number_of_processes
 from weft.progress import ProgressLine, TokenBudget, budget_in_steps, trained_tokens
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued, start_gate, start_problems
+from weft.versions import checkpointing_arguments, length_grouping_arguments
 from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
 
 _CONFIG_OPTIONS = (
@@ -365,10 +366,9 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         save_total_limit=2,
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # such a loss stops the run
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        **checkpointing_arguments({"use_reentrant": False} if options.gradient_checkpointing else None),
         bf16=options.bf16,
-        train_sampling_strategy="group_by_length" if options.group_by_length else "random",
+        **length_grouping_arguments(options.group_by_length),
         remove_unused_columns=False,
         disable_tqdm=True,
         **monitoring_arguments(options),

@@ -18,6 +18,7 @@ from weft.loading import load_mixture
 from weft.options import ChatOptions, decoding
 from weft.sampling import check_decoding
 from weft.streaming import Step, end_tokens, stream
+from weft.versions import can_crop
 
 
 class Conversation:
@@ -115,9 +116,10 @@ class Conversation:
             return
         cache, self._cache = self._cache, self.model.base_model.backbone.empty_cache()
         # A sliding window has lost what came before, a recurrent state cannot go back: then the new cache stays.
-        with suppress(RuntimeError):
-            cache.crop(common - len(cached))
-            self._cache = cache
+        if can_crop(cache):
+            with suppress(RuntimeError):
+                cache.crop(common - len(cached))
+                self._cache = cache
 
 
 def chat(options: ChatOptions) -> None:

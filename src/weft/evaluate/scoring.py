@@ -48,17 +48,17 @@ class Runner:
         if self.freeze_after is None:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         parts, cache = [], None
-        length = input_ids.shape[1]
+        length, cache_name = input_ids.shape[1], str(self.model.base_model.backbone.cache_name)
         with self.model.base_model.passes.freezing_at(self.freeze_after):
             for start, end in ((0, min(self.freeze_after, length)), (self.freeze_after, length)):
                 if start < end:
                     output = self.model(
                         input_ids=input_ids[:, start:end],
                         attention_mask=attention_mask[:, :end],
-                        past_key_values=cache,
                         use_cache=True,
+                        **{cache_name: cache},
                     )
-                    cache = output.past_key_values
+                    cache = output[cache_name]
                     parts.append(output.logits)
         return torch.cat(parts, 1)
 

@@ -1,0 +1,153 @@
+"""What the versions of transformers and peft call or do differently: weft works with all that pyproject.toml admits.
+
+Each part says which version makes it unnecessary. (What a model's forward calls its cache is `Backbone`'s to find out.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import peft
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import save_and_load
+from torch import Tensor
+from transformers import Cache, DynamicCache, EncoderDecoderCache, TrainingArguments
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+_RECORDS_PAST = hasattr(Cache, "activate_past_recording")  # since 5.14
+_TRAINING = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether a cache keeps recurrent states and nothing else; since 5.14 all of its `is_linear`."""
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+def can_crop(cache: Cache) -> bool:
+    """Whether `crop` can take out of the cache what is read after `keep_for_crop`; since 5.17 the cache says so."""
+    known = getattr(cache, "is_croppable", None)
+    if known is not None:
+        return bool(known)
+    # Before, some layers leave in what they cannot take out: these know how, as do those that record their past.
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) is DynamicLayer or hasattr(layer, "activate_past_recording") for layer in cache.layers
+    )
+
+
+def croppable(cache: DynamicCache) -> DynamicCache:
+    """A new cache; before 5.16 without sliding windows, which could not be cropped, but are in the mask as well."""
+    windows = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    return DynamicCache() if windows and not can_crop(cache) else cache
+
+
+def keep_for_crop(cache: Cache) -> None:
+    """Let the cache keep from here on what a `crop` may need, which sliding windows and recurrent states forget."""
+    if _RECORDS_PAST:
+        cache.activate_past_recording()
+
+
+def forget(cache: Cache, number: int) -> None:
+    """Take the last tokens out of the cache again; with 0, what was kept for that. Before 5.14, crop(0) takes all."""
+    if number > 0 or _RECORDS_PAST:
+        cache.crop(-number)
+
+
+def drop_grown_layers(cache: Cache) -> None:
+    """Finish a `reset`: before 5.18 it leaves zeros in the layers that grow, which count as tokens."""
+    parts: tuple[Cache, ...] = (cache,)
+    if isinstance(cache, EncoderDecoderCache):
+        parts = (cache.self_attention_cache, cache.cross_attention_cache)
+    layer: Any
+    for layer in (layer for part in parts for layer in part.layers):
+        if isinstance(layer, DynamicLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
+def cast_like_base_layer(layer: LoraLayer, name: str, device: torch.device | None) -> None:
+    """Bring an adapter to its base layer's dtype and to a device, None for the layer's; peft 0.18 fails at another."""
+    if device is None:
+        layer._move_adapter_to_device_of_base_layer(name)
+        return
+    weight: Any = layer.get_base_layer().weight
+    dtype = weight.dtype if weight.is_floating_point() else None
+    for attribute in layer.adapter_layer_names:
+        factors = getattr(layer, attribute)
+        if name in factors:
+            factors[name] = factors[name].to(device=device, dtype=dtype)
+
+
+def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, name: str) -> dict[str, Tensor]:
+    """An adapter's weights by the names of a base model's layers, where they have changed; peft 0.18 knows no other."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ModuleNotFoundError:
+        return weights
+    return convert_peft_adapter_state_dict_for_transformers(
+        model=base, peft_config=config, adapter_state_dict=dict(weights), adapter_name=name
+    )
+
+
+def let_peft_ask() -> None:
+    """Let peft ask a tuner what to save and tell it what is loaded, as it does since 0.21."""
+    if hasattr(BaseTuner, "_get_adapter_state_dict"):
+        return
+    for name, asking in (
+        ("get_peft_model_state_dict", _asking_what_to_save),
+        ("set_peft_model_state_dict", _telling_what_is_loaded),
+    ):
+        function = asking(getattr(save_and_load, name))
+        for module in (peft, peft.utils, save_and_load, peft.peft_model, peft.mapping_func):
+            if hasattr(module, name):
+                setattr(module, name, function)
+
+
+def _asking_what_to_save(get: Any) -> Any:
+    @functools.wraps(get)
+    def asking(model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        tuner: Any = getattr(model, "base_model", None)
+        if not hasattr(tuner, "_get_adapter_state_dict"):
+            return get(model, state_dict, adapter_name, *args, **kwargs)
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        own = tuner._get_adapter_state_dict(model, model.peft_config[adapter_name], adapter_name, state_dict)
+        gates = {key for key in state_dict if "internal_xlora_classifier" in key}
+        rest = get(model, state_dict, adapter_name, *args, **kwargs)
+        return {**own, **{key: value for key, value in rest.items() if key not in gates}}
+
+    return asking
+
+
+def _telling_what_is_loaded(load: Any) -> Any:
+    @functools.wraps(load)
+    def telling(model: Any, state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        tuner: Any = getattr(model, "base_model", None)
+        if hasattr(tuner, "_remap_adapter_state_dict_for_load"):
+            config = model.peft_config[adapter_name]
+            state_dict = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return load(model, state_dict, adapter_name, *args, **kwargs)
+
+    return telling
+
+
+def checkpointing_arguments(options: dict[str, Any] | None) -> dict[str, Any]:
+    """The arguments of `TrainingArguments` that recompute activations, which 5.23 renamed; None does not."""
+    name = "activation_checkpointing" if "activation_checkpointing" in _TRAINING else "gradient_checkpointing"
+    return {name: options is not None, f"{name}_kwargs": options}
+
+
+def length_grouping_arguments(group: bool) -> dict[str, Any]:
+    """The argument of `TrainingArguments` that puts texts of alike length into a batch, another one before 5.2."""
+    if "train_sampling_strategy" in _TRAINING:
+        return {"train_sampling_strategy": "group_by_length" if group else "random"}
+    return {"group_by_length": group}
+
+
+def groups_by_length(args: TrainingArguments) -> bool:
+    """Whether these arguments ask for that."""
+    return all(getattr(args, name) == value for name, value in length_grouping_arguments(True).items())
