@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from weft.cache import is_recurrent, tokens_in
+from weft.cache import tokens_in
 from weft.chat_template import conversation_tokens
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError, WeftError, first_line
@@ -18,7 +18,7 @@ from weft.loading import load_mixture
 from weft.options import ChatOptions, decoding
 from weft.sampling import check_decoding
 from weft.streaming import Step, end_tokens, stream
-from weft.versions import can_crop
+from weft.versions import can_crop, is_recurrent
 
 
 class Conversation:
