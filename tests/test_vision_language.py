@@ -1,5 +1,7 @@
 """Models that read images and text: experts of the language model, whose tokens some are of images."""
 
+import inspect
+
 import peft
 import pytest
 import torch
@@ -61,13 +63,15 @@ def llava_inputs(batch):
 def qwen2_vl_inputs(batch):
     ids = torch.randint(1, IMAGE, (batch, 10))
     ids[:, 2], ids[:, 3:7], ids[:, 7] = START, IMAGE, END
-    return {
+    inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(batch * 16, 48),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * batch),
-        "mm_token_type_ids": (ids == IMAGE).int(),
     }
+    if "mm_token_type_ids" in inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()  # of newer versions of transformers
+    return inputs
 
 
 KINDS = {"llava": (llava, llava_inputs), "qwen2_vl": (qwen2_vl, qwen2_vl_inputs)}
