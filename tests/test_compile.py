@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# It has no graphs of context managers, nor of transformers' own wrappers around forward.
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not compile a step as one graph")
 
 STEP = """
 import json, sys, torch, weft
