@@ -250,7 +250,7 @@ def test_what_a_tool_answers_may_be_a_list():
             r"message 1 has the part \{'type': 'image'\}, exp",
         ),
         ({"messages": [{"role": "user", "content": ["Hi"]}]}, r"message 1 has the part 'Hi', expected"),
-        ({"messages": []}, "the chat template refuses its messages: .*empty conversation"),
+        ({"messages": []}, "the chat template refuses its messages: "),
         ({"messages": CHAT[1:]}, "the chat template refuses its messages: roles must alternate"),
         ({"messages": CHAT, "tools": "{"}, r""""tools" \('\{'\) is no valid JSON"""),
         ({"messages": CHAT, "tools": {"a": 1}}, r""""tools" \(\{'a': 1\}\) must be a list of JSON schemas"""),

@@ -191,6 +191,7 @@ class XLoraConfig(PeftConfig):
         """
         from weft.checkpoint import write_config
 
+        self.base_model_name_or_path = self.base_model_name_or_path or None  # peft before 0.21 has just put "" there
         write_config(self, Path(save_directory), auto_mapping=kwargs.get("auto_mapping_dict"))
 
     def bind_model(self, model: nn.Module | None) -> None:
