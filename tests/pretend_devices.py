@@ -14,7 +14,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import weft
+
 HOME = torch.device("cpu")
+WEFT = Path(weft.__file__).parent  # folders above may have any name, that of the package too
 _MOVES = {Tensor.to, Tensor.cpu}
 # They read an index or a value from wherever it is.
 _MAY_CROSS = {Tensor.copy_, Tensor.__setitem__}
@@ -111,9 +114,7 @@ class PretendedDevices(TorchFunctionMode):
 def _file_of_weft():
     """The file of weft that called torch just now, if any, as "layers/base.py"."""
     path = Path(sys._getframe(4).f_code.co_filename)
-    return (
-        "/".join(path.parts[path.parts.index("weft") + 1 :]) if "src" in path.parts and "weft" in path.parts else None
-    )
+    return path.relative_to(WEFT).as_posix() if path.is_relative_to(WEFT) else None
 
 
 class _Placed(AlignDevicesHook):
