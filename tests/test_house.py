@@ -12,7 +12,8 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options", "format_options", "own_weight", "palette", "placement", "quantised", "licences", "versions"],
+    ["errors", "options", "format_options", "own_weight", "palette", "placement", "quantised", "licences"],
+    ["versions", "countdown"],
     ["whole", "processes", "routing", "chat_template"],
     ["freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled", "traces"],

@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.backbone import in_evaluation_mode
+from weft.countdown import Countdown
 from weft.data import NO_LABEL
 from weft.errors import ConfigError, DataError, TrainingError
 from weft.losses import NO_EXPERT
@@ -100,11 +100,12 @@ def fit_gate(
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
 
     hidden, targets = [], []
-    with in_evaluation_mode(model), Progress(transient=True, disable=process_number() > 0) as progress:
-        for start in progress.track(range(0, len(chosen), batch_size), description="reading"):
+    with in_evaluation_mode(model), Countdown(len(chosen), "reading", hidden=process_number() > 0) as countdown:
+        for start in range(0, len(chosen), batch_size):
             read = _read(model, chosen[start : start + batch_size], by)
             hidden += read[0]
             targets += read[1]
+            countdown.advance(len(read[0]))
     kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
     gate = model.internal_xlora_classifier
     # The gate decides: not in half precision. And it learns, whatever surrounds this call.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import Trainer, TrainerCallback
 
+from weft.countdown import clock
 from weft.data import NO_LABEL
 
 # Names of what the gate did, in the log.
@@ -145,7 +145,7 @@ class ProgressLine(TrainerCallback):
             losses = f", loss {self._losses[0]:.4f} -> {self._losses[-1]:.4f}" if self._losses else ""
             self._print(
                 f"trained to step {state.global_step}: {now[1] - self._start[1]:,} tokens in "
-                f"{_clock(now[0] - self._start[0])}, {_rate(self._start, now):,.0f} tokens/s{losses}"
+                f"{clock(now[0] - self._start[0])}, {_rate(self._start, now):,.0f} tokens/s{losses}"
             )
 
     def close(self) -> None:
@@ -167,12 +167,8 @@ class ProgressLine(TrainerCallback):
 
     def _left(self, now: tuple[float, int, float]) -> str:
         done = now[2] - self._start[2]
-        return f"{_clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 else ""
+        return f"{clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 else ""
 
 
 def _rate(start: tuple[float, int, float], end: tuple[float, int, float]) -> float:
     return (end[1] - start[1]) / max(1e-9, end[0] - start[0])
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

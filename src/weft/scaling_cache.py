@@ -26,12 +26,12 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float
-from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.backbone import in_evaluation_mode
+from weft.countdown import Countdown
 from weft.errors import ConfigError
 from weft.given_hidden import SCALING_PASS_HIDDEN, given_hidden_problems
 
@@ -328,11 +328,10 @@ def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, b
     """Write the files of a cache, then the index that names them."""
     files: list[dict[str, Any]] = []
     width = passes.config.hidden_size
-    with in_evaluation_mode(passes.backbone.base), Progress(transient=True) as progress:
-        bar = progress.add_task("scaling pass", total=len(sequences))
+    with in_evaluation_mode(passes.backbone.base), Countdown(len(sequences), "scaling pass") as countdown:
         for first, part in _in_files(sequences, width * dtype.itemsize):
             name = f"{len(files):05d}.safetensors"
-            hidden = _hidden_states(passes, part, dtype, batch_size, lambda done: progress.advance(bar, done))
+            hidden = _hidden_states(passes, part, dtype, batch_size, countdown.advance)
             save_file({_TENSOR: hidden}, target / name)
             files.append({"name": name, "first": first, "bytes": (target / name).stat().st_size})
     index = {"dtype": str(dtype).removeprefix("torch."), "hidden_size": width, "files": files}

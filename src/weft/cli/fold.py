@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor
 
+from weft.countdown import Countdown
 from weft.data import check_length, read_tokens, token_sequences
 from weft.errors import ConfigError
 from weft.folding import check_output, fold, mean_scalings
@@ -77,6 +77,5 @@ def _mean_over_data(model: Any, tokenizer: Any, options: FoldOptions) -> Tensor:
     for source in options.data:
         found = token_sequences(read_tokens(source, tokenizer), options.sequence_length)
         sequences += found[: options.max_sequences or None]
-    with Progress(transient=True) as progress:
-        task = progress.add_task("the gate reads", total=len(sequences))
-        return mean_scalings(model, sequences, options.batch_size, lambda done: progress.advance(task, done))
+    with Countdown(len(sequences), "the gate reads") as countdown:
+        return mean_scalings(model, sequences, options.batch_size, countdown.advance)

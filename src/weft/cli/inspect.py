@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from weft.cli.terminal import StepPrinter
+from weft.countdown import Countdown
 from weft.data import named_sources
 from weft.errors import ConfigError
 from weft.figures import check_figure, write_figure
@@ -90,14 +90,13 @@ def _recorded(options: InspectOptions) -> Trace:
             seed=options.seed,
             **common,
         )
-    with Progress(transient=True) as progress:
-        task = progress.add_task("the gate reads", total=None)
+    with Countdown(None, "the gate reads") as countdown:
         return trace_data(
             model,
             sources,
             sequence_length=options.sequence_length,
             batch_size=options.batch_size,
-            advance=lambda done: progress.advance(task, done),
+            advance=countdown.advance,
             **common,
         )
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from weft.adapters import parse_adapters
 from weft.checkpoint import read_config
+from weft.countdown import Countdown
 from weft.data import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
 from weft.evaluate.bootstrap import interval, resampled_means
@@ -151,25 +151,17 @@ class _Measuring:
         for row, data in missing:
             by_row.setdefault(row.name, (row, []))[1].append(data)
         loads = list(dict.fromkeys(row.load.key for row, _ in missing))
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task("", total=sum(data.steps for _, data in missing))
+        with Countdown(sum(data.steps for _, data in missing)) as countdown:
             try:
                 for row, data_sets in sorted(by_row.values(), key=lambda one: loads.index(one[0].load.key)):
-                    self._row(row, data_sets, progress, task)
+                    self._row(row, data_sets, countdown)
             finally:
                 self.stage.clear()
 
-    def _row(self, row: Row, data_sets: list[DataSet], progress: Progress, task: TaskID) -> None:
-        done = 0
-
-        def advance(steps: int) -> None:
-            nonlocal done
-            done += steps
-            progress.advance(task, steps)
-
+    def _row(self, row: Row, data_sets: list[DataSet], countdown: Countdown) -> None:
+        before = countdown.done
         try:
-            progress.update(task, description=row.name)
+            countdown.advance(0, row.name)
             carried = self.stage.carry(row.load)
             note = ""
             if row.merge is not None:
@@ -181,16 +173,16 @@ class _Measuring:
             with row.setting(carried) as model:
                 runner = Runner(model, self.tokenizer, self.options.batch_size, row.freeze_after)
                 for data in data_sets:
-                    progress.update(task, description=f"{row.name}: {data.name}")
+                    countdown.advance(0, f"{row.name}: {data.name}")
                     with measured(execution_device(model)) as usage:
-                        scores = score(runner, data, advance)
+                        scores = score(runner, data, countdown.advance)
                     cell = Cell(scores, usage.seconds, usage.peak_mb, note)
                     self.cells.keep(self.digest(row, data), row.name, data.name, cell)
         except row.may_fail as err:
             if isinstance(err, torch.OutOfMemoryError):
                 raise
             self.impossible[row.name] = _reason(err)
-            progress.advance(task, sum(data.steps for data in data_sets) - done)
+            countdown.advance(before + sum(data.steps for data in data_sets) - countdown.done)
 
 
 def _reason(err: Exception) -> str:
