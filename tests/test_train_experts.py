@@ -63,6 +63,31 @@ def changed(arguments, **options):
     return found
 
 
+def test_experts_share_one_base_model_and_each_is_what_it_is_alone(base_folder, texts, tmp_path, monkeypatch):
+    loaded = []
+    load = weft.train_experts.load_base
+    monkeypatch.setattr(weft.train_experts, "load_base", lambda *args: loaded.append(args) or load(*args))
+
+    def trained(names, output):
+        return train_experts(
+            TrainOptions(
+                base=str(base_folder),
+                experts_from={name: str(texts[name]) for name in names},
+                expert_steps=3,
+                expert_learning_rate=0.01,
+                batch_size=2,
+                output=str(tmp_path / output),
+            ),
+            say=lambda line: None,
+        )
+
+    both = quietly(trained, ["fox", "law"], "both")
+    assert len(loaded) == 1
+    for name in ("fox", "law"):
+        assert same(tensors(both[name]), tensors(quietly(trained, [name], name)[name]))
+    assert not same(tensors(both["fox"]), tensors(both["law"]))
+
+
 def test_experts_are_trained_and_then_the_gate_on_the_data_of_all(arguments, base_folder, texts, tmp_path, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out

@@ -147,9 +147,10 @@ def _train_missing(
         for name, source in missing.items()
     }
     targets = _tried_targets(options, list(missing), gate_options, say) if missing else []
+    base = None
     for name in missing:
         say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")
-        _train_expert(name, folders[name], rows[name], tokenizer, options, targets)
+        base = _train_expert(name, folders[name], rows[name], tokenizer, options, targets, base)
     return folders
 
 
@@ -296,11 +297,20 @@ def _train_expert(
     tokenizer: Any,
     options: TrainOptions,
     targets: str | list[str],
-) -> None:
-    """Train one expert on a base model of its own, and save it when it is complete."""
+    base: Any,
+) -> Any:
+    """Train one expert and save it when it is complete.
+
+    Args:
+        base: the base model that the expert before has left; None loads it.
+
+    Returns:
+        The base model, as it was; None where it lies in shards, which no other training can take over.
+    """
     assert options.base is not None
-    set_seed(options.seed)
-    base = load_base(options.base, options.dtype, options.quantization)
+    if base is None:
+        base = load_base(options.base, options.dtype, options.quantization)
+    set_seed(options.seed)  # so that an expert does not depend on those before it
     model = get_peft_model(base, _lora_config(options, targets))
     own = dataclasses.replace(
         options,
@@ -337,3 +347,4 @@ def _train_expert(
         (part / RECORD).write_text(json.dumps(_record(name, options), indent=1), encoding="utf-8")
 
     trainer.write_together(folder, write)
+    return None if trainer.in_shards else model.unload()
