@@ -1,10 +1,10 @@
 """What makes the gate good: its start, temperature, top-k, losses, learning rate, on the demo's experts and data.
 
-Needs the demo's experts (`make demo`, at least until its experts are there). Each variant is a gate that is trained
-like "two passes" (random start, depth 1, learning rate 5e-3) but for what its name says; beside them one LoRA with at
-least as many parameters as that gate, trained on the same texts for as many steps, at several learning rates. All are
-rows of one `weft eval`, with the static merges (weights searched), Arrow and the oracle. Choose by the column "select";
-"test" is other texts, for what is reported.
+Needs the long demo's experts (`make demo-full`, until they are there). Each variant is a gate that is trained like "two
+passes" (random start, depth 1, learning rate 5e-3) but for what its name says; beside them one LoRA with at least as
+many parameters as that gate, trained on the same texts for as many steps, at several learning rates. All are rows of
+one `weft eval`, with the static merges (weights searched), Arrow and the oracle. Choose by the column "select"; "test"
+is other texts, for what is reported.
 
 Gates, adapters and finished cells are kept in `.bench/ablation/`, so that an interrupted run goes on. Writes
 `results/DATE-ablation-STEPS-steps.{json,md}`. About two minutes a variant at 48 steps on two quiet cores.
@@ -89,7 +89,7 @@ LORA_RATES = (5e-4, 2e-3, 5e-3, 1e-2, 2e-2)
 def main() -> None:
     """Train what is missing, measure what is missing, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=ROOT / ".demo")
+    parser.add_argument("--demo", type=Path, default=ROOT / ".demo-full")
     parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "ablation")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--steps", type=int, default=48)

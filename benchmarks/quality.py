@@ -1,6 +1,6 @@
 """What the cheaper schemes cost in quality: gates of several kinds and seeds, trained and compared on the demo's data.
 
-Needs the demo's experts (`make demo`, at least until its experts are there). Every gate is trained like the
+Needs the long demo's experts (`make demo-full`, at least until its experts are there). Every gate is trained like the
 others, but for the paper's: that has no hidden layer, starts at random and has the weight 1. Each row is the perplexity
 on held-out texts that switch between the domains, and on each domain. Results are kept in `.bench/quality/` as they
 come, so that an interrupted run goes on; about an hour on two quiet cores. Writes
@@ -29,7 +29,7 @@ from weft.own_weight import at_own_weight
 from weft.train import train
 
 DOMAINS = ("python", "reference", "licences", "records")
-DEMO = ROOT / ".demo"
+DEMO = ROOT / ".demo-full"
 WORK = ROOT / ".bench" / "quality"
 LENGTH = 256
 FROZEN_AFTER = 64

@@ -1,7 +1,8 @@
 """Guessing ahead on the demo's model: plain cached decoding against `speculate`, per domain and on texts to copy.
 
-Needs the demo's mixture. The two take turns on each prompt; the text is the same, so the ratio of times is that of
-tokens per second. About a quarter of an hour on two quiet cores. Writes `results/DATE-speculation.{json,md}`.
+Needs the long demo's mixture (`make demo-full`). The two take turns on each prompt; the text is the same, so the ratio
+of times is that of tokens per second. About a quarter of an hour on two quiet cores. Writes
+`results/DATE-speculation.{json,md}`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from harness import save, setting
 from weft.data import read_tokens
 from weft.speculation import NGramGuesses, Pace
 
-DEMO = ROOT / ".demo"
+DEMO = ROOT / ".demo-full"
 DOMAINS = ("python", "reference", "licences", "records")
 GUESSES = 8
 

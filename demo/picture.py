@@ -1,4 +1,4 @@
-"""The picture of the page in docs/inspect.md, of the demo's mixture: run `make demo` and `make browser` first."""
+"""The picture of the page in docs/inspect.md, of the long demo: run `make demo-full` and `make browser` first."""
 
 import argparse
 import os
@@ -16,9 +16,9 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / ".demo-full")
     parser.add_argument("--base", help="the base model, where it has been moved")
-    parser.add_argument("--page", type=Path, default=ROOT / ".demo/inspect.html")
+    parser.add_argument("--page", type=Path, default=ROOT / ".demo-full/inspect.html")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/inspect.png")
     parser.add_argument("--scheme", choices=["light", "dark"], default="light")
     arguments = parser.parse_args()
