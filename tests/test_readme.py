@@ -53,4 +53,14 @@ def test_the_two_first_commands_are_targets_of_the_makefile():
     targets = re.findall(r"^make (\w+)", first, flags=re.M)
     assert targets == ["demo", "test"]
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
-    assert all(f"\n{target}: env\n" in makefile for target in targets)
+    assert all(re.search(rf"^{target}: ", makefile, flags=re.M) for target in targets)
+
+
+def test_the_table_is_that_of_the_results_it_names():
+    results = Path(__file__).parent.parent / re.search(r"\((benchmarks/results/[\d-]+demo.json)\)", README).group(1)
+    found = json.loads(results.read_text())["perplexity"]
+    table = re.search(r"^\| perplexity.*?\n\n", README, flags=re.M | re.S).group(0)
+    head, _, *lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in table.split("\n")[:-2]]
+    assert head[1:] == list(found["base"])
+    assert all(set(row.split()) <= set(re.findall(r"\w+", line[0])) for row, line in zip(found, lines, strict=True))
+    assert [line[1:] for line in lines] == [[f"{value:.2f}" for value in row.values()] for row in found.values()]
