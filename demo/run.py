@@ -65,10 +65,8 @@ def train_gate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> Non
             *("train", "--base", work / "model"),
             *("--adapters", *[f"{domain}={results / 'experts' / domain}" for domain in DOMAINS]),
             *("--data", work / "data" / "train" / "mixed.jsonl", "--output", partial),
-            # A short scaling pass, a gate with a hidden layer, and twice the weight, since the experts are trained so
-            # little: what docs/evaluate.md found best.
-            *("--scaling-pass-layers", "4", "--xlora-depth", "2", "--xlora-size", "256"),
-            *("--gate-start", recipe.gate_start, "--global-scaling-weight", "2"),
+            *(word for name, value in recipe.gate.items() for word in (f"--{name}", value)),
+            *("--xlora-depth", "2", "--xlora-size", "256"),
             *("--max-steps", str(recipe.gate_steps), "--learning-rate", "5e-3"),
             *("--batch-size", "2", "--sequence-length", "256", "--log-steps", str(max(1, recipe.gate_steps // 10))),
             *(("--dtype", "bfloat16", "--bf16", "true") if bfloat16 else ()),

@@ -44,6 +44,22 @@ def shares(model, row):
     return scalings if model.xlora_config.enable_softmax else scalings.softmax(-1)
 
 
+def test_the_layers_above_the_one_the_gate_reads_at_are_not_run_for_labels(llama_adapters):
+    model = weft.from_adapters(tiny_llama(), llama_adapters, gate_layer=1, layerwise_scalings=True)
+    ran = []
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    assert weft.fit_gate(model, rows(), "labels", batch_size=16) > 0.9
+    assert ran == [0, 0, 0]
+    # Nothing of these passes is left: a call past the model's own finds every expert at weight 1.
+    assert model.passes.carrier.routing is None
+    ids = torch.tensor([rows()[0]["input_ids"]])
+    with torch.no_grad():
+        inner = model.get_base_model().model(input_ids=ids).last_hidden_state
+        fresh = weft.from_adapters(tiny_llama(), llama_adapters, gate_layer=1).get_base_model().model(input_ids=ids)
+    assert torch.equal(inner, fresh.last_hidden_state)
+
+
 @pytest.mark.parametrize("options", SCHEMES, ids=str)
 def test_a_gate_fitted_to_labels_follows_them_in_every_layer(options, llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters, **options)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -254,12 +255,23 @@ def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor,
     if model.xlora_config.gate_layer is None:
         return model.passes.scaling_pass_alone(inputs)
     seen: list[Tensor] = []
-    hook = model.internal_xlora_classifier.register_forward_pre_hook(lambda gate, given: seen.append(given[0]))
+
+    def take(gate: Any, given: Any) -> None:
+        seen.append(given[0])
+        raise _SeenError
+
+    hook = model.internal_xlora_classifier.register_forward_pre_hook(take)
     try:
-        model(**inputs)
+        with suppress(_SeenError):
+            model(**inputs)
     finally:
         hook.remove()
+        model.passes.carrier.clear()  # which the pass would have done at its end
     return seen[0]
+
+
+class _SeenError(Exception):
+    """Ends a forward pass whose later layers nobody asks for."""
 
 
 def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "batch token expert"]:
