@@ -58,9 +58,11 @@ class Backbone:
             for name, parameter in inspect.signature(base.forward).parameters.items()
             if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         ]
+        # Some models hand it on to their text model unnamed, such as LLaVA.
+        self._takes_use_cache = self.takes("use_cache") or _is_open(base.forward)
         parameters = inspect.signature(self.module.forward).parameters
         self._accepted = set(parameters)
-        self._open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._open = _is_open(self.module.forward)
         # What the head names in its own signature and the backbone does not is the head's business: labels,
         # logits_to_keep, ...
         self._heads_own = set(self._positional) - self._accepted
@@ -122,7 +124,7 @@ class Backbone:
         """
         if two_passes:
             _refuse_shared_state({name: value for name, value in arguments.items() if name != self.cache_name})
-        if not self.takes("use_cache"):
+        if not self.takes("use_cache") and not self.caches:
             return
         wanted = arguments.get("use_cache")
         if wanted is None:
@@ -166,7 +168,7 @@ class Backbone:
     def caches(self) -> bool:
         """Whether the base model keeps its state in a cache that transformers makes."""
         makes = getattr(self.base, "_supports_default_dynamic_cache", lambda: True)
-        return self.cache_name is not None and self.takes("use_cache") and makes()
+        return self.cache_name is not None and self._takes_use_cache and makes()
 
     def last_hidden_state(self, arguments: dict[str, Any], cache: Cache | None = None) -> Tensor:
         """Run the backbone on the arguments of a call of the base model: `[batch, seq, hidden]`.
@@ -283,6 +285,12 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         """Of the base model's first floating parameter."""
         return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
+
+
+def _is_open(function: Any) -> bool:
+    """Whether a function takes arguments that it does not name."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _refuse_shared_state(arguments: dict[str, Any]) -> None:
