@@ -20,6 +20,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, TrainingArgum
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 _RECORDS_PAST = hasattr(Cache, "activate_past_recording")  # since 5.14
+# Before 5.18 a run of several processes on the CPU resumes with tensors loaded to "cpu:0", which torch does not know.
+torch.serialization.register_package(
+    15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 _TRAINING = {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
