@@ -30,7 +30,7 @@ class Recipe:
         gate_steps: Training steps of the gate.
         eval_sequences: Sequences evaluated per data set.
         new_tokens: Tokens generated per prompt.
-        bfloat16: Whether to train in bfloat16 where the processor is fast at that.
+        bfloat16: Whether to compute in bfloat16 where the processor is fast at that.
     """
 
     expert: ExpertRecipe

@@ -74,13 +74,14 @@ def train_gate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> Non
     print(f"moved to {results / 'mixture'}")
 
 
-def evaluate(work: Path, results: Path, recipe: Recipe) -> None:
+def evaluate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> None:
     """Compare the mixture with the base model and the single experts, unless already done.
 
     Args:
         work: The folder with the held-out texts.
         results: The folder with the mixture, which receives `eval.json`.
         recipe: How many sequences to evaluate.
+        bfloat16: Whether to compute in bfloat16.
     """
     # weft eval writes its table when it is complete, and goes on from finished cells when it was stopped.
     if not (results / "eval.json").exists():
@@ -90,7 +91,7 @@ def evaluate(work: Path, results: Path, recipe: Recipe) -> None:
             *("--data", *[f"{name}={heldout / name}.jsonl" for name in [*DOMAINS, "mixed"]]),
             *("--rows", "base", "experts", "uniform", "weft", "oracle"),
             *("--max-sequences", str(recipe.eval_sequences), "--sequence-length", "256"),
-            *("--output", results / "eval.json"),
+            *("--dtype", "bfloat16" if bfloat16 else "float32", "--output", results / "eval.json"),
         )
     print("\nperplexity on texts that switch between the domains:")
     for row, values in json.loads((results / "eval.json").read_text("utf-8"))["perplexity"].items():
@@ -158,11 +159,11 @@ def main() -> None:
             results / "experts", work / "model", work / "data" / "train", DOMAINS, recipe.expert, dtype
         ),
         "train": lambda: train_gate(work, results, recipe, bfloat16),
-        "eval": lambda: evaluate(work, results, recipe),
+        "eval": lambda: evaluate(work, results, recipe, bfloat16),
         "generate": lambda: generate(results, recipe),
     }
     number_format = "bfloat16, at which this processor is fast" if bfloat16 else "float32"
-    print(f"\nTraining computes in {number_format}; the comparison in float32.")
+    print(f"\nIt computes in {number_format}.")
     began = time.monotonic()
     for number, name in enumerate(stages, start=1):
         print(f"\n[{number}/{len(STAGES)}] {name}: {STAGES[name]}", flush=True)
