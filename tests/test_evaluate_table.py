@@ -255,3 +255,79 @@ def test_options_that_cannot_work_are_named(options, message, mixture, data, tmp
     options = [option.format(mixture=mixture, choice=tmp_path / "choice.jsonl") for option in options]
     assert main(["eval", mixture, "--data", *data[:1], *options]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------------- numbers that are none
+
+
+@pytest.fixture
+def broken(base_folder, base_adapters, base_without_z, tmp_path):
+    """A mixture on a base in which the letter Z is NaN, and texts with and without it."""
+    folder = tmp_path / "broken"
+    weft.from_adapters(str(base_without_z), base_adapters).save_pretrained(folder)
+    for name, text in (("good", "the quick brown fox"), ("bad", "a Zebra is striped")):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([json.dumps({"text": text})] * 3))
+    return str(folder)
+
+
+def strict(file):
+    """The JSON of a file, as a reader takes it who knows no NaN."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+def test_what_is_not_finite_is_said_in_words_and_written_as_null(broken, tmp_path, capsys):
+    files = [str(tmp_path / f"table.{ending}") for ending in ("json", "md", "csv")]
+    data = [f"good={tmp_path}/good.jsonl", f"bad={tmp_path}/bad.jsonl"]
+    assert main(["eval", broken, "--data", *data, "--rows", "base", "experts", "weft", "--output", *files]) == 0
+    shown = capsys.readouterr().out
+    assert "bad: perplexity is NaN for base, only math, only code, weft: the model gave no finite numbers" in shown
+    assert "bad: nothing can be compared with weft, whose value is not finite" in shown
+    assert "bad: better than weft" not in shown
+    assert "good: better than weft: " in shown
+    found = strict(tmp_path / "table.json")
+    assert found["perplexity"]["weft"]["bad"] is None
+    assert found["perplexity"]["weft"]["good"] > 0
+    assert found["interval"]["base"]["bad"] == [None, None]
+    assert any("perplexity is NaN for base" in note for note in found["notes"])
+    assert weft.write_card(broken, evaluation=tmp_path / "table.json").is_file()
+
+
+def test_a_loss_that_no_perplexity_can_hold_is_infinite_and_not_an_error(table, monkeypatch, capsys):
+    def large(logits, input_ids):
+        return torch.full((len(input_ids), input_ids.shape[1] - 1), 1000.0)
+
+    monkeypatch.setattr("weft.evaluate.scoring.negative_log_likelihoods", large)
+    found = table("--rows", "base", "weft")
+    assert found["perplexity"]["base"] == {"math": None, "mixed": None, "unlabelled": None}
+    assert any(note.startswith("math: perplexity is infinite for base, weft: ") for note in found["notes"])
+    assert "inf" in capsys.readouterr().out
+
+
+def test_a_row_that_is_not_finite_takes_no_part_in_the_comparison(table, monkeypatch, capsys):
+    measured, calls = evaluation.score, []
+
+    def spoiled(runner, data, advance):
+        calls.append(1)
+        scores = measured(runner, data, advance)
+        return [(float("nan"), weight) for _, weight in scores] if len(calls) <= 5 else scores  # the first row
+
+    monkeypatch.setattr(evaluation, "score", spoiled)
+    found = table("--rows", "base", "experts", "weft")
+    assert found["perplexity"]["base"]["math"] is None
+    assert found["perplexity"]["weft"]["math"] > 0
+    notes = [note for note in found["notes"] if note.startswith("math: ")]
+    assert notes[0].startswith("math: perplexity is NaN for base: ")
+    assert "base" not in notes[1]
+
+
+def test_a_choice_with_a_probability_that_is_none_is_not_counted_as_right_or_wrong(broken, tmp_path):
+    rows = [{"question": "the", "choices": ["fox", "Z"], "answer": 0}] * 3
+    (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "table.json"
+    data = f"choice={tmp_path}/choice.jsonl"
+    assert main(["eval", broken, "--data", data, "--rows", "base", "weft", "--output", str(file)]) == 0
+    assert strict(file)["accuracy"]["weft"]["choice"] is None

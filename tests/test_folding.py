@@ -279,7 +279,7 @@ def test_weights_that_cannot_work_are_refused(model, weights, message, tmp_path)
     assert not (tmp_path / "folded").exists()
 
 
-def test_nothing_but_an_ordinary_adapter_is_overwritten(llama_adapters, tmp_path):
+def test_nothing_but_a_folded_adapter_is_overwritten(llama_adapters, tmp_path):
     math = tmp_path / "math"
     save_adapter(tiny_llama(), lora(), math, seed=1)
     model = weft.from_adapters(tiny_llama(), {**llama_adapters, "math": str(math)})
@@ -288,7 +288,9 @@ def test_nothing_but_an_ordinary_adapter_is_overwritten(llama_adapters, tmp_path
     (tmp_path / "notes/todo.txt").write_text("")
     for name in ("notes", "mixture", "notes/todo.txt"):
         before = folder_files(tmp_path)
-        with pytest.raises(ConfigError, match=rf"output \({tmp_path / name}\) holds something else than an ordinary"):
+        with pytest.raises(
+            ConfigError, match=rf"output \({tmp_path / name}\) (exists already and holds|is a file, exp)"
+        ):
             weft.fold(model, tmp_path / name, {"code": 1.0})
         assert folder_files(tmp_path) == before
     with pytest.raises(ConfigError, match=rf"output \({math}\) is the folder of the expert 'math'"):
@@ -355,7 +357,7 @@ def test_the_command_folds_a_gates_mean(mixture, base_folder, data, ids, tmp_pat
         ("--output OUT --weights math=1 --batch-size 0", r"batch_size \(0\) must be at least 1"),
         ("--output OUT --data x.txt --max-sequences -1", r"max_sequences \(-1\) must be at least 0"),
         ("--output OUT --data /nowhere.jsonl", r"data \(/nowhere.jsonl\) is not a file"),
-        ("--output MIXTURE --data /nowhere.jsonl", r"output \(.*mixture\) holds something else"),
+        ("--output MIXTURE --data /nowhere.jsonl", r"output \(.*mixture\) exists already and holds"),
     ],
 )
 def test_bad_options_are_an_error_without_a_traceback(mixture, options, message, tmp_path, capsys):

@@ -307,7 +307,9 @@ def test_unknown_layout_is_named(alike, tmp_path):
 
 def test_a_folder_that_holds_something_is_not_written_to(alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture")
-    with pytest.raises(ConfigError, match=r"output \(.*mixture\) exists already: give a new or empty folder"):
+    with pytest.raises(
+        ConfigError, match=r"output \(.*mixture\) exists already and holds .*: give a new or empty folder"
+    ):
         weft.convert_mixture(folder, "peft", folder)
 
 

@@ -95,7 +95,7 @@ def test_without_softmax_the_logits_come_out():
 
 
 def test_temperature_is_read_at_every_call():
-    ours, hidden = gate(), hidden_states()
+    ours, hidden = gate(layerwise_scalings=False), hidden_states()
     logits = ours.layers(hidden)[:, :, None]
     for temperature in (1.0, 0.1, 4.0):
         ours.config.softmax_temperature = temperature

@@ -12,9 +12,11 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "options", "format_options", "own_weight", "palette", "placement", "quantised", "licences"],
-    ["versions", "countdown"],
-    ["whole", "processes", "routing", "chat_template"],
+    ["errors", "command_options", "own_weight", "palette", "placement", "quantised", "licences", "visible"],
+    ["versions", "console", "options", "format_options"],
+    ["countdown"],
+    ["whole", "processes", "routing", "chat_template", "one_thread"],
+    ["ownership"],
     ["freezing", "data", "sampling", "detokeniser", "losses"],
     ["config", "carrier", "cache", "short_backbone", "gate_metrics", "labelled", "traces"],
     ["adapter_keys", "gate", "experts", "backbone", "auxiliary", "callbacks", "scalings_log", "summary"],
@@ -29,7 +31,8 @@ ORDER = [
     ["model"],
     ["integration", "speculation"],
     ["change_experts", "mixture_files", "card"],
-    ["formats", "hub"],
+    ["formats", "publication"],
+    ["hub"],
     ["streaming"],
     ["loading", "monitoring", "scaling_cache", "packing", "progress", "gate_start"],
     ["distributed", "start_from"],

@@ -13,6 +13,7 @@ import weft
 from models import folder_files, lora, quietly, save_adapter, tiny_llama
 from weft.cli import main
 from weft.errors import CheckpointError, ConfigError, HubError
+from weft.publication import is_local
 
 TOKENS = torch.arange(1, 19).view(2, 9)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -71,8 +72,9 @@ def test_checkpoints_and_pickles_stay_here(hub, folder):
     (folder / "checkpoints/checkpoint-1/model.safetensors").write_bytes(b"")
     for name in ("optimizer.pt", "training_args.bin", "trainer_state.json"):
         (folder / name).write_bytes(b"")
-    for name in ("tokenizer.json", "LICENSE", "eval.json"):
+    for name in ("tokenizer.json", "LICENSE"):
         (folder / name).write_text("{}")
+    (folder / "eval.json").write_text('{"perplexity": {"base": {"math": 9.5, "code": null}}}')
     weft.push(folder, "user/mixture")
     beside = {name for name in folder_files(hub / "user/mixture") if "/" not in name}
     assert beside == {"README.md", CONFIG, TENSORS, "weft_manifest.json", "tokenizer.json", "LICENSE", "eval.json"}
@@ -168,8 +170,93 @@ def test_names_that_cannot_be_are_named(arguments, message, folder):
 def test_what_cannot_be_pushed_or_pulled_to_is_named(hub, folder, tmp_path):
     with pytest.raises(ConfigError, match=r"folder \(no-such\) must be a saved mixture's folder here"):
         weft.push("no-such", "user/mixture")
-    with pytest.raises(ConfigError, match=r"output \(.*mixture\) exists already: give a new or empty folder"):
+    with pytest.raises(
+        ConfigError, match=r"output \(.*mixture\) exists already and holds .*: give a new or empty folder"
+    ):
         weft.pull("user/mixture", folder)
+
+
+# ---------------------------------------------------------------------- what is sent, and what never
+
+
+def sent(hub):
+    """All that is in the repository, as text."""
+    files = [path for path in (hub / "user/mixture").rglob("*") if path.is_file()]
+    return {
+        path.relative_to(hub / "user/mixture").as_posix(): path.read_bytes().decode(errors="replace") for path in files
+    }
+
+
+def test_no_path_of_this_machine_is_sent(hub, mixture, base_folder, tmp_path):
+    expert = Path(mixture, "experts/math/README.md")
+    expert.write_text(f"---\nlicense: mit\nbase_model: {base_folder}\n---\n# Math\n")
+    assert str(base_folder) in Path(mixture, CONFIG).read_text()
+    assert str(base_folder) in Path(mixture, "experts/math", CONFIG).read_text()
+    for base in (BASE, None):
+        weft.push(mixture, "user/mixture", base=base)
+        for name, text in sent(hub).items():
+            assert str(tmp_path) not in text, name
+            assert str(base_folder) not in text, name
+        for name in (CONFIG, f"experts/math/{CONFIG}", f"experts/code/{CONFIG}"):
+            assert json.loads(sent(hub)[name])["base_model_name_or_path"] == base
+        pulled = weft.pull("user/mixture", tmp_path / f"pulled-{base is None}")  # whose manifest verifies
+        model = weft.from_pretrained(pulled, str(base_folder))
+        expected = weft.from_pretrained(mixture)(TOKENS).logits
+        assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_what_lies_beside_the_mixture_is_not_sent(hub, folder):
+    for name in ("notes.txt", "secrets.json", "diary.md", "train.jsonl", "weft_expert.json", "id_rsa", "run.py"):
+        (folder / name).write_text("{}")
+    (folder / "experts/math/weft_expert.json").write_text("{}")
+    (folder / "experts/notes.txt").write_text("")
+    (folder / "eval.json").write_text('{"my": "own"}')  # no table
+    (folder / "link.txt").symlink_to("/etc/passwd")
+    weft.push(folder, "user/mixture")
+    assert set(sent(hub)) == {
+        *("README.md", CONFIG, TENSORS, "weft_manifest.json", "experts/math/README.md"),
+        *(f"experts/{name}/{file}" for name in ("math", "code") for file in (CONFIG, TENSORS)),
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "tokenizer.json", TENSORS, "experts/math", "experts"])
+def test_a_link_in_the_place_of_a_file_is_an_error(hub, folder, name, tmp_path):
+    target = folder / name
+    if target.exists():
+        shutil.move(target, tmp_path / "elsewhere")
+    else:
+        (tmp_path / "elsewhere").write_text("{}")
+    target.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"is a link, which is not followed to the Hub"):
+        weft.push(folder, "user/mixture")
+    assert not (hub / "user/mixture").exists()
+
+
+def test_a_card_with_a_path_of_this_machine_is_an_error(hub, folder):
+    (folder / "README.md").write_text(f"# Mine\n\nTrained in {folder}/runs.\n")
+    with pytest.raises(ConfigError, match=r"has files with paths of this machine.*\n  - README.md: .*mixture"):
+        weft.push(folder, "user/mixture")
+    assert not (hub / "user/mixture").exists()
+
+
+def test_a_dry_run_lists_the_files_and_sends_nothing(folder, mixture, base_folder, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert main(["push", mixture, "user/mixture", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("would be sent to user/mixture:\n")
+    names = [line.split()[1] for line in shown.splitlines()[1:] if line.startswith(" ")]
+    assert {"README.md", CONFIG, TENSORS, "weft_manifest.json", f"experts/math/{TENSORS}"} <= set(names)
+    assert f"base model {base_folder} is a folder here: it is left out; --base HUB_ID names it" in shown
+    listing = weft.push(mixture, "user/mixture", base=BASE, dry_run=True)
+    assert f"base model {base_folder} is a folder here: {BASE} stands in its place" in listing
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [("org/model", False), ("gpt2", False), ("/models/x", True), ("./x", True), ("~/x", True), ("a/b/c", True)],
+)
+def test_which_base_models_are_folders(name, local):
+    assert is_local(name) is local
 
 
 # ---------------------------------------------------------------------- the card
@@ -270,7 +357,7 @@ def test_the_base_models_licence_is_read_from_its_folder_or_the_hub(hub, mixture
     copy = shutil.copytree(base_folder, tmp_path / "base")
     (copy / "README.md").write_text("---\nlicense: llama3\n---\n")
     card = weft.write_card(mixture, base=str(copy))
-    assert f"| base: `{copy}` |  |  | llama3 |" in card.read_text()
+    assert "| base: `base` |  |  | llama3 |" in card.read_text()
     assert "base_model" not in metadata(card)  # nobody else has that folder
 
 

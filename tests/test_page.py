@@ -318,6 +318,28 @@ def test_text_and_names_from_users_are_only_ever_text(show):
     assert "⟦RLO⟧" in opened.locator("#domains").inner_text()
 
 
+def test_the_title_of_the_window_holds_no_marks_and_long_names_are_cut(show):
+    trace = made(PIECES, experts=("e" * 200_000, "code"), title="a\u202eb" + "t" * 200_000)
+    assert "\u202e" not in page([trace])
+    assert len(page([trace])) < 200_000
+    opened = show(trace)
+    assert opened.title().startswith("a\ufffdb")
+    assert opened.locator("#legend").inner_text().startswith("e" * 199 + "\u2026")
+
+
+def test_scripts_and_styles_other_than_its_own_do_nothing(chrome, tmp_path):
+    text = page([made(PIECES)])
+    assert "unsafe-inline" not in text
+    added = "<script>window.hacked = 1</script><b id=styled style='color: red' onclick='window.hacked = 2'>x</b></body>"
+    (tmp_path / "page.html").write_text(text.replace("</body>", added), encoding="utf-8")
+    opened = chrome.new_page()
+    opened.goto((tmp_path / "page.html").as_uri())
+    opened.evaluate("document.getElementById('styled').click()")
+    assert opened.evaluate("window.hacked") is None
+    assert opened.evaluate("getComputedStyle(document.getElementById('styled')).color") != "rgb(255, 0, 0)"
+    opened.close()
+
+
 def test_nothing_can_be_asked_for_even_by_a_script_in_the_page(chrome, tmp_path):
     write_page([made(PIECES)], tmp_path / "page.html")
     opened = chrome.new_page()

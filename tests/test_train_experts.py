@@ -66,7 +66,9 @@ def changed(arguments, **options):
 def test_experts_share_one_base_model_and_each_is_what_it_is_alone(base_folder, texts, tmp_path, monkeypatch):
     loaded = []
     load = weft.train_experts.load_base
-    monkeypatch.setattr(weft.train_experts, "load_base", lambda *args: loaded.append(args) or load(*args))
+    monkeypatch.setattr(
+        weft.train_experts, "load_base", lambda *args, **kwargs: loaded.append(args) or load(*args, **kwargs)
+    )
 
     def trained(names, output):
         return train_experts(

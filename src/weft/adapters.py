@@ -6,6 +6,7 @@ nothing is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,11 @@ _UNMIXABLE = {
     "target_parameters": "adapts bare parameters",
     "alora_invocation_tokens": "acts on a part of the text only",
     "arrow_config": "routes between other adapters",
+    "megatron_config": "has peft import a module that the config names",
 }
+# LoRA variants, which compute something else than B A x, or change the base model's weights when they are put on it;
+# later versions of peft mark them in the options' metadata, too. DoRA is one that can be mixed.
+_VARIANTS = {"use_qalora", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"}
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,14 @@ def _refuse_unmixable(name: str, config: LoraConfig) -> None:
         value = getattr(config, option, None)
         if value:
             raise AdapterError(f"adapter {name!r} has {option} ({value!r}): it {what}, which cannot be mixed")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_variant = field.name in _VARIANTS or field.metadata.get("is_lora_variant")
+        if (is_variant and value and field.name != "use_dora") or value in field.metadata.get("lora_variants", ()):
+            raise AdapterError(
+                f"adapter {name!r} has {field.name} ({value!r}): it is a variant of LoRA, which X-LoRA does not "
+                "support: leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
+            )
     if config.bias != "none":
         raise AdapterError(
             f"adapter {name!r} has bias ({config.bias!r}): it changes the base model's biases, which cannot be mixed; "

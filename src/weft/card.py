@@ -15,13 +15,12 @@ from weft.adapters import read_json, read_tensors
 from weft.checkpoint import GATE_KEY, read_config
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
-from weft.licences import CARD, declared_licence
+from weft.licences import CARD, WEFTS_MARK, declared_licence
 from weft.manifest import EXPERTS_FOLDER
 from weft.whole import replace_file
 
 EVAL_FILE = "eval.json"
 PICTURES = ("gate.png", "gate.svg")  # of which `weft inspect --figure` writes one
-_MARK = "<!-- written by `weft card`: remove this line to keep the card as you change it -->"
 _UNDECLARED = "not declared"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -60,14 +59,6 @@ def write_card(
     return file
 
 
-def is_own(folder: Path) -> bool:
-    """Whether the folder has a card that a person wrote: neither weft's nor the form that peft puts there."""
-    if not (folder / CARD).is_file():
-        return False
-    text = (folder / CARD).read_text(encoding="utf-8")
-    return _MARK not in text and text.count("[More Information Needed]") < 10
-
-
 def card_text(
     folder: Path,
     *,
@@ -87,11 +78,11 @@ def card_text(
     name = name or folder.resolve().name
     sections = [
         _front_matter(config, base, licence),
-        _MARK,
+        WEFTS_MARK,
         f"# {name}",
-        f"{config.num_experts} LoRA experts of {_code(base)} as one model: a gate weighs them token by token and layer "
-        "by layer (X-LoRA, [arXiv 2402.07148](https://arxiv.org/abs/2402.07148)), with "
-        "weft on `torch`, `transformers` and `peft`.",
+        f"{config.num_experts} LoRA experts of {_code(_shown(base))} as one model: a gate weighs them token by token "
+        "and layer by layer (X-LoRA, [arXiv 2402.07148](https://arxiv.org/abs/2402.07148)), with weft on `torch`, "
+        "`transformers` and `peft`.",
         _experts_section(folder, config, base),
         _gate_section(folder, config),
         _results_section(
@@ -120,8 +111,13 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
+def _shown(base: str) -> str:
+    """A base model's Hub id; of a folder, whose place is nobody else's matter, the last part."""
+    return base if is_hub_id(base) else Path(base).name
+
+
 def _experts_section(folder: Path, config: XLoraConfig, base: str) -> str:
-    rows = [[f"base: {_code(base)}", "", "", _base_licence(base) or _UNDECLARED]]
+    rows = [[f"base: {_code(_shown(base))}", "", "", _base_licence(base) or _UNDECLARED]]
     for name in config.expert_names or []:
         expert = folder / EXPERTS_FOLDER / name
         options = read_json(expert / CONFIG_NAME)
@@ -183,11 +179,22 @@ def _results_section(file: Path, *, required: bool) -> str:
     return "## Results\n\nAs `weft eval` measured them, on held-out data sets.\n\n" + "\n\n".join(shown)
 
 
+def has_results(file: Path) -> bool:
+    """Whether a file is there with the tables of `weft eval`."""
+    try:
+        return any(_is_table(rows) for rows in read_json(file).values())
+    except CheckpointError:
+        return False
+
+
 def _is_table(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(isinstance(row, dict) and row and all(map(_is_number, row.values())) for row in value.values())
+        and all(
+            isinstance(row, dict) and row and all(value is None or _is_number(value) for value in row.values())
+            for row in value.values()
+        )
     )
 
 

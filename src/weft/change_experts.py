@@ -40,6 +40,7 @@ from weft.errors import CheckpointError, ConfigError
 from weft.gate_place import first_following_layer
 from weft.integration import base_model_of, from_adapters
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
+from weft.ownership import used_folder_problem
 from weft.whole import replace_folder
 
 _TRAINING_STATE = "trainer_state.json"
@@ -57,6 +58,7 @@ def add_expert(
     output: str | os.PathLike[str] | None = None,
     *,
     base: nn.Module | str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Add an expert to a saved mixture, as its last one; the gate's rows of the others are kept bit for bit.
 
@@ -70,6 +72,7 @@ def add_expert(
         output: a folder for the new mixture, which must be new or empty, or the model's own, which is then replaced;
             None takes MODEL-with-NAME.
         base: the base model (left as it was), or its name or path; None takes the one that the mixture names.
+        trust_remote_code: run the code that a base model brings along.
 
     Returns:
         The folder. Checkpoints of a training are not carried over: they belong to the mixture as it was.
@@ -97,7 +100,8 @@ def add_expert(
         for field in dataclasses.fields(new)
         if field.init and field.name not in _NO_OPTIONS
     }
-    mixture = from_adapters(base_model_of(base, config), adapters, **options)
+    loaded = base_model_of(base, config, trust_remote_code=trust_remote_code)
+    mixture = from_adapters(loaded, adapters, **options)
     tuner: Any = mixture.base_model
     try:
         new.layer_names = tuner.xlora_config.layer_names
@@ -201,10 +205,9 @@ def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLi
         beside = Path(model).expanduser()
         beside = Path(os.path.abspath(beside)) if beside.is_dir() else Path(beside.name)  # a Hub id: here
         target = beside.with_name(f"{beside.name}-{what}")
-    if target.is_file() or (target.resolve() != folder.resolve() and target.is_dir() and any(target.iterdir())):
-        raise ConfigError(
-            f"output ({target}) exists already: give a new folder, or the mixture's own ({model}) to change it in place"
-        )
+    problem = None if target.resolve() == folder.resolve() else used_folder_problem(target, "output")
+    if problem is not None:
+        raise ConfigError(f"{problem}, or the mixture's own ({model}) to change it in place")
     if target.resolve() == folder.resolve() and (folder / _TRAINING_STATE).exists():
         raise ConfigError(
             f"output ({target}) is a checkpoint of a training, which could not be resumed then: give another folder"

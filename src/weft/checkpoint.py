@@ -32,12 +32,19 @@ from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.frozen_copies import refuse_frozen_copy
 from weft.heads import head_tensors
 from weft.injection import adapter_parameters, key_problems
-from weft.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, manifest_of, verify
+from weft.licences import CARD, keep_own_card
+from weft.manifest import (
+    EXPERTS_FOLDER,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    manifest_of,
+    refuse_strangers_folder,
+    verify,
+)
 from weft.original import ORIGINAL_GATE, is_original, original_base, original_options, read_original_gate
 from weft.processes import is_sharded
 from weft.whole import replace_file, replace_folder
 
-MODEL_CARD = "README.md"
 GATE_KEY = "internal_xlora_classifier."
 # In the names of an expert's parameters.
 _EXPERT_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
@@ -48,7 +55,10 @@ _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_
 def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """peft's `save_pretrained`, after which the folder holds all of the model, or else what it held before.
 
+    A README.md that a person wrote stays as it is.
+
     Raises:
+        ConfigError: the folder holds something that is no mixture's and would be replaced.
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     folder = Path(save_directory)
@@ -63,12 +73,14 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     if folder.is_file() or not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
         return
+    refuse_strangers_folder(folder)
+    card = folder / CARD
 
     def write(part: Path) -> None:
-        card = folder / MODEL_CARD
-        if card.is_file():  # which peft keeps, and adds to
-            shutil.copy(card, part / MODEL_CARD)
+        if card.is_file():
+            shutil.copy(card, part / CARD)
         save(model, str(part), *args, **kwargs)
+        keep_own_card(folder, part)
 
     replace_folder(folder, write, CONFIG_NAME)
 
@@ -296,7 +308,7 @@ def write_expert(model: Any, name: str, folder: Path) -> None:
     replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     card = model.expert_cards[name]
     if card is not None:
-        replace_file(folder / MODEL_CARD, lambda path: path.write_text(card, encoding="utf-8"))
+        replace_file(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
     expert: LoraConfig = model.lora_model.peft_config[name]
     trainable = expert.inference_mode
     expert.inference_mode = True

@@ -6,8 +6,9 @@ import time
 from datetime import timedelta
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from weft.console import VisibleConsole
 
 EVERY = 10.0  # seconds between two lines, where there is no terminal
 
@@ -30,7 +31,7 @@ class Countdown:
     def __init__(self, total: int | None, what: str = "", *, hidden: bool = False) -> None:
         self.total, self.what, self.hidden = total, what, hidden
         self.done = 0
-        self._console = Console(soft_wrap=True)
+        self._console = VisibleConsole(soft_wrap=True)
         self._bar: Progress | None = None
         self._start = self._last = 0.0
 

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from weft.adapters import read_tensors
 from weft.errors import CheckpointError
 from weft.integration import register_with_peft
+from weft.licences import keep_own_card
 from weft.losses import NO_EXPERT
 from weft.processes import fail_together, is_sharded
 from weft.progress import CountingTrainer
@@ -145,6 +146,7 @@ class EvenTrainer(CountingTrainer):
             model: Any = self.accelerator.unwrap_model(self.model)
             PeftModel.save_pretrained(model, str(part), state_dict=state_dict)
             tokenizer.save_pretrained(str(part))
+            keep_own_card(folder, part)
 
         self.write_together(folder, write, together=together)
 

@@ -52,6 +52,10 @@ class CacheError(WeftError, ValueError):
     """A key/value cache was asked for where weft does not support one."""
 
 
+class ThreadError(WeftError, RuntimeError):
+    """A model is called in one thread while another one uses it."""
+
+
 class HubError(WeftError, ConnectionError):
     """The Hugging Face Hub did not do what it was asked for: no token, no right, no such repository, no network."""
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from weft.errors import CheckpointError, ConfigError, first_line
+from weft.ownership import refuse_strangers_file
 from weft.palette import PALETTE, colour_of
 from weft.traces import Trace
 from weft.whole import replace_file
 
 _FORMATS = (".pdf", ".png", ".svg")
+_CREATOR = "weft inspect --figure"  # in the files' metadata
 _WIDTH = 6.75  # inches: the text of a two-column paper
 
 
@@ -22,7 +24,8 @@ def check_figure(file: str | os.PathLike[str]) -> None:
     """Raise where a figure cannot be written to this file.
 
     Raises:
-        ConfigError: matplotlib is missing, or the file's name says no format of a figure.
+        ConfigError: matplotlib is missing, the file's name says no format of a figure, or a file is there that is no
+            figure of weft's.
     """
     if Path(file).suffix.lower() not in _FORMATS:
         raise ConfigError(f"figure ({file}) must end in one of {', '.join(_FORMATS)}")
@@ -30,13 +33,14 @@ def check_figure(file: str | os.PathLike[str]) -> None:
         raise ConfigError(
             f"figure ({file}) needs matplotlib, which is not installed: pip install 'weft[figures]', or leave it out"
         )
+    refuse_strangers_file(Path(file), lambda path: _CREATOR.encode() in path.read_bytes(), "figure", "figure")
 
 
 def write_figure(trace: Trace, file: str | os.PathLike[str]) -> None:
     """Write the figure of a trace to a .pdf, .png or .svg file, all of it or nothing.
 
     Raises:
-        ConfigError: matplotlib is missing, or the file's name says no format of a figure.
+        ConfigError: see `check_figure`.
         CheckpointError: the file cannot be written.
 
     Example:
@@ -44,8 +48,9 @@ def write_figure(trace: Trace, file: str | os.PathLike[str]) -> None:
     """
     check_figure(file)
     kind, drawn = Path(file).suffix.lower()[1:], figure(trace)
+    metadata = {"Software" if kind == "png" else "Creator": _CREATOR}
     try:
-        replace_file(Path(file), lambda path: drawn.savefig(path, format=kind, dpi=200))
+        replace_file(Path(file), lambda path: drawn.savefig(path, format=kind, dpi=200, metadata=metadata))
     except OSError as err:
         raise CheckpointError(f"{file} cannot be written: {first_line(err)}; give another file") from err
 

@@ -27,19 +27,24 @@ from jaxtyping import Float
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapter_keys import KEY_PREFIX
-from weft.adapters import not_finite, read_json
+from weft.adapters import not_finite
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
 from weft.heads import head_tensors, wrappers
+from weft.ownership import refuse_used_folder
 from weft.placement import execution_device
 from weft.routing import ConstantWeights, constant_scalings
 from weft.whole import replace_file
+
+# In the metadata of the tensors' file: an adapter that was folded, and may be folded anew.
+_MARK = {"written_by": "weft fold"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,9 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
         raise AdapterError(f"the mixture cannot be folded, as {broken}: expected finite numbers")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    replace_file(folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    replace_file(
+        folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt", **_MARK})
+    )
     replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
     return config
 
@@ -177,18 +184,23 @@ def check_output(folder: Path, options: XLoraConfig) -> None:
     """Raise where writing an adapter to this folder would spoil something.
 
     Raises:
-        ConfigError: it is an expert's own, or holds something else than an ordinary adapter.
+        ConfigError: it is an expert's own, or holds something else than an adapter that was folded before.
     """
     for name, path in (options.adapters or {}).items():
         if folder.resolve() == Path(path).resolve():
             raise ConfigError(f"output ({folder}) is the folder of the expert {name!r}: choose another one")
-    if folder.is_dir() and not any(folder.iterdir()):
+    if (folder / CONFIG_NAME).exists() and _is_folded(folder):
         return
-    config_file = folder / CONFIG_NAME
-    if folder.exists() and not (config_file.exists() and read_json(config_file).get("peft_type") == "LORA"):
-        raise ConfigError(
-            f"output ({folder}) holds something else than an ordinary LoRA adapter: choose a new or an empty folder"
-        )
+    refuse_used_folder(folder)
+
+
+def _is_folded(folder: Path) -> bool:
+    """Whether a folder holds an adapter that was folded before, which may be replaced."""
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
+            return _MARK.items() <= (opened.metadata() or {}).items()
+    except (SafetensorError, OSError):
+        return False
 
 
 def _parts(layer: Any, weights: dict[str, float], global_weight: float) -> list[_Part]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
+from weft.command_options import command
 
-@dataclass
+
+@command
 class ConvertOptions:
     """Write a saved mixture in another layout, with the same logits; what the layout cannot hold is named.
 
@@ -19,6 +21,7 @@ class ConvertOptions:
             engine will load it. null takes the one the mixture names.
         adapters: Where the experts are, as name=FOLDER (or name=HUB_ID), if not where the source says.
         rename: New names of experts, as OLD=NEW, separated by spaces; peft takes 0, 1, ... only.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
     """
 
     source: str
@@ -27,9 +30,10 @@ class ConvertOptions:
     base: str | None = None
     adapters: list[str] | dict[str, str] = field(default_factory=list)
     rename: list[str] | dict[str, str] = field(default_factory=list)
+    trust_remote_code: bool = False
 
 
-@dataclass
+@command
 class CardOptions:
     """Write the model card (README.md) of a saved mixture: its experts, their licences, results, and how to load it.
 
@@ -50,7 +54,7 @@ class CardOptions:
     overwrite: bool = False
 
 
-@dataclass
+@command
 class PushOptions:
     """Put a saved mixture on the Hugging Face Hub, with a model card. Needs a token (hf auth login, or HF_TOKEN).
 
@@ -61,6 +65,7 @@ class PushOptions:
         base: Hub id of the base model, where the mixture names a folder, which nobody else has.
         licence: The mixture's own, as the Hub writes it (apache-2.0, mit, ...); null declares none.
         evaluation: What `weft eval --output` wrote; null takes eval.json in the folder, if there is one.
+        dry_run: Send nothing; list what would be sent.
     """
 
     model: str
@@ -69,9 +74,10 @@ class PushOptions:
     base: str | None = None
     licence: str | None = None
     evaluation: str | None = None
+    dry_run: bool = False
 
 
-@dataclass
+@command
 class PullOptions:
     """Get a mixture from the Hugging Face Hub into a folder, whole and verified.
 

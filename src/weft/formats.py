@@ -27,6 +27,7 @@ from weft.licences import CARD, licensed_card
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.mixture_files import ORDERING, MixtureFiles, opened
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, SHARED_OPTIONS, TRAINED_ADAPTERS
+from weft.ownership import refuse_used_folder
 from weft.whole import replace_folder
 
 Base = nn.Module | str | os.PathLike[str] | None
@@ -51,6 +52,7 @@ def convert_mixture(
     base: Base = None,
     adapters: dict[str, str] | None = None,
     rename: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write a saved mixture in another layout; its logits there are the same.
 
@@ -62,6 +64,7 @@ def convert_mixture(
             engine will load it by. None takes the one that the source names.
         adapters: name -> where the experts are, if not where the source says.
         rename: old name -> new name of experts.
+        trust_remote_code: run the code that a base model brings along, where its config is read.
 
     Returns:
         The folder.
@@ -78,15 +81,15 @@ def convert_mixture(
         raise ConfigError(f"to ({to!r}) must be one of {', '.join(_FORMATS)}")
     problems_of, write = _FORMATS[to]
     target = Path(output).expanduser()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ConfigError(f"output ({target}) exists already: give a new or empty folder")
+    refuse_used_folder(target)
     with opened(source, adapters, rename, base_is_given=base is not None) as files:
         if base is not None and not isinstance(base, nn.Module):
             files.config.base_model_name_or_path = os.fspath(base)
         problems = problems_of(files)
         if problems:
             raise ConfigError(f"{source} cannot be written in the layout of {to}:", problems)
-        layers = files.layers_in_order(base) if to in ("weft", "mistralrs") else []
+        needed = to in ("weft", "mistralrs")
+        layers = files.layers_in_order(base, trust_remote_code=trust_remote_code) if needed else []
         last = CONFIG_NAME if to in ("weft", "peft") else ORIGINAL_CONFIG
         replace_folder(target, lambda part: write(files, layers, part, target), last)
     return target

@@ -1,13 +1,11 @@
 """`weft.push` and `weft.pull`: a saved mixture to the Hugging Face Hub and back, through huggingface_hub.
 
-Only what belongs to the mixture goes up: its own files, its experts, tokenizer, tables and texts; no checkpoints of a
-training, and no pickles.
+What goes up is in `publication.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,13 +14,12 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from weft.adapters import read_json
-from weft.card import card_text, is_hub_id, is_own
+from weft.card import is_hub_id
 from weft.checkpoint import read_config
 from weft.errors import ConfigError, HubError, first_line
-from weft.licences import CARD
-from weft.manifest import EXPERTS_FOLDER
 from weft.original import ORIGINAL_CONFIG
+from weft.ownership import refuse_used_folder
+from weft.publication import publication
 from weft.whole import replace_folder
 
 _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".safetensors", ".svg", ".txt"}
@@ -38,8 +35,13 @@ def push(
     licence: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
     message: str = "A mixture of LoRA experts, saved by weft",
+    dry_run: bool = False,
 ) -> str:
     """Put a saved mixture on the Hub, with a model card, in one commit.
+
+    Sent are gate, options, manifest, experts, a tokenizer, licences, the card, and the eval.json and gate.png or
+    gate.svg that weft wrote beside them; nothing else that lies there, and nothing through a link. Folders of this
+    machine that options name as base model are left out, or `base` stands in their place.
 
     Args:
         folder: of a mixture that weft saved.
@@ -49,13 +51,15 @@ def push(
         licence: of the mixture itself; None declares none.
         evaluation: what `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
         message: of the commit.
+        dry_run: send nothing; return what would be sent.
 
     Returns:
-        The commit's address.
+        The commit's address; in a dry run a line for each file, and for what would be changed in them.
 
     Raises:
-        ConfigError: the repository's or the base model's name cannot be one.
-        CheckpointError: the folder is not whole, or not weft's.
+        ConfigError: the repository's or the base model's name cannot be one, or a file to be sent holds a path of this
+            machine.
+        CheckpointError: the folder is not whole, or not weft's, or has a link in the place of a file.
         HubError: no token, no right to write, or no Hub in reach. What could not be committed changes nothing.
 
     Example:
@@ -63,17 +67,13 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-    source = Path(folder).expanduser()
     _check_id(repo_id)
     if base is not None and not is_hub_id(base):
         raise ConfigError(f"base ({base!r}) must be a Hub id, user/name, which others can load")
-    texts = {CONFIG_NAME: _config_text(source, base)}  # reads and verifies the folder
-    if not is_own(source):
-        texts[CARD] = card_text(source, name=repo_id, base=base, licence=licence, evaluation=evaluation)
-    operations = [
-        CommitOperationAdd(name, texts[name].encode() if name in texts else str(source / name))
-        for name in sorted({*files_to_push(source), *texts})
-    ]
+    found = publication(Path(folder).expanduser(), name=repo_id, base=base, licence=licence, evaluation=evaluation)
+    if dry_run:
+        return found.listing()
+    operations = [CommitOperationAdd(name, found.content(name)) for name in found.names]
     if get_token() is None:
         raise HubError(
             f"repo_id ({repo_id}) cannot be written without a token: make one at "
@@ -108,8 +108,7 @@ def pull(repo_id: str, output: str | os.PathLike[str] | None = None, *, revision
 
     _check_id(repo_id)
     target = Path(output if output is not None else repo_id.partition("/")[2]).expanduser()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise ConfigError(f"output ({target}) exists already: give a new or empty folder")
+    refuse_used_folder(target)
     patterns = [f"*{suffix}" for suffix in sorted(_SUFFIXES)] + [f"*{name}*" for name in _LICENCES]
     with _errors_of(f"repo_id ({repo_id}) cannot be read"):
         snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -119,34 +118,12 @@ def pull(repo_id: str, output: str | os.PathLike[str] | None = None, *, revision
     return target
 
 
-def files_to_push(folder: Path) -> list[str]:
-    """The files of a mixture that belong on the Hub, relative to its folder."""
-    beside = [file for file in folder.iterdir() if file.is_file()]
-    experts = [file for file in (folder / EXPERTS_FOLDER).rglob("*") if file.is_file()]
-    wanted = [
-        file
-        for file in beside + experts
-        if (file.suffix in _SUFFIXES or file.name.startswith(_LICENCES)) and file.name != "trainer_state.json"
-    ]
-    return sorted(file.relative_to(folder).as_posix() for file in wanted)
-
-
 def _copy(snapshot: Path, part: Path) -> None:
     for name in os.listdir(snapshot):
         if (snapshot / name).is_dir():
             shutil.copytree(snapshot / name, part / name)  # follows the links of the cache
         else:
             shutil.copy(snapshot / name, part / name)
-
-
-def _config_text(folder: Path, base: str | None) -> str:
-    if not folder.is_dir():
-        raise ConfigError(f"folder ({folder}) must be a saved mixture's folder here")
-    read_config(folder)
-    values = read_json(folder / CONFIG_NAME)
-    if base is not None:
-        values["base_model_name_or_path"] = base
-    return json.dumps(values, indent=2, sort_keys=True)
 
 
 def _check_id(repo_id: str) -> None:

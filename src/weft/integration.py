@@ -84,6 +84,7 @@ def from_adapters(
     dtype: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
     **config: Any,
 ) -> PeftModel:
     """Make one model of a base model and several LoRA adapters of it. The gate is new: train it.
@@ -96,6 +97,7 @@ def from_adapters(
         dtype: the base model's number format; likewise.
         revision: the base model's branch, tag or commit on the Hub; likewise.
         token: for the Hub, of the base model and the adapters.
+        trust_remote_code: run the code that the base model brings along; else a base that needs such code is refused.
         **config: options of `XLoraConfig`.
 
     Returns:
@@ -115,7 +117,7 @@ def from_adapters(
     if token is not None:
         options.adapters = _fetched(options.adapters, token)
     loading = {"device_map": device_map, "dtype": dtype, "revision": revision, "token": token}
-    model = base_model_of(base, None, **loading)
+    model = base_model_of(base, None, trust_remote_code=trust_remote_code, **loading)
     if options.base_model_name_or_path is None:
         options.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     if options.task_type is None:
@@ -133,6 +135,7 @@ def from_pretrained(
     dtype: Any = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    trust_remote_code: bool = False,
 ) -> PeftModel:
     """Load a saved mixture: a folder of weft's, of peft's X-LoRA, or of the original xlora library.
 
@@ -145,6 +148,8 @@ def from_pretrained(
         dtype: the base model's number format; likewise.
         revision: the mixture's branch, tag or commit on the Hub; the base model's is in its folder.
         token: for the Hub, of the mixture, the base model and the experts.
+        trust_remote_code: run the code that the base model brings along; else a base that needs such code is refused.
+            A mixture never has code.
 
     Raises:
         ConfigError: the mixture is a model, or `device_map` or `dtype` are given with a base model that is one.
@@ -162,7 +167,7 @@ def from_pretrained(
     if token is not None:
         options.adapters = _fetched(options.adapters, token)
     loading = {"device_map": device_map, "dtype": dtype, "revision": options.revision, "token": token}
-    model = base_model_of(base, options, **loading)
+    model = base_model_of(base, options, trust_remote_code=trust_remote_code, **loading)
     if options.task_type is None:
         options.task_type = _task_type(model)
     was_training = model.training
@@ -234,13 +239,18 @@ def _fetched(adapters: dict[str, str] | None, token: str | bool) -> dict[str, st
 
 
 def base_model_of(
-    base: nn.Module | str | os.PathLike[str] | None, options: XLoraConfig | None, **loading: Any
+    base: nn.Module | str | os.PathLike[str] | None,
+    options: XLoraConfig | None,
+    *,
+    trust_remote_code: bool,
+    **loading: Any,
 ) -> nn.Module:
     """The base model itself, or the one of that name; None takes the one that the options name.
 
     Args:
         base: see above.
         options: of the mixture.
+        trust_remote_code: run code that comes with a base model that is loaded.
         **loading: options of transformers' `from_pretrained`; None stands for one that is not given.
 
     Raises:
@@ -261,24 +271,44 @@ def base_model_of(
         name = options.base_model_name_or_path
     if name is None:
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
+    # Never left out: transformers would ask on the standard input, where anything may stand.
+    trust = {"trust_remote_code": trust_remote_code}
+    name = os.fspath(name)
+    fetching = {name: given[name] for name in ("revision", "token") if name in given}
     try:
-        fetching = {name: given[name] for name in ("revision", "token") if name in given}
-        return model_class(os.fspath(name), options, **fetching).from_pretrained(os.fspath(name), **given)
-    except OSError as err:
-        message = f"base ({name}) cannot be loaded: {first_line(err)}. Pass the base model or its path"
-        raise CheckpointError(message) from err
+        return model_class(name, options, **fetching, **trust).from_pretrained(name, **given, **trust)
+    except (OSError, ValueError) as err:
+        raise base_error(name, err, "Pass the base model or its path") from err
 
 
-def model_class(name: str, options: XLoraConfig | None, **fetching: Any) -> Any:
+def base_error(name: str, err: Exception, otherwise: str = "Give its folder or Hub id") -> CheckpointError:
+    """Why a base model cannot be loaded, as one error that says what to do.
+
+    Args:
+        name: folder or Hub id.
+        err: what transformers raised.
+        otherwise: what to do where the cause is none that is known here.
+    """
+    if "trust_remote_code" in str(err):
+        return CheckpointError(
+            f"base ({name}) needs code that it brings along, which was not run: read it, and if you trust it, give "
+            "--trust-remote-code (in Python trust_remote_code=True)"
+        )
+    return CheckpointError(f"base ({name}) cannot be loaded: {first_line(err)}. {otherwise}")
+
+
+def model_class(name: str, options: XLoraConfig | None, *, trust_remote_code: bool, **fetching: Any) -> Any:
     """The class that the base model of this name has, or most likely has."""
     saved_class = (options.auto_mapping or {}).get("base_model_class") if options is not None else None
-    if saved_class is not None and hasattr(transformers, saved_class):
-        return getattr(transformers, saved_class)
+    found = getattr(transformers, str(saved_class), None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
     task_type = options.task_type if options is not None else None
     if task_type in _WITH_HEADS:
         return _WITH_HEADS[task_type]
-    if task_type is None and transformers.AutoConfig.from_pretrained(name, **fetching).is_encoder_decoder:
-        task_type = TaskType.SEQ_2_SEQ_LM
+    if task_type is None:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **fetching)
+        task_type = TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else None
     if task_type == TaskType.SEQ_2_SEQ_LM:
         return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForCausalLM

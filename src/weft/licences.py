@@ -1,11 +1,13 @@
-"""Licences as model cards declare them, in the front matter of a README.md."""
+"""Model cards, the README.md of a folder: which licence they declare, and whether a person wrote them."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+WEFTS_MARK = "<!-- written by `weft card`: remove this line to keep the card as you change it -->"
 
 
 def declared_licence(card: Path) -> str | None:
@@ -30,3 +32,17 @@ def licensed_card(folder: Path) -> str | None:
     """The text of a folder's model card where it declares a licence: such a card must stay with what it is of."""
     card = folder / CARD
     return card.read_text(encoding="utf-8") if declared_licence(card) is not None else None
+
+
+def is_own(folder: Path) -> bool:
+    """Whether the folder has a card that a person wrote: neither weft's nor the form that peft puts there."""
+    if not (folder / CARD).is_file():
+        return False
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    return WEFTS_MARK not in text and text.count("[More Information Needed]") < 10
+
+
+def keep_own_card(folder: Path, part: Path) -> None:
+    """Let a card that a person wrote stand in what will replace the folder's files, in the place of peft's."""
+    if is_own(folder):
+        shutil.copyfile(folder / CARD, part / CARD)

@@ -11,20 +11,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from weft.adapters import local_folder
 from weft.checkpoint import saved_base
-from weft.errors import CheckpointError, ConfigError, first_line
-from weft.integration import from_pretrained
+from weft.errors import CheckpointError, ConfigError
+from weft.integration import base_error, from_pretrained
 
 
-def load_base(name: str, dtype: str, quantization: str | None = None) -> Any:
+def loading_options(options: Any) -> dict[str, Any]:
+    """How a command's options say that its base model is loaded, by the names of `load_base`."""
+    return {name: getattr(options, name) for name in ("dtype", "quantization", "trust_remote_code")}
+
+
+def load_base(name: str, dtype: str, quantization: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """A causal language model.
 
     Args:
         name: folder or Hub id.
         dtype: the number format of what is not quantised; "auto" takes what it is saved in.
         quantization: "nf4" or "int8"; None takes the model as it is saved.
+        trust_remote_code: run code that comes with it.
 
     Raises:
-        CheckpointError: there is none of that name.
+        CheckpointError: there is none of that name, or it needs such code.
         ConfigError: the library for the quantisation is missing.
     """
     if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
@@ -33,32 +39,33 @@ def load_base(name: str, dtype: str, quantization: str | None = None) -> Any:
             "pip install bitsandbytes, or leave quantization out"
         )
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    trust = {"trust_remote_code": trust_remote_code}
     try:
         if quantization is not None:
-            options["quantization_config"] = _quantization_config(name, options["dtype"], quantization)
-        return AutoModelForCausalLM.from_pretrained(name, **options)
+            options["quantization_config"] = _quantization_config(name, options["dtype"], quantization, **trust)
+        return AutoModelForCausalLM.from_pretrained(name, **options, **trust)
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"base ({name}) cannot be loaded as a causal language model: {first_line(err)}") from err
+        raise base_error(name, err, "Expected the folder or Hub id of a causal language model") from err
 
 
-def _quantization_config(name: str, dtype: Any, quantization: str) -> BitsAndBytesConfig:
+def _quantization_config(name: str, dtype: Any, quantization: str, **trust: bool) -> BitsAndBytesConfig:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     # Without this, four-bit layers compute in float32, whatever the model's dtype.
-    compute = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else dtype
+    compute = AutoConfig.from_pretrained(name, **trust).dtype if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, with a padding token.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it needs code that comes with it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"base ({name}) has no tokenizer that can be loaded: {first_line(err)}") from err
+        raise base_error(name, err, "Expected a model with a tokenizer") from err
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -77,20 +84,22 @@ def base_name(path: str, base: str | None) -> str:
     return name
 
 
-def load_placed_base(name: str, dtype: str, quantization: str | None = None) -> Any:
+def load_placed_base(name: str, dtype: str, quantization: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode, on the GPU where there is one.
 
     Raises:
         CheckpointError: there is none of that name.
         ConfigError: the library for the quantisation is missing.
     """
-    base = load_base(name, dtype, quantization).eval()
+    base = load_base(name, dtype, quantization, trust_remote_code=trust_remote_code).eval()
     if torch.cuda.is_available() and not getattr(base, "is_quantized", False):  # which is there already
         base.to("cuda")
     return base
 
 
-def load_mixture(path: str, base: str | None, dtype: str, quantization: str | None = None) -> tuple[PeftModel, Any]:
+def load_mixture(
+    path: str, base: str | None, dtype: str, quantization: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[PeftModel, Any]:
     """A trained mixture on its base model, and the base's tokenizer.
 
     Raises:
@@ -98,5 +107,6 @@ def load_mixture(path: str, base: str | None, dtype: str, quantization: str | No
         ConfigError: the library for the quantisation is missing.
     """
     name = base_name(path, base)
-    model = from_pretrained(local_folder(path, "model"), load_placed_base(name, dtype, quantization))
-    return model, load_tokenizer(name)
+    placed = load_placed_base(name, dtype, quantization, trust_remote_code=trust_remote_code)
+    model = from_pretrained(local_folder(path, "model"), placed)
+    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from weft.adapters import read_json, read_tensors
-from weft.errors import CheckpointError, bullet_list
+from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.ownership import SHOWN
 
 MANIFEST_NAME = "weft_manifest.json"
 EXPERTS_FOLDER = "experts"
 FORMAT_VERSION = 1
 _ORDERS = ("expert_names", "layer_names")
+_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
 def manifest_of(folder: Path, expert_names: list[str], layer_names: list[str]) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def manifest_of(folder: Path, expert_names: list[str], layer_names: list[str]) -
         CheckpointError: a file cannot be read.
     """
     tensors = {file: _tensor_digests(folder / file) for file in _tensor_files(expert_names)}
-    options = {file: _options_digest(folder / file) for file in _option_files(expert_names)}
+    options = {file: options_digest(read_json(folder / file)) for file in _option_files(expert_names)}
     return {
         "format_version": FORMAT_VERSION,
         "expert_names": expert_names,
@@ -39,6 +42,34 @@ def manifest_of(folder: Path, expert_names: list[str], layer_names: list[str]) -
         "options": options,
         "tensors": tensors,
     }
+
+
+def refuse_strangers_folder(folder: Path, what: str = "save_directory") -> None:
+    """Raise where saving a mixture would replace something that is none's.
+
+    Raises:
+        ConfigError: the folder has an adapter, or files that go by the names of a mixture's.
+    """
+    there = [name for name in (*_ADAPTER_FILES, MANIFEST_NAME, EXPERTS_FOLDER) if (folder / name).exists()]
+    if not there:
+        return
+    kind: Any = None
+    expert_names: Any = None
+    with suppress(CheckpointError):
+        kind = read_json(folder / CONFIG_NAME).get("peft_type")
+        expert_names = read_json(folder / MANIFEST_NAME).get("expert_names")
+    if kind != "XLORA":
+        raise ConfigError(
+            f"{what} ({folder}) holds {', '.join(there)}, which {'is' if len(there) == 1 else 'are'} no mixture's and "
+            "would be replaced: give another folder, or move them away"
+        )
+    if EXPERTS_FOLDER in there:
+        strangers = sorted({entry.name for entry in (folder / EXPERTS_FOLDER).iterdir()} - {*(expert_names or [])})
+        if strangers:
+            raise ConfigError(
+                f"{what} ({folder / EXPERTS_FOLDER}) holds {', '.join(strangers[:SHOWN])}, which no mixture was saved "
+                "with and which would be lost: give another folder, or move it away"
+            )
 
 
 def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -> None:
@@ -78,7 +109,7 @@ def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -
             problems.append(str(err))
     for file in _option_files(expert_names):
         try:
-            if _options_digest(folder / file) != manifest["options"].get(file):
+            if options_digest(read_json(folder / file)) != manifest["options"].get(file):
                 problems.append(f"{file} was changed after it was saved")
         except CheckpointError as err:
             problems.append(str(err))
@@ -95,9 +126,9 @@ def _option_files(expert_names: list[str]) -> list[str]:
     return [f"{EXPERTS_FOLDER}/{name}/{CONFIG_NAME}" for name in expert_names]
 
 
-def _options_digest(file: Path) -> str:
-    text = json.dumps(read_json(file), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def options_digest(values: dict[str, Any]) -> str:
+    """Of an expert's `adapter_config.json`, however it is laid out."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _tensor_digests(file: Path) -> dict[str, str]:

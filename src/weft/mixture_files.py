@@ -27,8 +27,8 @@ from weft.adapter_keys import KEY_PREFIX
 from weft.adapters import Adapter, local_folder, read_adapters, read_json, read_tensors
 from weft.checkpoint import GATE_KEY, read_config, read_gate
 from weft.config import XLoraConfig
-from weft.errors import CheckpointError, first_line
-from weft.integration import model_class
+from weft.errors import CheckpointError
+from weft.integration import base_error, model_class
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, is_original
 
 ORDERING = "ordering.json"
@@ -60,19 +60,20 @@ class MixtureFiles:
         numbers = sorted({int(key.split(".")[1]) for key in gate})
         return [(gate[f"layers.{number}.weight"], gate[f"layers.{number}.bias"]) for number in numbers]
 
-    def layers_in_order(self, base: nn.Module | str | os.PathLike[str] | None) -> list[str]:
+    def layers_in_order(self, base: nn.Module | str | os.PathLike[str] | None, *, trust_remote_code: bool) -> list[str]:
         """The LoRA layers in the order of the gate's outputs.
 
         Args:
             base: the base model, or its name or path, where the folder does not tell the order; only its config is
                 read. None takes the one that the folder names.
+            trust_remote_code: run code that comes with it.
 
         Raises:
             CheckpointError: there is no such base model, or it has other layers.
         """
         if self.layer_names is not None:
             return self.layer_names
-        modules = _empty_base(base, self.config)
+        modules = _empty_base(base, self.config, trust_remote_code=trust_remote_code)
         names = [name for name, _ in modules.named_modules() if name in self.layers]
         missing = sorted(self.layers - set(names))
         if missing:
@@ -190,17 +191,19 @@ def _check_gate(files: MixtureFiles) -> None:
         )
 
 
-def _empty_base(base: nn.Module | str | os.PathLike[str] | None, config: XLoraConfig) -> nn.Module:
+def _empty_base(
+    base: nn.Module | str | os.PathLike[str] | None, config: XLoraConfig, *, trust_remote_code: bool
+) -> nn.Module:
     """The base model without its weights."""
     if isinstance(base, nn.Module):
         return base
     name: Any = base or config.base_model_name_or_path
     if name is None:
         raise CheckpointError("base (None) must be given: the mixture does not name its base model")
-    name = os.fspath(name)
+    name, trust = os.fspath(name), {"trust_remote_code": trust_remote_code}
     try:
-        options, kind = AutoConfig.from_pretrained(name), model_class(name, config)
+        options, kind = AutoConfig.from_pretrained(name, **trust), model_class(name, config, **trust)
+        with torch.device("meta"):
+            return kind.from_config(options, **trust) if hasattr(kind, "from_config") else kind(options)
     except (OSError, ValueError) as err:
-        raise CheckpointError(f"base ({name}) cannot be loaded: {first_line(err)}. Give its folder or Hub id") from err
-    with torch.device("meta"):
-        return kind.from_config(options) if hasattr(kind, "from_config") else kind(options)
+        raise base_error(name, err) from err

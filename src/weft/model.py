@@ -185,11 +185,13 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base model; its hooks run the scaling pass first."""
-        self.passes.check_rows(self.backbone.named_arguments(args, kwargs))
+        self.passes.thread.enter()
         try:
+            self.passes.check_rows(self.backbone.named_arguments(args, kwargs))
             return self.lora_model.model(*args, **kwargs)
-        finally:
-            self.carrier.clear()  # also after an interrupt, which the forward hook does not see
+        finally:  # also after an interrupt, which the forward hook does not see
+            self.carrier.clear()
+            self.passes.thread.leave()
 
     def generate(self, *args: Any, freeze_scalings_after: int | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`.
@@ -202,17 +204,19 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
 
         Raises:
             ConfigError: `freeze_scalings_after` cannot work with the other options.
+            ThreadError: another thread is using the model.
         """
-        self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
-        frozen: AbstractContextManager[None] = nullcontext()
-        if freeze_scalings_after is not None:
-            self.passes.check_freezing(freeze_scalings_after, kwargs)
-            frozen = self.passes.freezing_at(self.backbone.prompt_length(args, kwargs) + freeze_scalings_after)
-        try:
-            with frozen:
-                return self.lora_model.model.generate(*args, **self.backbone.with_named_cache(kwargs))
-        finally:
-            self.carrier.clear()
+        with self.passes.thread.held():
+            self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
+            frozen: AbstractContextManager[None] = nullcontext()
+            if freeze_scalings_after is not None:
+                self.passes.check_freezing(freeze_scalings_after, kwargs)
+                frozen = self.passes.freezing_at(self.backbone.prompt_length(args, kwargs) + freeze_scalings_after)
+            try:
+                with frozen:
+                    return self.lora_model.model.generate(*args, **self.backbone.with_named_cache(kwargs))
+            finally:
+                self.carrier.clear()
 
     def fixed_scalings(self, weights: ConstantWeights) -> AbstractContextManager[None]:
         """Use chosen weights for every token instead of the gate's, without a scaling pass.

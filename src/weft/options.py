@@ -6,15 +6,17 @@ of `XLoraConfig`, which checks their ranges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
+
+from weft.command_options import command
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 
 
-@dataclass
+@command
 class TrainOptions:
     """Train the gate that mixes several LoRA adapters of one base model. Base and adapters stay as they are.
 
@@ -68,8 +70,8 @@ class TrainOptions:
         report_to: Where the log goes beside the screen; tensorboard writes into the folder of the checkpoints.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
-            it as it is saved.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
         bf16: Mixed precision training in bfloat16.
         layerwise_scalings: Weights per LoRA layer rather than one set for all layers.
         xlora_depth: Linear layers of the gate, 1 or more.
@@ -130,6 +132,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
+    trust_remote_code: bool = False
     bf16: bool = False
     layerwise_scalings: bool = True
     xlora_depth: int = 1
@@ -148,7 +151,7 @@ class TrainOptions:
     expert_label_loss_weight: float = 0.0
 
 
-@dataclass
+@command
 class EvalOptions:
     """Compare the mixture with the base, every expert, static merges, Arrow and the oracle, on your own data.
 
@@ -173,8 +176,8 @@ class EvalOptions:
         max_new_tokens: At most so many tokens per answer.
         seed: For what is drawn: bootstrap samples, what dare drops, Arrow's start vectors.
         dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
-            it as it is saved.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
         output: Files for the table, one or more, separated by spaces: .json, .md, .csv. Finished cells are kept beside
             the first (.cells.jsonl), and the same command goes on from them. null writes none.
     """
@@ -194,10 +197,11 @@ class EvalOptions:
     seed: int = 0
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
+    trust_remote_code: bool = False
     output: list[str] | str | None = None
 
 
-@dataclass
+@command
 class GenerateOptions:
     """Let a trained mixture continue a text.
 
@@ -211,8 +215,8 @@ class GenerateOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
-            it as it is saved.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
         speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
             itself or the prompt; 0 does not.
         freeze_scalings_after: Ask the gate for the prompt and so many new tokens only, then keep their mean scalings:
@@ -230,12 +234,13 @@ class GenerateOptions:
     seed: int = 0
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
+    trust_remote_code: bool = False
     speculate: int = 0
     freeze_scalings_after: int | None = None
     show_experts: bool = False
 
 
-@dataclass
+@command
 class ChatOptions:
     """Talk with a trained mixture, line by line; /reset forgets the conversation, /exit ends it.
 
@@ -249,8 +254,8 @@ class ChatOptions:
         top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
         seed: For sampling.
         dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
-            it as it is saved.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
         speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
             itself or the prompt; 0 does not.
         show_experts: Colour each token by the expert with the largest share in it, with a legend.
@@ -266,6 +271,7 @@ class ChatOptions:
     seed: int = 0
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
+    trust_remote_code: bool = False
     speculate: int = 0
     show_experts: bool = False
 
@@ -275,7 +281,7 @@ def decoding(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
-@dataclass
+@command
 class FoldOptions:
     """Write a constant mix as one ordinary LoRA adapter, which peft, vLLM and LoRAX load.
 
@@ -292,8 +298,8 @@ class FoldOptions:
         batch_size: Sequences per forward pass.
         max_sequences: At most so many sequences per data file, the first ones; 0 takes all.
         dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
-            it as it is saved.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
     """
 
     model: str
@@ -306,9 +312,10 @@ class FoldOptions:
     max_sequences: int = 0
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
+    trust_remote_code: bool = False
 
 
-@dataclass
+@command
 class InspectOptions:
     """Show what the gate does with a text: which expert acts where, and what the mixture gains by it.
 
@@ -332,8 +339,8 @@ class InspectOptions:
         sequence_length: Tokens per sequence of the data; longer texts are cut into several.
         batch_size: Sequences of the data per forward pass.
         dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, to nf4 (4 bits) or int8, with bitsandbytes; null takes
-            it as it is saved.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
     """
 
     model: str
@@ -354,9 +361,10 @@ class InspectOptions:
     batch_size: int = 4
     dtype: Dtype = "auto"
     quantization: Quantization | None = None
+    trust_remote_code: bool = False
 
 
-@dataclass
+@command
 class AddExpertOptions:
     """Add an expert to a trained mixture. What the gate has learned of the others stays; the new one starts neutral.
 
@@ -367,15 +375,17 @@ class AddExpertOptions:
         expert: The new expert, as name=FOLDER (or name=HUB_ID): a LoRA adapter of the same base model.
         output: Folder for the new mixture, or the model's own, which is then replaced; null takes MODEL-with-NAME.
         base: Folder or Hub id of the base model; null takes the one the mixture names.
+        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
     """
 
     model: str
     expert: str
     output: str | None = None
     base: str | None = None
+    trust_remote_code: bool = False
 
 
-@dataclass
+@command
 class DropExpertOptions:
     """Drop an expert from a trained mixture. The others keep the ratios that the gate gives them.
 

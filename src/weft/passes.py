@@ -36,6 +36,7 @@ from weft.errors import ConfigError
 from weft.freezing import SequenceMeans, freezing_problems
 from weft.gate import XLoraClassifier
 from weft.given_hidden import take_given_hidden
+from weft.one_thread import OneThread
 from weft.padding import padding_of
 from weft.placement import resident_device
 from weft.rank_weights import RankWeights
@@ -59,6 +60,7 @@ class Passes:
     Attributes:
         disabled: leave the experts out altogether.
         log: a record of the scalings.
+        thread: which one uses the model.
         losses: the gate's own losses and metrics in training.
     """
 
@@ -85,6 +87,7 @@ class Passes:
         self.losses = AuxiliaryLosses(
             config, shifts_labels=backbone.shifts_labels, labels_are_targets=backbone.is_encoder_decoder
         )
+        self.thread = OneThread()
         self._latest: Tensor | None = None
         self._followed: Routing | None = None
         self._fixed: Tensor | None = None
@@ -118,24 +121,24 @@ class Passes:
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
                         module._forward_hooks_always_called.pop(key, None)
 
-    @contextmanager
-    def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> Iterator[None]:
+    def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> AbstractContextManager[None]:
         """Use these weights for every token (a layer axis of 1: for every layer), without a gate."""
         # To the gate's device here, not in every layer at every call.
-        before, self._fixed = self._fixed, weights[None, None].to(self._device)
-        try:
-            yield
-        finally:
-            self._fixed = before
+        return self._in_this_block("_fixed", weights[None, None].to(self._device))
+
+    def scalings_of_rows(self, rows: RowScalings) -> AbstractContextManager[None]:
+        """Let each row of the batch follow what is its own; rows that are repeated, as for beams, do alike."""
+        return self._in_this_block("_rows", rows)
 
     @contextmanager
-    def scalings_of_rows(self, rows: RowScalings) -> Iterator[None]:
-        """Let each row of the batch follow what is its own; rows that are repeated, as for beams, do alike."""
-        before, self._rows = self._rows, rows
-        try:
-            yield
-        finally:
-            self._rows = before
+    def _in_this_block(self, name: str, value: Any) -> Iterator[None]:
+        with self.thread.held():
+            before = getattr(self, name)
+            setattr(self, name, value)
+            try:
+                yield
+            finally:
+                setattr(self, name, before)
 
     def check_rows(self, arguments: dict[str, Any]) -> None:
         """Raise where a call of the model does not have as many rows as were named.
@@ -197,6 +200,7 @@ class Passes:
         return resident_device(self.gate)
 
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.thread.claim()
         self._awaiting_gate = None
         if self.carrier.in_scaling_pass:
             return None
@@ -240,7 +244,7 @@ class Passes:
     def _begin_rows(self, arguments: dict[str, Any]) -> None:
         self._rows_of_call = None if self._rows is None else self._rows.of_batch(self.backbone.batch_size(arguments))
 
-    def _fixed_scalings(self) -> Float[Tensor, "batch 1 layer expert"] | None:
+    def _fixed_scalings(self) -> Float[Tensor, "#batch #seq layer expert"] | None:
         """The scalings that the layers follow whatever the text is; None where the gate is to be asked."""
         rows = self._rows_of_call
         return rows.constant() if rows is not None and rows.none_gated else self._fixed
@@ -276,18 +280,15 @@ class Passes:
         """What the gate would read in a call of the base model with these arguments, without a cache."""
         return self._scaling_pass(arguments, None)
 
-    @contextmanager
-    def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> Iterator[None]:
+    def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> AbstractContextManager[None]:
         """In this block a call has its scaling pass behind it, which gave `hidden` for its tokens."""
-        self._ahead = hidden
-        try:
-            yield
-        finally:
-            self._ahead = None
+        return self._in_this_block("_ahead", hidden)
 
-    def as_base(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
         """In this block the layers do what they do in the scaling pass."""
-        return self.carrier.scaling_pass(self._scaling_routing())
+        with self.thread.held(), self.carrier.scaling_pass(self._scaling_routing()):
+            yield
 
     def _scaling_routing(self) -> Routing | None:
         return None if self.config.constant_weight == 0 else self._constant()
@@ -307,21 +308,18 @@ class Passes:
         if problems:
             raise ConfigError("the scalings cannot be frozen:", problems)
 
-    @contextmanager
-    def freezing_at(self, length: int) -> Iterator[None]:
+    def freezing_at(self, length: int) -> AbstractContextManager[None]:
         """Freeze each sequence's scalings, at their mean so far, once its cache has this many tokens."""
-        before, self._freeze_at = self._freeze_at, length
-        try:
-            yield
-        finally:
-            self._freeze_at = before
+        return self._in_this_block("_freeze_at", length)
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> Any:
-        if self.carrier.in_scaling_pass:
+        if self.thread.is_elsewhere or self.carrier.in_scaling_pass:
             return None
         self.carrier.clear()
         self._awaiting_gate = self._rows_of_call = None
-        return self.losses.finish(output)
+        output = self.losses.finish(output)
+        self.thread.release()
+        return output
 
     def _at_gate_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments, self._awaiting_gate = self._awaiting_gate, None

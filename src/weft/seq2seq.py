@@ -119,7 +119,8 @@ class Seq2SeqPasses(Passes):
         return super()._before(base, args, kwargs)
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> Any:
-        self._call = None
+        if not self.thread.is_elsewhere:
+            self._call = None
         return super()._after(base, args, output)
 
     def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
@@ -142,10 +143,11 @@ class Seq2SeqPasses(Passes):
         self._call = _Call(arguments, hidden)
 
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.thread.claim()  # generate calls the encoder by itself
         if self.carrier.in_scaling_pass or self.disabled:
             return
         before, arguments = self.carrier.routing, _by_name(encoder, args, kwargs)
-        self._begin_rows(arguments)  # generate calls the encoder by itself
+        self._begin_rows(arguments)
         fixed = self._fixed_scalings()
         if fixed is not None:
             self._encoding = _Encoding(before, None)
@@ -162,13 +164,15 @@ class Seq2SeqPasses(Passes):
         self.carrier.routing = Routing(scalings, padding=padding, kinds=self.kinds, of_biases=self._of_biases())
 
     def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
-        encoding = self._encoding
-        if self.carrier.in_scaling_pass or encoding is None:
+        if self.thread.is_elsewhere or self.carrier.in_scaling_pass:
             return
-        self._encoding = None
-        self.carrier.routing = encoding.routing_before
-        if encoding.hidden is not None and isinstance(output, ModelOutput):
-            output[SOURCE_ENTRY] = encoding.hidden
+        encoding, self._encoding = self._encoding, None
+        if encoding is not None:
+            self.carrier.routing = encoding.routing_before
+            if encoding.hidden is not None and isinstance(output, ModelOutput):
+                output[SOURCE_ENTRY] = encoding.hidden
+        if self._call is None:
+            self.thread.release()
 
     def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.carrier.in_scaling_pass or not self.gate_decides:

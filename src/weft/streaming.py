@@ -24,7 +24,7 @@ from transformers import Cache
 from weft.cache import tokens_in
 from weft.data import prompt_tokens
 from weft.detokeniser import Detokeniser
-from weft.errors import CacheError, ConfigError
+from weft.errors import CacheError, ConfigError, ThreadError
 from weft.model import XLoraModel
 from weft.placement import execution_device
 from weft.sampling import Sampler, check_decoding
@@ -271,9 +271,10 @@ class Reader:
         # A cache of recurrent states does not tell how many tokens it has read.
         unread = input_ids[:, self._number_read if is_recurrent(self.cache) else tokens_in(self.cache) :]
         try:
-            guesses, hidden = ([], None) if speculation is None else speculation(unread, limit)
-            places = len(guesses) + 1
             with contextlib.ExitStack() as stack:
+                stack.enter_context(self.tuner.passes.thread.held())
+                guesses, hidden = ([], None) if speculation is None else speculation(unread, limit)
+                places = len(guesses) + 1
                 # Not inference mode: what is in the cache then could not be used where gradients are wanted.
                 stack.enter_context(torch.no_grad())
                 if hidden is not None:
@@ -286,14 +287,14 @@ class Reader:
                     use_cache=True,
                     **({"logits_to_keep": places} if self.tuner.backbone.takes("logits_to_keep") else {}),
                 )
-        except CacheError:
+                self._note_shares(places)
+        except (CacheError, ThreadError):
             raise  # refused before anything was read
         except BaseException:
             self.cache.reset()
             self._number_read = 0
             raise
         self._number_read += unread.shape[1] + len(guesses)
-        self._note_shares(places)
         return output.logits[:, -places:], guesses
 
     def forget(self, number: int) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from weft.traces import Trace
+from weft.visible import shortened
 
 # A difference in perplexity below this share of it is called none.
 _SAME = 0.005
@@ -28,7 +31,7 @@ def _experts(trace: Trace) -> str:
     leads = torch.bincount(trace.leading(), minlength=len(means)) / len(trace)
     order = sorted(range(len(means)), key=lambda number: (-float(leads[number]), -float(means[number])))
     named = [
-        f"{trace.expert_names[number]} {'leads ' if place == 0 else ''}{leads[number]:.0%}"
+        f"{shortened(trace.expert_names[number])} {'leads ' if place == 0 else ''}{leads[number]:.0%}"
         f"{' of them' if place == 0 else ''} ({'mean share ' if place == 0 else ''}{means[number]:.2f})"
         for place, number in enumerate(order[:_NAMED])
     ]
@@ -45,6 +48,11 @@ def _probabilities(trace: Trace) -> str:
     if perplexities is None:
         return ""
     mixture, base = perplexities
+    if not (math.isfinite(mixture) and math.isfinite(base)):
+        whose = " and ".join(
+            name for name, found in (("the mixture", mixture), ("the base model", base)) if not math.isfinite(found)
+        )
+        return f"Here {whose} gave no finite log-probabilities, so that perplexities cannot be compared."
     change = mixture / base - 1
     told = f"the mixture's perplexity is {mixture:.2f}, the base model's {base:.2f}"
     if abs(change) < _SAME:
@@ -59,7 +67,7 @@ def _layers(trace: Trace) -> str:
         return ""
     entropy = trace.entropy().mean(0)
     low, high = int(entropy.argmin()), int(entropy.argmax())
-    names = trace.layer_names
+    names = list(map(shortened, trace.layer_names))
     return (
         f"The gate is surest in {names[low]} (entropy {entropy[low]:.2f} of 1) and least sure in {names[high]} "
         f"({entropy[high]:.2f})."

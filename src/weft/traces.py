@@ -24,6 +24,7 @@ from torch import Tensor
 
 from weft.errors import CheckpointError, first_line
 from weft.losses import normalised_entropy
+from weft.ownership import refuse_strangers_file
 from weft.whole import replace_file
 
 FORMAT, VERSION = "weft-trace", 1
@@ -181,8 +182,10 @@ class Trace:
         """Write the trace, all of it or nothing.
 
         Raises:
+            ConfigError: a file is there that is no trace.
             CheckpointError: the file cannot be written; what was there before is unchanged.
         """
+        self.check_file(file)
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         header: dict[str, Any] = {name: list(getattr(self, name)) for name in _TEXTS}
         header |= {"texts": [asdict(text) for text in self.texts], "title": self.title, "left_out": self.num_left_out}
@@ -193,6 +196,15 @@ class Trace:
             raise CheckpointError(
                 f"{file} cannot be written: {first_line(err)}; free some space, or give another file"
             ) from err
+
+    @staticmethod
+    def check_file(file: str | os.PathLike[str], what: str = "file") -> None:
+        """Raise where a file is there that is no trace.
+
+        Raises:
+            ConfigError: it is.
+        """
+        refuse_strangers_file(Path(file), _is_trace, what, "trace")
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Trace:
@@ -260,6 +272,14 @@ class Trace:
             "base_log_prob": self.base_log_probs.tolist(),
             "leading": [self.expert_names[number] for number in self.leading().tolist()],
         }
+
+
+def _is_trace(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except SafetensorError:
+        return False
 
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

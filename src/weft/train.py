@@ -25,9 +25,10 @@ from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.finite import FiniteLoss
 from weft.integration import from_adapters, from_pretrained
 from weft.labelled import LabelledCollator, training_rows
-from weft.loading import load_base, load_tokenizer
+from weft.loading import load_base, load_tokenizer, loading_options
 from weft.monitoring import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.options import TrainOptions
+from weft.ownership import used_folder_problem
 from weft.packing import PackedCollator, check_packing, packed_rows
 from weft.processes import any_process, by_the_first, number_of_processes
 from weft.progress import ProgressLine, TokenBudget, budget_in_steps, trained_tokens
@@ -53,6 +54,8 @@ _CONFIG_OPTIONS = (
     "entropy_loss_weight",
     "expert_label_loss_weight",
 )
+# What a run leaves in its output folder before there is a checkpoint.
+_OF_A_RUN = {"checkpoints", "scaling-cache"}
 
 
 def train(options: TrainOptions) -> Path:
@@ -70,7 +73,7 @@ def train(options: TrainOptions) -> Path:
     check(options, adapters)
     assert options.base is not None
     set_seed(options.seed)
-    tokenizer = load_tokenizer(options.base)
+    tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
     rows = read_training_rows(options, list(adapters), tokenizer)
     held_out = read_eval_rows(options, list(adapters), tokenizer)
     model = _load_model(options, adapters)
@@ -125,7 +128,7 @@ def train(options: TrainOptions) -> Path:
 def _load_model(options: TrainOptions, adapters: dict[str, str]) -> PeftModel:
     """The mixture to train: a new one, or the one to go on from."""
     assert options.base is not None
-    base = load_base(options.base, options.dtype, options.quantization)
+    base = load_base(options.base, **loading_options(options))
     check_length(options.sequence_length, base.config)
     if options.start_from is not None:
         return from_pretrained(options.start_from, base, is_trainable=True)
@@ -317,7 +320,10 @@ def _output_problems(options: TrainOptions) -> list[str]:
         return [f"output ({options.output}) cannot be made: {there} is a file, expected a folder"]
     if not os.access(there, os.W_OK):
         return [f"output ({options.output}) cannot be made: {there} is not yours to write in"]
-    return []
+    if last_checkpoint(_checkpoints(options)) is not None:  # a run's, whose files may be replaced
+        return []
+    problem = used_folder_problem(output, "output", own=_OF_A_RUN)
+    return [] if problem is None else [problem]
 
 
 def _amount_problems(options: TrainOptions) -> list[str]:

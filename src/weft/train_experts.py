@@ -27,8 +27,9 @@ from weft.finite import FiniteLoss
 from weft.injection import remove_adapters
 from weft.integration import from_adapters
 from weft.labelled import training_rows
-from weft.loading import load_base, load_tokenizer
+from weft.loading import load_base, load_tokenizer, loading_options
 from weft.options import TrainOptions
+from weft.ownership import refuse_used_folder
 from weft.packing import check_packing
 from weft.processes import by_the_first
 from weft.progress import trained_tokens
@@ -94,7 +95,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     read_adapters(parse_adapters(options.adapters), allow_dora=options.allow_dora, base_is_known=True)
     if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
         assert options.base is not None
-        tokenizer = load_tokenizer(options.base)
+        tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
         read_training_rows(gate_options, list(adapters), tokenizer)
         read_eval_rows(gate_options, list(adapters), tokenizer)
         _train_missing(options, say, gate_options=gate_options)
@@ -134,7 +135,7 @@ def _train_missing(
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
     missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
-    tokenizer = load_tokenizer(options.base)
+    tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
     rows = {
         name: training_rows(
             [source],
@@ -146,8 +147,7 @@ def _train_missing(
         )
         for name, source in missing.items()
     }
-    targets = _tried_targets(options, list(missing), gate_options, say) if missing else []
-    base = None
+    targets, base = _tried_targets(options, list(missing), gate_options, say) if missing else ([], None)
     for name in missing:
         say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")
         base = _train_expert(name, folders[name], rows[name], tokenizer, options, targets, base)
@@ -204,9 +204,10 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
     """Whether an earlier run has trained this expert.
 
     Raises:
-        ConfigError: it trained another one under this name.
+        ConfigError: it trained another one under this name, or something else is there.
     """
     if not (folder / CONFIG_NAME).exists():
+        refuse_used_folder(folder, f"the folder of expert {name!r}")
         return False
     if not (folder / RECORD).exists():
         raise ConfigError(
@@ -226,14 +227,14 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
 
 def _tried_targets(
     options: TrainOptions, missing: list[str], gate_options: TrainOptions | None, say: Callable[[str], None]
-) -> str | list[str]:
-    """What the experts are to adapt, after a mixture with fresh experts has been made on the base model.
+) -> tuple[str | list[str], Any]:
+    """What the experts are to adapt, and the base model, on which a mixture with fresh experts could be made.
 
     Raises:
         WeftError: what could not be mixed after the training.
     """
     assert options.base is not None
-    base = load_base(options.base, options.dtype, options.quantization)
+    base = load_base(options.base, **loading_options(options))
     check_length(options.sequence_length, base.config)
     targets, left_out = _mixable_targets(base, options)
     if left_out:
@@ -249,14 +250,15 @@ def _tried_targets(
         remove_adapters(base)
         adapters = dict.fromkeys(missing, fresh)
         if gate_options is None:
-            from_adapters(base, adapters)
+            mixture: Any = from_adapters(base, adapters)
         else:
             all_adapters = parse_adapters(gate_options.adapters)
             paths = {name: adapters.get(name, path) for name, path in all_adapters.items()}
             mixture = new_mixture(base, paths, gate_options)
             if gate_options.packing:
                 check_packing(mixture, gate_options.batch_size)
-    return targets
+        mixture.base_model.unload()
+    return targets, base
 
 
 def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str], list[str]]:
@@ -309,7 +311,7 @@ def _train_expert(
     """
     assert options.base is not None
     if base is None:
-        base = load_base(options.base, options.dtype, options.quantization)
+        base = load_base(options.base, **loading_options(options))
     set_seed(options.seed)  # so that an expert does not depend on those before it
     model = get_peft_model(base, _lora_config(options, targets))
     own = dataclasses.replace(

@@ -27,6 +27,7 @@ from weft.options import (
     InspectOptions,
     TrainOptions,
 )
+from weft.visible import say
 
 # Seconds in which the first process has said what all fail with.
 _WAIT_FOR_THE_FIRST = 15
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if _speaks():
-            print(f"weft {command}: interrupted", file=sys.stderr)
+            say(f"weft {command}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -78,14 +79,14 @@ def _train(options: TrainOptions) -> None:
         if not _speaks():
             raise
         if (Path(options.output) / "adapter_config.json").exists():
-            print(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
+            say(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
         elif options.experts_from:
-            print(
+            say(
                 f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr
             )
         raise
     if _speaks():
-        print(f"saved to {output}: try  weft generate {output} --prompt '...'")
+        say(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
 
 def _speaks() -> bool:
@@ -101,7 +102,7 @@ def _report(command: str, err: WeftError) -> None:
         if err.in_all_processes:
             return
         which = f" in process {os.environ['RANK']}"
-    print(f"weft {command}: error{which}: {err}", file=sys.stderr)
+    say(f"weft {command}: error{which}: {err}", file=sys.stderr)
 
 
 def _evaluate(options: EvalOptions) -> None:
@@ -112,7 +113,7 @@ def _evaluate(options: EvalOptions) -> None:
         evaluate(options)
     except KeyboardInterrupt:
         if options.output:
-            print("stopped; finished cells are kept, the same command goes on", file=sys.stderr)
+            say("stopped; finished cells are kept, the same command goes on", file=sys.stderr)
         raise
 
 

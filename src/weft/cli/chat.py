@@ -14,11 +14,12 @@ from weft.cache import tokens_in
 from weft.chat_template import conversation_tokens
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError, WeftError, first_line
-from weft.loading import load_mixture
+from weft.loading import load_mixture, loading_options
 from weft.options import ChatOptions, decoding
 from weft.sampling import check_decoding
 from weft.streaming import Step, end_tokens, stream
 from weft.versions import can_crop, is_recurrent
+from weft.visible import say
 
 
 class Conversation:
@@ -129,12 +130,12 @@ def chat(options: ChatOptions) -> None:
         WeftError: the model or the options cannot work.
     """
     check_decoding(**decoding(options))
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
+    model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     conversation = Conversation(model, tokenizer, options)
     printer = StepPrinter(model.xlora_config.expert_names, options.show_experts)
     interactive = sys.stdin.isatty()
     if interactive:
-        print("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
+        say("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
     printer.legend()
     while (text := _line("> " if interactive else "")) not in (None, "/exit"):
         if text == "/reset":
@@ -145,7 +146,7 @@ def chat(options: ChatOptions) -> None:
             except WeftError as err:
                 if not interactive:
                     raise
-                print(f"{err}\n(/reset forgets the conversation)", file=sys.stderr)
+                say(f"{err}\n(/reset forgets the conversation)", file=sys.stderr)
 
 
 def _line(prompt: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from weft.change_experts import add_expert, drop_expert
 from weft.errors import ConfigError
 from weft.options import AddExpertOptions, DropExpertOptions
+from weft.visible import say
 
 
 def add(options: AddExpertOptions) -> None:
@@ -16,9 +17,11 @@ def add(options: AddExpertOptions) -> None:
     name, equals, path = options.expert.partition("=")
     if not equals or not name or not path:
         raise ConfigError(f"expert ({options.expert!r}) must be name=FOLDER or name=HUB_ID")
-    output = add_expert(options.model, name, path, options.output, base=options.base)
-    print(f"saved to {output}: {name!r} starts as an average expert, so train the gate further with")
-    print(f"  weft train --start-from {output} --data ... --output ...")
+    output = add_expert(
+        options.model, name, path, options.output, base=options.base, trust_remote_code=options.trust_remote_code
+    )
+    say(f"saved to {output}: {name!r} starts as an average expert, so train the gate further with")
+    say(f"  weft train --start-from {output} --data ... --output ...")
 
 
 def drop(options: DropExpertOptions) -> None:
@@ -28,4 +31,4 @@ def drop(options: DropExpertOptions) -> None:
         WeftError: the mixture or the output cannot work.
     """
     output = drop_expert(options.model, options.expert, options.output)
-    print(f"saved to {output}: the other experts keep their ratios")
+    say(f"saved to {output}: the other experts keep their ratios")

@@ -11,8 +11,9 @@ from weft.countdown import Countdown
 from weft.data import check_length, read_tokens, token_sequences
 from weft.errors import ConfigError
 from weft.folding import check_output, fold, mean_scalings
-from weft.loading import load_mixture
+from weft.loading import load_mixture, loading_options
 from weft.options import FoldOptions
+from weft.visible import say
 
 
 def fold_mixture(options: FoldOptions) -> None:
@@ -24,11 +25,11 @@ def fold_mixture(options: FoldOptions) -> None:
     weights = parse_weights(options.weights)
     _check(options)
     assert options.output is not None
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
+    model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     check_output(Path(options.output), model.xlora_config)  # before a long look at the data
     config = fold(model, options.output, weights or _mean_over_data(model, tokenizer, options))
-    print(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")
-    print(f"  peft.PeftModel.from_pretrained(base, {options.output!r})")
+    say(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")
+    say(f"  peft.PeftModel.from_pretrained(base, {options.output!r})")
 
 
 def parse_weights(values: list[str] | dict[str, float]) -> dict[str, float]:

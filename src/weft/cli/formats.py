@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from weft.adapters import parse_adapters
-from weft.card import is_own, write_card
+from weft.card import write_card
 from weft.errors import ConfigError
 from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
 from weft.formats import convert_mixture, left_out
 from weft.hub import pull, push
+from weft.licences import is_own
+from weft.visible import say
 
 _NEXT = {
     "weft": "try  weft generate {0} --prompt '...'",
@@ -28,11 +30,19 @@ def convert(options: ConvertOptions) -> None:
     adapters = parse_adapters(options.adapters) or None
     rename = parse_adapters(options.rename, "rename", "OLD=NEW")
     output = options.output or f"{Path(options.source).name}-{options.to}"
-    folder = convert_mixture(options.source, options.to, output, base=options.base, adapters=adapters, rename=rename)
-    print(f"saved to {folder}: {_NEXT[options.to].format(folder)}")
+    folder = convert_mixture(
+        options.source,
+        options.to,
+        output,
+        base=options.base,
+        adapters=adapters,
+        rename=rename,
+        trust_remote_code=options.trust_remote_code,
+    )
+    say(f"saved to {folder}: {_NEXT[options.to].format(folder)}")
     lost = left_out(options.source, options.to)
     if lost:
-        print(f"left out, as {options.to} has no place for it (the logits are the same): {', '.join(lost)}")
+        say(f"left out, as {options.to} has no place for it (the logits are the same): {', '.join(lost)}")
 
 
 def card(options: CardOptions) -> None:
@@ -46,7 +56,7 @@ def card(options: CardOptions) -> None:
             f"model ({options.model}) has a README.md that somebody wrote: --overwrite replaces it, or move it away"
         )
     file = write_card(options.model, base=options.base, licence=options.licence, evaluation=options.evaluation)
-    print(f"saved to {file}")
+    say(f"saved to {file}")
 
 
 def push_mixture(options: PushOptions) -> None:
@@ -55,8 +65,9 @@ def push_mixture(options: PushOptions) -> None:
     Raises:
         WeftError: the mixture cannot be read, or the Hub does not take it.
     """
-    given = {name: getattr(options, name) for name in ("private", "base", "licence", "evaluation")}
-    print(f"pushed: {push(options.model, options.repo_id, **given)}")
+    given = {name: getattr(options, name) for name in ("private", "base", "licence", "evaluation", "dry_run")}
+    done = push(options.model, options.repo_id, **given)
+    say(f"would be sent to {options.repo_id}:\n{done}" if options.dry_run else f"pushed: {done}")
 
 
 def pull_mixture(options: PullOptions) -> None:
@@ -66,4 +77,4 @@ def pull_mixture(options: PullOptions) -> None:
         WeftError: it is not there, or is no mixture.
     """
     folder = pull(options.repo_id, options.output, revision=options.revision)
-    print(f"saved to {folder}: try  weft generate {folder} --prompt '...'")
+    say(f"saved to {folder}: try  weft generate {folder} --prompt '...'")

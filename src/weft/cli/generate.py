@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError
-from weft.loading import load_mixture
+from weft.loading import load_mixture, loading_options
 from weft.options import GenerateOptions, decoding
 from weft.sampling import check_decoding
 from weft.streaming import stream
@@ -19,7 +19,7 @@ def generate(options: GenerateOptions) -> None:
     if not options.prompt:
         raise ConfigError("prompt is missing: the text to continue")
     check_decoding(**decoding(options))
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
+    model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     steps = stream(
         model,
         options.prompt,

@@ -13,19 +13,21 @@ from rich.table import Table
 from rich.text import Text
 
 from weft.cli.terminal import StepPrinter
+from weft.console import VisibleConsole
 from weft.countdown import Countdown
 from weft.data import named_sources
 from weft.errors import ConfigError
 from weft.figures import check_figure, write_figure
-from weft.loading import load_mixture
+from weft.loading import load_mixture, loading_options
 from weft.options import InspectOptions
-from weft.page import write_page
+from weft.page import check_page, write_page
 from weft.palette import colour_of
 from weft.sampling import check_decoding
 from weft.streaming import Step
 from weft.summary import summarise
 from weft.traces import Trace
 from weft.tracing import trace, trace_data, trace_generation
+from weft.visible import say, shortened
 
 
 def inspect(options: InspectOptions) -> None:
@@ -42,12 +44,12 @@ def inspect(options: InspectOptions) -> None:
     _print(shown, others)
     if options.html is not None:
         write_page([shown, *others], options.html)
-        print(f"page: {options.html}")
+        say(f"page: {options.html}")
     if options.figure is not None:
         write_figure(shown, options.figure)
-        print(f"figure: {options.figure}")
+        say(f"figure: {options.figure}")
     if options.output is not None:
-        print(f"trace: {options.output}, to be shown again with  weft inspect {options.output}")
+        say(f"trace: {options.output}, to be shown again with  weft inspect {options.output}")
 
 
 def _check(options: InspectOptions) -> None:
@@ -69,11 +71,15 @@ def _check(options: InspectOptions) -> None:
         check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=None, top_p=None)
     if options.figure is not None:
         check_figure(options.figure)
+    if options.html is not None:
+        check_page(options.html)
+    if options.output is not None:
+        Trace.check_file(options.output, "output")
 
 
 def _recorded(options: InspectOptions) -> Trace:
     sources = named_sources(options.data)
-    model, tokenizer = load_mixture(options.model, options.base, options.dtype, options.quantization)
+    model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     common: dict[str, Any] = {
         "tokenizer": tokenizer,
         "title": options.title or Path(options.model).name,
@@ -102,7 +108,7 @@ def _recorded(options: InspectOptions) -> Trace:
 
 
 def _print(shown: Trace, others: list[Trace]) -> None:
-    console = Console()
+    console = VisibleConsole()
     if len(shown.texts) == 1:
         print_text(shown, Console(soft_wrap=True))
     console.print(summarise(shown), markup=False, highlight=False)
@@ -137,7 +143,7 @@ def expert_table(shown: Trace) -> Table:
             Text(name, Style(color=colour_of(number))),
             f"{means[number]:.1%}",
             f"{leads[number]:.1%}",
-            f"{escape(shown.layer_names[strongest])} ({weights[strongest, number]:.2f})",
+            f"{escape(shortened(shown.layer_names[strongest]))} ({weights[strongest, number]:.2f})",
         )
     return table
 
@@ -153,7 +159,9 @@ def data_table(shown: Trace) -> Table:
     for name, row in shown.by_name().items():
         cells = [f"[bold]{share:.1%}[/bold]" if share == row.max() else f"{share:.1%}" for share in row]
         found = shown.only(name).perplexities()
-        table.add_row(escape(name), *cells, *(["–", "–"] if found is None else [f"{found[1]:.2f}", f"{found[0]:.2f}"]))
+        table.add_row(
+            escape(shortened(name)), *cells, *(["–", "–"] if found is None else [f"{found[1]:.2f}", f"{found[0]:.2f}"])
+        )
     return table
 
 
@@ -169,5 +177,5 @@ def comparison_table(traces: list[Trace]) -> Table:
         cells = [f"{means[name]:.1%}" if name in means else "–" for name in names]
         found = shown.perplexities()
         numbers = ["–", "–"] if found is None else [f"{found[1]:.2f}", f"{found[0]:.2f}"]
-        table.add_row(escape(f"{number} {shown.title}"), *cells, str(len(shown)), *numbers)
+        table.add_row(escape(f"{number} {shortened(shown.title)}"), *cells, str(len(shown)), *numbers)
     return table

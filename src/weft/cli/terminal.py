@@ -10,10 +10,7 @@ from rich.style import Style
 
 from weft.palette import PALETTE, colour_of
 from weft.streaming import Step
-
-# A model's text must not steer the terminal: control characters are shown as their pictures.
-_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
-_PICTURES |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
+from weft.visible import PICTURES
 
 
 class StepPrinter:
@@ -62,7 +59,7 @@ class StepPrinter:
     def write(self, text: str, style: Style | None = None) -> None:
         """Write text as it stands: nothing in it is markup."""
         if self.console.is_terminal:
-            text = text.translate(_PICTURES)
+            text = text.translate(PICTURES)  # a model's text must not steer the terminal
         self.console.print(Segments([Segment(text, style)]), end="")
 
     def _line(self, labels: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from weft.errors import ConfigError
 from weft.evaluate.data_sets import Metric
 from weft.evaluate.rows import ORACLE
+from weft.ownership import refuse_strangers_file
 from weft.whole import replace_file
 
 MIXTURE = "weft"
@@ -23,6 +24,7 @@ _UNITS: dict[str, str] = {"perplexity": "perplexity", "accuracy": "accuracy", "e
 
 _COLUMNS = ["row", "data", "metric", "value", "low", "high", "minus_weft_low", "minus_weft_high"]
 _COLUMNS += ["examples", "weight", "seconds", "peak_mb", "note"]
+_INTERVALS = "In brackets the 95% bootstrap interval."
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,11 @@ class Report:
         return {row: values for row, values in found.items() if values}
 
     def best(self) -> dict[str, float]:
-        """Data set -> the best value; the oracle, which knows the domains, does not compete."""
+        """Data set -> the best finite value; the oracle, which knows the domains, does not compete."""
         best = {}
         for data, metric in self.metrics.items():
             values = [cells[data].value for row, cells in self.cells.items() if row != ORACLE and data in cells]
+            values = list(filter(math.isfinite, values))
             if values:
                 best[data] = min(values) if metric == "perplexity" else max(values)
         return best
@@ -109,7 +112,7 @@ def render(report: Report) -> Table:
         texts = []
         for data in report.metrics:
             text = _short(cells[data]) if data in cells else "-"
-            is_best = data in cells and row != ORACLE and cells[data].value == best[data]
+            is_best = data in cells and row != ORACLE and cells[data].value == best.get(data)
             texts.append(f"[bold]{text}[/bold]" if is_best else text)
         shown.add_row(row, *texts, _number(report.speed(row), 0), _number(report.peak(row), 0))
     return shown
@@ -120,7 +123,19 @@ def notes(report: Report) -> list[str]:
     lines = [f"{row}: not possible: {reason}" for row, reason in report.impossible.items()]
     for row, cells in report.cells.items():
         lines += sorted({f"{row}: {cell.note}" for cell in cells.values() if cell.note})
+    lines += [line for data in report.metrics for line in _not_finite(report, data)]
     return lines + [line for data in report.metrics for line in _verdict(report, data)]
+
+
+def _not_finite(report: Report, data: str) -> Iterable[str]:
+    """Rows whose loss on a data set is no number, so that they have no place in the comparison."""
+    for kind, is_kind in (("NaN", math.isnan), ("infinite", math.isinf)):
+        rows = [row for row, cells in report.cells.items() if data in cells and is_kind(cells[data].value)]
+        if rows:
+            yield (
+                f"{data}: {report.metrics[data].replace('_', ' ')} is {kind} for {', '.join(rows)}: the model gave no "
+                "finite numbers, or too large a loss"
+            )
 
 
 def _verdict(report: Report, data: str) -> Iterable[str]:
@@ -128,19 +143,21 @@ def _verdict(report: Report, data: str) -> Iterable[str]:
     lower = report.metrics[data] == "perplexity"
     better, open_ = [], []
     for row, cells in report.cells.items():
-        if row == ORACLE or row.startswith(MIXTURE) or data not in cells or cells[data].minus_weft is None:
+        difference = cells[data].minus_weft if data in cells else None
+        if row == ORACLE or row.startswith(MIXTURE) or difference is None or not math.isfinite(sum(difference)):
             continue
-        low, high = cells[data].minus_weft or (0.0, 0.0)
+        low, high = difference
         if low <= 0 <= high:
             open_.append(row)
         elif (high < 0) == lower:
             better.append(row)
-    if MIXTURE in report.cells and len(report.cells) > 1 and data in report.cells[MIXTURE]:
+    own = report.cells.get(MIXTURE, {}).get(data)
+    if own is not None and not math.isfinite(own.value):
+        yield f"{data}: nothing can be compared with {MIXTURE}, whose value is not finite"
+    elif own is not None and len(report.cells) > 1:
         said = f"better than {MIXTURE}: {', '.join(better) or 'none'}"
         if open_:
-            said += (
-                f"; no difference that {report.cells[MIXTURE][data].examples} examples could show: {', '.join(open_)}"
-            )
+            said += f"; no difference that {own.examples} examples could show: {', '.join(open_)}"
         yield f"{data}: {said}"
 
 
@@ -148,14 +165,22 @@ def check_outputs(files: list[str]) -> list[Path]:
     """The files to write.
 
     Raises:
-        ConfigError: an ending is none of the known ones, or a folder is missing.
+        ConfigError: an ending is none of the known ones, a folder is missing, or a file is there that is no such table.
     """
     for file in map(Path, files):
         if file.suffix not in _WRITERS:
             raise ConfigError(f"output ({file}) must end in {', '.join(_WRITERS)}")
         if not file.resolve().parent.is_dir():
             raise ConfigError(f"output ({file}) cannot be written: there is no folder {file.resolve().parent}")
+        refuse_strangers_file(file, _is_table, "output", "table")
     return [Path(file) for file in files]
+
+
+def _is_table(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        return {"interval", "minus_weft", "impossible"} <= json.loads(text).keys()
+    return _INTERVALS in text if file.suffix == ".md" else text.startswith(",".join(_COLUMNS))
 
 
 def write(report: Report, file: Path) -> None:
@@ -165,8 +190,15 @@ def write(report: Report, file: Path) -> None:
 
 
 def as_json(report: Report) -> str:
-    """All numbers; `perplexity`, `accuracy` and `exact_match` are row -> data set -> value."""
-    metrics = {metric: report.values(metric) for metric in _UNITS if metric in report.metrics.values()}
+    """All numbers; `perplexity`, `accuracy` and `exact_match` are row -> data set -> value, null where not finite."""
+    metrics = {
+        metric: {
+            row: {data: _finite(value) for data, value in values.items()}
+            for row, values in report.values(metric).items()
+        }
+        for metric in _UNITS
+        if metric in report.metrics.values()
+    }
     first = next(iter(report.cells.values()), {})
     content = {
         **metrics,
@@ -182,7 +214,7 @@ def as_json(report: Report) -> str:
         "impossible": report.impossible,
         **report.settings,
     }
-    return json.dumps(content, indent=2, ensure_ascii=False)
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def as_markdown(report: Report) -> str:
@@ -198,16 +230,13 @@ def as_markdown(report: Report) -> str:
                 texts.append("-")
                 continue
             value = _number(cell.value, 2 if report.metrics[data] == "perplexity" else 3)
-            value = f"**{value}**" if row != ORACLE and cell.value == best[data] else value
+            value = f"**{value}**" if row != ORACLE and cell.value == best.get(data) else value
             texts.append(value if math.isnan(cell.low) else f"{value} [{cell.low:.3g}, {cell.high:.3g}]")
         name = row.replace("|", "\\|")
         lines.append(
             f"| {name} | {' | '.join(texts)} | {_number(report.speed(row), 0)} | {_number(report.peak(row), 0)} |"
         )
-    return (
-        "\n".join([*lines, "", "In brackets the 95% bootstrap interval.", "", *(f"- {n}" for n in notes(report))])
-        + "\n"
-    )
+    return "\n".join([*lines, "", _INTERVALS, "", *(f"- {n}" for n in notes(report))]) + "\n"
 
 
 def as_csv(report: Report) -> str:

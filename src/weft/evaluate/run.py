@@ -12,6 +12,7 @@ from rich.console import Console
 
 from weft.adapters import parse_adapters
 from weft.checkpoint import read_config
+from weft.console import VisibleConsole
 from weft.countdown import Countdown
 from weft.data import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
@@ -24,7 +25,7 @@ from weft.evaluate.scoring import Runner, Scores, score, value_of
 from weft.evaluate.search import best_merge
 from weft.evaluate.stage import Stage
 from weft.evaluate.usage import measured
-from weft.loading import base_name, load_placed_base, load_tokenizer
+from weft.loading import base_name, load_placed_base, load_tokenizer, loading_options
 from weft.options import EvalOptions
 from weft.placement import execution_device
 
@@ -47,9 +48,11 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     compared = parse_adapters(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
     rows, with_oracle = chosen(everything, options.rows)
-    base = load_placed_base(name, options.dtype, options.quantization)
+    base = load_placed_base(name, **loading_options(options))
     check_length(options.sequence_length, base.config)
-    reader = _Reader(load_tokenizer(name), list(config.adapters or {}), options)
+    reader = _Reader(
+        load_tokenizer(name, trust_remote_code=options.trust_remote_code), list(config.adapters or {}), options
+    )
     data_sets = [reader.read(name, source) for name, source in named_sources(options.data).items()]
     search = reader.read("search_data", options.search_data) if options.search_data else None
     if search is not None and search.metric != "perplexity":
@@ -59,7 +62,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     table = _Measuring(base, reader.tokenizer, config, options, cells, search)
     table.measure(_wanted(rows, data_sets, {row.name: row for row in everything} if with_oracle else None))
     report = _report(table, rows, data_sets, with_oracle, options)
-    console = Console() if Console().is_terminal else Console(width=200)
+    console = VisibleConsole() if Console().is_terminal else VisibleConsole(width=200)
     console.print(render(report))
     for line in notes(report):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -247,6 +250,7 @@ def _oracle(table: _Measuring, data: DataSet, options: EvalOptions) -> Cell:
     return Cell([of_label[label][part] for part, label in enumerate(data.labels)], math.nan, None)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is said in words
 def measurement(data: DataSet, cell: Cell, weft: Cell | None, seed: int) -> Measurement:
     """A cell's value and its interval over the data set's examples."""
     values, weights = by_example(data, cell.scores)

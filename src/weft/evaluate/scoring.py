@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,12 @@ def value_of(data: DataSet, total: float, weight: float) -> float:
     """The metric from summed scores; NaN where nothing counts."""
     if weight == 0:
         return math.nan
-    return math.exp(total / weight) if data.metric == "perplexity" else total / weight
+    return _exp(total / weight) if data.metric == "perplexity" else total / weight
+
+
+def _exp(mean: float) -> float:
+    """e to the mean; infinite where that is above what a float can hold."""
+    return math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)
 
 
 def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
@@ -119,7 +125,7 @@ def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
 
 
 def _choices(runner: Runner, data: DataSet, advance: Advance) -> Scores:
-    """1 where the right choice has the highest log-likelihood per character."""
+    """1 where the right choice has the highest log-likelihood per character; NaN where one of them is NaN."""
     sequences = [sequence for example in data.examples for sequence in example.sequences]
     losses = token_losses(runner, sequences)
     found: Scores = []
@@ -128,7 +134,9 @@ def _choices(runner: Runner, data: DataSet, advance: Advance) -> Scores:
             -float(next(losses)[first - 1 :].double().sum()) / length
             for first, length in zip(example.firsts, example.lengths, strict=True)
         ]
-        found.append((float(likelihoods.index(max(likelihoods)) == example.answer), 1.0))
+        undecided = any(map(math.isnan, likelihoods))
+        right = likelihoods.index(max(likelihoods)) == example.answer
+        found.append((math.nan if undecided else float(right), 1.0))
         advance(1)
     return found
 
@@ -178,7 +186,7 @@ def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freez
     runs in float64 over float32 log-likelihoods. `freeze_after` is `Runner`'s.
     """
     losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), sequences))
-    return math.exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))
+    return _exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))
 
 
 def padded_batches(sequences: list[list[int]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from weft.evaluate.data_sets import DataSet
@@ -27,5 +28,6 @@ def best_merge(lora_model: Any, merge: Merge, data: DataSet, tokenizer: Any, opt
     for variation in merge.variations():
         with merged(lora_model, variation, options.seed) as model:
             runner = Runner(model, tokenizer, options.batch_size)
-            found[variation] = sum(loss for loss, _ in score(runner, data))
+            loss = sum(loss for loss, _ in score(runner, data))
+            found[variation] = math.inf if math.isnan(loss) else loss
     return min(found, key=lambda variation: found[variation])

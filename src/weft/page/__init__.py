@@ -8,6 +8,7 @@ the scripts' matter: codec.js (numbers again), words.js (how text is shown), tex
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import os
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointError, ConfigError, first_line
+from weft.ownership import refuse_strangers_file
 from weft.palette import PALETTE
 from weft.summary import summarise
 from weft.traces import Trace
+from weft.visible import shortened, visible
 from weft.whole import replace_file
 
 _SCRIPTS = ("codec.js", "words.js", "text.js", "charts.js", "panels.js", "app.js")
 _CELL_HEIGHT = 900
+_MARK = b'<meta name="generator" content="weft inspect">'
 
 
 def write_page(traces: Sequence[Trace], file: str | os.PathLike[str]) -> None:
@@ -38,16 +42,27 @@ def write_page(traces: Sequence[Trace], file: str | os.PathLike[str]) -> None:
         file: an .html file; all of it is written, or nothing.
 
     Raises:
+        ConfigError: a file is there that is no such page.
         CheckpointError: it cannot be written.
 
     Example:
         >>> write_page([weft.trace(model, text, tokenizer=tokenizer)], "gates.html")
     """
+    check_page(file)
     text = page(traces)
     try:
         replace_file(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
     except OSError as err:
         raise CheckpointError(f"{file} cannot be written: {first_line(err)}; give another file") from err
+
+
+def check_page(file: str | os.PathLike[str]) -> None:
+    """Raise where a file is there that is no page of weft's.
+
+    Raises:
+        ConfigError: it is.
+    """
+    refuse_strangers_file(Path(file), lambda path: _MARK in path.read_bytes(), "html", "page")
 
 
 def page(traces: Sequence[Trace]) -> str:
@@ -58,10 +73,15 @@ def page(traces: Sequence[Trace]) -> str:
     names = list(dict.fromkeys(name for trace in traces for name in trace.expert_names))
     data = {"palette": PALETTE, "traces": [_encoded(trace, names) for trace in traces]}
     here = files(__package__)
+    style = (here / "style.css").read_text(encoding="utf-8")
+    scripts = "\n".join((here / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{scripts}\n}})();\n'
     parts = {
-        "title": html.escape(traces[0].title or "trace"),
-        "style": (here / "style.css").read_text(encoding="utf-8"),
-        "script": "\n".join((here / name).read_text(encoding="utf-8") for name in _SCRIPTS),
+        "title": html.escape(visible(shortened(traces[0].title)) or "trace"),
+        "style": style,
+        "style_hash": _csp_hash(style),
+        "script": script,
+        "script_hash": _csp_hash(script),
         "data": _json(data),
     }
     template = (here / "page.html").read_text(encoding="utf-8")
@@ -75,6 +95,11 @@ def notebook_cell(trace: Trace) -> str:
     return f'{frame}{html.escape(page([trace]))}" title="weft trace"></iframe>'
 
 
+def _csp_hash(text: str) -> str:
+    """By which a Content-Security-Policy knows the one script, or style, that may act."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
 def _json(data: Any) -> str:
     """JSON that ends no script element, whatever is in it."""
     text = json.dumps(data, separators=(",", ":"))  # ASCII: no bidi mark stands in the source
@@ -86,15 +111,15 @@ def _encoded(trace: Trace, names: list[str]) -> dict[str, Any]:
     # Almost always 0 and 1; a gate without a softmax has other weights.
     low, high = min(0.0, float(scalings.min())), max(1.0, float(scalings.max()))
     return {
-        "title": trace.title,
+        "title": shortened(trace.title),
         "summary": summarise(trace),
-        "experts": trace.expert_names,
+        "experts": list(map(shortened, trace.expert_names)),
         "colours": [names.index(name) for name in trace.expert_names],
-        "layers": trace.layer_names,
+        "layers": list(map(shortened, trace.layer_names)),
         "pieces": trace.pieces,
         "ids": trace.token_ids.tolist(),
         "texts": [
-            {"name": text.name, "start": start, "end": start + text.num_tokens, "prompt": text.prompt_length}
+            {"name": shortened(text.name), "start": start, "end": start + text.num_tokens, "prompt": text.prompt_length}
             for text, start in trace.starts()
         ],
         "low": low,

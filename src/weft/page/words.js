@@ -36,7 +36,8 @@ function probability(logProb) {
 function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value);
+    if (key === "style") made.style.cssText = value; // an attribute of this name is not allowed to act
+    else if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value);
   }
   made.append(...children);
   return made;

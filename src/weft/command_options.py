@@ -1,0 +1,42 @@
+"""What the dataclasses of the commands' options have in common: `~` in a path is the home folder.
+
+A shell replaces it at the start of a word only: not in name=~/folder, and nobody does in a YAML file or in Python.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, dataclass_transform
+
+_PATHS = (
+    *("model", "source", "base", "adapters", "start_from", "output", "cache_folder", "evaluation", "html", "figure"),
+    *("data", "eval_data", "search_data", "experts_from", "compare", "expert"),
+)
+
+
+@dataclass_transform()
+def command(options: type) -> type:
+    """Make a class a dataclass of a command's options."""
+    options.__post_init__ = _expand_home  # type: ignore[attr-defined]
+    return dataclass(options)
+
+
+def _expand_home(options: Any) -> None:
+    for name in _PATHS:
+        if hasattr(options, name):
+            setattr(options, name, _expanded(getattr(options, name)))
+
+
+def _expanded(value: Any) -> Any:
+    """Paths, or pairs name=PATH, alone, in a list or as the values of a table."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _expanded(one) for name, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")
+    if equals and path.startswith("~"):
+        return f"{name}={os.path.expanduser(path)}"
+    return os.path.expanduser(value)

@@ -1,0 +1,69 @@
+"""What may be written over: one rule for every command and function that writes.
+
+Where nothing is, or an empty folder, anything may be written. What is there is replaced where weft itself wrote it, of
+the kind that is written now; anything else stays, and the error names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from weft.errors import ConfigError
+
+SHOWN = 5  # names in one message
+
+
+def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -> str | None:
+    """Why something new cannot be written into a folder; None where it is not there, empty, or has only our own.
+
+    Args:
+        folder: to write into.
+        what: it is called, for the message.
+        own: names of entries that do not count.
+    """
+    if not os.path.lexists(folder):
+        return None
+    if not folder.is_dir():
+        return f"{what} ({folder}) is a file, expected a folder: give a new or empty one"
+    strangers = sorted({entry.name for entry in folder.iterdir()} - {*own})
+    if not strangers:
+        return None
+    shown = ", ".join(strangers[:SHOWN]) + (", ..." if len(strangers) > SHOWN else "")
+    return f"{what} ({folder}) exists already and holds {shown}: give a new or empty folder"
+
+
+def refuse_used_folder(folder: Path, what: str = "output") -> None:
+    """Raise where a folder is there and not empty.
+
+    Raises:
+        ConfigError: it is.
+    """
+    problem = used_folder_problem(folder, what)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def refuse_strangers_file(file: Path, is_own: Callable[[Path], bool], what: str, kind: str) -> None:
+    """Raise where a file is there that weft did not write.
+
+    Args:
+        file: to be written.
+        is_own: whether a file that is there is of this kind, and weft's; an error means that it is not.
+        what: the file is called, for the message.
+        kind: of file, for the message.
+
+    Raises:
+        ConfigError: it is somebody else's.
+    """
+    if not os.path.lexists(file):
+        return
+    try:
+        own = file.is_file() and is_own(file)
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if not own:
+        raise ConfigError(
+            f"{what} ({file}) is there already and is no {kind} that weft wrote: give another file, or move it away"
+        )
