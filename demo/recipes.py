@@ -45,7 +45,7 @@ class Recipe:
 SHORT = Recipe(
     expert=ExpertRecipe(steps=40, batch_size=1, learning_rate=2e-3, first_layer=10),
     gate={"gate-layer": "10", "gate-start": "labels", "global-scaling-weight": "1.5"},
-    gate_steps=96,
+    gate_steps=72,
     eval_sequences=8,
     new_tokens=40,
 )
