@@ -161,7 +161,7 @@ def equal_size_loras(seed: int, arguments: argparse.Namespace) -> dict[str, str]
     rank = equal_size_rank(arguments.demo / "model")
     found = {}
     for rate in arguments.rates:
-        name = f"one-lora-rank-{rank}-rate-{rate:g}"
+        name = f"one-lora-rank-{rank}-rate-{rate:g}".replace(".", "_")  # names have no points
         options = options_of(
             arguments.work / f"single-{arguments.steps}-{seed}",
             seed,
