@@ -1,4 +1,4 @@
-"""Over all of peft's LoRA options: whatever is refused or taken, the base model is afterwards what it was, bit for bit."""
+"""Over all of peft's LoRA options: whatever one says, the base model is afterwards what it was, bit for bit."""
 
 import dataclasses
 import json
