@@ -143,10 +143,11 @@ class BothPasses(nn.Module):
         super().__init__()
         self.following = following
         # In a tuple, which hides them from named_modules: they are the model's.
-        self.backbones: tuple[Any, Any] = (backbone, scaling)
-        for each in self.backbones:
+        backbones: list[Any] = [backbone, scaling]
+        for each in backbones:
             if each is not None:
                 each.do_not_compile = True
+        self.backbones = tuple(backbones)
 
     def forward(
         self,
