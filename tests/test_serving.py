@@ -123,6 +123,7 @@ def test_flags_that_cannot_be_are_refused(flags, message, capsys):
 
 
 def test_the_parts_that_run_inside_an_engine_import_nothing_of_peft():
-    code = "import sys, weft.serve.mixture, weft.serve.following as f; print(sorted({'peft', 'transformers'} & {*sys.modules}))"
+    code = "import sys, weft.serve.mixture, weft.serve.following; "
+    code += "print(sorted({'peft', 'transformers'} & {*sys.modules}))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(shown.replace("'", '"')) == []
