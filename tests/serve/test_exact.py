@@ -102,6 +102,14 @@ def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, b
         assert_same(served(llm, texts), expected)  # from the cache of prefixes
 
 
+def test_two_processes_with_a_part_of_each_layer_change_nothing(base, mixture, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder, model = mixture()
+    expected = generated(model, prompts())
+    with engine(base, folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        assert_same(served(llm, prompts()), expected)
+
+
 @pytest.mark.parametrize("changed", ["gate", "expert"])
 def test_gate_and_experts_matter_to_these_tokens(changed, mixture):
     _, model = mixture()
