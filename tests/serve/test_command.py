@@ -55,7 +55,7 @@ def server(folder):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
     ) as run:
-        first = run.stdout.readline()
+        first = next(line for line in run.stdout if "serves" in line)  # what vLLM says at its import may come before
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
