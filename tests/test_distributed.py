@@ -169,6 +169,25 @@ def test_checkpoints_of_two_processes_resume_in_one_and_the_other_way_round(opti
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_of_several_processes_is_passed_over_and_said_once(options, tmp_path):
+    out = tmp_path / "out"
+    run(torchrun("-m", "weft", *options("out", 2)))
+    expected, checkpoint = tensors(out), out / "checkpoints/checkpoint-6"
+    recorded = json.loads((checkpoint / "weft_checkpoint.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= recorded.keys()
+    os.truncate(checkpoint / "rng_state_1.pth", 9)
+    (out / "checkpoints/checkpoint-7").mkdir()
+    output = run(torchrun("-m", "weft", *options("out", 2, "--resume", "true")))
+    assert re.findall(r"checkpoint-\d is passed over: .*", output) == [
+        "checkpoint-7 is passed over: it was not completed; going on from checkpoint-3",
+        "checkpoint-6 is passed over: rng_state_1.pth was changed after it was saved; going on from checkpoint-3",
+    ]
+    assert not (out / "checkpoints/checkpoint-7").exists()
+    for file, values in expected.items():
+        torch.testing.assert_close(tensors(out)[file], values, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signalled", ["launcher", "one worker"])
 def test_ctrl_c_stops_all_processes_at_one_step(options, tmp_path, signalled):
     command = torchrun("-m", "weft", *options("out", 2, "--max-steps", "3000", "--save-steps", "5"))

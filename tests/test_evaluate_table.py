@@ -11,9 +11,11 @@ import transformers
 import weft
 import weft.evaluate.run as evaluation
 from models import let_the_gate_decide, lora, quietly, save_adapter
+from test_whole import full_disk
 from weft.cli import main
-from weft.errors import AdapterError
+from weft.errors import AdapterError, CheckpointError
 from weft.evaluate import evaluate, perplexity
+from weft.evaluate.cells import Cell, Cells
 from weft.evaluate.stage import MERGES, Merge, Stage, adapters, arrow, merged, mixture
 from weft.options import EvalOptions
 
@@ -232,6 +234,22 @@ def test_the_table_is_written_in_three_formats(table, tmp_path, data):
     assert float(rows[0]["value"]) == values["perplexity"]["base"]["math"]
 
 
+def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp_path):
+    file, cell = tmp_path / "t.cells.jsonl", Cell([(1.0, 2.0)], 0.5, None)
+    cells = Cells(file)
+    with full_disk(size=200):
+        cells.keep("a" * 64, "weft", "math", cell)
+        with pytest.raises(CheckpointError) as raised:
+            cells.keep("b" * 64, "weft", "code", cell)
+    assert str(raised.value) == (
+        f"{file} cannot be written: [Errno 27] File too large (what was measured before is kept in it); free some "
+        "space, and the same command goes on"
+    )
+    again = Cells(file)
+    again.keep("b" * 64, "weft", "code", cell)
+    assert [name * 64 in Cells(file) for name in "abc"] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,6 +258,14 @@ def test_the_table_is_written_in_three_formats(table, tmp_path, data):
         (["--sequence-length", "1"], r"sequence_length \(1\) must be at least 2"),
         (["--freeze-after", "0", "--batch-size", "0"], r"batch_size \(0\) must be at least 1(.|\n)*freeze_after \(0\)"),
         (["--output", "table.txt"], r"output \(table.txt\) must end in .json, .md, .csv"),
+        (
+            ["--output", "{folder}.json"],
+            r"output \(.*/folder.json\) cannot be written: Is a directory; give another file",
+        ),
+        (
+            ["--output", "{folder}.csv"],
+            r"output: .*folder.cells.jsonl, where its cells are kept, cannot be added to: Is a directory; move it away",
+        ),
         (["--output", "/nowhere/t.json"], r"output \(/nowhere/t.json\) cannot be written: there is no folder /nowhere"),
         (["--compare", "x"], r"compare has the entry 'x', expected name=FOLDER"),
         (["--compare", "x=a", "x=b"], r"compare has the name 'x' twice \(a and b\)"),
@@ -251,8 +277,12 @@ def test_the_table_is_written_in_three_formats(table, tmp_path, data):
         ),
     ],
 )
-def test_options_that_cannot_work_are_named(options, message, mixture, data, tmp_path, capsys):
-    options = [option.format(mixture=mixture, choice=tmp_path / "choice.jsonl") for option in options]
+def test_options_that_cannot_work_are_named(options, message, mixture, data, tmp_path, capsys, monkeypatch):
+    for name in ("folder.json", "folder.cells.jsonl"):
+        (tmp_path / name).mkdir()
+    places = {"mixture": mixture, "choice": tmp_path / "choice.jsonl", "folder": tmp_path / "folder"}
+    options = [option.format(**places) for option in options]
+    monkeypatch.setattr("weft.evaluate.run.score", None)  # nothing is measured before
     assert main(["eval", mixture, "--data", *data[:1], *options]) == 1
     assert re.search(message, capsys.readouterr().err)
 

@@ -72,6 +72,11 @@ def test_a_generation_is_shown_with_its_prompt(mixture, tmp_path, capsys):
         ([], r"text, data and generate are missing: give one of them"),
         (["--text", "a", "--generate", "b"], r"text and generate are both given: give one of them"),
         (["--text", "a", "--max-tokens", "0"], r"max_tokens \(0\) and batch_size \(4\) must be at least 1 each"),
+        (
+            ["--text", "a", "--html", "no/a.html"],
+            r"html \(no/a.html\) cannot be written: No such file .*; give another",
+        ),
+        (["--text", "a", "--output", "/"], r"output \(/\) cannot be written: Is a directory; give another file"),
         (["--text", "a", "--figure", "gates.docx"], r"figure \(gates.docx\) must end in one of .pdf, .png, .svg"),
         (["--text", "a", "--compare", "none.trace"], r"none.trace is no file: give one that Trace.save"),
         (["--generate", "a", "--temperature", "-1"], r"temperature \(-1.0\)"),
@@ -100,7 +105,7 @@ def test_figures_are_written_whole_or_not_at_all(suffix, tmp_path):
     trace = made(list("the texts."), experts=[f"e_{number}$" for number in range(10)], texts=texts)
     write_figure(trace, tmp_path / f"gates.{suffix}")
     assert (tmp_path / f"gates.{suffix}").stat().st_size > 1000
-    with pytest.raises(ValueError, match=r"none/gates.\w+ cannot be written: .*; give another file"):
+    with pytest.raises(ValueError, match=r"none/gates.\w+ cannot be written: .*, or give another file"):
         write_figure(trace, tmp_path / "none" / f"gates.{suffix}")
 
 

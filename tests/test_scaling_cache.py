@@ -12,7 +12,7 @@ import weft
 from models import VOCAB, make_architecture, quietly, tiny_llama, tiny_tokenizer, weft_model
 from test_tools_around import arguments
 from weft import scaling_cache
-from weft.errors import ConfigError
+from weft.errors import CheckpointError, ConfigError
 from weft.versions import checkpointing_arguments
 
 
@@ -252,6 +252,50 @@ def test_an_interrupted_or_damaged_cache_is_computed_again(llama_adapters, seque
         assert torch.equal(cache[1], expected)
     (cache.folder / "index.json").write_text("{")
     assert not quiet_build(model, sequences)[1][0].endswith("found")
+
+
+def test_a_cache_whose_numbers_were_changed_is_computed_again_and_says_so(llama_adapters, sequences, quiet_build):
+    model = mixture(llama_adapters)
+    cache, _ = quiet_build(model, sequences)
+    expected, index = cache[1], cache.folder / "index.json"
+    file = cache.folder / "00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    values = json.loads(index.read_text())
+    old = {**values, "files": [{name: entry[name] for name in ("name", "first", "bytes")} for entry in values["files"]]}
+    for damage, reason in (
+        (lambda: file.write_bytes(content), "00000.safetensors was changed after it was saved"),
+        (
+            lambda: index.write_text(json.dumps(values | {"hidden_size": 16})),
+            "index.json was changed after it was saved",
+        ),
+        (lambda: index.write_text(json.dumps(old)), "index.json is missing or damaged, or an earlier version wrote it"),
+    ):
+        damage()
+        cache, lines = quiet_build(model, sequences)
+        assert lines[0].endswith(f"; computed anew: {reason}")
+        assert torch.equal(cache[1], expected)
+        assert quiet_build(model, sequences)[1][0].endswith(", found")
+    assert [path.name for path in cache.folder.parent.iterdir()] == [cache.folder.name]
+
+
+def test_a_cache_that_is_lost_or_cannot_be_written_is_an_error(llama_adapters, sequences, quiet_build, monkeypatch):
+    model = mixture(llama_adapters)
+    cache, _ = quiet_build(model, sequences)
+    (cache.folder / "00000.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"00000.safetensors \(scaling pass\) cannot be read: .*; start again, and"
+    ):
+        _ = cache[0]
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scaling_cache, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*No space left.* \(what was there before is unch"):
+        quiet_build(model, sequences)
+    assert [path.name for path in cache.folder.parent.iterdir()] == [cache.folder.name]
 
 
 def test_a_full_disk_is_noticed_before(llama_adapters, sequences, quiet_build, monkeypatch, tmp_path):

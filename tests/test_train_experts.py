@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import weft
 from models import folder_files, quietly, save_adapter, tiny_tokenizer
@@ -145,6 +145,29 @@ def test_complete_experts_are_not_trained_again(arguments, tmp_path, capsys, mon
     assert same(tensors(tmp_path / "out-experts/fox"), before)
     assert main([*changed(arguments, max_steps="4"), "--resume"]) == 0  # and now from the gate's checkpoint
     assert "training expert" not in capsys.readouterr().out
+
+
+def test_an_expert_that_was_damaged_is_found_before_anything_is_trained(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("weft.train_experts.train", lambda options: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments) == 130
+    monkeypatch.undo()
+    folder = tmp_path / "out-experts/law"
+    before = tensors(folder)
+    (tmp_path / "out-experts/fox/README.md").write_text("a card of the user's")
+    for damage, reason in (
+        (lambda file: save_file({key: value + 1 for key, value in before.items()}, file), "was changed after it was"),
+        (lambda file: file.unlink(), "is missing"),
+    ):
+        damage(folder / TENSORS)
+        capsys.readouterr()
+        assert main(arguments) == 1
+        shown = capsys.readouterr()
+        assert f"expert 'law' in {folder} is not as it was saved: {TENSORS} {reason}" in shown.err
+        assert "; remove it to train it anew" in shown.err
+        assert "training" not in shown.out
+    shutil.rmtree(folder)
+    assert main(arguments) == 0
+    assert same(tensors(folder), before)
 
 
 def test_an_interrupted_expert_is_not_complete(arguments, tmp_path, capsys, monkeypatch):

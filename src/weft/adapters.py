@@ -21,6 +21,7 @@ from torch import Tensor
 from weft.adapter_keys import KEY_PREFIX, own_keys
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
 from weft.experts import refuse_dora
+from weft.whole import settle
 
 SHOWN = 8  # keys in one message
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
@@ -185,11 +186,14 @@ def local_folder(path: str, what: str, *, revision: str | None = None, token: st
         revision: branch, tag or commit on the Hub; None takes the main branch.
         token: for the Hub; None takes the one of the machine, if it has one.
 
+    A folder whose writer was killed while it replaced the files is put back in order (`weft.whole`).
+
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: neither is there, or the folder cannot be put back in order.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        settle(folder)
         return folder
     inside = re.fullmatch(r"([^/]+/[^/]+)/(.+?)/*", path)
     repository, below = (inside[1], f"{inside[2]}/") if inside else (path, "")

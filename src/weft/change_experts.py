@@ -41,10 +41,10 @@ from weft.gate_place import first_following_layer
 from weft.integration import base_model_of, from_adapters
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.ownership import used_folder_problem
-from weft.whole import replace_folder
+from weft.whole import check_folder, replace_folder, settle
 
 _TRAINING_STATE = "trainer_state.json"
-_PICKLES = {".bin", ".pt", ".pth"}
+_NOT_CARRIED = {".bin", ".pt", ".pth", ".part"}  # pickles, and what a process that was killed has left of a file
 _WEFTS_OWN = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME}
 # What a config has from the folder and the base model, rather than from its user.
 _NO_OPTIONS = {"adapters", "expert_names", "layer_names", "format_version", "peft_type", "inference_mode"}
@@ -205,9 +205,11 @@ def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLi
         beside = Path(model).expanduser()
         beside = Path(os.path.abspath(beside)) if beside.is_dir() else Path(beside.name)  # a Hub id: here
         target = beside.with_name(f"{beside.name}-{what}")
+    settle(target, leftovers=True)
     problem = None if target.resolve() == folder.resolve() else used_folder_problem(target, "output")
     if problem is not None:
         raise ConfigError(f"{problem}, or the mixture's own ({model}) to change it in place")
+    check_folder(target, "output")
     if target.resolve() == folder.resolve() and (folder / _TRAINING_STATE).exists():
         raise ConfigError(
             f"output ({target}) is a checkpoint of a training, which could not be resumed then: give another folder"
@@ -279,7 +281,7 @@ def _expert_keys(folder: Path, name: str) -> list[str]:
 def _write(part: Path, folder: Path, config: XLoraConfig, tensors: dict[str, Tensor]) -> None:
     """Write the new mixture, and what lies beside the old one: a tokenizer, a model card, but no optimizer's state."""
     for file in folder.iterdir():
-        if file.is_file() and file.name not in {*_WEFTS_OWN, _TRAINING_STATE} and file.suffix not in _PICKLES:
+        if file.is_file() and file.name not in {*_WEFTS_OWN, _TRAINING_STATE} and file.suffix not in _NOT_CARRIED:
             shutil.copy(file, part / file.name)
     for name in config.expert_names or []:
         new = part / EXPERTS_FOLDER / name

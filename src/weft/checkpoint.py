@@ -43,7 +43,7 @@ from weft.manifest import (
 )
 from weft.original import ORIGINAL_GATE, is_original, original_base, original_options, read_original_gate
 from weft.processes import is_sharded
-from weft.whole import replace_file, replace_folder
+from weft.whole import errors_of_writing, replace_file, replace_folder, settle
 
 GATE_KEY = "internal_xlora_classifier."
 # In the names of an expert's parameters.
@@ -89,9 +89,14 @@ def write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str]
     """Write the options, and the experts of the config's model beside the gate that peft has just written there.
 
     Raises:
-        CheckpointError: the gate was written as a pickle.
+        CheckpointError: the gate was written as a pickle, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with errors_of_writing(folder, "what is there may not be whole", "free some space, and save again"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_config(config, folder, auto_mapping)
+
+
+def _write_config(config: XLoraConfig, folder: Path, auto_mapping: dict[str, str] | None) -> None:
     replaced: dict[str, Any] = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
     gate_file = folder / SAFETENSORS_WEIGHTS_NAME
     if config.model is not None and config is not config.model.xlora_config:  # of a frozen copy, which is not saved
@@ -138,7 +143,9 @@ def _write_options(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
 def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> XLoraConfig:
     """Read and verify a saved folder (see `XLoraConfig.from_pretrained`)."""
     folder = local_folder(os.fspath(path), "the X-LoRA model")
-    folder = folder / subfolder if subfolder else folder
+    if subfolder:
+        folder = folder / subfolder
+        settle(folder)
     adapters = kwargs.pop("adapters", None)
     if is_original(folder):
         return XLoraConfig(**original_options(folder, adapters))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weft.errors import CheckpointError, ConfigError, first_line
+from weft.errors import ConfigError
 from weft.ownership import refuse_strangers_file
 from weft.palette import PALETTE, colour_of
 from weft.traces import Trace
@@ -49,10 +49,7 @@ def write_figure(trace: Trace, file: str | os.PathLike[str]) -> None:
     check_figure(file)
     kind, drawn = Path(file).suffix.lower()[1:], figure(trace)
     metadata = {"Software" if kind == "png" else "Creator": _CREATOR}
-    try:
-        replace_file(Path(file), lambda path: drawn.savefig(path, format=kind, dpi=200, metadata=metadata))
-    except OSError as err:
-        raise CheckpointError(f"{file} cannot be written: {first_line(err)}; give another file") from err
+    replace_file(Path(file), lambda path: drawn.savefig(path, format=kind, dpi=200, metadata=metadata))
 
 
 def figure(trace: Trace) -> Any:

@@ -41,7 +41,7 @@ from weft.heads import head_tensors, wrappers
 from weft.ownership import refuse_used_folder
 from weft.placement import execution_device
 from weft.routing import ConstantWeights, constant_scalings
-from weft.whole import replace_file
+from weft.whole import check_folder, replace_folder, settle
 
 # In the metadata of the tensors' file: an adapter that was folded, and may be folded anew.
 _MARK = {"written_by": "weft fold"}
@@ -86,6 +86,7 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
         ConfigError: the weights do not fit the model or are all 0, or the folder holds something else.
         AdapterError: the experts' `lora_bias` cannot be written together with an embedding, or an expert that acts has
             DoRA.
+        CheckpointError: the folder cannot be written; it is as it was.
 
     Example:
         >>> model = weft.from_pretrained("my-mixture")
@@ -123,12 +124,13 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
     broken = not_finite(tensors)
     if broken:
         raise AdapterError(f"the mixture cannot be folded, as {broken}: expected finite numbers")
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    replace_file(
-        folder / SAFETENSORS_WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt", **_MARK})
-    )
-    replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write(part: Path) -> None:
+        save_file(tensors, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", **_MARK})
+        (part / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    replace_folder(folder, write, CONFIG_NAME)
     return config
 
 
@@ -184,14 +186,17 @@ def check_output(folder: Path, options: XLoraConfig) -> None:
     """Raise where writing an adapter to this folder would spoil something.
 
     Raises:
-        ConfigError: it is an expert's own, or holds something else than an adapter that was folded before.
+        ConfigError: it is an expert's own, holds something else than an adapter that was folded before, or cannot be
+            written.
     """
+    settle(folder, leftovers=True)
     for name, path in (options.adapters or {}).items():
         if folder.resolve() == Path(path).resolve():
             raise ConfigError(f"output ({folder}) is the folder of the expert {name!r}: choose another one")
     if (folder / CONFIG_NAME).exists() and _is_folded(folder):
         return
     refuse_used_folder(folder)
+    check_folder(folder, "output")
 
 
 def _is_folded(folder: Path) -> bool:

@@ -16,11 +16,11 @@ from peft.utils import CONFIG_NAME
 
 from weft.card import is_hub_id
 from weft.checkpoint import read_config
-from weft.errors import ConfigError, HubError, first_line
+from weft.errors import CheckpointError, ConfigError, HubError, first_line
 from weft.original import ORIGINAL_CONFIG
 from weft.ownership import refuse_used_folder
 from weft.publication import publication
-from weft.whole import replace_folder
+from weft.whole import check_folder, replace_folder, settle
 
 _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".safetensors", ".svg", ".txt"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
@@ -108,7 +108,9 @@ def pull(repo_id: str, output: str | os.PathLike[str] | None = None, *, revision
 
     _check_id(repo_id)
     target = Path(output if output is not None else repo_id.partition("/")[2]).expanduser()
+    settle(target, leftovers=True)
     refuse_used_folder(target)
+    check_folder(target, "output")
     patterns = [f"*{suffix}" for suffix in sorted(_SUFFIXES)] + [f"*{name}*" for name in _LICENCES]
     with _errors_of(f"repo_id ({repo_id}) cannot be read"):
         snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -174,3 +176,8 @@ def _errors_of(what: str) -> Iterator[None]:
         raise HubError(f"{what}: {first_line(err)}") from err
     except (network, ConnectionError) as err:
         raise HubError(f"{what}: the Hub is not in reach ({first_line(err)}): look at the network") from err
+    except OSError as err:
+        raise CheckpointError(
+            f"{what}: the Hub's cache ({constants.HF_HUB_CACHE}) cannot be written: {first_line(err)}; free some "
+            "space, or set HF_HUB_CACHE to another folder"
+        ) from err

@@ -29,6 +29,7 @@ from weft.errors import CheckpointError, ConfigError, first_line
 from weft.injection import uncompiled
 from weft.model import XLoraModel
 from weft.original import is_original
+from weft.whole import settle
 
 _peft_own: dict[str, Any] = {}
 # Tasks whose models have a head to be trained.
@@ -52,6 +53,8 @@ def register_with_peft() -> None:
     if not _peft_own:
         _peft_own["from_pretrained"] = PeftConfigMixin.__dict__["from_pretrained"]
         PeftConfigMixin.from_pretrained = classmethod(_config_of_folder)  # type: ignore[assignment]
+        _peft_own["type_of"] = PeftConfigMixin.__dict__["_get_peft_type"]
+        PeftConfigMixin._get_peft_type = classmethod(_type_of_folder)  # type: ignore[assignment]
         _peft_own["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA]
         _peft_own["model"] = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA]
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = XLoraConfig
@@ -64,6 +67,7 @@ def unregister_from_peft() -> None:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = _peft_own["config"]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = _peft_own["model"]
         PeftConfigMixin.from_pretrained = _peft_own["from_pretrained"]  # type: ignore[method-assign]
+        PeftConfigMixin._get_peft_type = _peft_own["type_of"]  # type: ignore[method-assign]
         _peft_own.clear()
 
 
@@ -72,8 +76,15 @@ def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwar
 
     transformers reads it by `PeftConfig`, which looks for the experts in the present directory.
     """
+    settle(Path(path, subfolder or ""))
     config = _peft_own["from_pretrained"].__get__(None, cls)(path, subfolder=subfolder, **kwargs)
     return XLoraConfig.from_pretrained(path, subfolder=subfolder) if isinstance(config, XLoraConfig) else config
+
+
+def _type_of_folder(cls: type, model_id: Any, **kwargs: Any) -> Any:
+    """peft's look at an adapter's folder, before which its old files are put back where a writer was killed."""
+    settle(Path(model_id, kwargs.get("subfolder") or ""))
+    return _peft_own["type_of"].__get__(None, cls)(model_id, **kwargs)
 
 
 def from_adapters(

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from weft.config import XLoraConfig
 from weft.errors import CheckpointError
 from weft.integration import base_error, model_class
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, is_original
+from weft.whole import temporary_folder
 
 ORDERING = "ordering.json"
 
@@ -108,9 +108,8 @@ def opened(
     with contextlib.ExitStack() as stack:
         layer_names = None
         if is_flat(folder):
-            temporary = stack.enter_context(tempfile.TemporaryDirectory())
-            layer_names = _unfold(folder, Path(temporary))
-            folder = Path(temporary)
+            flat, layer_names = folder, _layers_in_order(folder)
+            folder = stack.enter_context(temporary_folder(lambda part: _unfold(flat, part)))
         config = read_config(folder, adapters=adapters)
         names = _renamed(config, rename or {})
         config = dataclasses.replace(
@@ -141,8 +140,13 @@ def is_flat(folder: Path) -> bool:
     return all((folder / f"{name}_config.json").is_file() for name in read_json(folder / ORDERING).get("order") or [0])
 
 
-def _unfold(flat: Path, folder: Path) -> list[str]:
-    """Write a flat folder anew in the original library's layout; returns its layers in order."""
+def _layers_in_order(flat: Path) -> list[str]:
+    layers: dict[str, int] = read_json(flat / ORDERING).get("layers") or {}
+    return sorted(layers, key=lambda layer: layers[layer])
+
+
+def _unfold(flat: Path, folder: Path) -> None:
+    """Write a flat folder anew in the original library's layout."""
     ordering = read_json(flat / ORDERING)
     config = read_json(flat / ORIGINAL_CONFIG) | {"adapters": ordering["order"]}
     (folder / ORIGINAL_CONFIG).write_text(json.dumps(config), encoding="utf-8")
@@ -157,8 +161,6 @@ def _unfold(flat: Path, folder: Path) -> list[str]:
         (folder / name).mkdir()
         shutil.copy(flat / f"{name}_config.json", folder / name / CONFIG_NAME)
         shutil.copy(flat / f"{name}_model.safetensors", folder / name / SAFETENSORS_WEIGHTS_NAME)
-    layers: dict[str, int] = ordering.get("layers") or {}
-    return sorted(layers, key=lambda layer: layers[layer])
 
 
 def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:

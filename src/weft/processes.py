@@ -34,9 +34,16 @@ def in_distributed_training() -> bool:
 
 def sharding_is_to_come() -> bool:
     """Whether accelerate was launched to shard models, with FSDP or DeepSpeed."""
-    return any(
-        os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1") for name in ("FSDP", "DEEPSPEED")
-    )
+    return _is_to_come("FSDP") or deepspeed_is_to_come()
+
+
+def deepspeed_is_to_come() -> bool:
+    """Whether accelerate was launched to train with DeepSpeed."""
+    return _is_to_come("DEEPSPEED")
+
+
+def _is_to_come(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1")
 
 
 def others_have_parameters() -> bool:

@@ -5,8 +5,9 @@ epoch, for every mixture of adapters of that base. `ScalingCache` computes it, k
 read piece by piece, and `ScalingCacheCollator` puts it into batches, where the model takes it in the place of its own
 scaling pass.
 
-A cache lies in a folder named by a digest of all it depends on, so that it is never found for anything else; the folder
-gets its name when it is complete, so that half a cache has none.
+A cache lies in a folder named by a digest of all it depends on, so that it is never found for anything else. The folder
+gets its name when it is complete, so that half a cache has none; its index has the files' digests, so that a damaged
+one is found out.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.backbone import in_evaluation_mode
 from weft.countdown import Countdown
-from weft.errors import ConfigError
+from weft.digests import changes, digest_of_file
+from weft.errors import CheckpointError, ConfigError, first_line
 from weft.given_hidden import SCALING_PASS_HIDDEN, given_hidden_problems
+from weft.whole import errors_of_writing, make_folder
 
 _VERSION = 1
 _INDEX = "index.json"
@@ -100,6 +103,7 @@ class ScalingCache:
         Raises:
             ConfigError: this model's scaling pass cannot be computed ahead, the dtype is none of those or cannot hold
                 the numbers, or the disk has too little space.
+            CheckpointError: the folder cannot be written.
         """
         passes = model.passes
         problems = cache_problems(model)
@@ -112,33 +116,46 @@ class ScalingCache:
         tokens, width = sum(len(sequence) for sequence in sequences), passes.config.hidden_size
         size = tokens * width * getattr(torch, dtype).itemsize
         what = f"scaling pass: {tokens:,} tokens x {width} x {dtype} = {_in_words(size)} in {place}"
-        if _is_complete(place):
+        damage = _damage(place)
+        if damage is None:
             announce(f"{what}, found")
         else:
-            announce(what)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(place.parent).free
+            announce(f"{what}; computed anew: {damage}" if damage else what)
+            with errors_of_writing(place.parent, "no text was read yet", "free some space, or choose another folder"):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(place.parent).free
             if free < size:
                 raise ConfigError(
                     f"the cache of the scaling pass takes {_in_words(size)}, but {folder} has {_in_words(free)} free: "
                     "choose another folder, or a smaller dtype"
                 )
-            _write(place, lambda target: _compute(passes, sequences, target, getattr(torch, dtype), batch_size))
+            fill = partial(_compute, passes, sequences, dtype=getattr(torch, dtype), batch_size=batch_size)
+            make_folder(place, fill)
         return cls(place, sequences)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, place: int) -> Float[Tensor, "seq hidden"]:
-        """What the gate reads for one sequence, read from disk."""
+        """What the gate reads for one sequence, read from disk.
+
+        Raises:
+            CheckpointError: the file was lost or damaged since the cache was made or found.
+        """
         if not 0 <= place < len(self):
             raise IndexError(place)
         file = bisect.bisect_right(self._first, place) - 1
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / self._files[file]["name"], framework="pt")
+        path = self.folder / self._files[file]["name"]
         offset = self._starts[self._first[file]]
-        rows = self._open[file].get_slice(_TENSOR)
-        return rows[self._starts[place] - offset : self._starts[place + 1] - offset]
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(path, framework="pt")
+            rows = self._open[file].get_slice(_TENSOR)
+            return rows[self._starts[place] - offset : self._starts[place + 1] - offset]
+        except (OSError, SafetensorError) as err:
+            raise CheckpointError(
+                f"{path} (scaling pass) cannot be read: {first_line(err)}; start again, and it is computed anew"
+            ) from err
 
     def find(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"] | None:
         """What the gate reads for these tokens; None where the cache does not have them."""
@@ -303,25 +320,23 @@ def _digest_of_tokens(tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(array("q", tokens).tobytes()).digest()[:16]
 
 
-def _is_complete(place: Path) -> bool:
-    """Whether all files of a cache are there, whole."""
+def _damage(place: Path) -> str | None:
+    """What is the matter with a cache; "" where there is none, None where all of it is as it was written."""
+    if not place.exists():
+        return ""
     try:
-        files = json.loads((place / _INDEX).read_text(encoding="utf-8"))["files"]
-        return all((place / file["name"]).stat().st_size == file["bytes"] for file in files)
-    except (OSError, ValueError, KeyError):
-        return False
+        index = json.loads((place / _INDEX).read_text(encoding="utf-8"))
+        recorded = {file["name"]: {"bytes": file["bytes"], "digest": file["digest"]} for file in index["files"]}
+        if index["index"] != _digest_of_index(index):
+            return f"{_INDEX} was changed after it was saved"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{_INDEX} is missing or damaged, or an earlier version wrote it"
+    return "; ".join(changes(place, recorded)) or None
 
 
-def _write(place: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` fill a folder, which gets its name only then; an interrupt leaves nothing."""
-    target = Path(tempfile.mkdtemp(prefix="unfinished-", dir=place.parent))
-    try:
-        fill(target)
-        if place.exists():
-            shutil.rmtree(place)  # damaged, or another process was faster with the same
-        target.rename(place)
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
+def _digest_of_index(index: dict[str, Any]) -> str:
+    values = {name: value for name, value in index.items() if name != "index"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, batch_size: int) -> None:
@@ -333,8 +348,9 @@ def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, b
             name = f"{len(files):05d}.safetensors"
             hidden = _hidden_states(passes, part, dtype, batch_size, countdown.advance)
             save_file({_TENSOR: hidden}, target / name)
-            files.append({"name": name, "first": first, "bytes": (target / name).stat().st_size})
-    index = {"dtype": str(dtype).removeprefix("torch."), "hidden_size": width, "files": files}
+            files.append({"name": name, "first": first, **digest_of_file(target / name)})
+    index: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "hidden_size": width, "files": files}
+    index["index"] = _digest_of_index(index)
     (target / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 

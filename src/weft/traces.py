@@ -190,12 +190,7 @@ class Trace:
         header: dict[str, Any] = {name: list(getattr(self, name)) for name in _TEXTS}
         header |= {"texts": [asdict(text) for text in self.texts], "title": self.title, "left_out": self.num_left_out}
         metadata = {"format": FORMAT, "version": str(VERSION), "trace": json.dumps(header, ensure_ascii=False)}
-        try:
-            replace_file(Path(file), lambda path: save_file(tensors, path, metadata=metadata))
-        except (OSError, SafetensorError) as err:
-            raise CheckpointError(
-                f"{file} cannot be written: {first_line(err)}; free some space, or give another file"
-            ) from err
+        replace_file(Path(file), lambda path: save_file(tensors, path, metadata=metadata))
 
     @staticmethod
     def check_file(file: str | os.PathLike[str], what: str = "file") -> None:

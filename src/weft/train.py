@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from weft.adapters import parse_adapters, read_json
+from weft.checkpoints import BEGUN, Checkpoints, describe, find_checkpoints
 from weft.config import XLoraConfig
 from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
@@ -35,7 +36,8 @@ from weft.progress import ProgressLine, TokenBudget, budget_in_steps, trained_to
 from weft.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.start_from import continued, start_gate, start_problems
 from weft.versions import checkpointing_arguments, length_grouping_arguments
-from weft.whole_checkpoints import how_to_go_on, keep_checkpoints_whole, last_checkpoint
+from weft.whole import errors_of_writing, folder_problem, settle
+from weft.whole_checkpoints import go_on_from, how_to_go_on, keep_checkpoints_whole, make_room
 
 _CONFIG_OPTIONS = (
     "layerwise_scalings",
@@ -70,7 +72,8 @@ def train(options: TrainOptions) -> Path:
     """
     options = continued(options, _CONFIG_OPTIONS)
     adapters = parse_adapters(options.adapters)
-    check(options, adapters)
+    checkpoints = check(options, adapters)
+    resumed = checkpoints.last if options.resume else None
     assert options.base is not None
     set_seed(options.seed)
     tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
@@ -87,13 +90,10 @@ def train(options: TrainOptions) -> Path:
     tokens = sum(trained_tokens(row["labels"]) for row in rows)
     schedule_steps, most_steps = steps_to_train(options, len(packed), tokens)
     arguments = training_arguments(options, _checkpoints(options), schedule_steps, most_steps)
-    if _last_checkpoint(options) is None:
+    if resumed is None:
         start_gate(model, rows, options, arguments.device)
     collator = _collator(options, tokenizer, model, sequences, arguments)
-    try:
-        _checkpoints(options).mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ConfigError(f"output ({output}) cannot be made: {err}") from err
+    make_room(_checkpoints(options), checkpoints)
     trainer = EvenTrainer(
         model,
         arguments,
@@ -106,9 +106,12 @@ def train(options: TrainOptions) -> Path:
     trainer.remove_callback(PrinterCallback)
     FiniteLoss(trainer, tokenizer)
     keep_checkpoints_whole(trainer)
+    if resumed is not None:
+        go_on_from(trainer, checkpoints, by_the_first(print))
     together = False
     try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(options))
+        with errors_of_writing(_checkpoints(options), "what was saved before is kept", "free some space"):  # a report
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         together = True
     except WeftError as err:
         together = err.in_all_processes
@@ -251,23 +254,28 @@ def _checkpoints(options: TrainOptions) -> Path:
     return Path(options.output) / "checkpoints"
 
 
-def _last_checkpoint(options: TrainOptions) -> str | None:
-    """The checkpoint to resume from, if that was asked for and there is one."""
-    folder = _checkpoints(options)
-    return last_checkpoint(folder) if options.resume else None
-
-
-def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str]:
+def _resume_problems(options: TrainOptions, expert_names: list[str], checkpoints: Checkpoints) -> list[str]:
     """A run must neither continue another one nor mix its checkpoints with another's."""
     folder = _checkpoints(options)
+    last, damaged = checkpoints.last, checkpoints.damaged
     if not options.resume:
-        if folder.is_dir() and any(folder.iterdir()):
+        if last is not None:
             return [f"output ({options.output}) holds the checkpoints of a run: give another folder, or --resume true"]
+        if damaged:
+            return [
+                f"output ({options.output}) holds checkpoints that no run can go on from: {describe(damaged)}; give "
+                f"another folder, or remove {options.output}"
+            ]
         return []
-    last = _last_checkpoint(options)
+    if last is None and damaged:
+        return [
+            f"resume (True) found no whole checkpoint in {folder}: {describe(damaged)}; leave it out, and give another "
+            f"folder or remove {options.output}"
+        ]
     if last is None:
-        return [f"resume (True) found no checkpoint in {folder}: leave it out to start anew"]
-    saved = read_json(Path(last) / CONFIG_NAME)
+        only = ", only what was not completed and does not count" if checkpoints.half else ""
+        return [f"resume (True) found no checkpoint in {folder}{only}: leave it out to start anew"]
+    saved = read_json(last / CONFIG_NAME)
     given = XLoraConfig(
         adapters=dict.fromkeys(expert_names, "-"), **{name: getattr(options, name) for name in _CONFIG_OPTIONS}
     )
@@ -279,8 +287,11 @@ def _resume_problems(options: TrainOptions, expert_names: list[str]) -> list[str
     ]
 
 
-def check(options: TrainOptions, adapters: dict[str, str]) -> None:
+def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
     """Say what is wrong with the options before anything is loaded.
+
+    Returns:
+        The checkpoints in the output folder.
 
     Raises:
         ConfigError: with all that is wrong.
@@ -306,21 +317,23 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> None:
     problems += start_problems(options)
     problems += monitoring_problems(options)
     problems += _amount_problems(options)
-    problems += _output_problems(options)
-    problems += _resume_problems(options, list(adapters))
+    checkpoints = find_checkpoints(_checkpoints(options))
+    problems += _output_problems(options, checkpoints)
+    problems += _resume_problems(options, list(adapters), checkpoints)
     if problems:
         raise ConfigError("weft train cannot start:", problems)
     XLoraConfig(adapters=adapters, **{name: getattr(options, name) for name in _CONFIG_OPTIONS})
+    return checkpoints
 
 
-def _output_problems(options: TrainOptions) -> list[str]:
-    output = Path(options.output).absolute()
-    there = next(path for path in (output, *output.parents) if path.exists())
-    if not there.is_dir():
-        return [f"output ({options.output}) cannot be made: {there} is a file, expected a folder"]
-    if not os.access(there, os.W_OK):
-        return [f"output ({options.output}) cannot be made: {there} is not yours to write in"]
-    if last_checkpoint(_checkpoints(options)) is not None:  # a run's, whose files may be replaced
+def _output_problems(options: TrainOptions, checkpoints: Checkpoints) -> list[str]:
+    output = Path(options.output)
+    problem = folder_problem(output)
+    if problem is not None:
+        return [f"output ({options.output}) cannot be made: {problem}"]
+    settle(output, leftovers=True)
+    begun = (_checkpoints(options) / BEGUN).exists()
+    if checkpoints.last is not None or checkpoints.damaged or begun:  # a run's, whose files may be replaced
         return []
     problem = used_folder_problem(output, "output", own=_OF_A_RUN)
     return [] if problem is None else [problem]
@@ -369,7 +382,6 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         warmup_steps=int(options.warmup * schedule_steps),
         weight_decay=0.0,
         seed=options.seed,
-        save_total_limit=2,
         logging_steps=options.log_steps,
         logging_nan_inf_filter=False,  # such a loss stops the run
         **checkpointing_arguments({"use_reentrant": False} if options.gradient_checkpointing else None),

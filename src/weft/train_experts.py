@@ -11,7 +11,6 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
@@ -20,9 +19,11 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from weft.adapters import parse_adapters, read_adapters, read_json
+from weft.checkpoints import last_checkpoint
 from weft.data import check_length
+from weft.digests import changes, digests
 from weft.distributed import EvenTrainer, RowsAndABlank
-from weft.errors import AdapterError, ConfigError
+from weft.errors import AdapterError, CheckpointError, ConfigError
 from weft.finite import FiniteLoss
 from weft.injection import remove_adapters
 from weft.integration import from_adapters
@@ -43,7 +44,7 @@ from weft.train import (
     train,
     training_arguments,
 )
-from weft.whole_checkpoints import last_checkpoint
+from weft.whole import settle, temporary_folder
 
 RECORD = "weft_expert.json"
 # What an expert's training depends on, beside its data.
@@ -205,7 +206,9 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
 
     Raises:
         ConfigError: it trained another one under this name, or something else is there.
+        CheckpointError: its files were changed or lost since.
     """
+    settle(folder, leftovers=True)
     if not (folder / CONFIG_NAME).exists():
         refuse_used_folder(folder, f"the folder of expert {name!r}")
         return False
@@ -215,6 +218,11 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
         )
     # Earlier versions knew no such option, and recorded none.
     saved, wanted = {"assistant_only_loss": False, **read_json(folder / RECORD)}, _record(name, options)
+    damage = changes(folder, saved.get("files", {}))
+    if damage:
+        raise CheckpointError(
+            f"expert {name!r} in {folder} is not as it was saved: {'; '.join(damage)}; remove it to train it anew"
+        )
     problems = [
         f"{option} ({value!r}) must be what it was trained with ({saved.get(option)!r})"
         for option, value in wanted.items()
@@ -242,13 +250,16 @@ def _tried_targets(
             f"the experts leave {', '.join(left_out)} out, parameters of the base model's own experts, which are fused "
             f"and cannot be adapted token by token; they adapt {', '.join(targets)}"
         )
-    with TemporaryDirectory() as fresh:
-        model = get_peft_model(base, _lora_config(options, targets))
+    model = get_peft_model(base, _lora_config(options, targets))
+
+    def save(folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of embeddings, said again when an expert is saved
-            model.save_pretrained(fresh)
+            model.save_pretrained(str(folder))
+
+    with temporary_folder(save) as fresh:
         remove_adapters(base)
-        adapters = dict.fromkeys(missing, fresh)
+        adapters = dict.fromkeys(missing, str(fresh))
         if gate_options is None:
             mixture: Any = from_adapters(base, adapters)
         else:
@@ -324,9 +335,9 @@ def _train_expert(
         report_to="none",
     )
     interrupt = StopOnInterrupt(saves=False)
-    with TemporaryDirectory() as unused:
+    with temporary_folder(lambda folder: None) as unused:
         steps = steps_to_train(own, len(rows), sum(trained_tokens(row["labels"]) for row in rows))
-        arguments = training_arguments(own, Path(unused), *steps)
+        arguments = training_arguments(own, unused, *steps)
         arguments.save_strategy = SaveStrategy.NO  # an expert that is stopped starts anew
         trainer = EvenTrainer(
             model,
@@ -346,7 +357,9 @@ def _train_expert(
 
     def write(part: Path) -> None:
         model.save_pretrained(str(part), state_dict=state_dict)
-        (part / RECORD).write_text(json.dumps(_record(name, options), indent=1), encoding="utf-8")
+        files = [file.name for file in part.iterdir() if file.suffix != ".md"]  # a user may write its card
+        record = {**_record(name, options), "files": digests(part, files)}
+        (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     trainer.write_together(folder, write)
     return None if trainer.in_shards else model.unload()

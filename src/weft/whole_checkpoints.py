@@ -1,35 +1,41 @@
 """Checkpoints of a training are whole: one that cannot be written leaves no trace, and the earlier ones stay.
 
-transformers' Trainer writes a checkpoint file by file, `trainer_state.json` last.
+transformers' Trainer writes a checkpoint file by file, `trainer_state.json` last; weft completes it with the digests of
+its files (see `weft.checkpoints`).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from weft.adapters import read_json
-from weft.errors import CheckpointError, first_line
-from weft.processes import any_process, fail_together
+from weft.checkpoints import (
+    BEGUN,
+    RECORD,
+    Checkpoints,
+    begin_anew,
+    best_before,
+    damage,
+    is_half,
+    last_checkpoint,
+    number_of,
+    numbered,
+    remove_checkpoint,
+    write_record,
+)
+from weft.errors import CheckpointError, ConfigError, first_line
+from weft.processes import any_process, fail_together, process_number
 
+_KEPT = 2  # checkpoints of a run
 # Writes what only DeepSpeed can read, where that is in use.
 _OF_DEEPSPEED = "_save_optimizer_and_scheduler"
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The latest whole checkpoint in a folder, or None; what a killed process left half-written is passed over."""
-    numbered = {}
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdecimal() and _is_whole(path):
-            numbered[int(number)] = path
-    return str(numbered[max(numbered)]) if numbered else None
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
@@ -78,7 +84,10 @@ class _WholeCheckpoints:
     def _save_whole(self, *args: Any, **kwargs: Any) -> None:
         self._failed = None
         try:
+            self._by_the_first(begin_anew)
             self._save_checkpoint(*args, **kwargs)
+            self._by_the_first(write_record)  # it has come here after all have written
+            self._by_the_first(self._remove_old)
         except CheckpointError:
             raise  # one of those below
         except Exception as err:
@@ -87,6 +96,26 @@ class _WholeCheckpoints:
             self._remove_unless_whole()
             raise
         self._raise_failure()
+
+    def _by_the_first(self, write: Callable[[Path], None]) -> None:
+        if self._trainer.args.should_save:
+            try:
+                write(self._checkpoint)
+            except (OSError, CheckpointError) as err:
+                self._failed = self._failed or err
+
+    def _remove_old(self, newest: Path) -> None:
+        """Remove all but the newest ones, and the best.
+
+        transformers goes by dates, and would count those that were passed over.
+        """
+        before = [path for path in numbered(newest.parent) if number_of(path) < number_of(newest)]
+        best = self._trainer.state.best_model_checkpoint
+        others = [path for path in before if best is None or path.name != Path(best).name]
+        kept = _KEPT - 1 - (len(before) - len(others))
+        for path in others[: len(others) - max(kept, 0)]:
+            remove_checkpoint(path)
+        (newest.parent / BEGUN).unlink(missing_ok=True)
 
     def _raise_failure(self) -> None:
         """Raise what went wrong in any process; all come here."""
@@ -97,17 +126,19 @@ class _WholeCheckpoints:
         fail_together(None if self._failed is None else self._error(self._failed), device)
 
     def _error(self, cause: Exception) -> CheckpointError:
-        free = shutil.disk_usage(self._folder).free / 2**20
+        free = ""
+        with suppress(OSError):
+            free = f", with {shutil.disk_usage(self._folder).free / 2**20:.1f} MiB free"
         error = CheckpointError(
-            f"{self._checkpoint} cannot be saved, with {free:.1f} MiB free: {first_line(cause)}. "
-            f"{how_to_go_on(self._folder)}"
+            f"{self._checkpoint} cannot be saved{free}: {first_line(cause)}. {how_to_go_on(self._folder)}"
         )
         error.__cause__ = cause
         return error
 
     def _remove_unless_whole(self) -> None:
-        if self._trainer.args.should_save and not _is_whole(self._checkpoint):
-            shutil.rmtree(self._checkpoint, ignore_errors=True)
+        if self._trainer.args.should_save and not (self._checkpoint / RECORD).exists():
+            with suppress(OSError):
+                remove_checkpoint(self._checkpoint)
 
     @property
     def _folder(self) -> Path:
@@ -118,16 +149,64 @@ class _WholeCheckpoints:
         return self._folder / f"{PREFIX_CHECKPOINT_DIR}-{self._trainer.state.global_step}"
 
 
+def make_room(folder: Path, checkpoints: Checkpoints) -> None:
+    """Make the folder for the checkpoints of a training, and remove those in it that were not completed.
+
+    Raises:
+        ConfigError: that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if process_number() == 0:
+            for half in checkpoints.half:
+                remove_checkpoint(half)
+            if checkpoints.last is None:
+                (folder / BEGUN).touch()
+    except OSError as err:
+        raise ConfigError(f"output ({folder.parent}) cannot be made: {err}") from err
+
+
+def go_on_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
+    """Say which checkpoints a training that goes on from the last whole one passes over.
+
+    Where the best one so far is not whole, the best is chosen from here on.
+
+    Args:
+        trainer: of the training.
+        checkpoints: of which there is a last one.
+        say: told that, a line at a time.
+    """
+    for line in checkpoints.passed_over():
+        say(line)
+    assert checkpoints.last is not None
+    best = best_before(checkpoints.last)
+    if best is None:
+        return
+    problem = "it was not completed" if is_half(best) else damage(best)
+    if not best.is_dir():
+        problem = "it is missing"
+    if problem is not None:
+        start = checkpoints.last.name
+        say(f"{best.name}, the best so far, is passed over: {problem}; the best from {start} on is taken")
+    trainer.add_callback(_Best(best if problem is None else None))
+
+
+class _Best(TrainerCallback):
+    """Tells a training that goes on where the best checkpoint so far is; None where it is lost."""
+
+    def __init__(self, best: Path | None) -> None:
+        self._best = best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say it."""
+        if self._best is None:
+            state.best_metric = state.best_global_step = None
+        state.best_model_checkpoint = None if self._best is None else str(self._best)
+
+
 def how_to_go_on(folder: Path) -> str:
     """What to do after a training that could not save."""
     last = last_checkpoint(folder)
     if last is None:
         return f"There is no checkpoint yet in {folder}: start anew with more space"
     return f"{last} is whole: go on from it with --resume true"
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(read_json(checkpoint / "trainer_state.json"))
-    except CheckpointError:
-        return False

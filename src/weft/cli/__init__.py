@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(options: TrainOptions) -> None:
     _quiet()
+    from weft.checkpoints import last_checkpoint
     from weft.train_experts import experts_folder, train_in_stages
 
     try:
@@ -82,7 +83,7 @@ def _train(options: TrainOptions) -> None:
     except KeyboardInterrupt:
         if not _speaks():
             raise
-        if (Path(options.output) / "adapter_config.json").exists():
+        if last_checkpoint(Path(options.output) / "checkpoints") is not None:
             say(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
         elif options.experts_from:
             say(

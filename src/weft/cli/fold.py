@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from weft.folding import check_output, fold, mean_scalings
 from weft.loading import load_mixture, loading_options
 from weft.options import FoldOptions
 from weft.visible import say
+from weft.whole import check_folder
 
 
 def fold_mixture(options: FoldOptions) -> None:
@@ -69,6 +71,9 @@ def _check(options: FoldOptions) -> None:
         problems.append(f"max_sequences ({options.max_sequences}) must be at least 0")
     if problems:
         raise ConfigError("the options cannot work:", problems)
+    assert options.output is not None
+    if not os.path.isfile(options.output):  # of which more is said later
+        check_folder(options.output, "output")
 
 
 def _mean_over_data(model: Any, tokenizer: Any, options: FoldOptions) -> Tensor:

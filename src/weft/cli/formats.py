@@ -12,6 +12,7 @@ from weft.formats import convert_mixture, left_out
 from weft.hub import pull, push
 from weft.licences import is_own
 from weft.visible import say
+from weft.whole import settle
 
 _NEXT = {
     "weft": "try  weft generate {0} --prompt '...'",
@@ -51,6 +52,7 @@ def card(options: CardOptions) -> None:
     Raises:
         WeftError: the mixture cannot be read, or has a card that a person wrote.
     """
+    settle(Path(options.model))
     if is_own(Path(options.model)) and not options.overwrite:
         raise ConfigError(
             f"model ({options.model}) has a README.md that somebody wrote: --overwrite replaces it, or move it away"

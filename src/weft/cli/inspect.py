@@ -28,6 +28,7 @@ from weft.summary import summarise
 from weft.traces import Trace
 from weft.tracing import trace, trace_data, trace_generation
 from weft.visible import say, shortened
+from weft.whole import check_file
 
 
 def inspect(options: InspectOptions) -> None:
@@ -67,6 +68,10 @@ def _check(options: InspectOptions) -> None:
         )
     if problems:
         raise ConfigError("the options cannot work:", problems)
+    for name in ("output", "html", "figure"):
+        file = getattr(options, name)
+        if file is not None:
+            check_file(file, name)
     if options.generate:
         check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=None, top_p=None)
     if options.figure is not None:

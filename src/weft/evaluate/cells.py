@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from weft.adapters import local_folder
+from weft.errors import ConfigError
+from weft.whole import check_file, errors_of_writing
 
 _SAMPLED = 64  # values of each of the base's parameters
 
@@ -58,6 +60,24 @@ class Cells:
                 except (ValueError, KeyError, TypeError):
                     continue
 
+    @staticmethod
+    def check(file: Path) -> None:
+        """Raise where a file could not be added to, before anything is measured.
+
+        Raises:
+            ConfigError: it is not writable.
+        """
+        if not file.exists():
+            check_file(file, "output")
+            return
+        try:
+            file.open("ab").close()
+        except OSError as err:
+            raise ConfigError(
+                f"output: {file}, where its cells are kept, cannot be added to: {err.strerror}; move it away, or give "
+                "another output"
+            ) from err
+
     def __contains__(self, digest: str) -> bool:
         return digest in self._known
 
@@ -65,11 +85,16 @@ class Cells:
         return self._known[digest]
 
     def keep(self, digest: str, row: str, data: str, cell: Cell) -> None:
-        """Remember a cell, and write it down at once."""
+        """Remember a cell, and write it down at once.
+
+        Raises:
+            CheckpointError: it cannot be written; what was kept before is.
+        """
         self._known[digest] = cell
         if self.file is not None:
             line = json.dumps({"digest": digest, "row": row, "data": data, "cell": asdict(cell)})
-            with self.file.open("a", encoding="utf-8") as out:
+            kept, advice = "what was measured before is kept in it", "free some space, and the same command goes on"
+            with errors_of_writing(self.file, kept, advice), self.file.open("a", encoding="utf-8") as out:
                 out.write(("\n" if self._broken else "") + line + "\n")
             self._broken = False
 

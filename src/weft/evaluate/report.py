@@ -17,7 +17,7 @@ from weft.errors import ConfigError
 from weft.evaluate.data_sets import Metric
 from weft.evaluate.rows import ORACLE
 from weft.ownership import refuse_strangers_file
-from weft.whole import replace_file
+from weft.whole import check_file, replace_file
 
 MIXTURE = "weft"
 _UNITS: dict[str, str] = {"perplexity": "perplexity", "accuracy": "accuracy", "exact_match": "exact match"}
@@ -165,7 +165,8 @@ def check_outputs(files: list[str]) -> list[Path]:
     """The files to write.
 
     Raises:
-        ConfigError: an ending is none of the known ones, a folder is missing, or a file is there that is no such table.
+        ConfigError: an ending is none of the known ones, a folder is missing, a file cannot be written, or one is there
+            that is no such table.
     """
     for file in map(Path, files):
         if file.suffix not in _WRITERS:
@@ -173,6 +174,7 @@ def check_outputs(files: list[str]) -> list[Path]:
         if not file.resolve().parent.is_dir():
             raise ConfigError(f"output ({file}) cannot be written: there is no folder {file.resolve().parent}")
         refuse_strangers_file(file, _is_table, "output", "table")
+        check_file(file, "output")
     return [Path(file) for file in files]
 
 

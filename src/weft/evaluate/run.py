@@ -28,6 +28,7 @@ from weft.evaluate.usage import measured
 from weft.loading import base_name, load_placed_base, load_tokenizer, loading_options
 from weft.options import EvalOptions
 from weft.placement import execution_device
+from weft.whole import NotWrittenError
 
 FORMAT = 2  # of cells: those that were kept in another one are not found
 
@@ -43,6 +44,9 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     """
     _check(options)
     outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
+    kept = outputs[0].with_suffix(".cells.jsonl") if outputs else None
+    if kept is not None:
+        Cells.check(kept)
     name = base_name(options.model, options.base)
     config = read_config(options.model)
     compared = parse_adapters(options.compare, "compare", "name=FOLDER")
@@ -58,7 +62,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     if search is not None and search.metric != "perplexity":
         raise ConfigError(f"search_data ({options.search_data}) must be texts: merges are chosen by perplexity")
 
-    cells = Cells(outputs[0].with_suffix(".cells.jsonl") if outputs else None)
+    cells = Cells(kept)
     table = _Measuring(base, reader.tokenizer, config, options, cells, search)
     table.measure(_wanted(rows, data_sets, {row.name: row for row in everything} if with_oracle else None))
     report = _report(table, rows, data_sets, with_oracle, options)
@@ -182,7 +186,7 @@ class _Measuring:
                     cell = Cell(scores, usage.seconds, usage.peak_mb, note)
                     self.cells.keep(self.digest(row, data), row.name, data.name, cell)
         except row.may_fail as err:
-            if isinstance(err, torch.OutOfMemoryError):
+            if isinstance(err, (torch.OutOfMemoryError, NotWrittenError)):
                 raise
             self.impossible[row.name] = _reason(err)
             countdown.advance(before + sum(data.steps for data in data_sets) - countdown.done)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.errors import CheckpointError, ConfigError, first_line
+from weft.errors import ConfigError
 from weft.ownership import refuse_strangers_file
 from weft.palette import PALETTE
 from weft.summary import summarise
@@ -50,10 +50,7 @@ def write_page(traces: Sequence[Trace], file: str | os.PathLike[str]) -> None:
     """
     check_page(file)
     text = page(traces)
-    try:
-        replace_file(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
-    except OSError as err:
-        raise CheckpointError(f"{file} cannot be written: {first_line(err)}; give another file") from err
+    replace_file(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def check_page(file: str | os.PathLike[str]) -> None:

@@ -1,0 +1,44 @@
+"""Sizes and digests of files, by which a file that was changed or lost after it was saved is found out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from weft.errors import first_line
+
+
+def digest_of_file(file: Path) -> dict[str, Any]:
+    """What is recorded of a file: its size in bytes, and a digest of its content."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {"bytes": file.stat().st_size, "digest": digest}
+
+
+def digests(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What is recorded of a folder's files, by their names relative to it."""
+    return {name: digest_of_file(folder / name) for name in sorted(files)}
+
+
+def changes(folder: Path, recorded: Any) -> list[str]:
+    """How a folder's files differ from what was recorded of them, a phrase each; the size is looked at first.
+
+    Args:
+        folder: may have other files too.
+        recorded: by `digests`, and read from a file: it may be anything.
+    """
+    if not isinstance(recorded, dict) or not all(isinstance(values, dict) for values in recorded.values()):
+        return ["its digests are garbled"]
+    problems = []
+    for name, values in recorded.items():
+        file = folder / name
+        try:
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != values.get("bytes") or digest_of_file(file) != values:
+                problems.append(f"{name} was changed after it was saved")
+        except (OSError, ValueError) as err:
+            problems.append(f"{name} cannot be read ({first_line(err)})")
+    return problems

@@ -1,0 +1,1 @@
+"""Kills and full disks at every point at which weft changes a file; see CONTRIBUTING.md."""
