@@ -329,3 +329,14 @@ def test_training_learns_which_file_belongs_to_which_expert(arguments, tmp_path)
 def test_options_of_evaluation_and_of_the_gates_losses_are_checked(arguments, options, message, capsys):
     assert main([*arguments, *options]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_an_output_that_is_full_is_an_error(mixture):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "weft", "card", mixture], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "weft card: error: what it prints cannot be written: No space left on device; free some" in done.stderr
+    assert "Traceback" not in done.stderr

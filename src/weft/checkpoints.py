@@ -133,21 +133,14 @@ def write_record(checkpoint: Path) -> None:
     replace_file(checkpoint / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def begin_anew(checkpoint: Path) -> None:
-    """Make an old checkpoint count as half-written, before another one of its name is written over it."""
-    (checkpoint / RECORD).unlink(missing_ok=True)
-    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-
-
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint in such an order that what is left of it does not count, as far as that can be done."""
     if checkpoint.is_symlink():
         checkpoint.unlink(missing_ok=True)
         return
-    try:
-        begin_anew(checkpoint)
-    finally:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    (checkpoint / RECORD).unlink(missing_ok=True)
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def best_before(checkpoint: Path) -> Path | None:

@@ -20,7 +20,6 @@ from weft.checkpoints import (
     BEGUN,
     RECORD,
     Checkpoints,
-    begin_anew,
     best_before,
     damage,
     is_half,
@@ -84,7 +83,8 @@ class _WholeCheckpoints:
     def _save_whole(self, *args: Any, **kwargs: Any) -> None:
         self._failed = None
         try:
-            self._by_the_first(begin_anew)
+            self._by_the_first(remove_checkpoint)  # one of this step that was passed over
+            any_process(False, self._trainer.args.device)  # wait for it
             self._save_checkpoint(*args, **kwargs)
             self._by_the_first(write_record)  # it has come here after all have written
             self._by_the_first(self._remove_old)

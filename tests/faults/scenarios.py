@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from safetensors import safe_open
 
 import weft
 import weft.cli
@@ -78,7 +79,11 @@ def make_start(root):
 
 
 def digest(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    if file.suffix != ".safetensors":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    with safe_open(file, framework="pt") as opened:  # whose metadata are in no order
+        digests = {key: hashlib.sha256(opened.get_tensor(key).numpy().tobytes()).hexdigest() for key in opened.keys()}  # noqa: SIM118
+        return [opened.metadata(), digests]
 
 
 def files(folder):

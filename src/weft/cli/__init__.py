@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 something the user can mend (printed without a traceback),
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError
+from weft.errors import CheckpointError, WeftError
 from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions, ServeOptions
 from weft.options import (
     AddExpertOptions,
@@ -63,8 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             _serve(options_class(**values), of_engine)
         else:
             run(options_class(**values))
+        sys.stdout.flush()
     except WeftError as err:
         _report(command, err)
+        return 1
+    except OSError as err:
+        if err.filename is not None or err.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise  # not of what the output goes to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
+        if err.errno == errno.ENOSPC:  # who closes a pipe has seen enough
+            _report(command, CheckpointError(f"what it prints cannot be written: {err.strerror}; free some space"))
         return 1
     except KeyboardInterrupt:
         if _speaks():
@@ -85,6 +94,12 @@ def _train(options: TrainOptions) -> None:
             raise
         if last_checkpoint(Path(options.output) / "checkpoints") is not None:
             say(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
+        elif (Path(options.output) / "adapter_config.json").exists():
+            say(
+                f"stopped before the first checkpoint; what was learned is in {options.output}: --start-from "
+                f"{options.output} goes on from it, into another folder",
+                file=sys.stderr,
+            )
         elif options.experts_from:
             say(
                 f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr
