@@ -258,10 +258,7 @@ def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp
         (["--sequence-length", "1"], r"sequence_length \(1\) must be at least 2"),
         (["--freeze-after", "0", "--batch-size", "0"], r"batch_size \(0\) must be at least 1(.|\n)*freeze_after \(0\)"),
         (["--output", "table.txt"], r"output \(table.txt\) must end in .json, .md, .csv"),
-        (
-            (["--output", f"{'x' * 300}.json"], r"output \(x*.json\) cannot be written: File name too long; give an"),
-            r"output \(.*/folder.json\) cannot be written: Is a directory; give another file",
-        ),
+        (["--output", f"{'x' * 300}.json"], r"output \(x*.json\) cannot be written: File name too long; give an"),
         (
             ["--output", "{folder}.csv"],
             r"output: .*folder.cells.jsonl, where its cells are kept, cannot be added to: Is a directory; move it away",

@@ -73,6 +73,7 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     if folder.is_file() or not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
         return
+    settle(folder)
     refuse_strangers_folder(folder)
     card = folder / CARD
 

@@ -113,7 +113,7 @@ def damage(checkpoint: Path) -> str | None:
         problems = _missing(checkpoint) or (
             _changed(checkpoint) if (checkpoint / RECORD).exists() else _unreadable(checkpoint)
         )
-    except CheckpointError as err:
+    except (CheckpointError, OSError) as err:
         problems = [" ".join(str(err).split())]
     return "; ".join(problems) or None
 

@@ -113,9 +113,10 @@ class _WholeCheckpoints:
         best = self._trainer.state.best_model_checkpoint
         others = [path for path in before if best is None or path.name != Path(best).name]
         kept = _KEPT - 1 - (len(before) - len(others))
-        for path in others[: len(others) - max(kept, 0)]:
-            remove_checkpoint(path)
-        (newest.parent / BEGUN).unlink(missing_ok=True)
+        with suppress(OSError):  # which is no reason to stop
+            for path in others[: len(others) - max(kept, 0)]:
+                remove_checkpoint(path)
+            (newest.parent / BEGUN).unlink(missing_ok=True)
 
     def _raise_failure(self) -> None:
         """Raise what went wrong in any process; all come here."""

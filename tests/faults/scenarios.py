@@ -98,7 +98,10 @@ def files(folder):
 
 def mixture(folder):
     """A mixture as it is loaded, None where there is none."""
-    if not (folder.is_dir() and {path.name for path in folder.iterdir()} - {*LEFTOVERS, "checkpoints"}):
+    if not folder.is_dir():
+        return None
+    weft.adapters.local_folder(str(folder), "the mixture")  # as whoever loads it does
+    if not {path.name for path in folder.iterdir()} - {*LEFTOVERS, "checkpoints"}:
         return None
     model = weft.from_pretrained(folder)
     return {"experts": model.xlora_config.expert_names, **files(folder)}
