@@ -4,9 +4,9 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
 from weft import countdown
+from weft.console import VisibleConsole
 from weft.countdown import Countdown, clock
 
 
@@ -52,7 +52,9 @@ def test_before_the_first_step_nobody_knows_how_long_it_takes(now, capsys):
 def test_on_a_terminal_there_is_a_bar(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(
-        countdown, "Console", lambda **options: Console(file=screen, force_terminal=True, width=80, **options)
+        countdown,
+        "VisibleConsole",
+        lambda **options: VisibleConsole(file=screen, force_terminal=True, width=80, **options),
     )
     with Countdown(4, "reading [all]") as shown:
         shown.advance(2)

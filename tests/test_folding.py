@@ -71,7 +71,7 @@ def test_ranks_alphas_rslora_and_targets_may_differ(model, ids, tmp_path):
             torch.testing.assert_close(logits(folded, ids), logits(model, ids), **CLOSE)
         assert (config.r, config.lora_alpha) == (14, 14)  # 4 + 4 + 6, also where an expert has no such layer
         assert config_of(tmp_path / "folded")["target_modules"] == ["down_proj", "q_proj", "up_proj", "v_proj"]
-        assert folder_files(tmp_path / "folded") == [CONFIG, TENSORS]
+        assert folder_files(tmp_path / "folded") == [CONFIG, TENSORS, "weft_fold.json"]
 
 
 def test_constant_weights_per_layer_equal_the_formula_layer_by_layer(model, ids, tmp_path):

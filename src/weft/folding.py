@@ -27,7 +27,6 @@ from jaxtyping import Float
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -41,10 +40,11 @@ from weft.heads import head_tensors, wrappers
 from weft.ownership import refuse_used_folder
 from weft.placement import execution_device
 from weft.routing import ConstantWeights, constant_scalings
-from weft.whole import check_folder, replace_folder, settle
+from weft.whole import replace_folder, settle
 
-# In the metadata of the tensors' file: an adapter that was folded, and may be folded anew.
-_MARK = {"written_by": "weft fold"}
+# Beside the adapter: it was folded, and may be folded anew. (Metadata of safetensors have no order, so that two keys
+# there would make files of the same tensors differ.)
+MARK = "weft_fold.json"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
     def write(part: Path) -> None:
-        save_file(tensors, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", **_MARK})
+        save_file(tensors, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        (part / MARK).write_text(json.dumps({"format_version": 1}), encoding="utf-8")
         (part / CONFIG_NAME).write_text(text, encoding="utf-8")
 
     replace_folder(folder, write, CONFIG_NAME)
@@ -193,19 +194,9 @@ def check_output(folder: Path, options: XLoraConfig) -> None:
     for name, path in (options.adapters or {}).items():
         if folder.resolve() == Path(path).resolve():
             raise ConfigError(f"output ({folder}) is the folder of the expert {name!r}: choose another one")
-    if (folder / CONFIG_NAME).exists() and _is_folded(folder):
-        return
-    refuse_used_folder(folder)
+    if not (folder / MARK).is_file():
+        refuse_used_folder(folder)
     check_folder(folder, "output")
-
-
-def _is_folded(folder: Path) -> bool:
-    """Whether a folder holds an adapter that was folded before, which may be replaced."""
-    try:
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as opened:
-            return _MARK.items() <= (opened.metadata() or {}).items()
-    except (SafetensorError, OSError):
-        return False
 
 
 def _parts(layer: Any, weights: dict[str, float], global_weight: float) -> list[_Part]:
