@@ -40,7 +40,7 @@ from weft.heads import head_tensors, wrappers
 from weft.ownership import refuse_used_folder
 from weft.placement import execution_device
 from weft.routing import ConstantWeights, constant_scalings
-from weft.whole import replace_folder, settle
+from weft.whole import check_folder, replace_folder, settle
 
 # Beside the adapter: it was folded, and may be folded anew. (Metadata of safetensors have no order, so that two keys
 # there would make files of the same tensors differ.)
