@@ -8,7 +8,7 @@ DOCS_VENV := .venv-docs
 OLDEST_VENV := .venv-oldest
 SERVE_VENV := .venv-serve
 
-.PHONY: env browser demo demo-full test oldest slow serve-env serve test-serve check docs plots format bench \
+.PHONY: env browser demo demo-full test oldest slow fuzz serve-env serve test-serve check docs plots format bench \
 	bench-demo clean
 
 env: $(VENV)/.done
@@ -87,6 +87,12 @@ serve: serve-env
 
 test-serve: serve-env
 	$(SERVE_VENV)/bin/python -m pytest -q -o addopts= -o filterwarnings=default -m serve tests/serve
+
+# Hostile folders, options and data files; each failure is printed with the case that shows it again.
+SECONDS ?= 3600
+SEED ?= 0
+fuzz: env
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Lint, format and types.
 check: env

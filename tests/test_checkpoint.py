@@ -373,7 +373,7 @@ DAMAGES = {
     ),
     "gate of another shape": (
         lambda at: change_config(at / CONFIG, xlora_size=8),
-        rf"mixture/{TENSORS} does not fit",
+        rf"mixture/{CONFIG} does not fit the gate in .*mixture/{TENSORS}:\n  - xlora_size \(8\) must be 16, the width",
     ),
     "manifest gone": (lambda at: (at / MANIFEST).unlink(), f"{MANIFEST} is missing"),
     "manifest truncated": (lambda at: truncate(at / MANIFEST), f"{MANIFEST} is no valid JSON"),
@@ -563,7 +563,7 @@ def test_keys_that_pefts_own_saving_loses_are_named(llama_adapters, tmp_path, un
     assert set(load_file(tmp_path / "peft" / TENSORS)) == {f"{GATE}.3.weight", f"{GATE}.3.bias"}
     with pytest.raises(
         CheckpointError,
-        match=rf"peft/{TENSORS} does not fit this model:\n  - missing keys \(2\): {GATE}.0.bias, {GATE}.0.weight$",
+        match=rf"peft/{TENSORS}:\n  - xlora_depth \(2\) must be 1, as its linear layers are {GATE}.3.weight$",
     ):
         weft.from_pretrained(tmp_path / "peft", untouched_base)
 

@@ -10,8 +10,10 @@ import pytest
 import transformers
 
 from models import tiny_llama, tiny_tokenizer
+from rights import ordinary_rights
 from weft.data import check_length, named_sources, read_tokens, token_sequences
 from weft.errors import DataError
+from weft.evaluate.data_sets import read_data_set
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -268,3 +270,62 @@ def test_source_needs_a_name_and_a_file_around_the_equals_sign(value):
 
 def test_equals_sign_of_a_path_is_no_name():
     assert named_sources(["runs/lr=0.1/train.jsonl"]) == {"train": "runs/lr=0.1/train.jsonl"}
+
+
+# ---------------------------------------------------------------------- text that is none
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        r'{"text": "hello \ud83d"}',
+        r'{"messages": [{"role": "user", "content": "hello \ud83d"}]}',
+        r'{"messages": [{"role": "user", "content": "hello"}], "tools": [{"name": "\ud83d"}]}',
+    ],
+)
+def test_half_a_character_is_named_by_line(row, write, tokenizer):
+    source = write("a.jsonl", f'{{"text": "fine 👍🏽"}}\n{row}\n')
+    place = (
+        rf"{re.escape(source)}, line 2: the text '.*\\ud83d' holds half of a character \(\\ud83d, a lone surrogate\)"
+    )
+    with pytest.raises(DataError, match=place):
+        read_tokens(source, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        r'{"prompt": "1 + \udc00", "answer": "2"}',
+        r'{"question": "1 + \udc00", "choices": ["a", "b"], "answer": "a"}',
+        r'{"question": "1 + 1", "choices": ["a", "\udc00"], "answer": "a"}',
+    ],
+)
+def test_half_a_character_in_a_question_is_named_by_line(row, write, tokenizer):
+    source = write("a.jsonl", row)
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: the text '.*' holds half of a character \(\\udc00"):
+        read_data_set("a", source, tokenizer, [], sequence_length=8)
+
+
+def test_half_a_character_in_a_column_that_nobody_reads_is_no_matter(write, tokenizer):
+    assert read_texts(write("a.jsonl", r'{"text": "fine", "note": "\ud83d"}'), tokenizer) == ["fine"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"text": ' + "[" * 80 + "]" * 80 + "}", '{"text": ' + "9" * 5000 + "}"]
+)
+def test_rows_that_no_table_has_are_named_by_line(content, write, tokenizer):
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: no valid JSON \(.*\); expected one object per line"):
+        read_tokens(write("a.jsonl", content), tokenizer)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "/" + "x" * 5000, "x" * 300 + ".jsonl", "a\0b.jsonl"])
+def test_names_that_no_file_can_have_are_named(source, tokenizer):
+    with pytest.raises(DataError, match=r"data \(.*\) is not a file"):
+        read_tokens(source, tokenizer)
+
+
+def test_a_file_that_may_not_be_read_is_named(write, tokenizer, tmp_path):
+    source = write("a.jsonl", '{"text": "a b c"}')
+    (tmp_path / "a.jsonl").chmod(0)
+    with ordinary_rights(), pytest.raises(DataError, match=r"a.jsonl cannot be read: Permission denied"):
+        read_tokens(source, tokenizer)

@@ -139,6 +139,41 @@ def test_what_is_known_is_not_measured_again(table, mixture, tmp_path, data, mon
     assert len(calls) == 1
 
 
+LINE = {"digest": "0", "cell": {"scores": [[1.0, 2]], "seconds": 1.0, "peak_mb": None, "note": ""}}
+
+
+WRONG_CELLS = [{"scores": [["a", 1]]}, {"scores": 5}, {"scores": [[1]]}, {"seconds": None}, {"note": 5}, {"more": 1}]
+
+
+def with_cell(values):
+    return json.dumps({**LINE, "cell": {**LINE["cell"], **values}}).encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\xff\xfe", b"[" * 100_000, b"null", *map(with_cell, WRONG_CELLS)],
+    ids=lambda line: str(line)[-50:-10],
+)
+def test_lines_that_are_no_cells_are_passed_over(line, tmp_path):
+    file = tmp_path / "a.cells.jsonl"
+    file.write_bytes(line + b"\n" + json.dumps({**LINE, "digest": "1"}).encode() + b"\n")
+    cells = Cells(file)
+    assert "0" not in cells
+    assert cells["1"].scores == [(1.0, 2)]
+
+
+def test_what_cannot_be_written_is_known_before_anything_is_measured(mixture, data, tmp_path, capsys):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, problem in {
+        "folder.json": "is a folder, expected a file",
+        "file/table.json": "is a file, expected a folder",
+        f"{'x' * 300}.json": r"it can be no file's name \(it is too long\)",
+    }.items():
+        assert main(["eval", mixture, "--data", data[0], "--output", str(tmp_path / name)]) == 1
+        assert re.search(rf"weft eval: error: output \(.*\) cannot be written: .*{problem}", capsys.readouterr().err)
+
+
 def test_a_stopped_evaluation_keeps_what_is_finished(table, mixture, data, monkeypatch, capsys, tmp_path):
     score, calls = evaluation.score, []
 

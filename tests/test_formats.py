@@ -12,7 +12,7 @@ import weft
 from models import folder_files, lora, make_architecture, quietly, save_adapter, tiny_llama
 from original import OriginalGate, lora_layers, make_gate, original_logits, write_original
 from weft.cli import main
-from weft.errors import CheckpointError, ConfigError
+from weft.errors import AdapterError, CheckpointError, ConfigError
 
 TOKENS = torch.arange(1, 19).view(2, 9)
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "weft_manifest.json"
@@ -374,3 +374,127 @@ def test_what_is_left_out_is_said(alike, tmp_path, capsys):
     assert main(["convert", str(folder), "--to", "xlora", "--output", str(tmp_path / "new")]) == 0
     assert "left out, as xlora has no place for it" in (said := capsys.readouterr().out)
     assert said.rstrip().endswith("balance_loss_weight, scalings_log_size")
+
+
+# ---------------------------------------------------------------------- hostile folders
+
+
+def flat(adapters, tmp_path):
+    """A folder in mistral.rs's layout."""
+    return weft.convert_mixture(saved(adapters, tmp_path / "mixture"), "mistralrs", tmp_path / "flat", base="tiny/base")
+
+
+def change_json(file, change):
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+FLAT = {
+    "a name that leads out": (
+        "ordering.json",
+        lambda values: values["order"].__setitem__(0, "../../escaped"),
+        r"ordering.json cannot be read:\n  - adapters has the name '../../escaped': names are letters, digits",
+    ),
+    "an absolute name": (
+        "ordering.json",
+        lambda values: values["order"].__setitem__(0, "/tmp/x"),
+        "has the name '/tmp/x'",
+    ),
+    "one name twice": (
+        "ordering.json",
+        lambda values: values.update(order=["0", "0"]),
+        r"order \(\['0', '0'\]\) must have",
+    ),
+    "a name of another type": (
+        "ordering.json",
+        lambda values: values.update(order=[0, 1]),
+        r"ordering.json: order \(\[0, 1\]\) must be a list of strings",
+    ),
+    "layers without an order": (
+        "ordering.json",
+        lambda values: values["layers"].update(dict.fromkeys(values["layers"], 0)),
+        r"ordering.json: layers \(.*\) must number the LoRA layers from 0 to 5",
+    ),
+    "a layer's number is none": (
+        "ordering.json",
+        lambda values: values["layers"].update({"model.layers.0.mlp.up_proj": "first"}),
+        r"layers: model.layers.0.mlp.up_proj \('first'\) must be a whole number",
+    ),
+    "other layers": (
+        "ordering.json",
+        lambda values: values["layers"].update({"x": values["layers"].pop("model.layers.0.mlp.up_proj")}),
+        r"ordering.json names other layers than the experts adapt: \['x'\] are adapted by none, and \['model.layers.0",
+    ),
+    "options of another expert's": (
+        "0_config.json",
+        lambda values: values.update(r="four"),
+        r"/flat/0_config.json cannot be read: r \('four'\) must be a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "change", "message"), FLAT.values(), ids=FLAT)
+def test_a_hostile_flat_folder_is_refused_before_anything_is_written(
+    file, change, message, alike, tmp_path, monkeypatch
+):
+    folder = flat(alike, tmp_path)
+    change_json(folder / file, change)
+    for part in ("config.json", "model.safetensors"):  # what a name that leads out would be copied from
+        source = next(folder.glob(f"*_{part}"))
+        (tmp_path / f"escaped_{part}").write_bytes(source.read_bytes())
+    work = tmp_path / "temporary"
+    work.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(work))
+    before = folder_files(tmp_path)
+    with pytest.raises((CheckpointError, AdapterError), match=message):
+        weft.convert_mixture(folder, "weft", tmp_path / "new")
+    assert folder_files(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["xlora", "peft"])
+@pytest.mark.parametrize("name", ["../escaped", "a/b", "", "..", "forward", "x" * 300])
+def test_names_are_checked_where_they_are_read(name, layout, alike, tmp_path):
+    folder = weft.convert_mixture(saved(alike, tmp_path / "mixture"), layout, tmp_path / layout)
+    file = folder / ("xlora_config.json" if layout == "xlora" else CONFIG)
+    change_json(file, lambda values: values.update(adapters=dict.fromkeys([name, "1"], "0")))
+    with pytest.raises(ConfigError, match=rf"{file.name} cannot be read:\n  - adapters has the name "):
+        weft.convert_mixture(folder, "weft", tmp_path / "new")
+
+
+def test_what_a_link_leads_to_outside_is_not_copied(alike, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    folder = saved(alike, tmp_path / "mixture")
+    for place in (folder, folder / "experts" / "0"):
+        (place / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    written = weft.convert_mixture(folder, "weft", tmp_path / "new", rename={"1": "other"})
+    dropped = weft.drop_expert(folder, "1", tmp_path / "dropped")
+    assert not list(written.rglob("notes.txt"))
+    assert not list(dropped.rglob("notes.txt"))
+
+
+HOSTILE_SIZES = {
+    "xlora_depth": (10**4, r"xlora_depth \(10000\) must be 2, as its linear layers are"),
+    "xlora_size": (10**9, r"xlora_size \(1000000000\) must be 32, the width of its hidden layers"),
+    "hidden_size": (10**9, r"hidden_size \(1000000000\) must be 32, the width that it reads"),
+}
+
+
+@pytest.mark.parametrize("layout", ["weft", "peft", "xlora", "mistralrs"])
+@pytest.mark.parametrize(("option", "value", "message"), [(k, *v) for k, v in HOSTILE_SIZES.items()], ids=HOSTILE_SIZES)
+def test_sizes_are_compared_with_what_is_stored(option, value, message, layout, alike, tmp_path):
+    folder = saved(alike, tmp_path / "mixture", xlora_depth=2, xlora_size=32)
+    if layout != "weft":
+        folder = weft.convert_mixture(folder, layout, tmp_path / layout, base="tiny/base")
+    file = folder / (CONFIG if layout in ("weft", "peft") else "xlora_config.json")
+    change_json(file, lambda values: values.update({option: value}))
+    with pytest.raises(CheckpointError, match=message):
+        weft.convert_mixture(folder, "weft", tmp_path / "new", base=tiny_llama())
+
+
+@pytest.mark.parametrize("value", [10**400, "2", [2], None, True])
+def test_errors_of_saved_options_name_the_file(value, alike, tmp_path, without_type_checks):
+    folder = saved(alike, tmp_path / "mixture")
+    change_json(folder / CONFIG, lambda values: values.update(xlora_depth=value))
+    with pytest.raises(ConfigError, match=rf"mixture/{CONFIG} cannot be read:\n  - xlora_depth \(.*\) must be a whole"):
+        weft.from_pretrained(folder, tiny_llama())

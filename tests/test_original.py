@@ -189,15 +189,15 @@ def test_commands_take_such_a_folder(base_folder, base_adapters, tmp_path, capsy
         (
             {"xlora_depth": 3},
             CheckpointError,
-            rf"{GATE} is no gate of xlora_depth \(3\).*missing: \['inner.3.weight'\]",
+            rf"{CONFIG} does not fit .*{GATE}:\n  - xlora_depth \(3\) must be 2, as its linear layers are inner.0",
         ),
         ({"xlora_depth": 1}, CheckpointError, r"unexpected: \['inner.0.bias', 'inner.0.weight'\]"),
         (
             {"xlora_size": 8},
             CheckpointError,
-            rf"{GATE} does not fit this model:\n(.*\n)*.*shape \[16, 32\], expected \[8, 32\]",
+            rf"{GATE}:\n  - xlora_size \(8\) must be 16, the width of its hidden layers",
         ),
-        ({"hidden_size": 16}, ConfigError, r"hidden_size \(16\) must be the base model's \(32\)"),
+        ({"hidden_size": 16}, CheckpointError, rf"{GATE}:\n  - hidden_size \(16\) must be 32, the width that it reads"),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import weft
 from models import folder_files, lora, quietly, save_adapter, tiny_llama
 from weft.cli import main
 from weft.errors import ConfigError
+from weft.evaluate.report import check_outputs
 from weft.figures import write_figure
 from weft.ownership import refuse_used_folder, used_folder_problem
 from weft.page import write_page
@@ -249,3 +250,26 @@ def test_train_writes_into_the_home_folder(train, tmp_path, monkeypatch):
     assert train("~/out")[0] == 0
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["peft_type"] == "XLORA"
     assert torch.is_tensor(weft.from_pretrained(tmp_path / "out")(torch.tensor([[1]])).logits)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\0b", "a\ud83d"], ids=["long", "longer", "null", "half"])
+def test_names_that_no_file_can_have_are_named(name, base_adapters, tmp_path):
+    model = weft.from_adapters(tiny_llama(vocab_size=258, max_position_embeddings=1024), base_adapters)
+    target = f"{tmp_path}/{name}"
+    with pytest.raises(ConfigError, match=r"save_directory \(.*\) cannot be made: it can be no file's name \("):
+        model.save_pretrained(target)
+    model.save_pretrained(tmp_path / "mixture")
+    with pytest.raises(ConfigError, match=r"output \(.*\) cannot be made: it can be no file's name \("):
+        weft.drop_expert(tmp_path / "mixture", "math", target)
+    with pytest.raises(ConfigError, match=r"output \(.*\) cannot be made: it can be no file's name \("):
+        weft.convert_mixture(tmp_path / "mixture", "xlora", target)
+    with pytest.raises(ConfigError, match=r"output \(.*\) cannot be written: it can be no file's name \("):
+        check_outputs([f"{target}.json"])
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(base_adapters, tmp_path):
+    model = weft.from_adapters(tiny_llama(vocab_size=258, max_position_embeddings=1024), base_adapters)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"save_directory \(.*/file\) is a file, expected a folder"):
+        model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -250,8 +250,14 @@ def test_an_interrupted_or_damaged_cache_is_computed_again(llama_adapters, seque
         cache, lines = quiet_build(model, sequences)
         assert not lines[0].endswith("found")
         assert torch.equal(cache[1], expected)
-    (cache.folder / "index.json").write_text("{")
-    assert not quiet_build(model, sequences)[1][0].endswith("found")
+    index = json.loads((cache.folder / "index.json").read_text())
+    broken = [
+        {**index, name: value} for name, value in (("files", 5), ("files", [5]), ("dtype", "int8"), ("files", []))
+    ]
+    broken.append({**index, "files": [{**file, "name": f"../{file['name']}"} for file in index["files"]]})
+    for text in ["{", "[]", "[" * 100_000, *map(json.dumps, broken)]:
+        (cache.folder / "index.json").write_text(text)
+        assert not quiet_build(model, sequences)[1][0].endswith("found")
 
 
 def test_a_cache_whose_numbers_were_changed_is_computed_again_and_says_so(llama_adapters, sequences, quiet_build):

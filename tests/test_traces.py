@@ -163,6 +163,13 @@ def without_title(metadata, tensors):
     metadata["trace"] = json.dumps({k: v for k, v in json.loads(metadata["trace"]).items() if k != "title"})
 
 
+def with_header(**values):
+    def change(metadata, tensors):
+        metadata["trace"] = json.dumps({**json.loads(metadata["trace"]), **values})
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -176,6 +183,21 @@ def without_title(metadata, tensors):
         (
             lambda _, tensors: tensors.update(scalings=tensors["scalings"][1:]),
             r"is no whole trace: tensors of shapes .*, expected .*: record it again",
+        ),
+        (lambda meta, _: meta.update(version="²"), r"version '²', newer than this weft reads \(1\)"),
+        (lambda meta, _: meta.update(trace="[" * 100_000), r"its header is no JSON: more than 64 levels"),
+        (with_header(title="half \ud83d"), r"garbles something: ValueError\('half of a character in a text'\)"),
+        (with_header(texts=[{"name": "a", "num_tokens": "3"}]), r"ValueError\(\"'3' is no number of tokens\"\)"),
+        (with_header(texts=[{"name": "a", "num_tokens": -3}]), r"ValueError\('-3 is no number of tokens'\)"),
+        (with_header(texts=[5]), r"its header lacks or garbles something: TypeError"),
+        (with_header(left_out=10**400), r"its header lacks or garbles something: ValueError"),
+        (
+            lambda _, tensors: tensors.update(token_ids=tensors["token_ids"].float()),
+            r"is no whole trace: it holds .*token_ids torch.float32.*, expected whole numbers for token_ids and",
+        ),
+        (
+            lambda _, tensors: tensors.update(log_probs=tensors["log_probs"].bool()),
+            r"is no whole trace: it holds .*log_probs torch.bool",
         ),
     ],
 )
@@ -272,6 +294,18 @@ def test_the_model_is_as_before(model, tokenizer):
         (
             lambda model, tok: weft.trace_generation(model, "a", tokenizer=tok, freeze_scalings_after=3),
             r"freeze_scalings_after \(3\) cannot be traced",
+        ),
+        (
+            lambda model, tok: weft.trace(model, "hello \ud83d", tokenizer=tok),
+            r"the text 'hello \\ud83d' holds half of a character \(\\ud83d, a lone surrogate\)",
+        ),
+        (
+            lambda model, tok: weft.trace(model, "hello", tokenizer=tok, title="\ud83d"),
+            r"the text '\\ud83d' holds half of a character",
+        ),
+        (
+            lambda model, tok: weft.trace_data(model, {"\ud83d": ["bc"]}, tokenizer=tok),
+            r"the text '\\ud83d' holds half of a character",
         ),
         (lambda model, tok: weft.trace(torch.nn.Linear(1, 1), "a", tokenizer=tok), r"model \(Linear\) must be a mix"),
     ],

@@ -7,7 +7,7 @@ nothing is unpickled.
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weft.adapter_keys import KEY_PREFIX, own_keys
+from weft.adapter_options import option_problems, rank_problems
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
 from weft.experts import refuse_dora
+from weft.files import kind_shown, path_shown, read_json, reason, require_file, shown
 from weft.whole import settle
 
 SHOWN = 8  # keys in one message
+_MOST_REASON = 400  # characters of what another library says
 # Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
 _UNMIXABLE = {
     "layer_replication": "replicates layers of the base model",
@@ -101,14 +104,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, it is truncated or no safetensors file, or it holds NaN or infinity.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
+    require_file(file)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as err:
-        raise CheckpointError(f"{file} is no whole safetensors file ({err}): copy it again") from err
-    broken = not_finite(tensors)
+        broken = not_finite(tensors)
+    except PermissionError as err:
+        raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
+    # Of number formats that this version of torch does not know, or cannot look into, it raises what it happens to.
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as err:
+        raise CheckpointError(f"{file} is no whole safetensors file ({first_line(err)}): copy it again") from err
     if broken:
         raise CheckpointError(
             f"{file} is broken, as {broken}: no token could be computed with it. Save it again from a training that "
@@ -139,21 +144,20 @@ def preview(keys: Sequence[str]) -> str:
     return shown if len(keys) <= SHOWN else f"{shown}, and {len(keys) - SHOWN} more"
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from a file.
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a safetensors file, of which no more than the header is read.
 
     Raises:
-        CheckpointError: there is no such file, or it holds something else.
+        CheckpointError: there is no such file, or it is truncated or no safetensors file.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
+    require_file(file)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise CheckpointError(f"{file} is no valid JSON ({err})") from err
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(values).__name__}")
-    return values
+        with safe_open(file, framework="pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+    except PermissionError as err:
+        raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
+    except (SafetensorError, OSError, ValueError) as err:
+        raise CheckpointError(f"{file} is no whole safetensors file ({first_line(err)}): copy it again") from err
 
 
 def parse_adapters(
@@ -177,7 +181,9 @@ def parse_adapters(
     return adapters
 
 
-def local_folder(path: str, what: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+def local_folder(
+    path: str | os.PathLike[str], what: str, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
     """The folder itself, or a snapshot of the Hub id of that name (user/repository, or user/repository/folder).
 
     Args:
@@ -191,8 +197,16 @@ def local_folder(path: str, what: str, *, revision: str | None = None, token: st
     Raises:
         CheckpointError: neither is there, or the folder cannot be put back in order.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise CheckpointError(f"{what} ({shown(path)}) must be a folder or Hub id")
+    path = os.fspath(path)
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as err:  # ~name of a user that there is not
+        raise CheckpointError(f"{what} ({path}) cannot be found: {first_line(err)}") from err
+    if os.path.isdir(folder):
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise CheckpointError(f"{what} ({path}) cannot be read: the folder is not yours to read")
         settle(folder)
         return folder
     inside = re.fullmatch(r"([^/]+/[^/]+)/(.+?)/*", path)
@@ -204,8 +218,11 @@ def local_folder(path: str, what: str, *, revision: str | None = None, token: st
         wanted = [f"{below}{pattern}" for pattern in ("*.json", "*.safetensors", "*README.md")]
         snapshot = snapshot_download(repository, allow_patterns=wanted, revision=revision, token=token)
         return Path(snapshot) / below
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
-        message = f"{what} ({path}) is neither a folder here nor a Hub id that can be read: {first_line(err)}"
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
+        message = (
+            f"{what} ({path_shown(path)}) is neither a folder here nor a Hub id that can be read: "
+            f"{first_line(err)[:_MOST_REASON]}"
+        )
         raise CheckpointError(message) from err
 
 
@@ -215,11 +232,8 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
     except CheckpointError as err:
         raise AdapterError(str(err)) from err
     try:
-        values = read_json(folder / CONFIG_NAME)
-        if values.get("peft_type") != "LORA":
-            raise AdapterError(f"adapter {name!r} ({path}) is of type {values.get('peft_type')}, not LORA")
-        config = _read_config(name, folder)
-        if not (folder / SAFETENSORS_WEIGHTS_NAME).exists() and (folder / "adapter_model.bin").exists():
+        config = _read_config(name, path, folder)
+        if not _is_there(folder / SAFETENSORS_WEIGHTS_NAME) and _is_there(folder / "adapter_model.bin"):
             raise AdapterError(
                 f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
                 "save it again with peft, which writes safetensors"
@@ -227,22 +241,38 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
         weights = own_keys(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
     except CheckpointError as err:
         # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
-        unfetched = not Path(path).is_dir() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists()
+        unfetched = not os.path.isdir(path) and not _is_there(folder / SAFETENSORS_WEIGHTS_NAME)
         hint = "; weft does not fetch or open pickles (adapter_model.bin)" if unfetched else ""
         raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
     if config.use_dora and not allow_dora:
         refuse_dora(name)
     _refuse_unmixable(name, config)
+    problems = rank_problems(config, weights)
+    if problems:
+        raise AdapterError(
+            f"adapter {name!r}: {folder / CONFIG_NAME} does not fit {SAFETENSORS_WEIGHTS_NAME}: {'; '.join(problems)}"
+        )
     prefixes = tuple(f"{KEY_PREFIX}{path}." for path in heads)
     own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefixes) and ".lora_" not in key}
     return Adapter(name, folder, config, weights, own)
 
 
-def _read_config(name: str, folder: Path) -> LoraConfig:
+def _is_there(file: Path) -> bool:
+    return os.path.lexists(file)
+
+
+def _read_config(name: str, path: str, folder: Path) -> LoraConfig:
+    file = folder / CONFIG_NAME
+    values = read_json(file)
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(f"adapter {name!r} ({path}) is of type {kind_shown(values.get('peft_type'))}, not LORA")
+    problems = option_problems(values)
+    if problems:
+        raise AdapterError(f"adapter {name!r}: {file} cannot be read: {'; '.join(problems)}")
     try:
         return LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, ImportError) as err:
-        raise AdapterError(f"adapter {name!r}: peft refuses {folder / CONFIG_NAME}: {err}") from err
+    except Exception as err:  # what its options' own checks raise
+        raise AdapterError(f"adapter {name!r}: peft refuses {file}: {first_line(err)}") from err
 
 
 def _refuse_unmixable(name: str, config: LoraConfig) -> None:

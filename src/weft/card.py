@@ -11,10 +11,11 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TaskType
 
-from weft.adapters import read_json, read_tensors
+from weft.adapters import read_tensors
 from weft.checkpoint import GATE_KEY, read_config
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
+from weft.files import read_json
 from weft.licences import CARD, WEFTS_MARK, declared_licence
 from weft.manifest import EXPERTS_FOLDER
 from weft.whole import replace_file
@@ -108,7 +109,7 @@ def _front_matter(config: XLoraConfig, base: str, licence: str | None) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Whether a base model's name is one that others can load, rather than a folder here."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
+    return _HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
 
 
 def _shown(base: str) -> str:
@@ -122,7 +123,7 @@ def _experts_section(folder: Path, config: XLoraConfig, base: str) -> str:
         expert = folder / EXPERTS_FOLDER / name
         options = read_json(expert / CONFIG_NAME)
         targets = options.get("target_modules")
-        shown = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
+        shown = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
         kind = f"{options.get('r')}{' (DoRA)' if options.get('use_dora') else ''}"
         rows.append([_code(name), kind, shown, declared_licence(expert / CARD) or _UNDECLARED])
     table = _table(["", "rank", "adapted modules", "licence, as declared"], rows)
@@ -131,7 +132,7 @@ def _experts_section(folder: Path, config: XLoraConfig, base: str) -> str:
 
 def _base_licence(base: str) -> str | None:
     """As its card declares it: in its folder, on the Hub, or in the Hub's cache."""
-    if Path(base).is_dir() or not is_hub_id(base):
+    if os.path.isdir(base) or not is_hub_id(base):
         return declared_licence(Path(base) / CARD)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -155,13 +156,13 @@ def _gate_section(folder: Path, config: XLoraConfig) -> str:
         f"## Gate\n\n{sum(value.numel() for value in gate):,} parameters in {config.xlora_depth} linear layers; "
         f"weights for {layers}, {kept}. It reads {place}."
     )
-    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    pictures = [name for name in PICTURES if os.path.isfile(folder / name)]
     return "\n\n".join([text, *(f"![The experts' shares, as `weft inspect` drew them]({name})" for name in pictures)])
 
 
 def _results_section(file: Path, *, required: bool) -> str:
     """The tables of `weft eval`: every entry of the form {row: {data set: number}}."""
-    if not file.is_file() and not required:
+    if not os.path.isfile(file) and not required:
         return ""
     values = read_json(file)
     tables = {title: rows for title, rows in values.items() if _is_table(rows)}

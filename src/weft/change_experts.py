@@ -37,6 +37,7 @@ from weft.adapters import local_folder, preview, read_tensors
 from weft.checkpoint import GATE_KEY, complete_folder, is_expert_key, read_config, read_gate, write_expert
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
+from weft.files import naming_problem, own_files, path_shown
 from weft.gate_place import first_following_layer
 from weft.integration import base_model_of, from_adapters
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
@@ -187,7 +188,7 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
 
 
 def _read(model: str | os.PathLike[str]) -> tuple[Path, XLoraConfig]:
-    folder = local_folder(os.fspath(model), "the X-LoRA model")
+    folder = local_folder(model, "the X-LoRA model")
     config = read_config(folder)
     if config.layer_names is None or config.format_version is None:
         raise CheckpointError(
@@ -205,6 +206,9 @@ def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLi
         beside = Path(model).expanduser()
         beside = Path(os.path.abspath(beside)) if beside.is_dir() else Path(beside.name)  # a Hub id: here
         target = beside.with_name(f"{beside.name}-{what}")
+    problem = naming_problem(target)
+    if problem is not None:
+        raise ConfigError(f"output ({path_shown(target)}) cannot be made: {problem}")
     settle(target, leftovers=True)
     problem = None if target.resolve() == folder.resolve() else used_folder_problem(target, "output")
     if problem is not None:
@@ -278,14 +282,21 @@ def _expert_keys(folder: Path, name: str) -> list[str]:
     return list(read_tensors(folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME))
 
 
+def _copy_expert(folder: Path, new: Path) -> None:
+    """Copy an expert, and what lies beside it; no links to elsewhere, but of what has just been read and verified."""
+    new.mkdir(parents=True)
+    for file in {*own_files(folder), folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME}:
+        shutil.copy(file, new / file.name)
+
+
 def _write(part: Path, folder: Path, config: XLoraConfig, tensors: dict[str, Tensor]) -> None:
     """Write the new mixture, and what lies beside the old one: a tokenizer, a model card, but no optimizer's state."""
-    for file in folder.iterdir():
-        if file.is_file() and file.name not in {*_WEFTS_OWN, _TRAINING_STATE} and file.suffix not in _NOT_CARRIED:
+    for file in own_files(folder):
+        if file.name not in {*_WEFTS_OWN, _TRAINING_STATE} and file.suffix not in _NOT_CARRIED:
             shutil.copy(file, part / file.name)
     for name in config.expert_names or []:
         new = part / EXPERTS_FOLDER / name
         if not new.exists():
-            shutil.copytree(folder / EXPERTS_FOLDER / name, new)
+            _copy_expert(folder / EXPERTS_FOLDER / name, new)
     save_file(tensors, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     complete_folder(config, part)

@@ -19,6 +19,7 @@ import re
 from typing import Any
 
 from weft.errors import DataError
+from weft.files import has_surrogate, shown
 
 # An answer that no template has a reason to change, in the place of one.
 _STAND_IN = "(an answer)"
@@ -125,9 +126,9 @@ def check_messages(tokenizer: Any, messages: list[Any], **options: Any) -> None:
     probes: dict[int, list[dict[str, str]]] = {}
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f'message {number} ({message!r}) must be an object with "role" and "content"')
+            raise DataError(f'message {number} ({shown(message)}) must be an object with "role" and "content"')
         if all(value is None for name, value in message.items() if name != "role"):
-            raise DataError(f'message {number} ({message!r}) has no "content", expected a string')
+            raise DataError(f'message {number} ({shown(message)}) has no "content", expected a string')
         content = message.get("content")
         if isinstance(content, list) and not _is_result(message):
             for part in content:
@@ -153,6 +154,26 @@ def check_messages(tokenizer: Any, messages: list[Any], **options: Any) -> None:
             )
 
 
+def refuse_half_characters(value: Any) -> None:
+    """Raise where a text, or one in a list or object, holds half of a character, as JSON's escapes can write it.
+
+    Raises:
+        DataError: it does: a tokenizer cannot read it.
+    """
+    if isinstance(value, str):
+        if has_surrogate(value):
+            place = next(number for number, character in enumerate(value) if has_surrogate(character))
+            raise DataError(
+                f"the text {shown(value[max(0, place - 20) : place + 20])} holds half of a character "
+                f"({ascii(value[place])[1:-1]}, a lone surrogate): expected whole ones"
+            )
+    elif isinstance(value, dict):
+        refuse_half_characters([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            refuse_half_characters(one)
+
+
 def _is_result(message: dict[str, Any]) -> bool:
     """Whether a content is what a tool has answered, which may be any list."""
     parts = [part for part in message["content"] if isinstance(part, dict) and "type" in part]
@@ -160,9 +181,11 @@ def _is_result(message: dict[str, Any]) -> bool:
 
 
 def _rendered(tokenizer: Any, messages: list[Any], **options: Any) -> str:
+    refuse_half_characters([messages, options])
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _applied(tokenizer: Any, messages: list[Any], **options: Any) -> Any:
+    refuse_half_characters([messages, options])
     # A long conversation is cut later.
     return tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs={"verbose": False}, **options)

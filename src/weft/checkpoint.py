@@ -26,10 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.adapter_keys import without_wrappers
-from weft.adapters import local_folder, not_finite, read_json, read_tensors
-from weft.config import XLoraConfig, config_json, unknown_option_problems
+from weft.adapters import local_folder, not_finite, read_tensors
+from weft.config import XLoraConfig, config_json, name_problems, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.files import JsonTable, kind_shown, read_json, shown
 from weft.frozen_copies import refuse_frozen_copy
+from weft.gate_files import refuse_other_sizes
 from weft.heads import head_tensors
 from weft.injection import adapter_parameters, key_problems
 from weft.licences import CARD, keep_own_card
@@ -41,7 +43,14 @@ from weft.manifest import (
     refuse_strangers_folder,
     verify,
 )
-from weft.original import ORIGINAL_GATE, is_original, original_base, original_options, read_original_gate
+from weft.original import (
+    ORIGINAL_CONFIG,
+    ORIGINAL_GATE,
+    is_original,
+    original_base,
+    original_options,
+    read_original_gate,
+)
 from weft.processes import is_sharded
 from weft.whole import errors_of_writing, replace_file, replace_folder, settle
 
@@ -70,7 +79,7 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = {without_wrappers(key): value for key, value in kwargs["state_dict"].items()}
     kwargs.setdefault("save_embedding_layers", False)  # the experts are saved with what they brought
-    if folder.is_file() or not kwargs.get("is_main_process", True):
+    if not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
         return
     settle(folder)
@@ -78,7 +87,7 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     card = folder / CARD
 
     def write(part: Path) -> None:
-        if card.is_file():
+        if os.path.isfile(card):
             shutil.copy(card, part / CARD)
         save(model, str(part), *args, **kwargs)
         keep_own_card(folder, part)
@@ -143,34 +152,54 @@ def _write_options(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
 
 def read_config(path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> XLoraConfig:
     """Read and verify a saved folder (see `XLoraConfig.from_pretrained`)."""
-    folder = local_folder(os.fspath(path), "the X-LoRA model")
+    folder = local_folder(path, "the X-LoRA model")
     if subfolder:
         folder = folder / subfolder
         settle(folder)
     adapters = kwargs.pop("adapters", None)
     if is_original(folder):
-        return XLoraConfig(**original_options(folder, adapters))
-    values = read_json(folder / CONFIG_NAME)
+        config = _config_of(folder / ORIGINAL_CONFIG, original_options(folder, adapters))
+        refuse_other_sizes(config, folder / ORIGINAL_CONFIG, folder / ORIGINAL_GATE)
+        return config
+    file = folder / CONFIG_NAME
+    values = read_json(file)
     if values.get("peft_type") != "XLORA":
-        raise CheckpointError(f"{folder / CONFIG_NAME} is of type {values.get('peft_type')}, expected XLORA")
+        raise CheckpointError(f"{file} is of type {kind_shown(values.get('peft_type'))}, expected XLORA")
     problems = unknown_option_problems(values)
     if problems:
-        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read:", problems)
+        raise ConfigError(f"{file} cannot be read:", problems)
     version = values.get("format_version")
     if version is not None and version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: format_version ({version!r}) must be at most {FORMAT_VERSION}: upgrade weft"
+            f"{file}: format_version ({shown(version)}) must be at most {FORMAT_VERSION}: upgrade weft"
         )
-    if version is not None or (folder / MANIFEST_NAME).exists():
+    has_manifest = version is not None or os.path.lexists(folder / MANIFEST_NAME)
+    if has_manifest:
         verify(folder, values, with_experts=adapters is None)
     else:
         values.setdefault("layerwise_scalings", False)  # peft's default
-    saved = values.get("adapters") or {}
-    values["adapters"] = (
-        adapters if adapters is not None else {name: _resolve(folder, name, at) for name, at in saved.items()}
-    )
+    values["adapters"] = adapters if adapters is not None else _saved_adapters(folder, values)
     values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
-    return XLoraConfig(**values).read_from(folder)
+    config = _config_of(file, values).read_from(folder)
+    refuse_other_sizes(config, file, folder / SAFETENSORS_WEIGHTS_NAME)
+    return config
+
+
+def _config_of(file: Path, values: dict[str, Any]) -> XLoraConfig:
+    """The options that a file holds; their errors name it."""
+    try:
+        return XLoraConfig(**values)
+    except ConfigError as err:
+        raise ConfigError(f"{file} cannot be read:", err.problems) from err
+
+
+def _saved_adapters(folder: Path, values: JsonTable) -> dict[str, str]:
+    """The adapters' paths as the folder names them."""
+    table = values.table("adapters", None)
+    problems = name_problems(table or ())  # before they are used as folders
+    if problems:
+        raise ConfigError(f"{folder / CONFIG_NAME} cannot be read:", problems)
+    return {name: _resolve(folder, name, table.string(name)) for name in table or ()}
 
 
 def load_gate(model: torch.nn.Module, folder: Path) -> None:
@@ -198,7 +227,7 @@ def read_gate(folder: Path) -> dict[str, Tensor]:
     if is_original(folder):
         return read_original_gate(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
-    if not file.exists() and (folder / "adapter_model.bin").exists():
+    if not os.path.lexists(file) and os.path.lexists(folder / "adapter_model.bin"):
         raise CheckpointError(
             f"{folder} holds the gate as a pickle (adapter_model.bin), which weft does not open: save it again with "
             "peft's safe_serialization=True"
@@ -217,9 +246,9 @@ def saved_base(folder: Path) -> str | None:
     config = read_json(folder / CONFIG_NAME)
     if config.get("peft_type") != "XLORA":
         raise CheckpointError(
-            f"model ({folder}) is of type {config.get('peft_type')}, expected XLORA: a trained mixture"
+            f"model ({folder}) is of type {kind_shown(config.get('peft_type'))}, expected XLORA: a trained mixture"
         )
-    return config.get("base_model_name_or_path") or None
+    return config.string("base_model_name_or_path", None) or None
 
 
 def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
@@ -333,6 +362,6 @@ def _resolve(folder: Path, name: str, path: str) -> str:
     """
     inside = folder / path
     if not os.path.isabs(path):
-        return str(inside) if inside.is_dir() else path
+        return str(inside) if os.path.isdir(inside) else path
     moved = folder / EXPERTS_FOLDER / name
-    return str(moved) if not os.path.isdir(path) and moved.is_dir() else path
+    return str(moved) if not os.path.isdir(path) and os.path.isdir(moved) else path

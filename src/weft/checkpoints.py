@@ -17,9 +17,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from weft.adapters import read_json
 from weft.digests import changes, digests
 from weft.errors import CheckpointError
+from weft.files import read_json
 from weft.manifest import MANIFEST_NAME, verify
 from weft.processes import deepspeed_is_to_come
 from weft.whole import replace_file

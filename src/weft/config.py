@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -19,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import PeftType, TaskType
 from torch import nn
 
 from weft.errors import ConfigError
+from weft.files import is_list_of_strings, is_number, is_whole, kind_shown, shown
 from weft.losses import GATE_LOSSES
 
 _TITLE = "XLoraConfig cannot work:"
 _WRITTEN_BY_SAVE = {"expert_names", "layer_names", "format_version"}
 # peft's XLoraConfig puts this in place of a missing hidden_size, whatever the model.
 PEFT_PLACEHOLDER_HIDDEN_SIZE = 4096
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_LONGEST_NAME = 200  # of a file's 255, as other layouts put something behind it
 
 
 @dataclasses.dataclass
@@ -111,6 +113,9 @@ class XLoraConfig(PeftConfig):
     format_version: int | None = None
 
     def __post_init__(self) -> None:
+        problems = _inherited_problems(self)
+        if problems:
+            raise ConfigError(_TITLE, [*problems, *self.problems()])
         super().__post_init__()
         self.peft_type = PeftType.XLORA
         self.base_model_name_or_path = self.base_model_name_or_path or None  # peft before 0.21 writes "" for none
@@ -129,7 +134,7 @@ class XLoraConfig(PeftConfig):
         return [
             *_adapter_problems(self.adapters, self.expert_names),
             *_range_problems(self),
-            *_heads_problems(self.heads),
+            *_type_problems(self),
             *_routing_problems(self),
         ]
 
@@ -251,32 +256,61 @@ def unknown_option_problems(names: Iterable[str]) -> list[str]:
     problems = []
     for name in names:
         if name not in _OPTIONS:
-            nearest = ["heads"] if name == "modules_to_save" else difflib.get_close_matches(name, users, 1, 0.4)
+            nearest = ["heads"] if name == "modules_to_save" else difflib.get_close_matches(name[:80], users, 1, 0.4)
             hint = f"did you mean {nearest[0]}?" if nearest else f"the options are {', '.join(users)}"
-            problems.append(f"{name} is not an option: {hint}")
+            problems.append(f"{kind_shown(name)} is not an option: {hint}")
+    return problems
+
+
+def _inherited_problems(config: XLoraConfig) -> list[str]:
+    """What is wrong with peft's own options, which it takes as they are, or refuses with errors of its own."""
+    problems = []
+    if config.task_type is not None and config.task_type not in list(TaskType):
+        problems.append(f"task_type ({shown(config.task_type)}) must be one of {', '.join(TaskType)}, or None")
+    if not isinstance(config.base_model_name_or_path, str | os.PathLike | None):
+        problems.append(f"base_model_name_or_path ({shown(config.base_model_name_or_path)}) must be a folder or Hub id")
+    if not isinstance(config.revision, str | None):
+        problems.append(f"revision ({shown(config.revision)}) must be a branch, tag or commit, or None")
+    if not isinstance(config.auto_mapping, dict | None):
+        problems.append(f"auto_mapping ({shown(config.auto_mapping)}) must be a table, or None")
+    if not isinstance(config.inference_mode, bool):
+        problems.append(f"inference_mode ({shown(config.inference_mode)}) must be True or False")
+    return problems
+
+
+def name_problems(names: Iterable[Any]) -> list[str]:
+    """A sentence for each name that no expert can have; names become folders, and attributes of a ModuleDict.
+
+    Whoever reads names from a file asks this before anything is done with them.
+    """
+    problems, reserved = [], dir(nn.ModuleDict())
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            problems.append(f"adapters has the name {shown(name)}: names are letters, digits, '_' and '-'")
+        elif len(name) > _LONGEST_NAME:
+            problems.append(f"adapters has the name {shown(name)}, expected at most {_LONGEST_NAME} characters")
+        elif name in reserved:
+            problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
     return problems
 
 
 def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
     if not adapters or not isinstance(adapters, dict):
-        return [f"adapters ({adapters!r}) must name at least one expert: {{name: folder or Hub id}}"]
+        return [f"adapters ({shown(adapters)}) must name at least one expert: {{name: folder or Hub id}}"]
     problems = []
-    reserved = dir(nn.ModuleDict())
     for name, path in adapters.items():
         if not path or not isinstance(path, (str, os.PathLike)):
-            problems.append(f"adapters ({path!r} for {name!r}) must be a folder or Hub id")
-        # Names become folders of a checkpoint and attributes of a torch.nn.ModuleDict.
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-            problems.append(f"adapters has the name {name!r}: names are letters, digits, '_' and '-'")
-        elif name in reserved:
-            problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
+            problems.append(f"adapters ({shown(path)} for {shown(name)}) must be a folder or Hub id")
+    problems += name_problems(adapters)
     folded = [str(name).lower() for name in adapters]
     if len(set(folded)) < len(folded):
-        problems.append(f"adapters ({list(adapters)}) must have names that differ in more than upper and lower case")
+        problems.append(
+            f"adapters ({shown(list(adapters))}) must have names that differ in more than upper and lower case"
+        )
     if expert_names is not None and (
-        not isinstance(expert_names, list) or set(map(repr, expert_names)) != set(map(repr, adapters))
+        not isinstance(expert_names, list) or sorted(map(repr, expert_names)) != sorted(map(repr, adapters))
     ):
-        problems.append(f"expert_names ({expert_names}) must be the names in adapters ({list(adapters)})")
+        problems.append(f"expert_names ({shown(expert_names)}) must be the names in adapters ({shown(list(adapters))})")
     return problems
 
 
@@ -288,37 +322,40 @@ def _range_problems(config: XLoraConfig) -> list[str]:
         value = getattr(config, name)
         if value is None and name in smallest_if_given:
             continue
-        if not _is_int(value) or value < least:
-            problems.append(f"{name} ({value!r}) must be a whole number of at least {least}")
+        if not is_whole(value) or value < least:
+            problems.append(f"{name} ({shown(value)}) must be a whole number of at least {least}")
     if config.scaling_pass_layers is not None and config.gate_layer is not None:
         problems.append(
             f"scaling_pass_layers ({config.scaling_pass_layers}) and gate_layer ({config.gate_layer}) exclude each "
             "other: with gate_layer there is no scaling pass"
         )
-    if not _is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
-        problems.append(f"xlora_dropout_p ({config.xlora_dropout_p!r}) must be in [0, 1)")
-    if not _is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
-        problems.append(f"softmax_temperature ({config.softmax_temperature!r}) must be a finite number above 0")
+    if not is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
+        problems.append(f"xlora_dropout_p ({shown(config.xlora_dropout_p)}) must be in [0, 1)")
+    if not is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
+        problems.append(f"softmax_temperature ({shown(config.softmax_temperature)}) must be a finite number above 0")
     for name in ("balance_loss_weight", "expert_label_loss_weight"):
         value = getattr(config, name)
-        if not _is_number(value) or value < 0:
-            problems.append(f"{name} ({value!r}) must be a finite number of at least 0")
+        if not is_number(value) or value < 0:
+            problems.append(f"{name} ({shown(value)}) must be a finite number of at least 0")
     for name in ("scaling_pass_value", "global_scaling_weight", "entropy_loss_weight"):
         value = getattr(config, name)
-        if not _is_number(value) and not (value is None and not config.adapters):
-            problems.append(f"{name} ({value!r}) must be a finite number")
-    switches = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters", "allow_dora")
-    for name in switches:
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            problems.append(f"{name} ({value!r}) must be True or False")
+        if not is_number(value) and not (value is None and not config.adapters):
+            problems.append(f"{name} ({shown(value)}) must be a finite number")
     return problems
 
 
-def _heads_problems(heads: Any) -> list[str]:
-    if heads is None or (isinstance(heads, list) and heads and all(isinstance(n, str) and n for n in heads)):
-        return []
-    return [f"heads ({heads!r}) must be a list of module names, or None"]
+def _type_problems(config: XLoraConfig) -> list[str]:
+    switches = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters", "allow_dora")
+    problems = [
+        f"{name} ({shown(value)}) must be True or False"
+        for name in switches
+        if not isinstance(value := getattr(config, name), bool)
+    ]
+    for name, what in {"heads": "module", "layer_names": "layer"}.items():
+        names = getattr(config, name)
+        if names is not None and not (is_list_of_strings(names) and names and all(names)):
+            problems.append(f"{name} ({shown(names)}) must be a list of {what} names, or None")
+    return problems
 
 
 def _routing_problems(config: XLoraConfig) -> list[str]:
@@ -333,7 +370,8 @@ def _routing_problems(config: XLoraConfig) -> list[str]:
             value = getattr(config, f"{name}_weight")
             if value:
                 problems.append(
-                    f"{name}_weight ({value!r}) needs shares that sum to one: set enable_softmax or enable_softmax_topk"
+                    f"{name}_weight ({shown(value)}) needs shares that sum to one: set enable_softmax or "
+                    "enable_softmax_topk"
                 )
     if config.enable_softmax is True and config.enable_softmax_topk is True:
         problems.append("enable_softmax (True) and enable_softmax_topk (True) exclude each other: switch one off")
@@ -342,18 +380,10 @@ def _routing_problems(config: XLoraConfig) -> list[str]:
 
 def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
     """What is wrong with `top_k` for this many adapters (which may be 0 when that is a problem of its own)."""
-    if not _is_int(top_k) or top_k < 1 or (num_adapters and top_k > num_adapters):
+    if not is_whole(top_k) or top_k < 1 or (num_adapters and top_k > num_adapters):
         upper = f"the number of adapters ({num_adapters})" if num_adapters else "the number of adapters"
-        return [f"top_k_lora ({top_k!r}) must be between 1 and {upper}"]
+        return [f"top_k_lora ({shown(top_k)}) must be between 1 and {upper}"]
     return []
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def config_json(config: XLoraConfig, **replaced: Any) -> str:

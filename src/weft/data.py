@@ -5,19 +5,21 @@ It knows nothing of models.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weft.chat_template import assistant_mask, check_messages, conversation_tokens
+from weft.chat_template import assistant_mask, check_messages, conversation_tokens, refuse_half_characters
 from weft.errors import DataError, first_line
+from weft.files import parse_json, path_shown, read_text, shown
 
 _LINES = {".jsonl", ".json", ".ndjson"}
 _FILES = {*_LINES, ".parquet", ".txt", ".md"}
 # Windows editors put a byte order mark first.
 _ENCODING = "utf-8-sig"
+_LONGEST_NAME = 1000  # of a data set
 # The label of a token that counts in no loss, as in transformers.
 NO_LABEL = -100
 
@@ -50,15 +52,17 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
         DataError: nothing is there, or it cannot be read (which line, and why).
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix in _LINES:
             yield from _json_lines(path)
         elif path.suffix == ".parquet":
             yield from _data_set_rows("parquet", source, data_files=source)
         else:
             yield str(path), {"text": _plain_text(path)}
-    elif not path.is_dir() and (path.suffix in _FILES or path.is_absolute()):
-        raise DataError(f"data ({source}) is not a file: give .jsonl, .parquet or text files, or a data set's name")
+    elif not os.path.isdir(path) and (path.suffix in _FILES or path.is_absolute() or len(source) > _LONGEST_NAME):
+        raise DataError(
+            f"data ({path_shown(source)}) is not a file: give .jsonl, .parquet or text files, or a data set's name"
+        )
     else:
         yield from _data_set_rows(source, source)
 
@@ -124,18 +128,29 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             place = f"{path}, line {number}"
             try:
-                yield place, json.loads(line)
+                row = parse_json(line)
             except ValueError as err:
                 raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
+            yield place, row
 
 
 def text_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text, with what the tokenizer puts before and behind one."""
+    """The tokens of a text, with what the tokenizer puts before and behind one.
+
+    Raises:
+        DataError: the text is none (see `refuse_half_characters`).
+    """
+    refuse_half_characters(text)
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that goes on: without what the tokenizer puts behind one that is complete."""
+    """The tokens of a text that goes on: without what the tokenizer puts behind one that is complete.
+
+    Raises:
+        DataError: the text is none (see `refuse_half_characters`).
+    """
+    refuse_half_characters(text)
     encoded = tokenizer(text, verbose=False, return_special_tokens_mask=True)
     tokens, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while 0 in added and added[-1]:
@@ -156,10 +171,10 @@ def row_tokens(row: Any, place: str, tokenizer: Any) -> list[int]:
         DataError: it has neither, or the template cannot render it.
     """
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return text_tokens(row["text"], tokenizer) if row["text"].strip() else []
+        return at_place(place, text_tokens, row["text"], tokenizer) if row["text"].strip() else []
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         return _conversation(row, "messages", place, tokenizer, conversation_tokens)
-    found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    found = f"the keys {shown(sorted(row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
     raise DataError(f'{place}: found {found}, expected an object with "text" (a string) or "messages" (a list)')
 
 
@@ -171,7 +186,7 @@ def row_prompt_tokens(row: dict[str, Any], place: str, tokenizer: Any) -> list[i
     """
     prompt = row["prompt"]
     if isinstance(prompt, str):
-        return prompt_tokens(prompt, tokenizer)
+        return at_place(place, prompt_tokens, prompt, tokenizer)
     tokens = _conversation(row, "prompt", place, tokenizer, partial(conversation_tokens, add_generation_prompt=True))
     if prompt[-1]["role"] == "assistant":
         raise DataError(f"{place}: the prompt ends with a turn of the assistant, expected one to be answered")
@@ -205,6 +220,14 @@ def assistant_labels(tokens: list[int], row: dict[str, Any], place: str, tokeniz
     return [token if is_assistant else NO_LABEL for token, is_assistant in zip(tokens, mask, strict=True)]
 
 
+def at_place(place: str, tokens_of: Callable[[str, Any], list[int]], text: str, tokenizer: Any) -> list[int]:
+    """What `tokens_of` makes of a row's text; its errors name the place."""
+    try:
+        return tokens_of(text, tokenizer)
+    except DataError as err:
+        raise DataError(f"{place}: {err}") from err
+
+
 def _conversation(row: dict[str, Any], key: str, place: str, tokenizer: Any, render: Callable[..., Any]) -> Any:
     """What `render` makes of a row's messages; all errors name the place."""
     if getattr(tokenizer, "chat_template", None) is None:
@@ -224,23 +247,20 @@ def _template_options(row: dict[str, Any]) -> dict[str, Any]:
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError as err:
             raise DataError(f'"tools" ({tools[:40]!r}) is no valid JSON: {err}') from err
     if not isinstance(tools, list | None):
-        raise DataError(f'"tools" ({tools!r}) must be a list of JSON schemas')
+        raise DataError(f'"tools" ({shown(tools)}) must be a list of JSON schemas')
     if not isinstance(options, dict | None):
-        raise DataError(f'"chat_template_kwargs" ({options!r}) must be an object')
+        raise DataError(f'"chat_template_kwargs" ({shown(options)}) must be an object')
     # Tables have null where a row has no value; some templates take an empty list for tools.
     given = {name: value for name, value in (options or {}).items() if value is not None}
     return {**given, **({"tools": tools} if tools else {})}
 
 
 def _plain_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding=_ENCODING)
-    except UnicodeDecodeError as err:
-        raise DataError(f"{path} is no UTF-8 text ({err.reason} at byte {err.start})") from err
+    return read_text(path, error=DataError, most=None, encoding=_ENCODING)
 
 
 def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str, Any]]:

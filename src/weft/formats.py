@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.adapter_keys import brought_keys
-from weft.adapters import Adapter, local_folder, preview, read_json
+from weft.adapters import Adapter, local_folder, preview
 from weft.checkpoint import complete_folder
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
+from weft.files import own_files, read_json
 from weft.licences import CARD, licensed_card
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.mixture_files import ORDERING, MixtureFiles, opened
@@ -99,8 +100,8 @@ def convert_mixture(
 
 def left_out(source: str | os.PathLike[str], to: str) -> list[str]:
     """The options of a saved mixture that another layout has no place for, and that do not change the logits."""
-    file = local_folder(os.fspath(source), "the mixture") / CONFIG_NAME
-    if to == "weft" or not file.exists():
+    file = local_folder(source, "the mixture") / CONFIG_NAME
+    if to == "weft" or not os.path.lexists(file):
         return []
     saved, defaults = read_json(file), {field.name: field.default for field in dataclasses.fields(XLoraConfig)}
     return [name for name in TRAINING_OPTIONS if saved.get(name, defaults[name]) != defaults[name]]
@@ -292,13 +293,13 @@ def _copy_expert(adapter: Adapter, folder: Path) -> None:
     folder.mkdir(parents=True)
     shutil.copy(adapter.folder / CONFIG_NAME, folder / CONFIG_NAME)
     _save({**adapter.weights, **adapter.heads}, folder / SAFETENSORS_WEIGHTS_NAME)
-    if licensed_card(adapter.folder) is not None:
+    if licensed_card(adapter.folder) is not None and adapter.folder / CARD in own_files(adapter.folder):
         shutil.copy(adapter.folder / CARD, folder / CARD)
 
 
 def _copy_companions(source: Path, part: Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in _COMPANIONS and file.name not in {*_LAYOUT_FILES, "trainer_state.json"}:
+    for file in own_files(source):
+        if file.suffix in _COMPANIONS and file.name not in {*_LAYOUT_FILES, "trainer_state.json"}:
             shutil.copy(file, part / file.name)
 
 

@@ -11,7 +11,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from weft.config import XLoraConfig
+from weft.errors import ConfigError
+from weft.placement import memory_of
 from weft.routing import softmax_with_temperature
+
+
+def _refuse_too_large(config: XLoraConfig, outputs: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise where a gate of these sizes would not fit into the device's memory: the system may end the process then."""
+    assert config.hidden_size is not None
+    depth, size = config.xlora_depth, config.xlora_size
+    weights = config.hidden_size * outputs if depth == 1 else size * (config.hidden_size + (depth - 2) * size + outputs)
+    needed, there = weights * dtype.itemsize, memory_of(device)
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"xlora_depth ({depth}) and xlora_size ({size}) make a gate of {weights:,} weights, {needed / 1e9:,.1f} "
+            f"GB, and {device} has {there / 1e9:,.1f} GB: expected smaller ones"
+        )
 
 
 class XLoraClassifier(nn.Module):
@@ -51,6 +66,8 @@ class XLoraClassifier(nn.Module):
         if config.hidden_size is None:
             raise ValueError("hidden_size (None) must be the size of the hidden states that the gate reads")
 
+        outputs = num_experts * (num_layers if config.layerwise_scalings else 1)
+        _refuse_too_large(config, outputs, torch.device(device or "cpu"), dtype)
         width = config.hidden_size
         layers: list[nn.Module] = []
         for _ in range(config.xlora_depth - 1):
@@ -58,7 +75,6 @@ class XLoraClassifier(nn.Module):
             if config.xlora_dropout_p > 0:
                 layers.append(nn.Dropout(config.xlora_dropout_p))
             width = config.xlora_size
-        outputs = num_experts * (num_layers if config.layerwise_scalings else 1)
         layers.append(nn.Linear(width, outputs, device=device, dtype=dtype))
         self.layers = nn.Sequential(*layers)
 

@@ -23,9 +23,10 @@ from peft.utils import CONFIG_NAME, PeftType, TaskType
 from torch import nn
 
 from weft.adapters import local_folder
+from weft.base_loading import base_errors, load_whole
 from weft.checkpoint import load_gate, save_whole
 from weft.config import XLoraConfig
-from weft.errors import CheckpointError, ConfigError, first_line
+from weft.errors import CheckpointError, ConfigError
 from weft.injection import uncompiled
 from weft.model import XLoraModel
 from weft.original import is_original
@@ -172,7 +173,7 @@ def from_pretrained(
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
     path, base = _in_order(path, base)
-    folder = local_folder(os.fspath(path), "the X-LoRA model", revision=revision, token=token)
+    folder = local_folder(path, "the X-LoRA model", revision=revision, token=token)
     options = XLoraConfig.from_pretrained(folder, adapters=adapters)
     options.inference_mode = not is_trainable
     if token is not None:
@@ -185,7 +186,7 @@ def from_pretrained(
     peft_model = _build_peft_model(model, options)
     try:
         load_gate(peft_model, folder)
-    except CheckpointError:
+    except BaseException:
         tuner: Any = peft_model.base_model
         tuner.unload()
         model.train(was_training)
@@ -240,8 +241,12 @@ def _in_order(path: Any, base: Any) -> tuple[Any, Any]:
 
 def _is_a_models(path: Any) -> bool:
     """Whether this is the folder of a whole model."""
-    folder = Path(path).expanduser()
-    return (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file() and not is_original(folder)
+    if not isinstance(path, str | os.PathLike):
+        return False
+    folder = Path(os.path.expanduser(path))
+    if not os.path.isfile(folder / "config.json"):
+        return False
+    return not os.path.isfile(folder / CONFIG_NAME) and not is_original(folder)
 
 
 def _fetched(adapters: dict[str, str] | None, token: str | bool) -> dict[str, str]:
@@ -284,28 +289,18 @@ def base_model_of(
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
     # Never left out: transformers would ask on the standard input, where anything may stand.
     trust = {"trust_remote_code": trust_remote_code}
-    name = os.fspath(name)
-    fetching = {name: given[name] for name in ("revision", "token") if name in given}
-    try:
-        return model_class(name, options, **fetching, **trust).from_pretrained(name, **given, **trust)
-    except (OSError, ValueError) as err:
-        raise base_error(name, err, "Pass the base model or its path") from err
+    with base_errors(name, "Pass the base model or its path"):
+        name = os.fspath(name)
+        fetching = {name: given[name] for name in ("revision", "token") if name in given}
+        kind = model_class(name, options, **fetching, **trust)
+        # A head on the backbone is the mixture's to bring.
+        has_head = options is not None and options.task_type in _WITH_HEADS
+        return load_whole(kind, name, may_lack=_is_of_a_head if has_head else None, **given, **trust)
 
 
-def base_error(name: str, err: Exception, otherwise: str = "Give its folder or Hub id") -> CheckpointError:
-    """Why a base model cannot be loaded, as one error that says what to do.
-
-    Args:
-        name: folder or Hub id.
-        err: what transformers raised.
-        otherwise: what to do where the cause is none that is known here.
-    """
-    if "trust_remote_code" in str(err):
-        return CheckpointError(
-            f"base ({name}) needs code that it brings along, which was not run: read it, and if you trust it, give "
-            "--trust-remote-code (in Python trust_remote_code=True)"
-        )
-    return CheckpointError(f"base ({name}) cannot be loaded: {first_line(err)}. {otherwise}")
+def _is_of_a_head(model: Any, key: str) -> bool:
+    """Whether a weight stands outside of the model's backbone."""
+    return not key.startswith(f"{model.base_model_prefix}.")
 
 
 def model_class(name: str, options: XLoraConfig | None, *, trust_remote_code: bool, **fetching: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from weft.data import NO_LABEL, assistant_labels, check_sequence_length, read_rows, row_tokens
 from weft.errors import DataError
+from weft.files import shown
 from weft.losses import NO_EXPERT
 
 
@@ -90,7 +91,9 @@ def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tupl
     except (TypeError, ValueError):
         ordered = False
     if not ordered:
-        raise DataError(f'{place}: "experts" ({spans!r}) must be [[start, name], ...] in order, the first from 0 on')
+        raise DataError(
+            f'{place}: "experts" ({shown(spans)}) must be [[start, name], ...] in order, the first from 0 on'
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
     offsets = tokenizer(row["text"], verbose=False, return_offsets_mapping=True)["offset_mapping"]
@@ -159,6 +162,6 @@ def _numbers(names: Sequence[Any], expert_names: Sequence[str], place: str) -> l
     unknown = [name for name in names if name is not None and name not in expert_names]
     if unknown:
         raise DataError(
-            f"{place}: the label {unknown[0]!r} must be one of the experts {list(expert_names)}, or null for none"
+            f"{place}: the label {shown(unknown[0])} must be one of the experts {list(expert_names)}, or null for none"
         )
     return [NO_EXPERT if name is None else list(expert_names).index(name) for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ WEFTS_MARK = "<!-- written by `weft card`: remove this line to keep the card as 
 
 def declared_licence(card: Path) -> str | None:
     """The licence that a model card declares; None where there is no card, or it declares none."""
-    if not card.is_file():
+    if not os.path.isfile(card):
         return None
     from huggingface_hub import metadata_load
 
@@ -36,7 +37,7 @@ def licensed_card(folder: Path) -> str | None:
 
 def is_own(folder: Path) -> bool:
     """Whether the folder has a card that a person wrote: neither weft's nor the form that peft puts there."""
-    if not (folder / CARD).is_file():
+    if not os.path.isfile(folder / CARD):
         return False
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
     return WEFTS_MARK not in text and text.count("[More Information Needed]") < 10

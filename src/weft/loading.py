@@ -10,9 +10,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from weft.adapters import local_folder
+from weft.base_loading import base_errors, load_whole
 from weft.checkpoint import saved_base
 from weft.errors import CheckpointError, ConfigError
-from weft.integration import base_error, from_pretrained
+from weft.integration import from_pretrained
 
 
 def loading_options(options: Any) -> dict[str, Any]:
@@ -39,13 +40,11 @@ def load_base(name: str, dtype: str, quantization: str | None = None, *, trust_r
             "pip install bitsandbytes, or leave quantization out"
         )
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
-    trust = {"trust_remote_code": trust_remote_code}
-    try:
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with base_errors(name, "Expected the folder or Hub id of a causal language model"):
         if quantization is not None:
             options["quantization_config"] = _quantization_config(name, options["dtype"], quantization, **trust)
-        return AutoModelForCausalLM.from_pretrained(name, **options, **trust)
-    except (OSError, ValueError) as err:
-        raise base_error(name, err, "Expected the folder or Hub id of a causal language model") from err
+        return load_whole(AutoModelForCausalLM, name, **options, **trust)
 
 
 def _quantization_config(name: str, dtype: Any, quantization: str, **trust: bool) -> BitsAndBytesConfig:
@@ -62,10 +61,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: there is none, or it needs code that comes with it.
     """
-    try:
+    with base_errors(name, "Expected a model with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as err:
-        raise base_error(name, err, "Expected a model with a tokenizer") from err
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

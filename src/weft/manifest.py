@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from weft.adapters import read_json, read_tensors
+from weft.adapters import read_tensors
+from weft.config import name_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.files import JsonTable, naming_problem, path_shown, read_json, shown
 from weft.ownership import SHOWN
 
 MANIFEST_NAME = "weft_manifest.json"
@@ -50,7 +53,12 @@ def refuse_strangers_folder(folder: Path, what: str = "save_directory") -> None:
     Raises:
         ConfigError: the folder has an adapter, or files that go by the names of a mixture's.
     """
-    there = [name for name in (*_ADAPTER_FILES, MANIFEST_NAME, EXPERTS_FOLDER) if (folder / name).exists()]
+    problem = naming_problem(folder)
+    if problem is not None:
+        raise ConfigError(f"{what} ({path_shown(folder)}) cannot be made: {problem}")
+    if os.path.isfile(folder):
+        raise ConfigError(f"{what} ({folder}) is a file, expected a folder: give another one")
+    there = [name for name in (*_ADAPTER_FILES, MANIFEST_NAME, EXPERTS_FOLDER) if os.path.lexists(folder / name)]
     if not there:
         return
     kind: Any = None
@@ -72,7 +80,7 @@ def refuse_strangers_folder(folder: Path, what: str = "save_directory") -> None:
             )
 
 
-def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -> None:
+def verify(folder: Path, config: JsonTable, *, with_experts: bool = True) -> None:
     """Compare a saved folder with its manifest.
 
     Args:
@@ -83,19 +91,16 @@ def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -
     Raises:
         CheckpointError: files or tensors are missing, unexpected or changed; all of them are named.
     """
-    manifest = read_json(folder / MANIFEST_NAME)
-    lacking = sorted({*_ORDERS, "options", "tensors"} - manifest.keys())
-    if lacking:
-        raise CheckpointError(f"{folder / MANIFEST_NAME} lacks {', '.join(lacking)}: copy it again")
+    manifest = _read_manifest(folder / MANIFEST_NAME)
     problems = [
         f"{CONFIG_NAME}: {name} is not in the order in which the gate was saved"
         for name in _ORDERS
         if config.get(name) != manifest[name]
     ]
     expert_names = manifest["expert_names"] if with_experts else []
-    paths = config.get("adapters") or {}
+    paths = config.table("adapters", None) or {}
     problems += [
-        f"{CONFIG_NAME}: adapters has {paths.get(name)!r} for {name!r}, expected '{EXPERTS_FOLDER}/{name}'"
+        f"{CONFIG_NAME}: adapters has {shown(paths.get(name))} for {name!r}, expected '{EXPERTS_FOLDER}/{name}'"
         for name in expert_names
         if paths.get(name) != f"{EXPERTS_FOLDER}/{name}"
     ]
@@ -115,6 +120,27 @@ def verify(folder: Path, config: dict[str, Any], *, with_experts: bool = True) -
             problems.append(str(err))
     if problems:
         raise CheckpointError(f"{folder} is not as it was saved:{bullet_list(problems)}")
+
+
+def _read_manifest(file: Path) -> JsonTable:
+    """The manifest, all of whose values are of their types."""
+    manifest = read_json(file)
+    lacking = sorted({*_ORDERS, "options", "tensors"} - manifest.keys())
+    if lacking:
+        raise CheckpointError(f"{file} lacks {', '.join(lacking)}: copy it again")
+    for name in _ORDERS:
+        manifest.strings(name)
+    problems = name_problems(manifest["expert_names"])  # before they are used as folders
+    if problems:
+        raise CheckpointError(f"{file} cannot be read:{bullet_list(problems)}")
+    tensors, options = manifest.table("tensors"), manifest.table("options")
+    for name in options:
+        options.string(name)
+    for name in tensors:
+        digests = tensors.table(name)
+        for key in digests:
+            digests.string(key)
+    return manifest
 
 
 def _tensor_files(expert_names: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from weft.adapter_keys import KEY_PREFIX
-from weft.adapters import Adapter, local_folder, read_adapters, read_json, read_tensors
+from weft.adapters import Adapter, local_folder, read_adapters, read_tensors
+from weft.base_loading import base_errors
 from weft.checkpoint import GATE_KEY, read_config, read_gate
-from weft.config import XLoraConfig
-from weft.errors import CheckpointError
-from weft.integration import base_error, model_class
+from weft.config import XLoraConfig, name_problems
+from weft.errors import CheckpointError, WeftError, bullet_list
+from weft.files import read_bytes, read_json, shown
+from weft.integration import model_class
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, is_original
 from weft.whole import temporary_folder
 
 ORDERING = "ordering.json"
+_LINEAR = re.compile(r"layers\.(\d{1,9})\.(?:weight|bias)")
+_INNER = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,13 @@ class MixtureFiles:
     def linear_layers(self) -> list[tuple[Tensor, Tensor]]:
         """(weight, bias) of the gate's linear layers, the first one first."""
         gate = {key.partition(GATE_KEY)[2]: value for key, value in self.tensors.items() if GATE_KEY in key}
-        numbers = sorted({int(key.split(".")[1]) for key in gate})
+        numbers = sorted({int(found[1]) for key in gate if (found := _LINEAR.fullmatch(key))})
+        expected = {f"layers.{number}.{part}" for number in numbers for part in ("weight", "bias")}
+        if gate.keys() != expected:
+            raise CheckpointError(
+                f"the gate in {self.folder} has the tensors {', '.join(sorted(gate))}, expected layers.N.weight and "
+                "layers.N.bias of each linear layer"
+            )
         return [(gate[f"layers.{number}.weight"], gate[f"layers.{number}.bias"]) for number in numbers]
 
     def layers_in_order(self, base: nn.Module | str | os.PathLike[str] | None, *, trust_remote_code: bool) -> list[str]:
@@ -104,12 +114,14 @@ def opened(
     Raises:
         WeftError: a file is missing or broken, or they do not belong together.
     """
-    folder = local_folder(os.fspath(source), "the mixture")
+    folder = local_folder(source, "the mixture")
     with contextlib.ExitStack() as stack:
         layer_names = None
         if is_flat(folder):
-            flat, layer_names = folder, _layers_in_order(folder)
+            flat = folder
             folder = stack.enter_context(temporary_folder(lambda part: _unfold(flat, part)))
+            stack.enter_context(_errors_in_flat_names(flat, folder))
+            layer_names = _layers_in_order(flat)
         config = read_config(folder, adapters=adapters)
         names = _renamed(config, rename or {})
         config = dataclasses.replace(
@@ -127,40 +139,85 @@ def opened(
             base_is_known=base_is_given or (config.layer_names or config.base_model_name_or_path) is not None,
         )
         tensors = {key: value for key, value in read_gate(folder).items() if ".lora_" not in key}
-        layers = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for e in experts for key in e.weights}
-        files = MixtureFiles(folder, config, tensors, experts, layers - {""}, config.layer_names)
+        layers = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for e in experts for key in e.weights} - {""}
+        if layer_names is not None and set(layer_names) != layers:
+            idle, unknown = sorted(set(layer_names) - layers), sorted(layers - set(layer_names))
+            raise CheckpointError(
+                f"{source}: {ORDERING} names other layers than the experts adapt: {idle[:5] or 'none'} are adapted by "
+                f"none, and {unknown[:5] or 'none'} are not named"
+            )
+        files = MixtureFiles(folder, config, tensors, experts, layers, config.layer_names)
         _check_gate(files)
         yield files
 
 
 def is_flat(folder: Path) -> bool:
     """Whether a folder is in mistral.rs's layout, with NAME_config.json and NAME_model.safetensors side by side."""
-    if not is_original(folder) or not (folder / ORDERING).is_file():
+    if not is_original(folder) or not os.path.isfile(folder / ORDERING):
         return False
-    return all((folder / f"{name}_config.json").is_file() for name in read_json(folder / ORDERING).get("order") or [0])
+    names = _order(folder)
+    return bool(names) and all(os.path.isfile(folder / f"{name}_config.json") for name in names)
 
 
-def _layers_in_order(flat: Path) -> list[str]:
-    layers: dict[str, int] = read_json(flat / ORDERING).get("layers") or {}
-    return sorted(layers, key=lambda layer: layers[layer])
+def _layers_in_order(flat: Path) -> list[str] | None:
+    """A flat folder's layers in the order of the gate's outputs, if it says so."""
+    table = read_json(flat / ORDERING).table("layers", None)
+    layers = {layer: table.whole(layer) for layer in table or {}}
+    if sorted(layers.values()) != list(range(len(layers))):
+        raise CheckpointError(
+            f"{flat / ORDERING}: layers ({shown(layers)}) must number the LoRA layers from 0 to {len(layers) - 1}"
+        )
+    return sorted(layers, key=lambda layer: layers[layer]) or None
+
+
+def _order(flat: Path) -> list[str]:
+    """The experts in a flat folder's order.
+
+    Raises:
+        CheckpointError: they are no names that experts can have.
+    """
+    ordering = read_json(flat / ORDERING)
+    names = ordering.strings("order", None) or []
+    problems = name_problems(names)  # before they are used as folders
+    if len({name.lower() for name in names}) < len(names):
+        problems.append(f"order ({shown(names)}) must have names that differ in more than upper and lower case")
+    if problems:
+        raise CheckpointError(f"{flat / ORDERING} cannot be read:{bullet_list(problems)}")
+    return names
 
 
 def _unfold(flat: Path, folder: Path) -> None:
-    """Write a flat folder anew in the original library's layout."""
-    ordering = read_json(flat / ORDERING)
-    config = read_json(flat / ORIGINAL_CONFIG) | {"adapters": ordering["order"]}
-    (folder / ORIGINAL_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    """Write a flat folder anew in the original library's layout, when all of it is read and checked."""
+    _layers_in_order(flat)
+    names = _order(flat)
+    config = read_json(flat / ORIGINAL_CONFIG) | {"adapters": names}
     # Its engine counts the gate's linear layers alone, whatever is between them.
     stride = 3 if config.get("enable_relu_and_dropout") else 1
     tensors = {}
     for key, value in read_tensors(flat / ORIGINAL_GATE).items():
-        name, _, rest = key.removeprefix("inner.").partition(".")
-        tensors[f"inner.{int(name) * stride}.{rest}" if key.startswith("inner.") else key] = value
+        inner = _INNER.fullmatch(key)
+        tensors[f"inner.{int(inner[1]) * stride}.{inner[2]}" if inner else key] = value
+    files = {Path(ORIGINAL_CONFIG): json.dumps(config).encode()}
+    for name in names:
+        files[Path(name, CONFIG_NAME)] = read_bytes(flat / f"{name}_config.json")
+        files[Path(name, SAFETENSORS_WEIGHTS_NAME)] = read_bytes(flat / f"{name}_model.safetensors", most=None)
     save_file(tensors, folder / ORIGINAL_GATE)
-    for name in ordering["order"]:
-        (folder / name).mkdir()
-        shutil.copy(flat / f"{name}_config.json", folder / name / CONFIG_NAME)
-        shutil.copy(flat / f"{name}_model.safetensors", folder / name / SAFETENSORS_WEIGHTS_NAME)
+    for file, content in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(content)
+
+
+@contextlib.contextmanager
+def _errors_in_flat_names(flat: Path, folder: Path) -> Iterator[None]:
+    """Name the files of the flat folder in errors, rather than those that were made of them."""
+    try:
+        yield
+    except WeftError as err:
+        text = str(err)
+        for name in _order(flat):
+            text = text.replace(f"{folder / name / CONFIG_NAME}", f"{flat / name}_config.json")
+            text = text.replace(f"{folder / name / SAFETENSORS_WEIGHTS_NAME}", f"{flat / name}_model.safetensors")
+        raise type(err)(text.replace(str(folder), str(flat))) from err
 
 
 def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:
@@ -203,9 +260,7 @@ def _empty_base(
     if name is None:
         raise CheckpointError("base (None) must be given: the mixture does not name its base model")
     name, trust = os.fspath(name), {"trust_remote_code": trust_remote_code}
-    try:
+    with base_errors(name):
         options, kind = AutoConfig.from_pretrained(name, **trust), model_class(name, config, **trust)
         with torch.device("meta"):
             return kind.from_config(options, **trust) if hasattr(kind, "from_config") else kind(options)
-    except (OSError, ValueError) as err:
-        raise base_error(name, err) from err

@@ -24,9 +24,10 @@ import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from weft.adapters import read_json, read_tensors
-from weft.config import unknown_option_problems
+from weft.adapters import read_tensors
+from weft.config import name_problems, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError
+from weft.files import JsonTable, is_number, read_json
 
 ORIGINAL_CONFIG = "xlora_config.json"
 ORIGINAL_GATE = "xlora_classifier.safetensors"
@@ -47,6 +48,7 @@ SHARED_OPTIONS = (
     "scaling_pass_value",
     "global_scaling_weight",
 )
+_NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _OWN_OPTIONS = (
     "adapters",
     "base_model_id",
@@ -60,7 +62,7 @@ _OWN_OPTIONS = (
 
 def is_original(folder: Path) -> bool:
     """Whether a folder is in the original library's layout, and not in peft's or weft's."""
-    return (folder / ORIGINAL_CONFIG).is_file() and not (folder / CONFIG_NAME).exists()
+    return os.path.isfile(folder / ORIGINAL_CONFIG) and not os.path.lexists(folder / CONFIG_NAME)
 
 
 def original_options(folder: Path, adapters: dict[str, str] | None = None) -> dict[str, Any]:
@@ -81,7 +83,10 @@ def original_options(folder: Path, adapters: dict[str, str] | None = None) -> di
     if unknown:
         raise ConfigError(f"{file} cannot be read:", unknown_option_problems(unknown))
     _refuse_other_gates(file, saved)
-    named = _saved_adapters(saved.get("adapters"))
+    named = _saved_adapters(saved)
+    problems = name_problems(named)  # before they are used as folders
+    if problems:
+        raise ConfigError(f"{file} cannot be read:", problems)
     if not named and adapters is None:
         found = sorted(str(at.parent.relative_to(folder)) for at in folder.rglob(CONFIG_NAME))
         raise CheckpointError(
@@ -95,13 +100,13 @@ def original_options(folder: Path, adapters: dict[str, str] | None = None) -> di
     given = dict(adapters) if adapters is not None else {n: _resolve(folder, n, at) for n, at in named.items()}
     options["adapters"] = given
     options["expert_names"] = list(named or given)
-    options["base_model_name_or_path"] = saved.get("base_model_id") or None
+    options["base_model_name_or_path"] = saved.string("base_model_id", None) or None
     return options
 
 
 def original_base(folder: Path) -> str | None:
     """The base model that the folder names."""
-    return read_json(folder / ORIGINAL_CONFIG).get("base_model_id") or None
+    return read_json(folder / ORIGINAL_CONFIG).string("base_model_id", None) or None
 
 
 def read_original_gate(folder: Path) -> dict[str, Tensor]:
@@ -111,14 +116,16 @@ def read_original_gate(folder: Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, broken, a pickle, or of another gate than the options say.
     """
     file = folder / ORIGINAL_GATE
-    if not file.exists() and (folder / "xlora_classifier.pt").exists():
+    if not os.path.lexists(file) and os.path.lexists(folder / "xlora_classifier.pt"):
         raise CheckpointError(
             f"{folder} holds the gate as a pickle (xlora_classifier.pt), which weft does not open: save it again with "
             "xlora's safe_serialization=True"
         )
     saved = read_json(folder / ORIGINAL_CONFIG)
     has_relu, dropout = _has_relu(saved), saved.get("xlora_dropout_p", 0.2)
-    weights, biases = _linear_layers(file, int(saved.get("xlora_depth", 1)), 3 if has_relu else 1)
+    if not is_number(dropout):
+        raise saved.wrong("xlora_dropout_p", "a finite number")
+    weights, biases = _linear_layers(file, saved.whole("xlora_depth", 1, least=1), 3 if has_relu else 1)
     if not has_relu:
         weights, biases = _composed(weights, biases)
     # As in peft's nn.Sequential: Linear, ReLU and, if there is any, Dropout.
@@ -133,7 +140,8 @@ def read_original_gate(folder: Path) -> dict[str, Tensor]:
 def _linear_layers(file: Path, depth: int, stride: int) -> tuple[list[Tensor], list[Tensor]]:
     """(weights, biases) of all linear layers in order; a bias that the gate has not is zero."""
     tensors = read_tensors(file)
-    names = [f"inner.{number * stride}" for number in range(depth - 1)] + ["last"]
+    # A depth beyond what is there lacks more than can be named.
+    names = [f"inner.{number * stride}" for number in range(min(depth, len(tensors) + 1) - 1)] + ["last"]
     expected = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
     missing = [f"{name}.weight" for name in names if f"{name}.weight" not in tensors]
     unexpected = sorted(tensors.keys() - expected)
@@ -143,6 +151,7 @@ def _linear_layers(file: Path, depth: int, stride: int) -> tuple[list[Tensor], l
             f"{file} is no gate of xlora_depth ({depth}) with layers {', '.join(names)} as {ORIGINAL_CONFIG} says; "
             f"missing: {missing or 'none'}, unexpected: {unexpected or 'none'}, with a bias: {biased or 'none'}"
         )
+    _refuse_odd_shapes(file, tensors, names)
     wide = torch.promote_types(tensors["last.weight"].dtype, torch.float32)
     weights = [tensors[f"{name}.weight"].to(wide) for name in names]
     biases = [
@@ -150,6 +159,23 @@ def _linear_layers(file: Path, depth: int, stride: int) -> tuple[list[Tensor], l
         for name, weight in zip(names, weights, strict=True)
     ]
     return weights, biases
+
+
+def _refuse_odd_shapes(file: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
+    """Raise where a gate's tensors are no numbers, or no linear layers one after the other."""
+    width: int | None = None
+    for name in names:
+        weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+        fits = weight.dim() == 2 and width in (None, weight.shape[1])
+        fits = fits and (bias is None or bias.shape == weight.shape[:1])
+        numbers = {weight.dtype, weight.dtype if bias is None else bias.dtype} <= _NUMBERS
+        if not fits or not numbers:
+            found = ", ".join(f"{key} {list(value.shape)} {value.dtype}" for key, value in sorted(tensors.items()))
+            raise CheckpointError(
+                f"{file} must hold linear layers, each as wide as the one before it gives, in float16 or wider: "
+                f"found {found}"
+            )
+        width = len(weight)
 
 
 def _composed(weights: list[Tensor], biases: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -165,7 +191,7 @@ def _has_relu(saved: dict[str, Any]) -> bool:
     return bool(saved.get("enable_relu_and_dropout", False))
 
 
-def _refuse_other_gates(file: Path, saved: dict[str, Any]) -> None:
+def _refuse_other_gates(file: Path, saved: JsonTable) -> None:
     if saved.get("use_mean_pool"):
         raise CheckpointError(
             f"{file} has use_mean_pool (true): the gate decides once for a whole text, where weft's decides for each "
@@ -186,11 +212,15 @@ def _refuse_other_gates(file: Path, saved: dict[str, Any]) -> None:
         )
 
 
-def _saved_adapters(saved: Any) -> dict[str, str]:
+def _saved_adapters(saved: JsonTable) -> dict[str, str]:
     """{name: path} of what the file names; the library writes a list of names or such a table."""
-    if isinstance(saved, dict):
-        return {str(name): str(path) for name, path in saved.items()}
-    return {str(name): str(name) for name in saved or ()}
+    if isinstance(saved.get("adapters"), dict):
+        table = saved.table("adapters")
+        return {name: table.string(name) for name in table}
+    names = saved.strings("adapters", None) or []
+    if len(set(names)) < len(names):
+        raise saved.wrong("adapters", "names that differ")
+    return {name: name for name in names}
 
 
 def _resolve(folder: Path, name: str, path: str) -> str:
@@ -201,9 +231,9 @@ def _resolve(folder: Path, name: str, path: str) -> str:
     last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
     inside: Iterable[str] = (path, f"{TRAINED_ADAPTERS}/{name}", name, last)
     for candidate in inside:
-        if not os.path.isabs(candidate) and (folder / candidate / CONFIG_NAME).is_file():
+        if not os.path.isabs(candidate) and os.path.isfile(folder / candidate / CONFIG_NAME):
             return str(folder / candidate)
-    if (folder / f"{name}_config.json").is_file():
+    if os.path.isfile(folder / f"{name}_config.json"):
         raise CheckpointError(
             f"{folder} is in mistral.rs's flat layout ({name}_config.json): read it with  weft convert {folder} --to "
             "weft --output FOLDER"

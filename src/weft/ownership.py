@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from weft.errors import ConfigError
+from weft.files import naming_problem, path_shown, reason
 
 SHOWN = 5  # names in one message
 
@@ -23,11 +24,17 @@ def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -
         what: it is called, for the message.
         own: names of entries that do not count.
     """
+    problem = naming_problem(folder)
+    if problem is not None:
+        return f"{what} ({path_shown(folder)}) cannot be made: {problem}"
     if not os.path.lexists(folder):
         return None
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"{what} ({folder}) is a file, expected a folder: give a new or empty one"
-    strangers = sorted({entry.name for entry in folder.iterdir()} - {*own})
+    try:
+        strangers = sorted({*os.listdir(folder)} - {*own})
+    except OSError as err:
+        return f"{what} ({folder}) cannot be read: {reason(err)}"
     if not strangers:
         return None
     shown = ", ".join(strangers[:SHOWN]) + (", ..." if len(strangers) > SHOWN else "")
@@ -57,10 +64,13 @@ def refuse_strangers_file(file: Path, is_own: Callable[[Path], bool], what: str,
     Raises:
         ConfigError: it is somebody else's.
     """
+    problem = naming_problem(file)
+    if problem is not None:
+        raise ConfigError(f"{what} ({path_shown(file)}) cannot be written: {problem}")
     if not os.path.lexists(file):
         return
     try:
-        own = file.is_file() and is_own(file)
+        own = os.path.isfile(file) and is_own(file)
     except (OSError, ValueError, KeyError, TypeError):
         own = False
     if not own:

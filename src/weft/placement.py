@@ -7,6 +7,7 @@ small: it stays on the device where the layer around it computes.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -38,6 +39,16 @@ def where_it_starts(base: nn.Module, arguments: dict[str, Any]) -> dict[str, Any
     """
     device = _hooks_device(base)
     return arguments if device is None else send_to_device(arguments, device, skip_keys=list(CACHE_NAMES))
+
+
+def memory_of(device: torch.device) -> int | None:
+    """How many bytes of memory a device has, used or not; None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return pages * size if pages > 0 else None
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -18,10 +18,10 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from weft.adapters import read_json
 from weft.card import EVAL_FILE, PICTURES, card_text, has_results
 from weft.checkpoint import read_config
 from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.files import read_json, read_text
 from weft.licences import CARD, declared_licence, is_own
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME, options_digest
 
@@ -143,16 +143,16 @@ def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
         given = {CONFIG_NAME: {"base_model_name_or_path": base}}.get(name, {}) if base is not None else {}
         if paths or given:
             changed[name] = {**values, **dict.fromkeys(paths, base), **given}
-    for name, values in changed.items():
-        found.texts[name] = json.dumps(values, indent=2, sort_keys=True)
+    for name, rewritten in changed.items():
+        found.texts[name] = json.dumps(rewritten, indent=2, sort_keys=True)
     experts = [name for name in changed if name.startswith(f"{EXPERTS_FOLDER}/")]
     if experts:  # whose options the manifest has digests of
-        manifest = read_json(found.folder / MANIFEST_NAME)
+        manifest: dict[str, Any] = read_json(found.folder / MANIFEST_NAME)
         manifest["options"] |= {name: options_digest(changed[name]) for name in experts}
         found.texts[MANIFEST_NAME] = json.dumps(manifest, indent=1)
     for name in found.names:
         if name.endswith(f"/{CARD}"):
-            text = card = (found.folder / name).read_text(encoding="utf-8")
+            text = card = read_text(found.folder / name)
             for path in local:
                 text = text.replace(path, base or "the base model")
             if text != card:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from weft.adapter_keys import KEY_PREFIX, OF_LAYER, TOKEN_LAYER, TOKEN_ROWS, fitted
 from weft.adapters import Adapter, not_finite
 from weft.errors import AdapterError, ConfigError, bullet_list
+from weft.files import shown
 from weft.heads import find_heads
 from weft.injection import converted
 from weft.placement import offloaded_weights
@@ -84,7 +85,11 @@ class Retrained:
         if not problems:
             problems += self._overflows() or self._vocabulary_problems()
         if problems:
-            raise AdapterError(f"the adapters cannot be experts of one model:{bullet_list(problems)}")
+            who = ", ".join(repr(name) for name, one in brought.items() if one)
+            raise AdapterError(
+                f"the adapters cannot be experts of one model, as to what {who} bring along for it:"
+                f"{bullet_list(problems)}"
+            )
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -123,18 +128,19 @@ class Retrained:
             adapter.heads[key] = value
             (rows if TOKEN_ROWS in key else full)[name] = value
         for name in list(full):
-            resized = len(full[name]) != len(self._parameters[name])
+            resized = full[name].shape[:1] != self._parameters[name].shape[:1]
             if resized or getattr(adapter.config, "ensure_weight_tying", False):
                 for other in self._tied(name):
                     full.setdefault(other, full[name])
         for name, value in rows.items():
             indices = _token_indices(adapter, name)
             whole = full.get(name, self._own(name))
-            if whole is None or indices is None or max(indices) >= len(whole) or len(indices) != len(value):
+            if whole is None or not indices or not _are_rows(value, indices, whole):
+                rows_here = None if whole is None else len(whole)
                 raise AdapterError(
-                    f"adapter {adapter.name!r} trains {len(value)} rows of {name} (trainable_token_indices "
-                    f"{indices}), of which this base model has {None if whole is None else len(whole)}: add the tokens "
-                    "that it was trained with, by model.resize_token_embeddings"
+                    f"adapter {adapter.name!r} trains {len(value) if value.dim() else 0} rows of {name} "
+                    f"(trainable_token_indices {shown(indices)}), of which this base model has {rows_here}: add the "
+                    "tokens that it was trained with, by model.resize_token_embeddings"
                 )
             whole = whole.clone()
             whole[indices] = value.to(whole)
@@ -238,6 +244,12 @@ class Retrained:
             for attribute in ("weight", "bias")
             if f"{paths[id(module)]}.{attribute}" in self._parameters
         ]
+
+
+def _are_rows(value: Tensor, indices: list[int], whole: Tensor) -> bool:
+    """Whether these can be the rows of those numbers."""
+    inside = min(indices) >= 0 and max(indices) < len(whole)
+    return inside and list(value.shape) == [len(indices), *whole.shape[1:]]
 
 
 def _token_indices(adapter: Adapter, name: str) -> list[int] | None:

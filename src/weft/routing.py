@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from weft.errors import ConfigError
+from weft.files import shown
 
 # One class token and up to seven register or distillation tokens may precede the cells of a vision model.
 MAX_LEADING_TOKENS = 8
@@ -104,14 +105,17 @@ def constant_scalings(
         ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.
     """
     if isinstance(weights, dict):
-        unknown = sorted(set(weights) - set(expert_names))
+        unknown = sorted(map(str, set(weights) - set(expert_names)))
         if unknown:
             raise ConfigError(f"weights names {unknown}, expected names among {expert_names}")
-        table = torch.tensor([[float(weights.get(name, 0)) for name in expert_names]])
+        try:
+            table = torch.tensor([[float(weights.get(name, 0)) for name in expert_names]])
+        except (TypeError, ValueError, OverflowError) as err:
+            raise ConfigError(f"weights ({shown(weights)}) must be finite numbers: {err}") from err
     else:
         try:
             table = torch.as_tensor(weights, dtype=torch.float32)
-        except (TypeError, ValueError) as err:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as err:
             raise ConfigError(f"weights is no table [layer, expert] of numbers: {err}") from err
         if table.shape != (num_layers, len(expert_names)):
             raise ConfigError(
@@ -119,7 +123,7 @@ def constant_scalings(
                 "LoRA layer (xlora_config.layer_names), a column for each expert (xlora_config.expert_names)"
             )
     if not table.isfinite().all():
-        raise ConfigError(f"weights ({weights}) must be finite numbers")
+        raise ConfigError(f"weights ({shown(weights)}) must be finite numbers")
     return table
 
 

@@ -6,8 +6,6 @@ generator of the sampler's own, so that a seed means the same whatever else the 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from weft.errors import ConfigError
+from weft.files import is_number, is_whole, shown
 
 
 def check_decoding(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -29,14 +28,16 @@ def check_decoding(*, max_new_tokens: int, temperature: float, top_k: int | None
         ConfigError: one or more are out of range; all are named.
     """
     problems = []
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens ({max_new_tokens}) must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        problems.append(f"temperature ({temperature}) must be a finite number of at least 0, where 0 does not sample")
-    if top_k is not None and top_k < 1:
-        problems.append(f"top_k ({top_k}) must be at least 1: leave it out to sample from all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p ({top_p}) must be above 0 and at most 1: leave it out to sample from all tokens")
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
+        problems.append(f"max_new_tokens ({shown(max_new_tokens)}) must be at least 1")
+    if not is_number(temperature) or temperature < 0:
+        problems.append(
+            f"temperature ({shown(temperature)}) must be a finite number of at least 0, where 0 does not sample"
+        )
+    if top_k is not None and (not is_whole(top_k) or top_k < 1):
+        problems.append(f"top_k ({shown(top_k)}) must be at least 1: leave it out to sample from all tokens")
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+        problems.append(f"top_p ({shown(top_p)}) must be above 0 and at most 1: leave it out to sample from all tokens")
     if problems:
         raise ConfigError("the options of decoding cannot work:", problems)
 
@@ -50,6 +51,9 @@ class Sampler:
         top_p: sample from the fewest of the likeliest tokens that have this probability together; None from all.
         repetition_penalty: transformers' factor against tokens that the text has already; 1 is none.
         seed: of the random numbers; None starts anywhere.
+
+    Raises:
+        ConfigError: the penalty or the seed is out of range.
 
     Example:
         >>> sampler = Sampler(temperature=0.8, top_p=0.95, seed=0)
@@ -66,6 +70,10 @@ class Sampler:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
     ) -> None:
+        if not is_number(repetition_penalty) or repetition_penalty <= 0:
+            raise ConfigError(f"repetition_penalty ({shown(repetition_penalty)}) must be a finite number above 0")
+        if seed is not None and not is_whole(seed):
+            raise ConfigError(f"seed ({shown(seed)}) must be a whole number, or None")
         self.greedy = temperature == 0
         self.seed = seed
         self.processors = LogitsProcessorList()

@@ -33,15 +33,14 @@ from torch import Tensor, nn
 
 from weft.backbone import in_evaluation_mode
 from weft.countdown import Countdown
-from weft.digests import changes, digest_of_file
+from weft.digests import digest_of_file
 from weft.errors import CheckpointError, ConfigError, first_line
 from weft.given_hidden import SCALING_PASS_HIDDEN, given_hidden_problems
+from weft.scaling_index import DTYPES, INDEX, damage_of, digest_of_index, read_index
 from weft.whole import errors_of_writing, make_folder
 
 _VERSION = 1
-_INDEX = "index.json"
 _TENSOR = "hidden"
-_DTYPES = ("float32", "bfloat16", "float16")
 # Of one file; it is in memory while it is written.
 _FILE_BYTES = 2**28
 # Attributes and modules of a base model that act in training mode only.
@@ -66,7 +65,7 @@ class ScalingCache:
     """
 
     def __init__(self, folder: Path, sequences: Tokens) -> None:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = read_index(folder)
         self.folder = folder
         self.dtype: torch.dtype = getattr(torch, index["dtype"])
         self.hidden_size: int = index["hidden_size"]
@@ -107,8 +106,8 @@ class ScalingCache:
         """
         passes = model.passes
         problems = cache_problems(model)
-        if dtype not in _DTYPES:
-            problems.append(f"dtype ({dtype!r}) must be one of {', '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            problems.append(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
         if problems:
             raise ConfigError("the scaling pass cannot be cached:", problems)
         key = cache_key(model, sequences, dtype)
@@ -116,7 +115,7 @@ class ScalingCache:
         tokens, width = sum(len(sequence) for sequence in sequences), passes.config.hidden_size
         size = tokens * width * getattr(torch, dtype).itemsize
         what = f"scaling pass: {tokens:,} tokens x {width} x {dtype} = {_in_words(size)} in {place}"
-        damage = _damage(place)
+        damage = damage_of(place)
         if damage is None:
             announce(f"{what}, found")
         else:
@@ -320,25 +319,6 @@ def _digest_of_tokens(tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(array("q", tokens).tobytes()).digest()[:16]
 
 
-def _damage(place: Path) -> str | None:
-    """What is the matter with a cache; "" where there is none, None where all of it is as it was written."""
-    if not place.exists():
-        return ""
-    try:
-        index = json.loads((place / _INDEX).read_text(encoding="utf-8"))
-        recorded = {file["name"]: {"bytes": file["bytes"], "digest": file["digest"]} for file in index["files"]}
-        if index["index"] != _digest_of_index(index):
-            return f"{_INDEX} was changed after it was saved"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{_INDEX} is missing or damaged, or an earlier version wrote it"
-    return "; ".join(changes(place, recorded)) or None
-
-
-def _digest_of_index(index: dict[str, Any]) -> str:
-    values = {name: value for name, value in index.items() if name != "index"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, batch_size: int) -> None:
     """Write the files of a cache, then the index that names them."""
     files: list[dict[str, Any]] = []
@@ -350,8 +330,8 @@ def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, b
             save_file({_TENSOR: hidden}, target / name)
             files.append({"name": name, "first": first, **digest_of_file(target / name)})
     index: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "hidden_size": width, "files": files}
-    index["index"] = _digest_of_index(index)
-    (target / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    index["index"] = digest_of_index(index)
+    (target / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _in_files(sequences: Tokens, bytes_per_token: int) -> Iterator[tuple[int, Tokens]]:

@@ -8,6 +8,7 @@ no tensor as JSON: names, the tokens' text, the texts' lengths.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.errors import CheckpointError, first_line
+from weft.files import has_surrogate, is_whole, parse_json, path_shown, reason, shown
 from weft.losses import normalised_entropy
 from weft.ownership import refuse_strangers_file
 from weft.whole import replace_file
@@ -209,14 +211,20 @@ class Trace:
             CheckpointError: there is no such file, or it is broken, no trace, or one of a newer weft.
         """
         path = Path(file)
-        if not path.is_file():
-            raise CheckpointError(f"{path} is no file: give one that Trace.save or weft inspect --output has written")
+        if not os.path.isfile(path):
+            raise CheckpointError(
+                f"{path_shown(path)} is no file: give one that Trace.save or weft inspect --output has written"
+            )
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 header = _header(path, metadata)
                 tensors = {name: opened.get_tensor(name) for name in _TENSORS}
-        except (SafetensorError, OSError) as err:
+        except PermissionError as err:
+            raise CheckpointError(f"{path} cannot be read: {reason(err)}") from err
+        except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError) as err:
+            if isinstance(err, CheckpointError):
+                raise
             raise CheckpointError(f"{path} is no whole trace ({first_line(err)}): record it again") from err
         return _assembled(path, tensors, header)
 
@@ -285,13 +293,13 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             f"{path} is no trace (format {found!r}, expected {FORMAT!r}): give a file that Trace.save or weft inspect "
             "--output has written"
         )
-    if not version.isdigit() or int(version) > VERSION:
+    if version not in map(str, range(1, VERSION + 1)):
         raise CheckpointError(
-            f"{path} is a trace of version {version!r}, newer than this weft reads ({VERSION}): update weft, or record "
-            "it again"
+            f"{path} is a trace of version {version[:20]!r}, newer than this weft reads ({VERSION}): update weft, or "
+            "record it again"
         )
     try:
-        header = json.loads(metadata.get("trace", ""))
+        header = parse_json(metadata.get("trace", ""))
     except ValueError as err:
         raise CheckpointError(f"{path} is no whole trace (its header is no JSON: {err}): record it again") from err
     if not isinstance(header, dict):
@@ -299,14 +307,27 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return header
 
 
+def _text(name: Any, num_tokens: Any, prompt_length: Any = None) -> TracedText:
+    """A text of a header; TypeError, ValueError where it is none."""
+    return TracedText(str(name), _count(num_tokens), None if prompt_length is None else _count(prompt_length))
+
+
+def _count(value: Any) -> int:
+    if not is_whole(value) or value < 0:
+        raise ValueError(f"{shown(value)} is no number of tokens")
+    return value
+
+
 def _assembled(path: Path, tensors: dict[str, Any], header: dict[str, Any]) -> Trace:
     """The trace of these parts, which must fit together."""
     try:
         names: dict[str, Any] = {name: tuple(map(str, header[name])) for name in _TEXTS}
-        texts = tuple(TracedText(**text) for text in header["texts"])
-        title, num_left_out = str(header["title"]), int(header["left_out"])
+        texts = tuple(_text(**text) for text in header["texts"])
+        title, num_left_out = str(header["title"]), _count(header["left_out"])
+        if any(map(has_surrogate, [title, *(text.name for text in texts), *itertools.chain(*names.values())])):
+            raise ValueError("half of a character in a text")
         num_tokens = sum(text.num_tokens for text in texts)
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise CheckpointError(
             f"{path} is no whole trace (its header lacks or garbles something: {err!r}): record it again"
         ) from err
@@ -317,5 +338,12 @@ def _assembled(path: Path, tensors: dict[str, Any], header: dict[str, Any]) -> T
         raise CheckpointError(
             f"{path} is no whole trace: tensors of shapes {found} with {len(names['pieces'])} pieces of text, expected "
             f"{expected}: record it again"
+        )
+    floating = {name: tensor.is_floating_point() for name, tensor in tensors.items()}
+    if floating != {name: name != "token_ids" for name in _TENSORS} or tensors["token_ids"].is_complex():
+        dtypes = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
+        raise CheckpointError(
+            f"{path} is no whole trace: it holds {dtypes}, expected whole numbers for token_ids and "
+            "floating-point ones for the others: record it again"
         )
     return Trace(**tensors, **names, texts=texts, title=title, num_left_out=num_left_out)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weft.chat_template import refuse_half_characters
 from weft.data import check_length, prompt_tokens, read_tokens, text_tokens, token_sequences
 from weft.detokeniser import Detokeniser
 from weft.errors import ConfigError, DataError
@@ -50,12 +51,13 @@ def trace(
 
     Raises:
         ConfigError: the model is no decoder or encoder with its experts on, or the text has no token.
+        DataError: the text or the title holds half of a character.
 
     Example:
         >>> trace = weft.trace(model, "The contract says", tokenizer=tokenizer)
         >>> trace.scalings.shape  # [token, layer, expert]
     """
-    tuner = _checked(model, max_tokens)
+    tuner = _checked(model, max_tokens, title)
     token_ids = _token_ids(text, tokenizer)
     length = _positions(tuner) or len(token_ids)
     texts = [("", token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
@@ -93,7 +95,7 @@ def trace_data(
         >>> trace = weft.trace_data(model, {"code": "code.jsonl", "law": "law.jsonl"}, tokenizer=tokenizer)
         >>> trace.by_name()  # {"code": [expert], "law": [expert]}
     """
-    tuner = _checked(model, max_tokens)
+    tuner = _checked(model, max_tokens, title, *data)
     if not data:
         raise DataError("data is empty: give a name and a file, or texts, for each data set")
     if batch_size < 1:
@@ -146,7 +148,7 @@ def trace_generation(
     Example:
         >>> trace = weft.trace_generation(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32)
     """
-    tuner = _checked(model, max_tokens)
+    tuner = _checked(model, max_tokens, title)
     for name in ("past_key_values", "freeze_scalings_after"):
         if options.get(name) is not None:
             raise ConfigError(
@@ -169,8 +171,9 @@ def trace_generation(
     )
 
 
-def _checked(model: Any, max_tokens: int) -> XLoraModel:
+def _checked(model: Any, max_tokens: int, *names: str) -> XLoraModel:
     tuner = tuner_of(model)
+    refuse_half_characters(names)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ConfigError(f"max_tokens ({max_tokens!r}) must be a whole number of at least 1")
     if tuner.backbone.is_encoder_decoder:

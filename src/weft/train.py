@@ -17,12 +17,13 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from weft.adapters import parse_adapters, read_json
+from weft.adapters import parse_adapters
 from weft.checkpoints import BEGUN, Checkpoints, describe, find_checkpoints
 from weft.config import XLoraConfig
 from weft.data import check_length
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import CheckpointError, ConfigError, WeftError
+from weft.files import read_json
 from weft.finite import FiniteLoss
 from weft.integration import from_adapters, from_pretrained
 from weft.labelled import LabelledCollator, training_rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,13 @@ from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from weft.adapters import parse_adapters, read_adapters, read_json
+from weft.adapters import parse_adapters, read_adapters
 from weft.checkpoints import last_checkpoint
 from weft.data import check_length
 from weft.digests import changes, digests
 from weft.distributed import EvenTrainer, RowsAndABlank
 from weft.errors import AdapterError, CheckpointError, ConfigError
+from weft.files import read_json, shown
 from weft.finite import FiniteLoss
 from weft.injection import remove_adapters
 from weft.integration import from_adapters
@@ -209,10 +211,10 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
         CheckpointError: its files were changed or lost since.
     """
     settle(folder, leftovers=True)
-    if not (folder / CONFIG_NAME).exists():
+    if not os.path.lexists(folder / CONFIG_NAME):
         refuse_used_folder(folder, f"the folder of expert {name!r}")
         return False
-    if not (folder / RECORD).exists():
+    if not os.path.lexists(folder / RECORD):
         raise ConfigError(
             f"{folder} holds an adapter that weft did not train: give it with --adapters, or move it away"
         )
@@ -224,7 +226,7 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
             f"expert {name!r} in {folder} is not as it was saved: {'; '.join(damage)}; remove it to train it anew"
         )
     problems = [
-        f"{option} ({value!r}) must be what it was trained with ({saved.get(option)!r})"
+        f"{option} ({value!r}) must be what it was trained with ({shown(saved.get(option))})"
         for option, value in wanted.items()
         if saved.get(option) != value
     ]

@@ -26,6 +26,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from weft.errors import CheckpointError, ConfigError, WeftError, first_line
+from weft.files import naming_problem, path_shown
 
 try:
     import fcntl
@@ -201,9 +202,12 @@ def check_file(file: str | os.PathLike[str], option: str) -> None:
     Raises:
         ConfigError: there is no such folder, it is not writable, or the file is a folder.
     """
+    problem = naming_problem(f"{os.fspath(file)}{_NEW}")
+    if problem is not None:
+        raise ConfigError(f"{option} ({path_shown(file)}) cannot be written: {problem}; give another file")
     probe = Path(f"{os.fspath(file)}{_NEW}")
     try:
-        if Path(file).is_dir():
+        if os.path.isdir(file) or not os.fspath(file):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         _remove(probe)
         probe.touch(exist_ok=False)

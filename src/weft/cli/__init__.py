@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.errors import CheckpointError, WeftError
+from weft.cli.option_files import PARSER_MODE, add_loader, check_files
+from weft.errors import CheckpointError, ConfigError, WeftError, first_line
+from weft.files import reason
 from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions, ServeOptions
+from weft.option_values import value_problems
 from weft.options import (
     AddExpertOptions,
     ChatOptions,
@@ -30,6 +33,8 @@ from weft.options import (
 )
 from weft.visible import say
 
+# How torch says that there is none left, for which it has no error of its own on the CPU.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 # Seconds in which the first process has said what all fail with.
 _WAIT_FOR_THE_FIRST = 15
 # Options that take several values separated by spaces, as users of argparse expect.
@@ -50,36 +55,73 @@ _LISTS_OF = {"eval": ("--output",)}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = _parser()
     given, of_engine = _without_engines_own(sys.argv[1:] if argv is None else list(argv))
-    arguments = parser.parse_args(_normalised(given))
+    given = _normalised(given)
+    command = next(iter(given), "")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names of other encodings end no command half-way
+    try:
+        return _run(given, of_engine)
+    except WeftError as err:
+        _report(command, err)
+    except KeyboardInterrupt:
+        if _speaks():
+            say(f"weft {command}: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, UnicodeError, MemoryError, RecursionError, RuntimeError) as err:
+        _report_unforeseen(command, err)
+    return 1
+
+
+def _run(given: list[str], of_engine: list[str]) -> int:
+    """Run the command that the arguments say; returns the exit code."""
+    check_files(given)
+    parser = _parser()
+    arguments = _parsed(parser, given)
     command = arguments.subcommand
     if command is None:
         parser.print_help()
         return 2
     run, options_class = _COMMANDS[command]
-    values = {name: value for name, value in vars(arguments[command]).items() if name != "config"}
-    try:
-        if command == "serve":
-            _serve(options_class(**values), of_engine)
-        else:
-            run(options_class(**values))
-        sys.stdout.flush()
-    except WeftError as err:
-        _report(command, err)
-        return 1
-    except OSError as err:
-        if err.filename is not None or err.errno not in (errno.ENOSPC, errno.EPIPE):
-            raise  # not of what the output goes to
+    options = options_class(**{name: value for name, value in vars(arguments[command]).items() if name != "config"})
+    problems = value_problems(options)
+    if problems:
+        raise ConfigError("the options cannot work:", problems)
+    if command == "serve":
+        _serve(options, of_engine)
+    else:
+        run(options)
+    sys.stdout.flush()
+    return 0
+
+
+def _report_unforeseen(command: str, err: Exception) -> None:
+    """Say in a line what was not foreseen where it happened; what is no more than a fault of the program is raised."""
+    if isinstance(err, RuntimeError) and not isinstance(err, RecursionError):
+        if not any(words in str(err) for words in _NO_MEMORY):
+            raise err
+        _report(command, WeftError(f"there is not enough memory: {first_line(err)}"))
+    elif isinstance(err, OSError) and err.filename is None and err.errno in (errno.ENOSPC, errno.EPIPE):
+        # Of what the output goes to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
         if err.errno == errno.ENOSPC:  # who closes a pipe has seen enough
             _report(command, CheckpointError(f"what it prints cannot be written: {err.strerror}; free some space"))
-        return 1
-    except KeyboardInterrupt:
-        if _speaks():
-            say(f"weft {command}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    else:
+        _report(command, WeftError(_in_a_line(err)))
+
+
+def _parsed(parser: Any, given: list[str]) -> Any:
+    """The arguments; what is no usage that argparse names is an error all the same."""
+    try:
+        return parser.parse_args(given)
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as err:
+        raise ConfigError(f"the options cannot be read: {first_line(err)}") from err
+
+
+def _in_a_line(err: Exception) -> str:
+    """What the system says, and of which file."""
+    files = [str(file) for file in (getattr(err, "filename", None), getattr(err, "filename2", None)) if file]
+    return f"{', '.join(files)}: {reason(err)}" if files else f"{type(err).__name__}: {first_line(err)}"
 
 
 def _train(options: TrainOptions) -> None:
@@ -245,13 +287,16 @@ _SWITCHES = {
 def _parser() -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser
 
+    add_loader()
     parser = ArgumentParser(
-        prog="weft", description="Several LoRA adapters as one model that mixes them token by token (X-LoRA)."
+        prog="weft",
+        parser_mode=PARSER_MODE,
+        description="Several LoRA adapters as one model that mixes them token by token (X-LoRA).",
     )
     commands = parser.add_subcommands(required=False)
     for name, (_, options_class) in _COMMANDS.items():
         description = (options_class.__doc__ or "").split("\n")[0]
-        command = ArgumentParser(prog=f"weft {name}", description=description)
+        command = ArgumentParser(prog=f"weft {name}", description=description, parser_mode=PARSER_MODE)
         command.add_argument("--config", action=ActionConfigFile, help="A YAML file with these options.")
         command.add_class_arguments(options_class, as_group=False, as_positional=True)
         commands.add_subcommand(name, command, help=description)

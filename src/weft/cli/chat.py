@@ -96,6 +96,8 @@ class Conversation:
     def _token_ids(self, messages: list[dict[str, str]]) -> list[int]:
         try:
             return conversation_tokens(self.tokenizer, messages, add_generation_prompt=True)
+        except WeftError:
+            raise
         except Exception as err:  # whatever the template, which is a program of its own, raises
             raise ConfigError(
                 f"the chat template refuses the conversation ({', '.join(message['role'] for message in messages)}): "

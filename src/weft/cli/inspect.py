@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def inspect(options: InspectOptions) -> None:
     """
     _check(options)
     others = [Trace.load(file) for file in options.compare]  # before a long look at the data
-    shown = Trace.load(options.model) if Path(options.model).is_file() else _recorded(options)
+    shown = Trace.load(options.model) if os.path.isfile(options.model) else _recorded(options)
     if options.output is not None:
         shown.save(options.output)
     _print(shown, others)
@@ -55,7 +56,7 @@ def inspect(options: InspectOptions) -> None:
 
 def _check(options: InspectOptions) -> None:
     given = [name for name in ("text", "data", "generate") if getattr(options, name)]
-    is_trace = Path(options.model).is_file()
+    is_trace = os.path.isfile(options.model)
     problems = []
     if is_trace and given:
         problems.append(f"model ({options.model}) is a trace already: leave {' and '.join(given)} out")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from weft.adapters import local_folder
-from weft.errors import ConfigError
+from weft.errors import CheckpointError, ConfigError
+from weft.files import is_number, parse_json, read_bytes, reason
 from weft.whole import check_file, errors_of_writing
 
 _SAMPLED = 64  # values of each of the base's parameters
@@ -49,14 +51,13 @@ class Cells:
         self.file = file
         self._known: dict[str, Cell] = {}
         self._broken = False  # whether the last line ends half-way
-        if file is not None and file.exists():
-            text = file.read_text(encoding="utf-8")
-            self._broken = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
+        if file is not None and os.path.lexists(file):
+            data = read_bytes(file, most=None)
+            self._broken = bool(data) and not data.endswith(b"\n")
+            for line in data.split(b"\n"):
                 try:
-                    values = json.loads(line)
-                    cell = Cell(**{**values["cell"], "scores": [(a, b) for a, b in values["cell"]["scores"]]})
-                    self._known[values["digest"]] = cell
+                    values = parse_json(line.decode("utf-8"))
+                    self._known[values["digest"]] = _cell(**values["cell"])
                 except (ValueError, KeyError, TypeError):
                     continue
 
@@ -67,7 +68,7 @@ class Cells:
         Raises:
             ConfigError: it is not writable.
         """
-        if not file.exists():
+        if not os.path.lexists(file):
             check_file(file, "output")
             return
         try:
@@ -99,6 +100,24 @@ class Cells:
             self._broken = False
 
 
+def _cell(scores: Any, seconds: Any, peak_mb: Any, note: Any = "") -> Cell:
+    """A cell from what a line holds.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if not isinstance(note, str):
+        raise TypeError("a text is expected")
+    pairs = [(_measured(value), _measured(weight)) for value, weight in scores]
+    return Cell(pairs, _measured(seconds), None if peak_mb is None else _measured(peak_mb), note)
+
+
+def _measured(value: Any) -> float:
+    if not is_number(value) and not isinstance(value, float):  # NaN too, where the model gave it
+        raise TypeError("a number is expected")
+    return float(value)
+
+
 def digest_of(*parts: Any) -> str:
     """One digest of several things that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -110,8 +129,11 @@ def folder_digest(path: str) -> str:
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors") and "checkpoints" not in file.relative_to(folder).parts:
             digest.update(str(file.relative_to(folder)).encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            try:
+                with file.open("rb") as content:
+                    digest.update(hashlib.file_digest(content, "sha256").digest())
+            except OSError as err:
+                raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
     return digest.hexdigest()
 
 

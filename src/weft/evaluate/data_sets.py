@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from weft.data import prompt_tokens, read_rows, row_prompt_tokens
+from weft.data import at_place, prompt_tokens, read_rows, row_prompt_tokens
 from weft.errors import DataError
+from weft.files import shown
 from weft.labelled import tokens_and_parts
 
 Metric = Literal["perplexity", "accuracy", "exact_match"]
@@ -181,20 +182,21 @@ def _label(name: Any, expert_names: Sequence[str]) -> str | None:
 def _object(row: Any, place: str, keys: set[str]) -> dict[str, Any]:
     wanted = sorted(_CHOICE if keys >= _CHOICE else _GENERATION)
     if not isinstance(row, dict) or not set(wanted) <= set(row):
-        found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        found = f"the keys {shown(sorted(row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
         raise DataError(f"{place}: found {found}, expected {wanted} as in the first row")
     return row
 
 
 def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Choice:
-    question, choices = row["question"], list(row["choices"])
+    question, choices = row["question"], row["choices"]
+    choices = list(choices) if isinstance(choices, Sequence) and not isinstance(choices, str) else []
     if not isinstance(question, str) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise DataError(f"{place}: expected a question (a string) and two or more choices (strings)")
-    context = prompt_tokens(question.rstrip(), tokenizer)
+    context = at_place(place, prompt_tokens, question.rstrip(), tokenizer)
     sequences, firsts = [], []
     for choice in choices:
         # Encoded together, since tokens may reach over the space between them.
-        whole = prompt_tokens(f"{question.rstrip()} {choice}", tokenizer)
+        whole = at_place(place, prompt_tokens, f"{question.rstrip()} {choice}", tokenizer)
         cut = max(0, len(whole) - length)
         sequences.append(whole[cut:])
         firsts.append(max(1, min(len(context), len(whole) - 1) - cut))
@@ -212,7 +214,7 @@ def _answer(answer: Any, choices: list[str], place: str) -> int:
         return answer
     last = len(choices) - 1
     raise DataError(
-        f"{place}: answer ({answer!r}) must be one of the choices, its number from 0 to {last}, or its letter"
+        f"{place}: answer ({shown(answer)}) must be one of the choices, its number from 0 to {last}, or its letter"
     )
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from weft.errors import ConfigError
 from weft.evaluate.data_sets import Metric
 from weft.evaluate.rows import ORACLE
+from weft.files import naming_problem, path_shown
 from weft.ownership import refuse_strangers_file
 from weft.whole import check_file, replace_file
 
@@ -171,6 +172,9 @@ def check_outputs(files: list[str]) -> list[Path]:
     for file in map(Path, files):
         if file.suffix not in _WRITERS:
             raise ConfigError(f"output ({file}) must end in {', '.join(_WRITERS)}")
+        problem = naming_problem(file)
+        if problem is not None:
+            raise ConfigError(f"output ({path_shown(file)}) cannot be written: {problem}")
         if not file.resolve().parent.is_dir():
             raise ConfigError(f"output ({file}) cannot be written: there is no folder {file.resolve().parent}")
         refuse_strangers_file(file, _is_table, "output", "table")

@@ -10,10 +10,10 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from weft.adapters import read_json
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.evaluate.stage import MERGES, Load, Merge, adapters, arrow, folder_of, merged, mixture, nothing
+from weft.files import kind_shown, read_json
 from weft.own_weight import at_own_weight
 
 GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
@@ -110,7 +110,9 @@ def _compared(name: str, path: str) -> Row:
         return Row(name, "compare", mixture(path), depends_on=path)
     if kind == "LORA":
         return Row(name, "compare", adapters({"compared": path}), _base_of, path)
-    raise ConfigError(f"compare ({name}={path}) is of type {kind}, expected XLORA (a mixture) or LORA (an adapter)")
+    raise ConfigError(
+        f"compare ({name}={path}) is of type {kind_shown(kind)}, expected XLORA (a mixture) or LORA (an adapter)"
+    )
 
 
 @contextmanager

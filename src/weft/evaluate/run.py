@@ -151,9 +151,13 @@ class _Measuring:
             self._folder_digests[path] = folder_digest(path)
         return self._folder_digests[path]
 
+    def _is_known(self, row: Row, data: DataSet) -> bool:
+        digest = self.digest(row, data)
+        return digest in self.cells and len(self.cells[digest].scores) == len(data.example_of_part)
+
     def measure(self, wanted: list[tuple[Row, DataSet]]) -> None:
         """Fill in the cells that are missing; the base is afterwards as it was."""
-        missing = [(row, data) for row, data in wanted if self.digest(row, data) not in self.cells]
+        missing = [(row, data) for row, data in wanted if not self._is_known(row, data)]
         by_row: dict[str, tuple[Row, list[DataSet]]] = {}
         for row, data in missing:
             by_row.setdefault(row.name, (row, []))[1].append(data)

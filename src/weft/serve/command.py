@@ -103,12 +103,10 @@ def _architecture(base: str) -> str:
     from transformers import AutoConfig
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
-    from weft.integration import base_error
+    from weft.base_loading import base_errors
 
-    try:
+    with base_errors(base):
         config: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as err:
-        raise base_error(base, err) from err
     named = list(config.architectures or [])
     known = next((name for name in named if name in _TEXT_GENERATION_MODELS), None)
     if known is None:

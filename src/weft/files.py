@@ -1,0 +1,277 @@
+"""Reading files that others wrote: whatever is wrong with one is a single error that says which file, where, and what.
+
+Nothing is opened but ordinary files, and none that is larger than what it should hold. `os.path.isfile` and `isdir` are
+used throughout, as the methods of `Path` raise for names that are too long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from weft.errors import CheckpointError, WeftError, first_line
+
+Error = Callable[[str], WeftError]
+# Options, manifests and tables have kilobytes, those of very large mixtures a few megabytes.
+MOST_BYTES = 2**26
+# Levels of lists and tables in each other; what is read is copied and compared level by level.
+_MOST_LEVELS = 64
+_MOST_SHOWN = 80
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_REQUIRED: Any = object()
+
+
+class JsonTable(dict[str, Any]):
+    """A JSON object that knows where it stands, so that a value of the wrong kind is named by file and key.
+
+    Args:
+        values: its content.
+        place: the file, and below it the keys that lead here.
+        error: the kind of error to raise.
+
+    Example:
+        >>> manifest = read_json(folder / "weft_manifest.json")
+        >>> manifest.table("tensors").strings("layer_names")
+    """
+
+    def __init__(self, values: dict[str, Any], place: str, error: Error = CheckpointError) -> None:
+        super().__init__(values)
+        self.place, self._error = place, error
+
+    def string(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The string of that key; `default` where there is none."""
+        return self._checked(key, default, lambda value: isinstance(value, str), "a string")
+
+    def strings(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The list of strings of that key."""
+        return self._checked(key, default, is_list_of_strings, "a list of strings")
+
+    def whole(self, key: str, default: Any = _REQUIRED, least: int = 0) -> Any:
+        """The whole number of that key."""
+        return self._checked(
+            key, default, lambda value: is_whole(value) and value >= least, f"a whole number of at least {least}"
+        )
+
+    def table(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The JSON object of that key."""
+        value = self._checked(key, default, lambda value: isinstance(value, dict), "a JSON object")
+        return JsonTable(value, f"{self.place}: {key}", self._error) if isinstance(value, dict) else value
+
+    def tables(self, key: str) -> list[JsonTable]:
+        """The list of JSON objects of that key, one or more."""
+        values = self._checked(key, _REQUIRED, _is_list_of_tables, "a list of JSON objects, one or more")
+        return [JsonTable(value, f"{self.place}: {key} {number}", self._error) for number, value in enumerate(values)]
+
+    def wrong(self, key: str, expected: str) -> WeftError:
+        """The error for a value of that key that is not as expected."""
+        return self._error(f"{self.place}: {key} ({shown(self.get(key))}) must be {expected}")
+
+    def _checked(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
+        if key not in self:
+            if default is _REQUIRED:
+                raise self._error(f"{self.place} lacks {key}: expected {expected}")
+            return default
+        if self[key] is None and default is None:
+            return None
+        if not fits(self[key]):
+            raise self.wrong(key, expected)
+        return self[key]
+
+
+def read_json(file: str | os.PathLike[str], *, error: Error = CheckpointError, most: int = MOST_BYTES) -> JsonTable:
+    """A JSON object from a file.
+
+    Args:
+        file: its path.
+        error: the kind of error to raise.
+        most: bytes that it may have.
+
+    Raises:
+        CheckpointError: there is no such file, it may not be read, or it holds something else.
+    """
+    text = read_text(file, error=error, most=most)
+    try:
+        values = parse_json(text)
+    except ValueError as err:
+        raise error(f"{path_shown(file)} is no valid JSON ({err})") from err
+    if not isinstance(values, dict):
+        raise error(f"{path_shown(file)} must hold a JSON object, not a {type(values).__name__}")
+    for place, string in _strings(values):
+        if has_surrogate(string):
+            raise error(f"{path_shown(file)}: {place} ({shown(string)}) holds half of a character: expected whole text")
+    return JsonTable(values, path_shown(file), error)
+
+
+def read_text(
+    file: str | os.PathLike[str],
+    *,
+    error: Error = CheckpointError,
+    most: int | None = MOST_BYTES,
+    encoding: str = "utf-8",
+) -> str:
+    """The text of a file.
+
+    Args:
+        file: its path.
+        error: the kind of error to raise.
+        most: bytes that it may have; None sets no limit.
+        encoding: "utf-8", or "utf-8-sig", which leaves out a byte order mark.
+
+    Raises:
+        CheckpointError: there is no such file, it may not be read, it is too large or no UTF-8.
+    """
+    data = read_bytes(file, error=error, most=most)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as err:
+        raise error(f"{path_shown(file)} is no UTF-8 text ({err.reason} at byte {err.start})") from err
+
+
+def read_bytes(file: str | os.PathLike[str], *, error: Error = CheckpointError, most: int | None = MOST_BYTES) -> bytes:
+    """The bytes of an ordinary file; see `read_text`."""
+    require_file(file, error=error)
+    try:
+        size = os.path.getsize(file)
+        if most is not None and size > most:
+            raise error(f"{path_shown(file)} has {size:,} bytes, expected at most {most:,}")
+        with open(file, "rb") as opened:
+            return opened.read()
+    except (OSError, MemoryError) as err:
+        raise error(f"{path_shown(file)} cannot be read: {reason(err)}") from err
+
+
+def require_file(file: str | os.PathLike[str], *, error: Error = CheckpointError) -> None:
+    """Raise where there is no ordinary file of that name.
+
+    Raises:
+        CheckpointError: it is so.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise error(f"{path_shown(file)} is missing") from err
+    except (OSError, ValueError) as err:
+        raise error(f"{path_shown(file)} cannot be read: {reason(err)}") from err
+    if not stat.S_ISREG(mode):
+        raise error(
+            f"{path_shown(file)} is {'a folder' if stat.S_ISDIR(mode) else 'no ordinary file'}, expected a file"
+        )
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: what is wrong with it, in words.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"more than {_MOST_LEVELS} levels of lists and objects in each other") from None
+    if text.count("[") + text.count("{") > _MOST_LEVELS and _levels(values) > _MOST_LEVELS:
+        raise ValueError(f"more than {_MOST_LEVELS} levels of lists and objects in each other")
+    return values
+
+
+def shown(value: Any) -> str:
+    """A value for a message, not longer than a line."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # of numbers with thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 20]}... ({len(text):,} characters)"
+
+
+def kind_shown(kind: Any) -> str:
+    """A type as a file names it, for a message: a word stands without quotes."""
+    return kind if isinstance(kind, str) and len(kind) < _MOST_SHOWN and kind.isprintable() else shown(kind)
+
+
+def path_shown(path: str | os.PathLike[str]) -> str:
+    """A path for a message: as it is, but for one that is longer than any file's."""
+    text = os.fspath(path)
+    return text if len(text) <= 4096 else f"{text[:60]}...{text[-60:]} ({len(text):,} characters)"
+
+
+def reason(err: BaseException) -> str:
+    """What an error of the system says, without the file's name."""
+    return getattr(err, "strerror", None) or first_line(err)
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a character (a lone surrogate), as JSON's escapes can write it: it is no text."""
+    return not text.isascii() and _SURROGATE.search(text) is not None
+
+
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number that fits into 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number."""
+    if isinstance(value, float):
+        return value - value == 0
+    return is_whole(value)
+
+
+def own_files(folder: Path) -> Iterator[Path]:
+    """The ordinary files right in a folder; no links that lead out of it, but those of the Hub's cache to its blobs."""
+    roots = [folder.resolve()]
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if parent.parent.name == "snapshots" and os.path.isdir(parent.parent.parent / "blobs"):
+            roots.append(parent.parent.parent / "blobs")
+    for name in sorted(os.listdir(folder)):
+        file = folder / name
+        if os.path.isfile(file) and any(file.resolve().is_relative_to(root) for root in roots):
+            yield file
+
+
+def naming_problem(path: str | os.PathLike[str]) -> str | None:
+    """Why no file or folder can have this name, whoever writes it; None where one can."""
+    try:
+        at = Path(os.path.abspath(path))
+        too_long = len(os.fsencode(at)) > 4095 or any(len(os.fsencode(part)) > 255 for part in at.parts)
+    except ValueError as err:
+        return f"it can be no file's name ({first_line(err)})"
+    if too_long:
+        return "it can be no file's name (it is too long)"
+    return "it can be no file's name (it holds a null)" if "\0" in os.fspath(path) else None
+
+
+def is_list_of_strings(value: Any) -> bool:
+    """Whether this is a list of nothing but strings."""
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _levels(values: Any) -> int:
+    """How many levels of lists and tables there are in each other."""
+    levels, inside = 0, [values]
+    while inside := [one for one in inside if isinstance(one, list | dict)]:
+        levels += 1
+        if levels > _MOST_LEVELS:
+            break
+        inside = [part for one in inside for part in (one.values() if isinstance(one, dict) else one)]
+    return levels
+
+
+def _strings(values: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """All keys and strings in a value, with the keys that lead to them."""
+    if isinstance(values, str):
+        yield place, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield f"a key of {place}" if place else "a key", key
+            yield from _strings(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _strings(value, place)
