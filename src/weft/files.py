@@ -6,6 +6,7 @@ used throughout, as the methods of `Path` raise for names that are too long.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -238,10 +239,10 @@ def naming_problem(path: str | os.PathLike[str]) -> str | None:
         at = Path(os.path.abspath(path))
         too_long = len(os.fsencode(at)) > 4095 or any(len(os.fsencode(part)) > 255 for part in at.parts)
     except ValueError as err:
-        return f"it can be no file's name ({first_line(err)})"
+        return first_line(err)
     if too_long:
-        return "it can be no file's name (it is too long)"
-    return "it can be no file's name (it holds a null)" if "\0" in os.fspath(path) else None
+        return os.strerror(errno.ENAMETOOLONG)
+    return "it holds a null character" if "\0" in os.fspath(path) else None
 
 
 def is_list_of_strings(value: Any) -> bool:

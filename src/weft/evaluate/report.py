@@ -174,7 +174,7 @@ def check_outputs(files: list[str]) -> list[Path]:
             raise ConfigError(f"output ({file}) must end in {', '.join(_WRITERS)}")
         problem = naming_problem(file)
         if problem is not None:
-            raise ConfigError(f"output ({path_shown(file)}) cannot be written: {problem}")
+            raise ConfigError(f"output ({path_shown(file)}) cannot be written: {problem}; give another file")
         if not file.resolve().parent.is_dir():
             raise ConfigError(f"output ({file}) cannot be written: there is no folder {file.resolve().parent}")
         refuse_strangers_file(file, _is_table, "output", "table")
