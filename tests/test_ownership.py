@@ -255,7 +255,7 @@ def test_train_writes_into_the_home_folder(train, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\0b", "a\ud83d"], ids=["long", "longer", "null", "half"])
 def test_names_that_no_file_can_have_are_named(name, base_adapters, tmp_path):
     model = weft.from_adapters(tiny_llama(vocab_size=258, max_position_embeddings=1024), base_adapters)
-    target, reason = f"{tmp_path}/{name}", "(File name too long|it holds a null|'utf-8' codec)"
+    target = f"{tmp_path}/{name}"
     with pytest.raises(
         ConfigError, match=r"save_directory \(.*\) cannot be made: (File name too long|it holds a null|'utf-8' codec)"
     ):
