@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 ORDER = [
     ["errors", "command_options", "own_weight", "palette", "placement", "quantised", "licences", "visible"],
     ["versions", "console", "options", "format_options", "files", "base_loading"],
-    ["countdown"],
+    ["countdown", "names", "tensor_files"],
     ["whole", "digests", "processes", "routing", "chat_template", "one_thread", "option_values"],
     ["ownership", "scaling_index"],
     ["freezing", "data", "sampling", "detokeniser", "losses"],

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import weft
 from models import lora, quietly, save_adapter, tiny_llama
@@ -88,8 +89,19 @@ def test_what_no_engine_can_serve_is_refused_by_name(saved, tmp_path):
 def test_what_is_no_mixture_is_refused(llama_adapters, tmp_path):
     with pytest.raises(CheckpointError, match="is no mixture that weft saved"):
         read_mixture(llama_adapters["math"])
-    with pytest.raises(CheckpointError, match=r"adapter_config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json is missing"):
         read_mixture(tmp_path)
+
+
+def test_what_was_altered_is_refused(saved):
+    folder, _ = saved()
+    file = folder / "adapter_model.safetensors"
+    tensors = {key: value + 1 for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"is not as it was saved:\n  - adapter_model.safetensors: changed tensors"
+    ):
+        read_mixture(folder)
 
 
 def test_flags_of_vllm_are_handed_on():

@@ -11,13 +11,13 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TaskType
 
-from weft.adapters import read_tensors
 from weft.checkpoint import GATE_KEY, read_config
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
 from weft.files import read_json
 from weft.licences import CARD, WEFTS_MARK, declared_licence
 from weft.manifest import EXPERTS_FOLDER
+from weft.tensor_files import read_tensors
 from weft.whole import replace_file
 
 EVAL_FILE = "eval.json"

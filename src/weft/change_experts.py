@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.adapter_keys import KEY_PREFIX, brought_keys
-from weft.adapters import local_folder, preview, read_tensors
+from weft.adapters import local_folder
 from weft.checkpoint import GATE_KEY, complete_folder, is_expert_key, read_config, read_gate, write_expert
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
@@ -42,6 +42,7 @@ from weft.gate_place import first_following_layer
 from weft.integration import base_model_of, from_adapters
 from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.ownership import used_folder_problem
+from weft.tensor_files import preview, read_tensors
 from weft.whole import check_folder, replace_folder, settle
 
 _TRAINING_STATE = "trainer_state.json"

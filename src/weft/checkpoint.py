@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.adapter_keys import without_wrappers
-from weft.adapters import local_folder, not_finite, read_tensors
-from weft.config import XLoraConfig, config_json, name_problems, unknown_option_problems
+from weft.adapters import local_folder
+from weft.config import XLoraConfig, config_json, unknown_option_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.files import JsonTable, kind_shown, read_json, shown
 from weft.frozen_copies import refuse_frozen_copy
@@ -43,6 +43,7 @@ from weft.manifest import (
     refuse_strangers_folder,
     verify,
 )
+from weft.names import name_problems
 from weft.original import (
     ORIGINAL_CONFIG,
     ORIGINAL_GATE,
@@ -52,6 +53,7 @@ from weft.original import (
     read_original_gate,
 )
 from weft.processes import is_sharded
+from weft.tensor_files import not_finite, read_tensors
 from weft.whole import errors_of_writing, replace_file, replace_folder, settle
 
 GATE_KEY = "internal_xlora_classifier."

@@ -12,7 +12,6 @@ import difflib
 import functools
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from torch import nn
 from weft.errors import ConfigError
 from weft.files import is_list_of_strings, is_number, is_whole, kind_shown, shown
 from weft.losses import GATE_LOSSES
+from weft.names import name_problems
 
 _TITLE = "XLoraConfig cannot work:"
 _WRITTEN_BY_SAVE = {"expert_names", "layer_names", "format_version"}
 # peft's XLoraConfig puts this in place of a missing hidden_size, whatever the model.
 PEFT_PLACEHOLDER_HIDDEN_SIZE = 4096
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-_LONGEST_NAME = 200  # of a file's 255, as other layouts put something behind it
 
 
 @dataclasses.dataclass
@@ -275,22 +273,6 @@ def _inherited_problems(config: XLoraConfig) -> list[str]:
         problems.append(f"auto_mapping ({shown(config.auto_mapping)}) must be a table, or None")
     if not isinstance(config.inference_mode, bool):
         problems.append(f"inference_mode ({shown(config.inference_mode)}) must be True or False")
-    return problems
-
-
-def name_problems(names: Iterable[Any]) -> list[str]:
-    """A sentence for each name that no expert can have; names become folders, and attributes of a ModuleDict.
-
-    Whoever reads names from a file asks this before anything is done with them.
-    """
-    problems, reserved = [], dir(nn.ModuleDict())
-    for name in names:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            problems.append(f"adapters has the name {shown(name)}: names are letters, digits, '_' and '-'")
-        elif len(name) > _LONGEST_NAME:
-            problems.append(f"adapters has the name {shown(name)}, expected at most {_LONGEST_NAME} characters")
-        elif name in reserved:
-            problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
     return problems
 
 

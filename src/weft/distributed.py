@@ -18,13 +18,13 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from weft.adapters import read_tensors
 from weft.errors import CheckpointError
 from weft.integration import register_with_peft
 from weft.licences import keep_own_card
 from weft.losses import NO_EXPERT
 from weft.processes import fail_together, is_sharded
 from weft.progress import CountingTrainer
+from weft.tensor_files import read_tensors
 from weft.versions import groups_by_length
 from weft.whole import replace_folder
 

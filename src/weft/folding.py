@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.adapter_keys import KEY_PREFIX
-from weft.adapters import not_finite
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.evaluate import padded_batches
@@ -40,6 +39,7 @@ from weft.heads import head_tensors, wrappers
 from weft.ownership import refuse_used_folder
 from weft.placement import execution_device
 from weft.routing import ConstantWeights, constant_scalings
+from weft.tensor_files import not_finite
 from weft.whole import check_folder, replace_folder, settle
 
 # Beside the adapter: it was folded, and may be folded anew. (Metadata of safetensors have no order, so that two keys

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.adapter_keys import brought_keys
-from weft.adapters import Adapter, local_folder, preview
+from weft.adapters import Adapter, local_folder
 from weft.checkpoint import complete_folder
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
@@ -29,6 +29,7 @@ from weft.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.mixture_files import ORDERING, MixtureFiles, opened
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, SHARED_OPTIONS, TRAINED_ADAPTERS
 from weft.ownership import refuse_used_folder
+from weft.tensor_files import preview
 from weft.whole import check_folder, replace_folder, settle
 
 Base = nn.Module | str | os.PathLike[str] | None

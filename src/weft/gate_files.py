@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from weft.adapter_keys import without_wrappers
-from weft.adapters import preview, tensor_shapes
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, bullet_list
+from weft.tensor_files import preview, tensor_shapes
 
 # The weights of the gate's linear layers, in peft's layout and in the original library's.
 _LINEAR = re.compile(r"(?:.*internal_xlora_classifier\.layers|inner)\.(\d+)\.weight")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from weft.adapter_keys import KEY_PREFIX, fitted
-from weft.adapters import SHOWN, Adapter, different_bases, model_name, not_finite, preview
+from weft.adapters import Adapter, different_bases, model_name
 from weft.errors import AdapterError, bullet_list
 from weft.placement import execution_device, is_offloaded
+from weft.tensor_files import SHOWN, not_finite, preview
 from weft.versions import in_todays_names
 
 

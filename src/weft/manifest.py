@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from weft.adapters import read_tensors
-from weft.config import name_problems
 from weft.errors import CheckpointError, ConfigError, bullet_list
 from weft.files import JsonTable, naming_problem, path_shown, read_json, shown
+from weft.names import name_problems
 from weft.ownership import SHOWN
+from weft.tensor_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_tensors
 
 MANIFEST_NAME = "weft_manifest.json"
 EXPERTS_FOLDER = "experts"

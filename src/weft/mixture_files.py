@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from weft.adapter_keys import KEY_PREFIX
-from weft.adapters import Adapter, local_folder, read_adapters, read_tensors
+from weft.adapters import Adapter, local_folder, read_adapters
 from weft.base_loading import base_errors
 from weft.checkpoint import GATE_KEY, read_config, read_gate
-from weft.config import XLoraConfig, name_problems
+from weft.config import XLoraConfig
 from weft.errors import CheckpointError, WeftError, bullet_list
 from weft.files import read_bytes, read_json, shown
 from weft.integration import model_class
+from weft.names import name_problems
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, is_original
+from weft.tensor_files import read_tensors
 from weft.whole import temporary_folder
 
 ORDERING = "ordering.json"

@@ -24,10 +24,11 @@ import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
-from weft.adapters import read_tensors
-from weft.config import name_problems, unknown_option_problems
+from weft.config import unknown_option_problems
 from weft.errors import CheckpointError, ConfigError
 from weft.files import JsonTable, is_number, read_json
+from weft.names import name_problems
+from weft.tensor_files import read_tensors
 
 ORIGINAL_CONFIG = "xlora_config.json"
 ORIGINAL_GATE = "xlora_classifier.safetensors"

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from weft.adapter_keys import KEY_PREFIX, OF_LAYER, TOKEN_LAYER, TOKEN_ROWS, fitted
-from weft.adapters import Adapter, not_finite
+from weft.adapters import Adapter
 from weft.errors import AdapterError, ConfigError, bullet_list
 from weft.files import shown
 from weft.heads import find_heads
 from weft.injection import converted
 from weft.placement import offloaded_weights
 from weft.processes import is_sharded
+from weft.tensor_files import not_finite
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from weft.adapters import local_folder
 from weft.errors import ConfigError
 from weft.format_options import ServeOptions
 from weft.loading import base_name
-from weft.serve.mixture import MANIFEST, ServedMixture, read_mixture
+from weft.manifest import MANIFEST_NAME
+from weft.serve.mixture import ServedMixture, read_mixture
 from weft.serve.plugin import PREFIX
 from weft.visible import say
 
@@ -58,7 +59,7 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
     base = base_name(str(folder), options.base)
     architecture = _architecture(base)
     name = options.name or folder.resolve().name
-    manifest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", base, "--served-model-name", name, "--host", options.host, "--port", str(options.port)]
     command += ["--hf-overrides", json.dumps({"architectures": [f"{PREFIX}{architecture}"]})]

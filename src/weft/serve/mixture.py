@@ -6,22 +6,21 @@ before an engine starts.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.errors import CheckpointError, ConfigError
+from weft.files import read_json
+from weft.manifest import EXPERTS_FOLDER, verify
+from weft.tensor_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_tensors
 
-CONFIG, TENSORS, EXPERTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "experts", "weft_manifest.json"
 _GATE_KEY = "internal_xlora_classifier.layers."
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(weight|bias)")
 
@@ -101,22 +100,23 @@ def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
     """Read a mixture that weft saved.
 
     Raises:
-        CheckpointError: the folder is no mixture of weft's, or not whole.
+        CheckpointError: the folder is no mixture of weft's, not whole, or altered since it was saved.
         ConfigError: the mixture has what no engine can serve.
     """
     path = Path(folder).expanduser()
-    options = _json(path / CONFIG)
+    options = read_json(path / CONFIG_NAME)
     if options.get("peft_type") != "XLORA" or not options.get("layer_names"):
         raise CheckpointError(
             f"model ({path}) is no mixture that weft saved: write it anew, with  weft convert {path} --to weft "
             "--output FOLDER"
         )
+    verify(path, options)
     experts, layers = tuple(options["expert_names"]), tuple(options["layer_names"])
-    adapters = {name: _json(path / EXPERTS / name / CONFIG) for name in experts}
+    adapters = {name: read_json(path / EXPERTS_FOLDER / name / CONFIG_NAME) for name in experts}
     problems = _problems(options, adapters)
     if problems:
         raise ConfigError(f"model ({path}) cannot be served:", problems)
-    tensors = {name: _tensors(path / EXPERTS / name / TENSORS) for name in experts}
+    tensors = {name: read_tensors(path / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME) for name in experts}
     found = {name: _factors(path, name, tensors[name], adapters[name]) for name in experts}
     factors = {layer: tuple(found[name].get(layer) for name in experts) for layer in layers}
     left = sorted({layer for of in found.values() for layer in of} - set(layers))
@@ -125,7 +125,7 @@ def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
     return ServedMixture(path, options, experts, layers, _gate(path), factors)
 
 
-def _problems(options: dict[str, Any], adapters: dict[str, dict[str, Any]]) -> list[str]:
+def _problems(options: dict[str, Any], adapters: Mapping[str, dict[str, Any]]) -> list[str]:
     """What cannot be served, a sentence each."""
     problems = []
     if options.get("heads"):
@@ -147,7 +147,9 @@ def _factors(folder: Path, name: str, tensors: dict[str, Tensor], adapter: dict[
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
-            raise CheckpointError(f"{folder}/{EXPERTS}/{name}/{TENSORS} has {key}, which no engine can serve")
+            raise CheckpointError(
+                f"{folder}/{EXPERTS_FOLDER}/{name}/{SAFETENSORS_WEIGHTS_NAME} has {key}, which no engine can serve"
+            )
         layer, factor, kind = found.groups()
         parts.setdefault(layer, {})[f"{factor}.{kind}"] = value
     result = {}
@@ -176,28 +178,11 @@ def _of_pattern(patterns: dict[str, Any], layer: str, otherwise: Any) -> Any:
 def _gate(folder: Path) -> tuple[tuple[Tensor, Tensor], ...]:
     tensors = {
         key.partition(_GATE_KEY)[2]: value.float()
-        for key, value in _tensors(folder / TENSORS).items()
+        for key, value in read_tensors(folder / SAFETENSORS_WEIGHTS_NAME).items()
         if _GATE_KEY in key
     }
     numbers = sorted({int(key.split(".")[0]) for key in tensors})
     return tuple((tensors[f"{number}.weight"], tensors[f"{number}.bias"]) for number in numbers)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise CheckpointError(f"{file} cannot be read ({err}): expected a JSON object") from err
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
-    return values
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as err:
-        raise CheckpointError(f"{file} is no whole safetensors file ({err}): copy it again") from err
 
 
 def padded_rank(factors: Iterable[Factors | None]) -> int:
