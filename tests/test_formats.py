@@ -318,11 +318,14 @@ def test_a_folder_that_holds_something_is_not_written_to(alike, tmp_path):
     [
         ({"2": "math"}, r"rename has \['2'\], which are no experts of this mixture: it has \['0', '1'\]"),
         ({"0": "1"}, r"rename \({'0': '1'}\) gives two experts one name"),
+        ({"0": "default"}, r"rename \({'0': 'default'}\) has the name 'default', which is the mixture's own in peft"),
+        ({"0": "__base__"}, r"adapters has the name '__base__', which stands for no expert in adapter_names"),
     ],
 )
 def test_names_that_cannot_be_given_are_named(rename, message, alike, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         weft.convert_mixture(saved(alike, tmp_path / "mixture"), "weft", tmp_path / "new", rename=rename)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_gate_of_other_adapters_is_found(alike, llama_adapters, tmp_path):

@@ -36,6 +36,7 @@ from weft.tensor_files import read_tensors
 from weft.whole import temporary_folder
 
 ORDERING = "ordering.json"
+MIXTURE_NAME = "default"  # which peft gives to an adapter without a name
 _LINEAR = re.compile(r"layers\.(\d{1,9})\.(?:weight|bias)")
 _INNER = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
 
@@ -229,6 +230,8 @@ def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:
     if strangers:
         raise CheckpointError(f"rename has {strangers}, which are no experts of this mixture: it has {names}")
     new = {name: rename.get(name, name) for name in names}
+    if MIXTURE_NAME in rename.values():
+        raise CheckpointError(f"rename ({rename}) has the name {MIXTURE_NAME!r}, which is the mixture's own in peft")
     if len(set(new.values())) < len(names):
         raise CheckpointError(f"rename ({rename}) gives two experts one name: they would be {list(new.values())}")
     return new

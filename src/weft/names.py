@@ -10,6 +10,7 @@ from torch import nn
 
 from weft.files import shown
 
+NO_EXPERT = "__base__"  # peft's, in adapter_names
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _LONGEST_NAME = 200  # of a file's 255, as other layouts put something behind it
 
@@ -25,6 +26,8 @@ def name_problems(names: Iterable[Any]) -> list[str]:
             problems.append(f"adapters has the name {shown(name)}: names are letters, digits, '_' and '-'")
         elif len(name) > _LONGEST_NAME:
             problems.append(f"adapters has the name {shown(name)}, expected at most {_LONGEST_NAME} characters")
+        elif name == NO_EXPERT:
+            problems.append(f"adapters has the name {name!r}, which stands for no expert in adapter_names")
         elif name in reserved:
             problems.append(f"adapters has the name {name!r}, which torch.nn.ModuleDict reserves: choose another one")
     return problems

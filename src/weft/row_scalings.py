@@ -10,9 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from weft.errors import ConfigError
-
-# peft's name for a row without any adapter.
-BASE = "__base__"
+from weft.names import NO_EXPERT
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,9 @@ def rows_of_names(
     Raises:
         ConfigError: there is none of such a name, or g is 0, which no weight could undo.
     """
-    unknown = sorted({str(name) for name in names} - {*expert_names, BASE, mixture})
+    unknown = sorted({str(name) for name in names} - {*expert_names, NO_EXPERT, mixture})
     if unknown or not names:
-        known = [*expert_names, BASE, mixture]
+        known = [*expert_names, NO_EXPERT, mixture]
         raise ConfigError(f"adapter_names has {unknown}, expected one of {known} for each row of the batch")
     single = [name for name in names if name in expert_names]
     if single and global_weight == 0:
