@@ -10,9 +10,9 @@ import urllib.error
 import urllib.request
 
 import pytest
+from engines import NEW, generated, sharpen
 
 import weft
-from conftest import NEW, generated, sharpen
 from models import lora, save_adapter, tiny_llama, tiny_tokenizer
 from weft.cli import main
 

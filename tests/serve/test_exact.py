@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
+from engines import assert_same, engine, generated, served, sharpen
 
 import weft
-from conftest import assert_same, engine, generated, served, sharpen
 from models import lora, save_adapter, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.serve
