@@ -21,13 +21,13 @@ def build(model_class, config):
 
 def mllama():
     """Llama-3.2-Vision: some decoder layers look at the image by cross-attention."""
-    vision = transformers.models.mllama.MllamaVisionConfig(
+    vision = transformers.models.mllama.configuration_mllama.MllamaVisionConfig(
         **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 1},
         **{"attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_output_dim": 32, "max_num_tiles": 2},
         intermediate_layers_indices=[0],
         supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
     )
-    text = transformers.models.mllama.MllamaTextConfig(
+    text = transformers.models.mllama.configuration_mllama.MllamaTextConfig(
         **{**SIZES, "num_hidden_layers": 3, "intermediate_size": 48, "num_key_value_heads": 2},
         **{"cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         rope_scaling={"rope_type": "default"},

@@ -17,6 +17,7 @@ from torch import nn
 
 from weft.errors import ConfigError
 from weft.heads import wrappers
+from weft.versions import kept_by_name
 
 
 class FrozenCopy(nn.Module):
@@ -132,5 +133,5 @@ def activate_heads(base: nn.Module, name: str) -> None:
 
 def _containers(layer: Any) -> list[Any]:
     """What a LoRA layer keeps by its adapters' names."""
-    found = [getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")]
+    found = [getattr(layer, name) for name in kept_by_name(layer)]
     return [one for one in found if isinstance(one, (dict, nn.ModuleDict, nn.ParameterDict))]

@@ -87,6 +87,12 @@ def cast_like_base_layer(layer: LoraLayer, name: str, device: torch.device | Non
             factors[name] = factors[name].to(device=device, dtype=dtype)
 
 
+def kept_by_name(layer: LoraLayer) -> tuple[str, ...]:
+    """The attributes in which a LoRA layer keeps something for each adapter; before 0.20 it does not list them all."""
+    unlisted = ("lora_magnitude_vector", "use_dora", "use_rslora", "lora_bias", "lora_variant")
+    return tuple(dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, *unlisted)))
+
+
 def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, name: str) -> dict[str, Tensor]:
     """An adapter's weights by the names of a base model's layers, where they have changed; peft 0.18 knows no other."""
     try:
@@ -99,7 +105,7 @@ def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, n
 
 
 def let_peft_ask() -> None:
-    """Let peft ask a tuner what to save and tell it what is loaded, as it does since 0.21."""
+    """Let peft ask a tuner what to save and tell the class of its type what is loaded, as it does since 0.21."""
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     for name, asking in (
@@ -130,9 +136,9 @@ def _asking_what_to_save(get: Any) -> Any:
 def _telling_what_is_loaded(load: Any) -> Any:
     @functools.wraps(load)
     def telling(model: Any, state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
-        tuner: Any = getattr(model, "base_model", None)
+        config = model.peft_config[adapter_name]
+        tuner: Any = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         if hasattr(tuner, "_remap_adapter_state_dict_for_load"):
-            config = model.peft_config[adapter_name]
             state_dict = tuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return load(model, state_dict, adapter_name, *args, **kwargs)
 
