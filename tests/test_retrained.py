@@ -244,7 +244,8 @@ def test_a_head_that_the_mixture_can_have_is_said_and_works(tmp_path):
         AdapterError, match=r"their own lm_head.weight, .* train one of its own, by heads=\['lm_head'\], or"
     ):
         quietly(weft.from_adapters, tiny_llama(), paths)
-    weft.from_adapters(tiny_llama(), paths, heads=["lm_head"])
+    # peft 0.18 warns of tied weights also where they are not tied.
+    quietly(weft.from_adapters, tiny_llama(), paths, heads=["lm_head"])
 
 
 def test_an_expert_is_added_that_brings_new_tokens_and_only_it_cannot_be_dropped(several, bases, tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 
 from weft.checkpoint import load_gate
 from weft.errors import CheckpointError
+from weft.versions import with_none_missing
 
 _GATE = "internal_xlora_classifier"
 _METHODS = ("_load_pretrained_model", "disable_adapters", "enable_adapters", "save_pretrained")
@@ -34,6 +35,8 @@ def settle_in(base: Any, tuner: Any, folder: Path) -> None:
     outer.base_model = tuner
     load_gate(outer, folder)
     base.add_module(_GATE, tuner.internal_xlora_classifier)
+    if not base.training:
+        base.eval()  # what was put in as well, which transformers before 5.4 left in training mode
     base.disable_adapters, base.enable_adapters = tuner.disable_adapter_layers, tuner.enable_adapter_layers
     base.save_pretrained = functools.partial(_refuse_saving, str(folder))
     load = getattr(base, "_load_pretrained_model", None)
@@ -53,9 +56,9 @@ def _load_others(load: Any, folder: Path, *args: Any, load_config: Any, **kwargs
     path = getattr(load_config, "pretrained_model_name_or_path", None)
     if path is None or Path(path).resolve() != folder.resolve():
         return load(*args, load_config=load_config, **kwargs)
-    info, rest = load(*args, load_config=load_config, **{**kwargs, "state_dict": {}, "checkpoint_files": []})
-    info.missing_keys = set()
-    return info, rest
+    return with_none_missing(
+        load(*args, load_config=load_config, **{**kwargs, "state_dict": {}, "checkpoint_files": []})
+    )
 
 
 def _refuse_saving(folder: str, *args: Any, **kwargs: Any) -> None:

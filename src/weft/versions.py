@@ -104,8 +104,15 @@ def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, n
     )
 
 
+def with_none_missing(loaded: Any) -> Any:
+    """What `_load_pretrained_model` gives, with no key missing: a tuple of its report and more; before 5.1 the report."""
+    report = loaded[0] if isinstance(loaded, tuple) else loaded
+    report.missing_keys = set()
+    return loaded
+
+
 def let_peft_ask() -> None:
-    """Let peft ask a tuner what to save and tell the class of its type what is loaded, as it does since 0.21."""
+    """Let peft ask the tuner that it knows for a type what to save, and tell it what is loaded, as it does since 0.21."""
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     for name, asking in (
@@ -121,11 +128,12 @@ def let_peft_ask() -> None:
 def _asking_what_to_save(get: Any) -> Any:
     @functools.wraps(get)
     def asking(model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
-        tuner: Any = getattr(model, "base_model", None)
+        config = model.peft_config[adapter_name]
+        tuner: Any = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
         if not hasattr(tuner, "_get_adapter_state_dict"):
             return get(model, state_dict, adapter_name, *args, **kwargs)
         state_dict = model.state_dict() if state_dict is None else state_dict
-        own = tuner._get_adapter_state_dict(model, model.peft_config[adapter_name], adapter_name, state_dict)
+        own = tuner._get_adapter_state_dict(model, config, adapter_name, state_dict)
         gates = {key for key in state_dict if "internal_xlora_classifier" in key}
         rest = get(model, state_dict, adapter_name, *args, **kwargs)
         return {**own, **{key: value for key, value in rest.items() if key not in gates}}
