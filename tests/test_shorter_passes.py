@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from packaging.version import Version
 from torch import nn
 
 import weft
@@ -197,6 +198,7 @@ def test_an_error_before_the_gate_leaves_nothing_behind(shaped):
 # -------------------------------------------------------------------------------------- both
 
 
+_CROPS_NO_WINDOWS = Version(transformers.__version__) < Version("5.1")
 SHORTER = [{"gate_layer": 1}, {"scaling_pass_layers": 1}, {"scaling_pass_layers": 1, "scaling_pass_value": 0.3}]
 
 
@@ -204,6 +206,9 @@ SHORTER = [{"gate_layer": 1}, {"scaling_pass_layers": 1}, {"scaling_pass_layers"
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=str)
 def test_cached_generation_equals_uncached(decoder, options, strategy):
     model = weft_model(decoder, **options)
+    windows = getattr(model.get_base_model().config, "sliding_window", None) is not None
+    if "prompt_lookup_num_tokens" in strategy and "gate_layer" in options and windows and _CROPS_NO_WINDOWS:
+        pytest.skip("transformers 5.0 cannot crop the cache that it makes by itself for sliding windows")
     inputs = ids_and_mask()
     if "prompt_lookup_num_tokens" in strategy:  # for one text at a time; before transformers 5.14 it needs an end
         strategy = {**strategy, "eos_token_id": VOCAB}

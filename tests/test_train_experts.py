@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -317,6 +318,9 @@ def test_an_expert_may_be_trained_by_itself_to_be_compared(base_folder, texts, t
 
 # ---------------------------------------------------------------------- base models with experts of their own
 
+# By the names of such experts peft 0.18 takes linear layers only, also where they are fused.
+FUSED_TOO = find_spec("peft.utils.transformers_weight_conversion") is not None
+
 
 def moe(kind, vocabulary):
     torch.manual_seed(0)
@@ -352,7 +356,7 @@ def test_fused_experts_of_the_base_model_are_left_out_and_that_is_said(moe_argum
     kind, arguments = moe_arguments
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    fused = kind != "Qwen2Moe"  # whose shared experts have names by which peft takes linear layers only
+    fused = FUSED_TOO and kind != "Qwen2Moe"  # whose shared experts have names by which peft takes linear layers only
     assert ("the experts leave down_proj, gate.weight, gate_up_proj out" in shown) == fused
     model = weft.from_pretrained(tmp_path / "out")
     layers = {name.rpartition(".")[2] for name in model.base_model.xlora_config.layer_names}
@@ -370,7 +374,7 @@ def test_fused_experts_of_the_base_model_are_left_out_and_that_is_said(moe_argum
     [
         (
             {"expert_targets": "gate_proj"},
-            "expert_targets (['gate_proj', 'up_proj']) mean the parameters ['gate_up_proj']",
+            f"expert_targets (['gate_proj', 'up_proj']) {'mean the parameters' if FUSED_TOO else 'do not fit'}",
         ),
         ({"gate_layer": "2"}, "gate_layer (2)"),
         ({"scaling_pass_layers": "9"}, "scaling_pass_layers (9)"),

@@ -136,7 +136,7 @@ class Backbone:
         if not wanted or not two_passes:
             return
         cache = self.cache_of(arguments)
-        if self.module_state or (cache is None and not self.caches):
+        if self.module_state or not (self.caches or isinstance(cache, Cache)):
             where = f"its modules ({self.module_state[0]})" if self.module_state else "no cache of transformers' own"
             raise CacheError(
                 f"use_cache (True) is not supported with {type(self.base).__name__}, which keeps its state in {where}, "

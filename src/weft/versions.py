@@ -105,14 +105,14 @@ def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, n
 
 
 def with_none_missing(loaded: Any) -> Any:
-    """What `_load_pretrained_model` gives, with no key missing: a tuple of its report and more; before 5.1 the report."""
+    """What `_load_pretrained_model` gives, with no key missing: its report and more; before 5.1 the report alone."""
     report = loaded[0] if isinstance(loaded, tuple) else loaded
     report.missing_keys = set()
     return loaded
 
 
 def let_peft_ask() -> None:
-    """Let peft ask the tuner that it knows for a type what to save, and tell it what is loaded, as it does since 0.21."""
+    """Let peft ask the tuner of a type what to save and tell it what is loaded, as it does since 0.21."""
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     for name, asking in (
