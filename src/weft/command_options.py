@@ -6,8 +6,7 @@ A shell replaces it at the start of a word only: not in name=~/folder, and nobod
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any, dataclass_transform
+from typing import Any
 
 _PATHS = (
     *("model", "source", "base", "adapters", "start_from", "output", "cache_folder", "evaluation", "html", "figure"),
@@ -15,17 +14,13 @@ _PATHS = (
 )
 
 
-@dataclass_transform()
-def command(options: type) -> type:
-    """Make a class a dataclass of a command's options."""
-    options.__post_init__ = _expand_home  # type: ignore[attr-defined]
-    return dataclass(options)
+class CommandOptions:
+    """What each of those dataclasses begins with."""
 
-
-def _expand_home(options: Any) -> None:
-    for name in _PATHS:
-        if hasattr(options, name):
-            setattr(options, name, _expanded(getattr(options, name)))
+    def __post_init__(self) -> None:
+        for name in _PATHS:
+            if hasattr(self, name):
+                setattr(self, name, _expanded(getattr(self, name)))
 
 
 def _expanded(value: Any) -> Any:

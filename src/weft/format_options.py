@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Literal
 
-from weft.command_options import command
+from weft.command_options import CommandOptions
 
 
-@command
-class ConvertOptions:
+@dataclass
+class ConvertOptions(CommandOptions):
     """Write a saved mixture in another layout, with the same logits; what the layout cannot hold is named.
 
     Args:
@@ -33,8 +33,8 @@ class ConvertOptions:
     trust_remote_code: bool = False
 
 
-@command
-class CardOptions:
+@dataclass
+class CardOptions(CommandOptions):
     """Write the model card (README.md) of a saved mixture: its experts, their licences, results, and how to load it.
 
     A gate.png or gate.svg in the folder (of weft inspect --figure) is shown in it.
@@ -54,8 +54,8 @@ class CardOptions:
     overwrite: bool = False
 
 
-@command
-class PushOptions:
+@dataclass
+class PushOptions(CommandOptions):
     """Put a saved mixture on the Hugging Face Hub, with a model card. Needs a token (hf auth login, or HF_TOKEN).
 
     Args:
@@ -77,8 +77,8 @@ class PushOptions:
     dry_run: bool = False
 
 
-@command
-class PullOptions:
+@dataclass
+class PullOptions(CommandOptions):
     """Get a mixture from the Hugging Face Hub into a folder, whole and verified.
 
     Args:
@@ -92,8 +92,8 @@ class PullOptions:
     revision: str | None = None
 
 
-@command
-class ServeOptions:
+@dataclass
+class ServeOptions(CommandOptions):
     """Serve a trained mixture as vLLM's OpenAI server. Flags that are not below are vLLM's own and are handed on.
 
     Args:

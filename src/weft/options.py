@@ -6,18 +6,18 @@ of `XLoraConfig`, which checks their ranges.
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from weft.command_options import command
+from weft.command_options import CommandOptions
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 
 
-@command
-class TrainOptions:
+@dataclass
+class TrainOptions(CommandOptions):
     """Train the gate that mixes several LoRA adapters of one base model. Base and adapters stay as they are.
 
     Args:
@@ -151,8 +151,8 @@ class TrainOptions:
     expert_label_loss_weight: float = 0.0
 
 
-@command
-class EvalOptions:
+@dataclass
+class EvalOptions(CommandOptions):
     """Compare the mixture with the base, every expert, static merges, Arrow and the oracle, on your own data.
 
     Args:
@@ -201,8 +201,8 @@ class EvalOptions:
     output: list[str] | str | None = None
 
 
-@command
-class GenerateOptions:
+@dataclass
+class GenerateOptions(CommandOptions):
     """Let a trained mixture continue a text.
 
     Args:
@@ -240,8 +240,8 @@ class GenerateOptions:
     show_experts: bool = False
 
 
-@command
-class ChatOptions:
+@dataclass
+class ChatOptions(CommandOptions):
     """Talk with a trained mixture, line by line; /reset forgets the conversation, /exit ends it.
 
     Args:
@@ -281,8 +281,8 @@ def decoding(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
-@command
-class FoldOptions:
+@dataclass
+class FoldOptions(CommandOptions):
     """Write a constant mix as one ordinary LoRA adapter, which peft, vLLM and LoRAX load.
 
     Give either `weights` or `data`. Folding a trained gate (`data`) keeps how much of each expert it takes in each
@@ -315,8 +315,8 @@ class FoldOptions:
     trust_remote_code: bool = False
 
 
-@command
-class InspectOptions:
+@dataclass
+class InspectOptions(CommandOptions):
     """Show what the gate does with a text: which expert acts where, and what the mixture gains by it.
 
     Give one of `text`, `data` and `generate`, or a trace file in the place of the model.
@@ -364,8 +364,8 @@ class InspectOptions:
     trust_remote_code: bool = False
 
 
-@command
-class AddExpertOptions:
+@dataclass
+class AddExpertOptions(CommandOptions):
     """Add an expert to a trained mixture. What the gate has learned of the others stays; the new one starts neutral.
 
     Train the gate further afterwards: `weft train --start-from` (docs/experts.md).
@@ -385,8 +385,8 @@ class AddExpertOptions:
     trust_remote_code: bool = False
 
 
-@command
-class DropExpertOptions:
+@dataclass
+class DropExpertOptions(CommandOptions):
     """Drop an expert from a trained mixture. The others keep the ratios that the gate gives them.
 
     Args:
