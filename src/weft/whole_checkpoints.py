@@ -98,7 +98,7 @@ class _WholeCheckpoints:
         self._raise_failure()
 
     def _by_the_first(self, write: Callable[[Path], None]) -> None:
-        if self._trainer.args.should_save:
+        if self._trainer.args.should_save and self._failed is None:
             try:
                 write(self._checkpoint)
             except (OSError, CheckpointError) as err:
