@@ -15,7 +15,6 @@ from weft.evaluate.report import check_outputs
 from weft.figures import write_figure
 from weft.ownership import refuse_used_folder, used_folder_problem
 from weft.page import write_page
-from weft.traces import Trace
 
 TENSORS = "adapter_model.safetensors"
 
@@ -205,7 +204,6 @@ def test_functions_keep_the_rule_too(mixture, base_folder, tmp_path):
         with pytest.raises(ConfigError, match="is there already and is no"):
             write(tmp_path / name)
         assert (tmp_path / name).read_text() == "mine"
-    assert Trace.load  # of which `save` asks whether a file is one
 
 
 def test_a_folder_that_is_free(tmp_path):

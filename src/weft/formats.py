@@ -30,7 +30,7 @@ from weft.mixture_files import ORDERING, MixtureFiles, opened
 from weft.original import ORIGINAL_CONFIG, ORIGINAL_GATE, SHARED_OPTIONS, TRAINED_ADAPTERS
 from weft.ownership import refuse_used_folder
 from weft.tensor_files import preview
-from weft.whole import check_folder, replace_folder, settle
+from weft.whole import replace_folder
 
 Base = nn.Module | str | os.PathLike[str] | None
 _LAYOUT_FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME, ORIGINAL_CONFIG, ORIGINAL_GATE, ORDERING}
@@ -83,9 +83,7 @@ def convert_mixture(
         raise ConfigError(f"to ({to!r}) must be one of {', '.join(_FORMATS)}")
     problems_of, write = _FORMATS[to]
     target = Path(output).expanduser()
-    settle(target, leftovers=True)
     refuse_used_folder(target)
-    check_folder(target, "output")
     with opened(source, adapters, rename, base_is_given=base is not None) as files:
         if base is not None and not isinstance(base, nn.Module):
             files.config.base_model_name_or_path = os.fspath(base)

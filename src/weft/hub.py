@@ -20,7 +20,7 @@ from weft.errors import CheckpointError, ConfigError, HubError, first_line
 from weft.original import ORIGINAL_CONFIG
 from weft.ownership import refuse_used_folder
 from weft.publication import publication
-from weft.whole import check_folder, replace_folder, settle
+from weft.whole import replace_folder
 
 _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".safetensors", ".svg", ".txt"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
@@ -108,9 +108,7 @@ def pull(repo_id: str, output: str | os.PathLike[str] | None = None, *, revision
 
     _check_id(repo_id)
     target = Path(output if output is not None else repo_id.partition("/")[2]).expanduser()
-    settle(target, leftovers=True)
     refuse_used_folder(target)
-    check_folder(target, "output")
     patterns = [f"*{suffix}" for suffix in sorted(_SUFFIXES)] + [f"*{name}*" for name in _LICENCES]
     with _errors_of(f"repo_id ({repo_id}) cannot be read"):
         snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weft.errors import ConfigError
 from weft.files import naming_problem, path_shown, reason
+from weft.whole import check_folder, settle
 
 SHOWN = 5  # names in one message
 
@@ -42,14 +43,17 @@ def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -
 
 
 def refuse_used_folder(folder: Path, what: str = "output") -> None:
-    """Raise where a folder is there and not empty.
+    """Raise where nothing new can be written into a folder; what a killed writer has left there is put in order first.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: it is there and not empty, or cannot be written.
+        CheckpointError: it cannot be put in order.
     """
+    settle(folder, leftovers=True)
     problem = used_folder_problem(folder, what)
     if problem is not None:
         raise ConfigError(problem)
+    check_folder(folder, what)
 
 
 def refuse_strangers_file(file: Path, is_own: Callable[[Path], bool], what: str, kind: str) -> None:

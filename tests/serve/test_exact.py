@@ -102,6 +102,15 @@ def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, b
         assert_same(served(llm, texts), expected)  # from the cache of prefixes
 
 
+@pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 1}, {"gate_layer": 1}], ids=str)
+def test_compiled_which_is_vllms_default_it_is_the_same(options, base, mixture):
+    folder, model = mixture(**options)
+    expected = generated(model, prompts())
+    with engine(base, folder, enforce_eager=False) as llm:
+        assert_same(served(llm, prompts()), expected)
+        assert_same(served(llm, prompts()[2:3]), expected[2:3])
+
+
 def test_two_processes_with_a_part_of_each_layer_change_nothing(base, mixture, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder, model = mixture()

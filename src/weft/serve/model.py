@@ -46,7 +46,6 @@ def mixture_class(architecture: str) -> Any:
             positions: torch.Tensor,
             intermediate_tensors: Any = None,
             inputs_embeds: torch.Tensor | None = None,
-            **kwargs: Any,
         ) -> Any:
             return self.weft_passes[0](input_ids, positions, intermediate_tensors, inputs_embeds)
 
