@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import weft
+from models import lora, save_adapter, tiny_llama, tiny_tokenizer
+from weft.serve.requests import Choice, cache_salt
+
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -17,6 +21,59 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "CRITICAL",
 }
 NEW = 12  # tokens
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LENGTHS = (5, 17, 40, 3)
+
+
+def prompts(lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 250, (length,), generator=generator).tolist() for length in lengths]
+
+
+def llama():
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 512}
+    return tiny_llama(vocab_size=len(tiny_tokenizer()), **sizes)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory):
+    """Experts of unlike ranks, alphas, targets and kinds."""
+    folder = tmp_path_factory.mktemp("adapters")
+    configs = {
+        "code": lora(target_modules=PROJECTIONS),
+        "law": lora(r=6, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj", "up_proj"]),
+        "math": lora(
+            lora_alpha=4,
+            target_modules=PROJECTIONS,
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"v_proj": 16},
+            lora_bias=True,
+        ),
+    }
+    return {
+        name: save_adapter(llama(), config, folder / name, seed)
+        for seed, (name, config) in enumerate(configs.items(), 1)
+    }
+
+
+@pytest.fixture
+def make_mixture(adapters, tmp_path):
+    """Make and save one with these options; (folder, model)."""
+
+    def make(**options):
+        model = sharpen(weft.from_adapters(llama(), adapters, **options)).eval()
+        model.save_pretrained(tmp_path / "mixture")
+        return tmp_path / "mixture", model
+
+    return make
 
 
 def sharpen(model):
@@ -61,6 +118,8 @@ def engine(base, mixture=None, **options):
         values |= {
             "hf_overrides": {"architectures": [f"Weft{architecture}"]},
             "additional_config": {"weft": str(mixture)},
+            "logits_processors": ["weft.serve.choices:WhoSitsWhere"],
+            "worker_extension_cls": "weft.serve.choices.WorkerExtension",
         }
     made = LLM(model=str(base), **{**values, **options})
     try:
@@ -72,12 +131,18 @@ def engine(base, mixture=None, **options):
         cleanup_dist_env_and_memory()
 
 
-def served(llm, prompts, **options):
-    """The same as `generated`, of vLLM, all prompts in one batch."""
+def served(llm, prompts, choices=None, **options):
+    """The same as `generated`, of vLLM, all prompts in one batch, each with a choice of its own if there are any."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=1, **options)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    choices = choices or [Choice() for _ in prompts]
+    options = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True, "logprobs": 1, **options}
+    parameters = [SamplingParams(extra_args={"weft": each.written()}, **options) for each in choices]
+    texts = [
+        {"prompt_token_ids": prompt, "cache_salt": cache_salt(each, "test")}
+        for prompt, each in zip(prompts, choices, strict=True)
+    ]
+    outputs = llm.generate(texts, parameters, use_tqdm=False)
     found = []
     for output in outputs:
         tokens = list(output.outputs[0].token_ids)

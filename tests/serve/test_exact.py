@@ -3,66 +3,14 @@
 import pytest
 import torch
 import transformers
-from engines import assert_same, engine, generated, served, sharpen
+from engines import PROJECTIONS, assert_same, engine, generated, prompts, served, sharpen
 
 import weft
-from models import lora, save_adapter, tiny_llama, tiny_tokenizer
+from models import lora, save_adapter, tiny_tokenizer
 
 pytestmark = pytest.mark.serve
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LENGTHS = (5, 17, 40, 3)
-
-
-def prompts(lengths=LENGTHS):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 250, (length,), generator=generator).tolist() for length in lengths]
-
-
-def llama():
-    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 512}
-    return tiny_llama(vocab_size=len(tiny_tokenizer()), **sizes)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    llama().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapters(tmp_path_factory):
-    """Experts of unlike ranks, alphas, targets and kinds."""
-    folder = tmp_path_factory.mktemp("adapters")
-    configs = {
-        "code": lora(target_modules=PROJECTIONS),
-        "law": lora(r=6, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj", "up_proj"]),
-        "math": lora(
-            lora_alpha=4,
-            target_modules=PROJECTIONS,
-            rank_pattern={"q_proj": 2},
-            alpha_pattern={"v_proj": 16},
-            lora_bias=True,
-        ),
-    }
-    return {
-        name: save_adapter(llama(), config, folder / name, seed)
-        for seed, (name, config) in enumerate(configs.items(), 1)
-    }
-
-
-@pytest.fixture
-def mixture(adapters, tmp_path):
-    """Make and save one with these options; (folder, model)."""
-
-    def make(**options):
-        model = sharpen(weft.from_adapters(llama(), adapters, **options)).eval()
-        model.save_pretrained(tmp_path / "mixture")
-        return tmp_path / "mixture", model
-
-    return make
+pytest_plugins = ["engines"]
 
 
 @pytest.mark.parametrize(
@@ -81,8 +29,8 @@ def mixture(adapters, tmp_path):
     ],
     ids=str,
 )
-def test_every_scheme_and_option_alone_and_in_a_batch(options, base, mixture):
-    folder, model = mixture(**options)
+def test_every_scheme_and_option_alone_and_in_a_batch(options, base, make_mixture):
+    folder, model = make_mixture(**options)
     expected = generated(model, prompts())
     with engine(base, folder) as llm:
         assert_same(served(llm, prompts()), expected)
@@ -90,8 +38,8 @@ def test_every_scheme_and_option_alone_and_in_a_batch(options, base, mixture):
 
 
 @pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 2}, {"gate_layer": 1}], ids=str)
-def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, base, mixture):
-    folder, model = mixture(**options)
+def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, base, make_mixture):
+    folder, model = make_mixture(**options)
     common = prompts((64,))[0]
     texts = [common + more for more in prompts((9, 17, 30, 40))] + prompts((70, 3))
     expected = generated(model, texts)
@@ -103,25 +51,25 @@ def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, b
 
 
 @pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 1}, {"gate_layer": 1}], ids=str)
-def test_compiled_which_is_vllms_default_it_is_the_same(options, base, mixture):
-    folder, model = mixture(**options)
+def test_compiled_which_is_vllms_default_it_is_the_same(options, base, make_mixture):
+    folder, model = make_mixture(**options)
     expected = generated(model, prompts())
     with engine(base, folder, enforce_eager=False) as llm:
         assert_same(served(llm, prompts()), expected)
         assert_same(served(llm, prompts()[2:3]), expected[2:3])
 
 
-def test_two_processes_with_a_part_of_each_layer_change_nothing(base, mixture, monkeypatch):
+def test_two_processes_with_a_part_of_each_layer_change_nothing(base, make_mixture, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    folder, model = mixture()
+    folder, model = make_mixture()
     expected = generated(model, prompts())
     with engine(base, folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         assert_same(served(llm, prompts()), expected)
 
 
 @pytest.mark.parametrize("changed", ["gate", "expert"])
-def test_gate_and_experts_matter_to_these_tokens(changed, mixture):
-    _, model = mixture()
+def test_gate_and_experts_matter_to_these_tokens(changed, make_mixture):
+    _, model = make_mixture()
     expected = generated(model, prompts())
     with torch.no_grad():
         if changed == "gate":

@@ -1,16 +1,18 @@
 """The gate inside an engine, and what the adapted layers follow at a moment.
 
-Tokens of all requests lie in one row: scalings are [token, layer, expert], 1 token or layer standing for all.
+Tokens of all requests lie in one row: scalings are [token, layer, expert], 1 token or layer standing for all. What a
+request has chosen (choices.py) takes the gate's place, or changes how it decides, for its own tokens.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.routing import keep_top_k, softmax_with_temperature
+from weft.serve.choices import Choices
 from weft.serve.mixture import ServedMixture
 
 
@@ -19,35 +21,73 @@ class Following(nn.Module):
 
     Attributes:
         scalings: λ · g of the pass; None where the experts are left out.
+        of_biases: how much of each expert's `lora_bias` acts, [token, expert]; None where it is g for all.
 
     Args:
         mixture: read from its folder.
+        choices: of the requests in the batch.
     """
 
-    def __init__(self, mixture: ServedMixture) -> None:
+    _constant: Tensor
+
+    def __init__(self, mixture: ServedMixture, choices: Choices) -> None:
         super().__init__()
         self.options = mixture.options
+        self.choices = choices
         self.num_layers, self.num_experts = len(mixture.layers), len(mixture.experts)
         self.first_layer = mixture.following().start
         self.global_weight = float(mixture.options.get("global_scaling_weight", 1.0))
         self.scalings: Tensor | None = None
-        self._constant: Tensor
+        self.of_biases: Tensor | None = None
         self._depth = len(mixture.gate)
         for number, (weight, bias) in enumerate(mixture.gate):
             self.register_buffer(f"weight_{number}", weight, persistent=False)
             self.register_buffer(f"bias_{number}", bias, persistent=False)
-        value = float(mixture.options.get("scaling_pass_value") or 0.0)
-        self.constant_weight = value
-        constant = torch.full((1, 1, self.num_experts), value)
+        self.constant_weight = float(mixture.options.get("scaling_pass_value") or 0.0)
+        constant = torch.full((1, 1, self.num_experts), self.constant_weight)
         self.register_buffer("_constant", constant, persistent=False)
 
-    def constant(self) -> Float[Tensor, "1 1 expert"] | None:
-        """What the layers follow where the gate has not decided yet; None where the experts are left out."""
-        return self._constant * self.global_weight if self.constant_weight else None
+    def read(self, num_tokens: int) -> None:
+        """Follow what a scaling pass follows."""
+        self.scalings = self.of_biases = None
+        if not self.constant_weight:
+            return
+        if not self.choices.active:
+            self.scalings = self._constant * self.global_weight
+            return
+        weight = self.choices.of_tokens("weight", num_tokens)
+        self.scalings, self.of_biases = self._constant * weight[:, None], weight.expand(-1, self.num_experts)
 
-    def ask(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> Float[Tensor, "token layer expert"]:
-        """λ · g of each token, top-k applied; constant weights before the layer that the gate reads at."""
-        hidden = hidden.to(torch.float32)
+    def begin(self, num_tokens: int) -> None:
+        """Follow what the layers before the one that the gate reads at follow."""
+        self.read(num_tokens)
+        if self.choices.active:
+            self.scalings = self._chosen(self._constant.expand(num_tokens, -1, -1))
+            if not self.constant_weight:
+                self.of_biases = self.of_biases * ~self.choices.of_tokens("gated", num_tokens)
+
+    def ask(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> None:
+        """Follow λ · g of each token, top-k applied; constant weights before the layer that the gate reads at."""
+        scalings = self._top_k(self._gate(hidden.to(torch.float32), normalise=normalise))
+        if self.first_layer:
+            before = self._constant.expand(len(scalings), self.first_layer, -1)
+            if scalings.shape[1] == 1:
+                scalings = scalings.expand(-1, self.num_layers - self.first_layer, -1)
+            scalings = torch.cat([before, scalings], 1)
+        shares = scalings.mean(1)
+        if self.choices.active:
+            self.scalings = self._chosen(scalings)
+            gated, fixed = (self.choices.of_tokens(name, len(scalings)) for name in ("gated", "fixed"))
+            shares = torch.where(gated, shares, fixed)
+        else:
+            self.scalings, self.of_biases = scalings * self.global_weight, None
+        self.choices.shares[: len(scalings)].copy_(shares)
+
+    def end(self) -> None:
+        """Nothing is followed any more."""
+        self.scalings = self.of_biases = None
+
+    def _gate(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> Float[Tensor, "token layer expert"]:
         if normalise:
             hidden = F.rms_norm(hidden, hidden.shape[-1:])
         for number in range(self._depth):
@@ -56,12 +96,38 @@ class Following(nn.Module):
         scalings = hidden.view(hidden.shape[0], -1, self.num_experts)
         if self.options.get("enable_softmax", True):
             scalings = softmax_with_temperature(scalings, self.options.get("softmax_temperature", 1.0))
-        scalings = keep_top_k(
-            scalings, self.options.get("top_k_lora"), renormalise=self.options.get("enable_softmax_topk", False)
-        )
-        if self.first_layer:
-            before = self._constant.expand(len(scalings), self.first_layer, -1)
-            if scalings.shape[1] == 1:
-                scalings = scalings.expand(-1, self.num_layers - self.first_layer, -1)
-            scalings = torch.cat([before, scalings], 1)
-        return scalings * self.global_weight
+        return scalings
+
+    def _top_k(self, scalings: Float[Tensor, "token layer expert"]) -> Float[Tensor, "token layer expert"]:
+        renormalise = self.options.get("enable_softmax_topk", False)
+        if not self.choices.active:
+            return keep_top_k(scalings, self.options.get("top_k_lora"), renormalise=renormalise)
+        kept = self.choices.of_tokens("kept", len(scalings))
+        return keep_each_top_k(scalings, kept[:, None], renormalise=renormalise)
+
+    def _chosen(self, scalings: Float[Tensor, "token layer expert"]) -> Float[Tensor, "token layer expert"]:
+        """λ · g where requests have chosen what is followed."""
+        of = {name: self.choices.of_tokens(name, len(scalings)) for name in ("gated", "fixed", "weight", "biased")}
+        self.of_biases = of["biased"]
+        return torch.where(of["gated"][:, None], scalings, of["fixed"][:, None]) * of["weight"][:, None]
+
+
+def keep_each_top_k(
+    scalings: Float[Tensor, "token layer expert"], kept: Int[Tensor, "token 1 1"], *, renormalise: bool
+) -> Float[Tensor, "token layer expert"]:
+    """`keep_top_k` with a number of its own for each token, without a sort: an expert's rank is counted.
+
+    Args:
+        scalings: the gate's.
+        kept: how many of a token's stay; of equal ones the first.
+        renormalise: replace what is kept by a softmax over it.
+    """
+    rank = torch.zeros_like(scalings, dtype=torch.int32)
+    numbers = torch.arange(scalings.shape[-1], device=scalings.device)
+    for number in range(scalings.shape[-1]):
+        other = scalings[..., number : number + 1]
+        rank += (other > scalings) | ((other == scalings) & (number < numbers))
+    stay = rank < kept
+    if renormalise:
+        return torch.where(stay, scalings.masked_fill(~stay, -torch.inf).softmax(-1), 0.0)
+    return torch.where(stay, scalings, 0.0)

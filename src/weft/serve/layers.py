@@ -84,10 +84,17 @@ class MixtureMethod(LinearMethodBase):
         rows = output.view(-1, output.shape[-1])
         for place, (part, up) in enumerate(zip(self.slices, self.ups, strict=True)):
             rows[:, part.start : part.start + part.width].addmm_(hidden[:, place], up)
-            of_bias = self.biases[place]
-            if of_bias is not None:
-                rows[:, part.start : part.start + part.width].add_(of_bias * self.following.global_weight)
+            biases = self.biases[place]
+            if biases is not None:
+                rows[:, part.start : part.start + part.width].add_(self._of_biases(biases))
         return output
+
+    def _of_biases(self, biases: Tensor) -> Tensor:
+        """What `lora_bias` adds, which stands outside of λ."""
+        of_tokens = self.following.of_biases
+        if of_tokens is None:
+            return biases.sum(0) * self.following.global_weight
+        return of_tokens.to(biases.dtype) @ biases
 
 
 def own_part(layer: Any, factors: tuple[Factors | None, ...], place: int, width: int) -> tuple[Factors | None, ...]:
@@ -148,6 +155,11 @@ def _stacked_up(part: Slice, rank: int) -> Tensor:
 
 
 def _stacked_bias(part: Slice) -> Tensor | None:
-    """Σ_e s · b: a `lora_bias` stands outside of the scalings. None where no expert has one."""
-    biases = [each.bias.float() * each.scaling for each in part.factors if each is not None and each.bias is not None]
-    return torch.stack(biases).sum(0) if biases else None
+    """s · b of all experts, [expert, out]; None where none has a `lora_bias`."""
+    if all(each is None or each.bias is None for each in part.factors):
+        return None
+    stacked = torch.zeros(len(part.factors), part.width)
+    for number, each in enumerate(part.factors):
+        if each is not None and each.bias is not None:
+            stacked[number] = each.bias * each.scaling
+    return stacked

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.config import CompilationMode
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 
 from weft.errors import ConfigError
+from weft.serve.choices import Choices, register
 from weft.serve.following import Following
 from weft.serve.layers import MixtureMethod, Slice, own_part
 from weft.serve.mixture import ServedMixture, read_mixture
@@ -47,7 +50,11 @@ def mixture_class(architecture: str) -> Any:
             intermediate_tensors: Any = None,
             inputs_embeds: torch.Tensor | None = None,
         ) -> Any:
-            return self.weft_passes[0](input_ids, positions, intermediate_tensors, inputs_embeds)
+            choices = self.weft_following.choices
+            choices.before(positions)
+            output = self.weft_passes[0](input_ids, positions, intermediate_tensors, inputs_embeds)
+            choices.after()
+            return output
 
         def process_weights_after_loading(self) -> None:
             """vLLM's hook behind the layers' own: put the experts around their methods."""
@@ -60,7 +67,14 @@ def mixture_class(architecture: str) -> Any:
 def _graft(model: Any, vllm_config: Any) -> None:
     """Give a model the gate, and the passes that ask it."""
     mixture = read_mixture(vllm_config.additional_config[SETTING])
-    following = Following(mixture)
+    choices = Choices(
+        mixture,
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        static=not current_platform.is_cpu() or vllm_config.compilation_config.mode != CompilationMode.NONE,
+    )
+    register(vllm_config, choices)
+    following = Following(mixture, choices)
     model.weft_following, model.weft_mixture = following, mixture
     backbone, gate_layer = backbone_of(model), mixture.options.get("gate_layer")
     scaling = None
@@ -87,7 +101,7 @@ def _ask_at(layer: nn.Module, following: Following) -> None:
         residual = None
         if residual_at is not None:
             residual = args[residual_at] if residual_at < len(args) else kwargs["residual"]
-        following.scalings = following.ask(hidden if residual is None else hidden + residual, normalise=True)
+        following.ask(hidden if residual is None else hidden + residual, normalise=True)
 
     layer.register_forward_pre_hook(ask, with_kwargs=True)
 

@@ -158,12 +158,14 @@ class BothPasses(nn.Module):
     ) -> Any:
         """What the backbone gives, its layers following the gate."""
         backbone, scaling = self.backbones
-        following = self.following
-        following.scalings = following.constant()
-        if scaling is not None:
+        following, num_tokens = self.following, positions.shape[-1]
+        if scaling is None:
+            following.begin(num_tokens)
+        else:
+            following.read(num_tokens)
             hidden = scaling(input_ids, positions, intermediate_tensors, inputs_embeds)
             short = following.options.get("scaling_pass_layers") is not None
-            following.scalings = following.ask(hidden, normalise=short)
+            following.ask(hidden, normalise=short)
         output = backbone(input_ids, positions, intermediate_tensors, inputs_embeds)
-        following.scalings = None
+        following.end()
         return output
