@@ -11,6 +11,7 @@ import torch
 
 import weft
 from models import lora, save_adapter, tiny_llama, tiny_tokenizer
+from weft.own_weight import at_own_weight
 from weft.serve.requests import Choice, cache_salt
 
 os.environ |= {
@@ -84,6 +85,27 @@ def sharpen(model):
             if "internal_xlora_classifier" in name:
                 parameter.copy_(torch.randn_like(parameter) * (1.0 if "weight" in name else 0.5))
     return model
+
+
+@contextlib.contextmanager
+def choosing(model, choice):
+    """In this block the model does what the choice says."""
+    config = model.xlora_config
+    before = config.top_k_lora, model.get_global_scaling_weight()
+    with contextlib.ExitStack() as stack:
+        if choice.alone == "":
+            stack.enter_context(model.disable_adapter())
+        elif choice.alone is not None:
+            stack.enter_context(at_own_weight(model, {choice.alone: 1.0}))
+        if choice.weights is not None:
+            stack.enter_context(model.fixed_scalings(dict(zip(config.expert_names, choice.weights, strict=True))))
+        if choice.top_k is not None:
+            model.set_topk_lora(choice.top_k)
+        if choice.global_weight is not None:
+            model.set_global_scaling_weight(choice.global_weight)
+        yield
+        model.set_topk_lora(before[0])
+        model.set_global_scaling_weight(before[1])
 
 
 @torch.no_grad()

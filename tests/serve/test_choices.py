@@ -1,15 +1,13 @@
 """Requests with choices of their own, in one batch: each gets what `generate` gives with that choice."""
 
-import contextlib
 import itertools
 import random
 
 import pytest
 import torch
-from engines import assert_same, engine, generated, llama, prompts, served
+from engines import assert_same, choosing, engine, generated, llama, prompts, served
 
 import weft
-from weft.own_weight import at_own_weight
 from weft.serve.requests import Served
 
 pytestmark = pytest.mark.serve
@@ -27,27 +25,6 @@ ASKED = {
     "top 1": ("mix", {"top_k": 1}),
     "all": ("mix", {"top_k": 3}),
 }
-
-
-@contextlib.contextmanager
-def choosing(model, choice):
-    """In this block the model does what the choice says."""
-    config = model.xlora_config
-    before = config.top_k_lora, model.get_global_scaling_weight()
-    with contextlib.ExitStack() as stack:
-        if choice.alone == "":
-            stack.enter_context(model.disable_adapter())
-        elif choice.alone is not None:
-            stack.enter_context(at_own_weight(model, {choice.alone: 1.0}))
-        if choice.weights is not None:
-            stack.enter_context(model.fixed_scalings(dict(zip(SERVED.experts, choice.weights, strict=True))))
-        if choice.top_k is not None:
-            model.set_topk_lora(choice.top_k)
-        if choice.global_weight is not None:
-            model.set_global_scaling_weight(choice.global_weight)
-        yield
-        model.set_topk_lora(before[0])
-        model.set_global_scaling_weight(before[1])
 
 
 def expected(model, folder, choice, texts):

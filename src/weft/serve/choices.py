@@ -22,9 +22,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from weft.serve.mixture import ServedMixture
-from weft.serve.requests import FIELD, Choice
+from weft.serve.requests import FIELD, SHARES, Choice
 
-SHARES = "weft_shares"  # beside FIELD in a request's extra_args: by which name its shares are asked for
 _MOST_KEPT = 1024  # texts whose shares wait for somebody
 _OF_ENGINE: WeakValueDictionary[int, Choices] = WeakValueDictionary()
 

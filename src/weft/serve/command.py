@@ -18,10 +18,21 @@ from weft.loading import base_name
 from weft.manifest import MANIFEST_NAME
 from weft.serve.mixture import ServedMixture, read_mixture
 from weft.serve.plugin import PREFIX
+from weft.serve.requests import Served
 from weft.visible import say
 
 # Flags of vLLM's that weft sets itself, and those whose meaning with a mixture is not known or not possible.
-_SET = ("--model", "--served-model-name", "--hf-overrides", "--additional-config", "--host", "--port", "--api-key")
+_SET = (
+    "--model",
+    "--logits-processors",
+    "--worker-extension-cls",
+    "--served-model-name",
+    "--hf-overrides",
+    "--additional-config",
+    "--host",
+    "--port",
+    "--api-key",
+)
 _REFUSED = {
     "--pipeline-parallel-size": "the gate of a mixture needs all decoder layers in one process",
     "--enable-lora": "the experts are in the mixture already",
@@ -43,7 +54,8 @@ def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
     """
     command, announcement = server_command(options, of_vllm)
     say(announcement)
-    os.execv(command[0], command)
+    # Which request sits where is learnt from vLLM's first model runner; the second has another interface for it.
+    os.execve(command[0], command, {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"})
 
 
 def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[list[str], str]:
@@ -58,13 +70,16 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
     mixture = read_mixture(folder)
     base = base_name(str(folder), options.base)
     architecture = _architecture(base)
-    name = options.name or folder.resolve().name
+    name = Served(options.name or folder.resolve().name, mixture.experts).name
     manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", base, "--served-model-name", name, "--host", options.host, "--port", str(options.port)]
     command += ["--hf-overrides", json.dumps({"architectures": [f"{PREFIX}{architecture}"]})]
     # vLLM hashes it, so that another mixture never finds this one's compiled graph.
     command += ["--additional-config", json.dumps({"weft": str(folder.resolve()), "digest": manifest})]
+    command += ["--logits-processors", "weft.serve.choices:WhoSitsWhere"]
+    command += ["--worker-extension-cls", "weft.serve.choices.WorkerExtension"]
+    command += ["--middleware", "weft.serve.front.Front"]
     command += ["--api-key", options.api_key] if options.api_key else []
     return [*command, *of_vllm], _announcement(mixture, name, base, options)
 

@@ -62,9 +62,9 @@ class Following(nn.Module):
         """Follow what the layers before the one that the gate reads at follow."""
         self.read(num_tokens)
         if self.choices.active:
-            self.scalings = self._chosen(self._constant.expand(num_tokens, -1, -1))
-            if not self.constant_weight:
-                self.of_biases = self.of_biases * ~self.choices.of_tokens("gated", num_tokens)
+            self.scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
+            out = not self.constant_weight  # for texts that the gate will decide for, biases and all
+            self.of_biases = biases * ~self.choices.of_tokens("gated", num_tokens) if out else biases
 
     def ask(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> None:
         """Follow λ · g of each token, top-k applied; constant weights before the layer that the gate reads at."""
@@ -76,7 +76,7 @@ class Following(nn.Module):
             scalings = torch.cat([before, scalings], 1)
         shares = scalings.mean(1)
         if self.choices.active:
-            self.scalings = self._chosen(scalings)
+            self.scalings, self.of_biases = self._chosen(scalings)
             gated, fixed = (self.choices.of_tokens(name, len(scalings)) for name in ("gated", "fixed"))
             shares = torch.where(gated, shares, fixed)
         else:
@@ -105,11 +105,13 @@ class Following(nn.Module):
         kept = self.choices.of_tokens("kept", len(scalings))
         return keep_each_top_k(scalings, kept[:, None], renormalise=renormalise)
 
-    def _chosen(self, scalings: Float[Tensor, "token layer expert"]) -> Float[Tensor, "token layer expert"]:
-        """λ · g where requests have chosen what is followed."""
-        of = {name: self.choices.of_tokens(name, len(scalings)) for name in ("gated", "fixed", "weight", "biased")}
-        self.of_biases = of["biased"]
-        return torch.where(of["gated"][:, None], scalings, of["fixed"][:, None]) * of["weight"][:, None]
+    def _chosen(
+        self, scalings: Float[Tensor, "token layer expert"]
+    ) -> tuple[Float[Tensor, "token layer expert"], Float[Tensor, "token expert"]]:
+        """λ · g and how much of the biases acts, where requests have chosen what is followed."""
+        names = ("gated", "fixed", "weight", "biased")
+        gated, fixed, weight, biased = (self.choices.of_tokens(name, len(scalings)) for name in names)
+        return torch.where(gated[:, None], scalings, fixed[:, None]) * weight[:, None], biased
 
 
 def keep_each_top_k(

@@ -70,11 +70,7 @@ class ServedMixture:
     @property
     def scheme(self) -> str:
         """How the gate gets what it reads, in a few words."""
-        if self.options.get("gate_layer") is not None:
-            return f"one pass, the gate at decoder layer {self.options['gate_layer']}"
-        if self.options.get("scaling_pass_layers") is not None:
-            return f"a scaling pass of {self.options['scaling_pass_layers']} decoder layers, then the adapted pass"
-        return "a scaling pass, then the adapted pass"
+        return scheme_of(self.options)
 
     def following(self) -> range:
         """The numbers of the layers that follow the gate: all but those before `gate_layer`."""
@@ -88,6 +84,15 @@ class ServedMixture:
         if first is None:
             raise CheckpointError(f"{self.folder}: no LoRA layer follows gate_layer ({gate_layer})")
         return range(first, len(self.layers))
+
+
+def scheme_of(options: Mapping[str, Any]) -> str:
+    """How the gate of a mixture with these options gets what it reads, in a few words."""
+    if options.get("gate_layer") is not None:
+        return f"one pass, the gate at decoder layer {options['gate_layer']}"
+    if options.get("scaling_pass_layers") is not None:
+        return f"a scaling pass of {options['scaling_pass_layers']} decoder layers, then the adapted pass"
+    return "a scaling pass, then the adapted pass"
 
 
 def decoder_layer(name: str) -> int | None:

@@ -18,6 +18,7 @@ from weft.errors import ConfigError
 from weft.files import shown
 
 FIELD = "weft"
+SHARES = "weft_shares"  # for the engine alone: by which name a text's shares are kept
 BASE = "base"
 _FIELDS = ("weights", "top_k", "global_weight", "shares")
 _LARGEST = 3.4e38  # of float32, in which scalings are computed

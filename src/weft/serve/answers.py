@@ -1,0 +1,153 @@
+"""vLLM's answers, mended on their way to a client: the name that was asked for, and each token's shares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Ask = Callable[..., Awaitable[list[Any]]]
+
+_EVENT = b"data: "
+
+
+class Rewritten:
+    """A `send` that gives the client another body, once the server has said all of it.
+
+    Args:
+        send: the client's.
+        rewrite: the body, if the server was content.
+    """
+
+    def __init__(self, send: Send, rewrite: Callable[[bytes], bytes]) -> None:
+        self.send = send
+        self.rewrite = rewrite
+        self._start: Message = {}
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        """Keep what the server sends, and send it when it is whole."""
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            body = b"".join(self._parts)
+            if self._start["status"] == 200:
+                body = self.rewrite(body)
+            await self.send({**self._start, "headers": _headers(self._start, len(body))})
+            await self.send({"type": "http.response.body", "body": body})
+
+
+class Shares:
+    """The shares of one text, fetched from where they were computed.
+
+    Args:
+        ask_workers: asks all workers.
+        experts: names, in order.
+        name: by which the workers keep them.
+        tokens_too: the client has asked for the tokens' ids, by which they are counted here.
+    """
+
+    def __init__(self, ask_workers: Ask, experts: tuple[str, ...], name: str, *, tokens_too: bool) -> None:
+        self.ask_workers = ask_workers
+        self.experts = experts
+        self.name = name
+        self.tokens_too = tokens_too
+        self._sent = 0
+        self._found: dict[int, list[float]] = {}
+
+    async def put_into(self, choice: dict[str, Any]) -> None:
+        """Give a choice of an answer, or of a part of one, the shares of its tokens."""
+        tokens = choice.get("token_ids") or []
+        if not self.tokens_too:
+            choice.pop("token_ids", None)
+            choice.pop("prompt_token_ids", None)
+        wanted = range(self._sent, self._sent + len(tokens))
+        self._sent = wanted.stop
+        if any(number not in self._found for number in wanted):
+            for of_engine in await self.ask_workers("weft_shares", self.name, False):
+                self._found.update(of_engine)
+        rows = [self._found.pop(number, None) for number in wanted]
+        choice["weft"] = {"shares": [row and dict(zip(self.experts, row, strict=True)) for row in rows]}
+
+    async def forget(self) -> None:
+        """Nobody asks for this text's shares any more."""
+        await self.ask_workers("weft_shares", self.name, True)
+
+
+class Answer:
+    """How one answer is to be mended.
+
+    Args:
+        model: the name that the client asked for.
+        shares: of its text; None where they were not asked for.
+    """
+
+    def __init__(self, model: str, shares: Shares | None) -> None:
+        self.model = model
+        self.shares = shares
+
+    def sent_by(self, send: Send) -> Send:
+        """A `send` that mends what goes through it: a stream event by event, anything else as a whole."""
+        start: Message = {}
+        held = bytearray()
+
+        async def mended(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                if _streams(start):
+                    await send(start)
+                return
+            held.extend(message.get("body", b""))
+            more = message.get("more_body", False)
+            if _streams(start):
+                body = await self._events(held, last=not more)
+                if body or not more:
+                    await send({"type": "http.response.body", "body": body, "more_body": more})
+            elif not more:
+                body = await self._whole(bytes(held)) if start["status"] == 200 else bytes(held)
+                await send({**start, "headers": _headers(start, len(body))})
+                await send({"type": "http.response.body", "body": body})
+
+        return mended
+
+    async def _events(self, held: bytearray, *, last: bool) -> bytes:
+        """The events that are whole, mended, taken out of what is held."""
+        found = bytearray()
+        while (end := held.find(b"\n\n")) >= 0:
+            event = bytes(held[: end + 2])
+            del held[: end + 2]
+            # An event may have a line with its kind before its data.
+            before, mark, data = event.rpartition(_EVENT) if not event.startswith(_EVENT) else (b"", _EVENT, event[6:])
+            if mark and data.strip().startswith(b"{"):
+                data = await self._whole(data) + b"\n\n"
+            found += before + mark + data
+        if last:
+            found += held
+            held.clear()
+        return bytes(found)
+
+    async def _whole(self, raw: bytes) -> bytes:
+        body = json.loads(raw)
+        for part in (body, body.get("response"), body.get("message")):  # of completions, responses and messages
+            if isinstance(part, dict) and "model" in part:
+                part["model"] = self.model
+        if self.shares is not None:
+            if not self.shares.tokens_too:
+                body.pop("prompt_token_ids", None)
+            for choice in body.get("choices") or []:
+                await self.shares.put_into(choice)
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _streams(start: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
+
+
+def _headers(start: Message, length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in start["headers"] if name != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]

@@ -1,0 +1,64 @@
+"""`weft serve` in a process of its own, with a tiny mixture."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from engines import sharpen
+
+import weft
+from models import lora, save_adapter, tiny_llama, tiny_tokenizer
+
+PROMPT = [5, 9, 33, 77, 120]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A mixture that names its base, and the model."""
+    place = tmp_path_factory.mktemp("serve")
+
+    def base():
+        sizes = {"hidden_size": 128, "intermediate_size": 96, "max_position_embeddings": 512}
+        return tiny_llama(vocab_size=len(tiny_tokenizer()), **sizes)
+
+    base().save_pretrained(place / "base")
+    tiny_tokenizer().save_pretrained(place / "base")
+    adapters = {name: save_adapter(base(), lora(), place / name, seed) for seed, name in enumerate(("code", "law"), 1)}
+    model = sharpen(weft.from_adapters(str(place / "base"), adapters)).eval()
+    model.save_pretrained(place / "my-mixture")
+    return place / "my-mixture", model
+
+
+def request(port, path, body=None, key="secret"):
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="session")
+def server(saved):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "weft", "serve", str(saved[0]), "--port", str(port), "--api-key", "secret"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
+    ) as run:
+        first = next(line for line in run.stdout if "serves" in line)  # what vLLM says at its import may come before
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                assert run.poll() is None, run.stdout.read()
+                time.sleep(0.5)
+        yield port, first
+        run.terminate()
+        run.wait(60)
