@@ -175,4 +175,36 @@ def test_metrics_and_description(server, saved):
     assert found.pop("base") == json.loads((saved[0] / "adapter_config.json").read_text())["base_model_name_or_path"]
     scheme = "a scaling pass, then the adapted pass"
     experts = ["code", "law"]
-    assert found == {"name": "my-mixture", "experts": experts, "scheme": scheme, "shares": True, "chat": False}
+    assert found == {"name": "my-mixture", "experts": experts, "scheme": scheme, "shares": True, "chat": True}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_the_other_kinds_of_text_follow_the_choice(path, server, saved):
+    turns = [{"role": "user", "content": "contract"}]
+    body = {"temperature": 0} | ({"input": turns} if path.endswith("responses") else {"messages": turns})
+    body |= {"max_output_tokens": NEW} if path.endswith("responses") else {"max_tokens": NEW}
+
+    def text(model, options=None):
+        more = {"weft": options} if options else {}
+        answer = request(server[0], path, {**body, "model": model, **more})
+        assert answer["model"] == model
+        if "choices" in answer:
+            return answer["choices"][0]["message"]["content"]
+        return "".join(part["text"] for part in answer.get("content") or answer["output"][-1]["content"])
+
+    found = [text("my-mixture"), text("my-mixture:law"), text("my-mixture", {"weights": {"law": 0.0}})]
+    assert len(set(found)) == 3
+    assert all(found)
+    assert found[2] == text("my-mixture:base")
+    if "chat" not in path:
+        assert refused(server[0], path, {**body, "model": "my-mixture", "weft": {"shares": True}})[0] == 400
+        return
+    shares = {"weft": {"shares": True}, "model": "my-mixture:law", "stream": True}
+    rows = [
+        row
+        for event in events(server[0], path, {**body, **shares})
+        for choice in event["choices"]
+        for row in choice["weft"]["shares"]
+    ]
+    assert rows == [{"code": 0.0, "law": 1.0}] * len(rows)
+    assert len(rows) > 1

@@ -6,14 +6,18 @@ request has chosen (choices.py) takes the gate's place, or changes how it decide
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from weft.routing import keep_top_k, softmax_with_temperature
-from weft.serve.choices import Choices
 from weft.serve.mixture import ServedMixture
+
+if TYPE_CHECKING:  # it needs vLLM
+    from weft.serve.choices import Choices
 
 
 class Following(nn.Module):
