@@ -12,7 +12,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
 # Imports point one way: a module imports only from lines above its own.
 ORDER = [
-    ["errors", "command_options", "own_weight", "palette", "placement", "quantised", "licences", "visible"],
+    ["errors", "command_options", "own_weight", "palette", "placement", "quantised", "licences", "visible", "web"],
     ["versions", "console", "options", "format_options", "files", "base_loading"],
     ["countdown", "names", "tensor_files"],
     ["whole", "digests", "processes", "routing", "chat_template", "one_thread", "option_values"],

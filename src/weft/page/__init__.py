@@ -1,20 +1,15 @@
 """One HTML file that shows traces: it needs no other file and no network.
 
-Here numbers become compact text and take their place in `page.html`, with `style.css` and the scripts; what is seen is
-the scripts' matter: codec.js (numbers again), words.js (how text is shown), text.js, charts.js, panels.js and app.js
-(what is chosen, mouse and keys).
+Here numbers become compact text; what is seen is the scripts' matter: codec.js (numbers again), text.js, charts.js,
+panels.js and app.js (what is chosen, mouse and keys), after those that all pages share (weft/web).
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import json
 import os
-import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +22,10 @@ from weft.palette import PALETTE
 from weft.summary import summarise
 from weft.traces import Trace
 from weft.visible import shortened, visible
+from weft.web import one_file
 from weft.whole import replace_file
 
-_SCRIPTS = ("codec.js", "words.js", "text.js", "charts.js", "panels.js", "app.js")
+_SCRIPTS = ("codec.js", "text.js", "charts.js", "panels.js", "app.js")
 _CELL_HEIGHT = 900
 _MARK = b'<meta name="generator" content="weft inspect">'
 
@@ -69,38 +65,13 @@ def page(traces: Sequence[Trace]) -> str:
     # Experts of one name have one colour in all traces.
     names = list(dict.fromkeys(name for trace in traces for name in trace.expert_names))
     data = {"palette": PALETTE, "traces": [_encoded(trace, names) for trace in traces]}
-    here = files(__package__)
-    style = (here / "style.css").read_text(encoding="utf-8")
-    scripts = "\n".join((here / name).read_text(encoding="utf-8") for name in _SCRIPTS)
-    script = f'"use strict";\n(() => {{\n{scripts}\n}})();\n'
-    parts = {
-        "title": html.escape(visible(shortened(traces[0].title)) or "trace"),
-        "style": style,
-        "style_hash": _csp_hash(style),
-        "script": script,
-        "script_hash": _csp_hash(script),
-        "data": _json(data),
-    }
-    template = (here / "page.html").read_text(encoding="utf-8")
-    # All places at once: what a part says is never taken for a place.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
+    return one_file(__package__, _SCRIPTS, data, visible(shortened(traces[0].title)) or "trace")
 
 
 def notebook_cell(trace: Trace) -> str:
     """The page in a frame of its own, which can do nothing to the notebook around it."""
     frame = f'<iframe sandbox="allow-scripts" style="width:100%;height:{_CELL_HEIGHT}px;border:0" srcdoc="'
     return f'{frame}{html.escape(page([trace]))}" title="weft trace"></iframe>'
-
-
-def _csp_hash(text: str) -> str:
-    """By which a Content-Security-Policy knows the one script, or style, that may act."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _json(data: Any) -> str:
-    """JSON that ends no script element, whatever is in it."""
-    text = json.dumps(data, separators=(",", ":"))  # ASCII: no bidi mark stands in the source
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _encoded(trace: Trace, names: list[str]) -> dict[str, Any]:

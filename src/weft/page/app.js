@@ -1,19 +1,9 @@
 // What is chosen (trace, tokens, layer, expert, theme), and what mouse and keys do to it.
 
-const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const traces = data.traces.map(prepare);
 
-const palette = {
-  colours: data.palette.map(rgbOf),
-  of(trace, expert) {
-    return this.colours[trace.colours[expert] % this.colours.length];
-  },
-  // Whether an earlier expert has this colour already.
-  again(trace, expert) {
-    return trace.colours[expert] >= this.colours.length;
-  },
-};
+const palette = new Palette(data.palette);
 
 // selection: {from, to, anchor}, null for all tokens; layer and focus: numbers, null for all; relative: whether the
 // colours show shares against the average.
@@ -122,9 +112,7 @@ function step(by, extend) {
 }
 
 function switchTheme() {
-  const dark = getComputedStyle(document.documentElement).colorScheme === "dark" ||
-    (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  document.documentElement.dataset.theme = dark ? "light" : "dark";
+  otherTheme();
   drawAll();
 }
 

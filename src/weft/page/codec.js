@@ -91,9 +91,3 @@ function perplexity(logProbs, from, to) {
   }
   return count ? Math.exp(total / count) : null;
 }
-
-function largest(values, from = 0, to = values.length) {
-  let best = from;
-  for (let i = from + 1; i < to; i++) if (values[i] > values[best]) best = i;
-  return best - from;
-}

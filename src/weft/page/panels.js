@@ -1,21 +1,5 @@
 // What is said in words and numbers: bars of shares, facts of a token or span, tooltips, the legend, the data sets.
 
-function swatch(trace, expert, palette) {
-  const [colour, again] = [css(palette.of(trace, expert)), palette.again(trace, expert)];
-  return element("i", { class: again ? "swatch second" : "swatch", style: `--c:${colour}` });
-}
-
-// A row per expert; the leading one is bold.
-function barRows(trace, shares, palette) {
-  const leading = largest(shares);
-  return Array.from(shares, (share, expert) =>
-    element("div", { class: expert === leading ? "bar leading" : "bar" },
-      swatch(trace, expert, palette),
-      element("span", { class: "name" }, visible(trace.experts[expert])),
-      element("span", { class: "track" }, element("span", { style: `width:${(100 * Math.min(1, share)).toFixed(2)}%;--c:${css(palette.of(trace, expert))}` })),
-      element("span", { class: "number" }, percent(share))));
-}
-
 function factRows(rows) {
   return rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
 }
@@ -65,27 +49,7 @@ function excerpt(trace, selection) {
   return quoted(pieces.join("") || "");
 }
 
-// ------------------------------------------------------------------ tooltip
-
-class Tip {
-  constructor(box) {
-    this.box = box;
-  }
-
-  show(event, ...children) {
-    this.box.replaceChildren(...children);
-    this.box.hidden = false;
-    const { offsetWidth: width, offsetHeight: height } = this.box;
-    const x = Math.min(event.clientX + 14, window.innerWidth - width - 8);
-    const below = event.clientY + 18;
-    this.box.style.left = `${Math.max(8, x)}px`;
-    this.box.style.top = `${below + height > window.innerHeight ? Math.max(8, event.clientY - height - 12) : below}px`;
-  }
-
-  hide() {
-    this.box.hidden = true;
-  }
-}
+// ------------------------------------------------------------------ tooltips
 
 function tokenTip(trace, shares, token, palette) {
   const experts = trace.experts.length;

@@ -28,11 +28,7 @@ class TextView {
     this.spans.forEach((span, token) => {
       const from = token * experts;
       const expert = focus === null ? largest(shares, from, from + experts) : focus;
-      const share = shares[from + expert];
-      const rgb = palette.of(trace, expert);
-      span.style.backgroundColor = css(rgb, share.toFixed(3));
-      span.style.color = css(inkOn(blend(theme.panel, rgb, share)));
-      span.classList.toggle("second", palette.again(trace, expert));
+      paint(span, trace, expert, shares[from + expert], palette, theme);
     });
   }
 

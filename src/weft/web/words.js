@@ -1,4 +1,4 @@
-// How text and numbers are shown. Text from a trace reaches the page only as text, never as markup.
+// How text and numbers are shown. Text of others reaches a page only as text, never as markup.
 
 // Characters that steer what is beside them or cannot be seen, by their names.
 const MARKS = {
@@ -6,6 +6,9 @@ const MARKS = {
   0x202a: "LRE", 0x202b: "RLE", 0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ",
   0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI", 0xfeff: "BOM",
 };
+
+// The others that cannot be seen, but for joiners and variation selectors, which writing and emoji need.
+const UNSEEN = /(?![\u200c\u200d\ufe00-\ufe0f])\p{Default_Ignorable_Code_Point}/u;
 
 function visibleCharacter(character) {
   const code = character.codePointAt(0);
@@ -15,11 +18,15 @@ function visibleCharacter(character) {
   if (code === 0x7f) return "␡";
   if (code >= 0x80 && code < 0xa0) return "\ufffd";
   if (code >= 0xe0000 && code < 0xe0080) return "⟦TAG⟧";
-  return MARKS[code] ? `⟦${MARKS[code]}⟧` : character;
+  if (MARKS[code]) return `⟦${MARKS[code]}⟧`;
+  return UNSEEN.test(character) ? `⟦U+${code.toString(16).toUpperCase()}⟧` : character;
 }
 
 // A token's text with all of it to be seen; part of a character has none of its own.
 const visible = (piece) => (piece === "" ? "◦" : Array.from(piece, visibleCharacter).join(""));
+
+// The same for what is read rather than studied: lines and tabs are what they do.
+const readable = (text) => Array.from(text, (character) => (/[\n\t]/.test(character) ? character : visibleCharacter(character))).join("");
 
 // The same in one line, for titles.
 const quoted = (piece) => `“${visible(piece).replaceAll("⏎\n", "⏎").replaceAll("\t", "")}”`;

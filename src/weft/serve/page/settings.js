@@ -1,0 +1,69 @@
+// What a request asks for: which model, who decides about the experts' weights, how tokens are drawn.
+
+class Settings {
+  constructor(info, group, palette) {
+    this.info = info;
+    this.rows = barRows(group, new Float64Array(group.experts.length), palette);
+    this.sliders = group.experts.map((name, expert) => {
+      const input = element("input", { type: "range", min: 0, max: 1, step: 0.01, "aria-label": `Weight of ${visible(name)}`, style: `--c:${css(palette.of(group, expert))}` });
+      const output = element("output");
+      const line = element("div", { class: "weight", hidden: "" }, input, output);
+      input.addEventListener("input", () => (output.textContent = Number(input.value).toFixed(2)));
+      this.rows[expert].append(line);
+      return { input, output, line };
+    });
+    $("bars").replaceChildren(...this.rows);
+    this.equal();
+    $("equal").addEventListener("click", () => this.equal());
+    $("who").addEventListener("change", () => this.arrange());
+    $("model").addEventListener("change", () => this.arrange());
+    this.fillChoices();
+    this.arrange();
+  }
+
+  fillChoices() {
+    const { name, experts } = this.info;
+    const models = [[name, "The mixture"], ...experts.map((expert) => [`${name}:${expert}`, `${visible(expert)} alone`]), [`${name}:base`, "The base model"]];
+    $("model").replaceChildren(...models.map(([value, text]) => element("option", { value }, text)));
+    const counts = experts.map((_, at) => element("option", { value: at + 1 }, `${at + 1} of ${experts.length}`));
+    $("top-k").replaceChildren(element("option", { value: "" }, "as trained"), ...counts);
+  }
+
+  equal() {
+    for (const { input } of this.sliders) {
+      input.value = 1 / this.sliders.length;
+      input.dispatchEvent(new Event("input"));
+    }
+  }
+
+  get mixed() {
+    return $("model").value === this.info.name;
+  }
+
+  get constant() {
+    return $("who").querySelector(":checked").value === "weights";
+  }
+
+  // Where one model is alone nobody decides; weights leave no choice of experts to the gate.
+  arrange() {
+    const weights = this.mixed && this.constant;
+    for (const { line } of this.sliders) line.hidden = !weights;
+    $("equal").hidden = !weights;
+    for (const radio of $("who").querySelectorAll("input")) radio.disabled = !this.mixed;
+    $("top-k").disabled = !this.mixed || weights;
+  }
+
+  // Whether all numbers can be sent; the browser says which cannot.
+  check() {
+    return $("settings").reportValidity();
+  }
+
+  body() {
+    const asked = this.info.shares ? { shares: true } : {};
+    if (this.mixed && this.constant) asked.weights = Object.fromEntries(this.sliders.map(({ input }, expert) => [this.info.experts[expert], Number(input.value)]));
+    else if (this.mixed && $("top-k").value) asked.top_k = Number($("top-k").value);
+    const body = { model: $("model").value, max_tokens: Number($("max-tokens").value), temperature: Number($("temperature").value) };
+    if ($("seed").value) body.seed = Number($("seed").value);
+    return Object.keys(asked).length ? { ...body, weft: asked } : body;
+  }
+}
