@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from models import ARCHITECTURES, lora, make_architecture, save_adapter, tiny_llama, tiny_tokenizer
+from traced import browser, chromium
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,33 @@ HUB_TOKEN = "hf_right"  # of the stand-in for the Hub
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    """A Chromium. Not for the whole session: while one is open, nothing else can run an event loop."""
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium was found: `make browser` installs one, WEFT_CHROMIUM names one")
+    with browser(path) as launched:
+        yield launched
+
+
+@pytest.fixture
+def visit(chrome):
+    """Opens the page of a scripted server (tests/visits.py)."""
+    from visits import visiting
+
+    with visiting(chrome) as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def expect():
+    """playwright's assertions, which wait until they hold."""
+    from playwright.sync_api import expect
+
+    return expect
 
 
 @pytest.fixture(scope="session")

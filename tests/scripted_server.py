@@ -73,7 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self._reply(Reply(200, page(), "text/html; charset=utf-8"))
         elif self._welcome():
-            self._reply(self.scripted.info if isinstance(self.scripted.info, Reply) else Reply(200, json.dumps(self.scripted.info)))
+            self._reply(
+                self.scripted.info
+                if isinstance(self.scripted.info, Reply)
+                else Reply(200, json.dumps(self.scripted.info))
+            )
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from traced import browser, chromium, made
+from traced import made
 from weft.page import notebook_cell, page, write_page
 from weft.palette import PALETTE
 from weft.traces import TracedText
@@ -18,15 +18,6 @@ HOSTILE = [
     "a\u202eb",
     "\x1b&amp;",
 ]
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    path = chromium()
-    if path is None:
-        pytest.skip("no Chromium was found: `make browser` installs one, WEFT_CHROMIUM names one")
-    with browser(path) as launched:
-        yield launched
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@
     layers.py       the experts around vLLM's linear layers, also where these are spread over processes
     mixture.py      the saved folder as plain tensors, and what cannot be served
     command.py      `weft serve`: what is checked, and vLLM's server with everything set
+    requests.py     what a request may ask for
+    page/           the page at `/`
 
 The first six run inside vLLM and import nothing of peft or of weft's model.
 """

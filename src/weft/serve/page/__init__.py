@@ -1,8 +1,8 @@
 """The page at `/` of `weft serve`: write or chat, and see which expert leads each token.
 
-One file that asks for nothing but the server's own /v1/weft, /v1/completions and /v1/chat/completions. server.js talks to
-it, answers.js shows what it says, settings.js is what a request asks for, app.js what keys and buttons do; what all pages
-share is in weft/web. Nothing of torch, transformers or peft is needed here.
+One file that asks for nothing but the server's own /v1/weft, /v1/completions and /v1/chat/completions. server.js talks
+to it, answers.js shows what it says, settings.js is what a request asks for, app.js what keys and buttons do; they come
+after what all pages share (weft/web). Nothing of torch, transformers or peft is needed here.
 """
 
 from __future__ import annotations

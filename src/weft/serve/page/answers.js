@@ -17,7 +17,7 @@ class Answer {
   // complete, and belong to its piece.
   take(text, rows) {
     this.last = performance.now();
-    this.first ??= { time: this.last, tokens: rows.length };
+    if (rows.length) this.first ??= { time: this.last, tokens: rows.length };
     this.tokens += rows.length;
     for (const row of rows) row.forEach((share, expert) => (this.sums[expert] += share));
     this.waiting.push(...rows);

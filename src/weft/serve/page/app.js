@@ -66,10 +66,10 @@ function send() {
   answer(views.chat, "v1/chat/completions", { messages: [...state.turns] }).then((came) => {
     if (came.text) state.turns.push({ role: "assistant", content: came.text });
     else {
-      // Nothing was answered: the message is there to be sent again.
+      // Nothing was answered: the message is there to be sent again, before what was typed since.
       state.turns.pop();
       views.chat.withdraw(said);
-      $("message").value ||= message;
+      $("message").value = [message, $("message").value].filter(Boolean).join("\n");
     }
     draw();
   });

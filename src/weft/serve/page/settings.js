@@ -8,9 +8,10 @@ class Settings {
       const input = element("input", { type: "range", min: 0, max: 1, step: 0.01, "aria-label": `Weight of ${visible(name)}`, style: `--c:${css(palette.of(group, expert))}` });
       const output = element("output");
       const line = element("div", { class: "weight", hidden: "" }, input, output);
-      input.addEventListener("input", () => (output.textContent = Number(input.value).toFixed(2)));
+      const slider = { input, output, line, weight: 0 };
+      input.addEventListener("input", () => this.weigh(slider, Number(input.value)));
       this.rows[expert].append(line);
-      return { input, output, line };
+      return slider;
     });
     $("bars").replaceChildren(...this.rows);
     this.equal();
@@ -29,11 +30,14 @@ class Settings {
     $("top-k").replaceChildren(element("option", { value: "" }, "as trained"), ...counts);
   }
 
+  // A weight may lie between the slider's steps: a third does.
+  weigh(slider, weight) {
+    slider.weight = slider.input.value = weight;
+    slider.output.textContent = Number(weight.toFixed(3));
+  }
+
   equal() {
-    for (const { input } of this.sliders) {
-      input.value = 1 / this.sliders.length;
-      input.dispatchEvent(new Event("input"));
-    }
+    for (const slider of this.sliders) this.weigh(slider, 1 / this.sliders.length);
   }
 
   get mixed() {
@@ -60,7 +64,7 @@ class Settings {
 
   body() {
     const asked = this.info.shares ? { shares: true } : {};
-    if (this.mixed && this.constant) asked.weights = Object.fromEntries(this.sliders.map(({ input }, expert) => [this.info.experts[expert], Number(input.value)]));
+    if (this.mixed && this.constant) asked.weights = Object.fromEntries(this.sliders.map(({ weight }, expert) => [this.info.experts[expert], weight]));
     else if (this.mixed && $("top-k").value) asked.top_k = Number($("top-k").value);
     const body = { model: $("model").value, max_tokens: Number($("max-tokens").value), temperature: Number($("temperature").value) };
     if ($("seed").value) body.seed = Number($("seed").value);
