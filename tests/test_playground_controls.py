@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from scripted_server import DONE, event
+from scripted_server import DONE, Scripted, event, serving
 from visits import CODE, END, LAW, bars, ground, token, told, write
 from weft.serve.page import page
 
@@ -324,20 +324,16 @@ def test_it_names_no_other_host_and_asks_none_even_by_a_script_in_it(visit):
     assert "://" not in text
     assert "unsafe" not in text
     assert not re.search(r"(src|href)=\"(?!data:)", text)
-    opened, _ = visit()
-    elsewhere = opened.context.new_page()
-    elsewhere.goto(opened.url)
-    answer = elsewhere.evaluate("() => fetch('http://127.0.0.2:9/').then(() => 'sent', (error) => String(error))")
-    assert "TypeError" in answer
-    assert (
-        elsewhere.evaluate("""() => {
-        const script = document.createElement("script");
-        script.textContent = "window.hacked = 1";
-        document.body.append(script);
-        return window.hacked ?? null;
-    }""")
-        is None
-    )
+    opened, scripted = visit()
+    with serving(Scripted(told())) as other:
+        # A page of its own: that it is forbidden is reported, and `visit` lets nothing be.
+        scripts = opened.context.new_page()
+        scripts.goto(scripted.url)
+        ask = "url => fetch(url, { mode: 'no-cors' }).then(() => 'sent', (error) => String(error))"
+        assert scripts.evaluate(ask, f"{scripted.url}v1/weft") == "sent"
+        assert "TypeError" in scripts.evaluate(ask, f"{other.scripted.url}v1/weft")
+    added = "() => { const script = document.createElement('script'); script.textContent = 'window.hacked = 1'; "
+    assert scripts.evaluate(added + "document.body.append(script); return window.hacked ?? null; }") is None
 
 
 def test_making_it_needs_nothing_heavy():
