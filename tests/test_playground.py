@@ -19,6 +19,8 @@ def test_tokens_come_in_the_colour_of_their_leading_expert_as_strong_as_its_shar
     opened, scripted = visit([[event("def", CODE), event(" the", LAW), more, event(" end", CODE), END, DONE]])
     assert opened.title() == "my-mixture · weft"
     expect(opened.locator("#runs")).to_have_text("one pass, the gate at decoder layer 4vLLM 0.32.0org/base")
+    assert opened.locator("#of").inner_text() == "Experts"
+    assert bars(opened) == ["", ""]
     write(opened)
     expect(token(opened, 1)).to_have_text(" the")
     assert [ground(opened, number)[:3] for number in (0, 1)] == [rgb(0), rgb(1)]

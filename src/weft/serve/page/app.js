@@ -26,6 +26,7 @@ function draw() {
   const piece = chosen === null ? null : pieces[chosen];
   $("of").textContent = piece ? `Token ${quoted(piece.text)}` : answer ? "This answer" : "Experts";
   setBars(settings.rows, piece?.shares ?? answer?.means() ?? new Float64Array(group.experts.length));
+  $("bars").classList.toggle("idle", !piece && !answer?.tokens);
   for (const meter of document.querySelectorAll(".meter")) meter.textContent = answer?.pace() ?? "";
   enable($("add"), !state.running && Boolean(views.write.answer?.text));
   enable($("new"), state.turns.length > 0 && !state.running);

@@ -119,7 +119,7 @@ async function* streamed(path, body, signal) {
     }
   } catch (error) {
     if (signal.aborted || error instanceof Problem) throw error;
-    throw new Problem(`The connection broke while the server answered. ${GONE}`);
+    throw new Problem("The connection broke while the server answered. What came is kept. If the server has stopped, start it again (weft serve).");
   } finally {
     reader.cancel().catch(() => {});
   }
