@@ -24,25 +24,29 @@ class Following(nn.Module):
     """The gate of a mixture, and the scalings that the layers follow in the pass under way.
 
     Attributes:
-        scalings: λ · g of the pass; None where the experts are left out.
+        of_layers: λ · g of the pass for each of the engine's layers, [token, slice * expert, 1], in the model's dtype;
+            None where the experts are left out.
         of_biases: how much of each expert's `lora_bias` acts, [token, expert]; None where it is g for all.
 
     Args:
         mixture: read from its folder.
         choices: of the requests in the batch.
+        dtype: of the model.
     """
 
     _constant: Tensor
 
-    def __init__(self, mixture: ServedMixture, choices: Choices) -> None:
+    def __init__(self, mixture: ServedMixture, choices: Choices, dtype: torch.dtype) -> None:
         super().__init__()
         self.options = mixture.options
         self.choices = choices
         self.num_layers, self.num_experts = len(mixture.layers), len(mixture.experts)
         self.first_layer = mixture.following().start
         self.global_weight = float(mixture.options.get("global_scaling_weight", 1.0))
-        self.scalings: Tensor | None = None
+        self.dtype = dtype
+        self.of_layers: tuple[Tensor, ...] | None = None
         self.of_biases: Tensor | None = None
+        self._numbers: list[list[int]] = []
         self._depth = len(mixture.gate)
         for number, (weight, bias) in enumerate(mixture.gate):
             self.register_buffer(f"weight_{number}", weight, persistent=False)
@@ -51,22 +55,29 @@ class Following(nn.Module):
         constant = torch.full((1, 1, self.num_experts), self.constant_weight)
         self.register_buffer("_constant", constant, persistent=False)
 
+    def add_layer(self, numbers: list[int]) -> int:
+        """Take up a layer of the engine's, in which these LoRA layers are; its place in `of_layers`."""
+        self._numbers.append(numbers)
+        return len(self._numbers) - 1
+
     def read(self, num_tokens: int) -> None:
         """Follow what a scaling pass follows."""
-        self.scalings = self.of_biases = None
+        self.of_layers = self.of_biases = None
         if not self.constant_weight:
             return
         if not self.choices.active:
-            self.scalings = self._constant * self.global_weight
+            self._follow(self._constant * self.global_weight)
             return
         weight = self.choices.of_tokens("weight", num_tokens)
-        self.scalings, self.of_biases = self._constant * weight[:, None], weight.expand(-1, self.num_experts)
+        self._follow(self._constant * weight[:, None])
+        self.of_biases = weight.expand(-1, self.num_experts)
 
     def begin(self, num_tokens: int) -> None:
         """Follow what the layers before the one that the gate reads at follow."""
         self.read(num_tokens)
         if self.choices.active:
-            self.scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
+            scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
+            self._follow(scalings)
             out = not self.constant_weight  # for texts that the gate will decide for, biases and all
             self.of_biases = biases * ~self.choices.of_tokens("gated", num_tokens) if out else biases
 
@@ -79,17 +90,29 @@ class Following(nn.Module):
                 scalings = scalings.expand(-1, self.num_layers - self.first_layer, -1)
             scalings = torch.cat([before, scalings], 1)
         shares = scalings.mean(1)
+        self.of_biases = None
         if self.choices.active:
-            self.scalings, self.of_biases = self._chosen(scalings)
-            gated, fixed = (self.choices.of_tokens(name, len(scalings)) for name in ("gated", "fixed"))
+            scalings, self.of_biases = self._chosen(scalings)
+            gated, fixed = (self.choices.of_tokens(name, len(shares)) for name in ("gated", "fixed"))
             shares = torch.where(gated, shares, fixed)
         else:
-            self.scalings, self.of_biases = scalings * self.global_weight, None
-        self.choices.shares[: len(scalings)].copy_(shares)
+            scalings = scalings * self.global_weight
+        self._follow(scalings)
+        self.choices.shares[: len(shares)].copy_(shares)
 
     def end(self) -> None:
         """Nothing is followed any more."""
-        self.scalings = self.of_biases = None
+        self.of_layers = self.of_biases = None
+
+    def _follow(self, scalings: Float[Tensor, "token layer expert"]) -> None:
+        """Give each layer its own tensor: at once, and so that the graphs of equal layers are equal."""
+        if scalings.shape[1] == 1:
+            scalings = scalings.expand(-1, self.num_layers, -1)
+        numbers = [number for of in self._numbers for number in of]
+        if numbers != list(range(self.num_layers)):
+            scalings = scalings[:, numbers]
+        widths = [len(of) * self.num_experts for of in self._numbers]
+        self.of_layers = scalings.to(self.dtype).flatten(1)[..., None].split(widths, 1)
 
     def _gate(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> Float[Tensor, "token layer expert"]:
         if normalise:

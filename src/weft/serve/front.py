@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import vllm
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -24,6 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from weft.files import read_json
 from weft.serve.answers import Answer, Rewritten, Shares
 from weft.serve.mixture import scheme_of
+from weft.serve.page import page
 from weft.serve.requests import FIELD, SHARES, Choice, RequestError, Served, cache_salt
 from weft.tensor_files import CONFIG_NAME
 
@@ -58,6 +59,10 @@ class Front:
         route = (scope["method"], path)
         if not server.allows(scope, path):
             await self.app(scope, receive, send)  # which refuses it
+        elif route == ("GET", "/"):
+            await HTMLResponse(page(), headers={"content-security-policy": "frame-ancestors 'none'"})(
+                scope, receive, send
+            )
         elif route == ("GET", "/v1/weft"):
             await JSONResponse(server.description())(scope, receive, send)
         elif route == ("GET", "/v1/models"):

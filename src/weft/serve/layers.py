@@ -56,16 +56,14 @@ class MixtureMethod(LinearMethodBase):
         self.method = method
         self.following = following
         self.slices = slices
-        numbers = [each.number for each in slices]
         self.rank = max(padded_rank(each.factors) for each in slices)
-        self.numbers: slice | Tensor = slice(numbers[0], numbers[-1] + 1)
-        if numbers != list(range(numbers[0], numbers[-1] + 1)):
-            self.numbers = torch.tensor(numbers, device=like.device)
-        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-        self.down = torch.cat([_stacked_down(each, self.rank) for each in slices]).t().contiguous().to(**place)
-        self.ups = [_stacked_up(each, self.rank).contiguous().to(**place) for each in slices]
+        self.width = following.num_experts * self.rank
+        self.place = following.add_layer([each.number for each in slices])
+        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.down = torch.cat([_stacked_down(each, self.rank) for each in slices]).t().contiguous().to(**options)
+        self.ups = [_stacked_up(each, self.rank).contiguous().to(**options) for each in slices]
         biases = [_stacked_bias(each) for each in slices]
-        self.biases = [None if bias is None else bias.to(**place) for bias in biases]
+        self.biases = [None if bias is None else bias.to(**options) for bias in biases]
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         """The layer has its weights already."""
@@ -74,19 +72,17 @@ class MixtureMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the layer's own method gives, and the experts' sum."""
         output = self.method.apply(layer, x, bias)
-        scalings = self.following.scalings
-        if scalings is None:
+        of_layers = self.following.of_layers
+        if of_layers is None:
             return output
-        experts = self.following.num_experts
-        hidden = (x.reshape(-1, x.shape[-1]) @ self.down).view(-1, len(self.slices), experts, self.rank)
-        of_slices = scalings if scalings.shape[1] == 1 else scalings[:, self.numbers]
-        hidden = (hidden * of_slices[..., None].to(hidden.dtype)).flatten(2)
+        hidden = x.reshape(-1, x.shape[-1]) @ self.down
+        hidden = (hidden.view(len(hidden), -1, self.rank) * of_layers[self.place]).flatten(1)
         rows = output.view(-1, output.shape[-1])
-        for place, (part, up) in enumerate(zip(self.slices, self.ups, strict=True)):
-            rows[:, part.start : part.start + part.width].addmm_(hidden[:, place], up)
-            biases = self.biases[place]
+        for number, (part, up, biases) in enumerate(zip(self.slices, self.ups, self.biases, strict=True)):
+            own = rows[:, part.start : part.start + part.width]
+            own.addmm_(hidden[:, number * self.width : (number + 1) * self.width], up)
             if biases is not None:
-                rows[:, part.start : part.start + part.width].add_(self._of_biases(biases))
+                own.add_(self._of_biases(biases))
         return output
 
     def _of_biases(self, biases: Tensor) -> Tensor:

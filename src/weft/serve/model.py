@@ -74,7 +74,7 @@ def _graft(model: Any, vllm_config: Any) -> None:
         static=not current_platform.is_cpu() or vllm_config.compilation_config.mode != CompilationMode.NONE,
     )
     register(vllm_config, choices)
-    following = Following(mixture, choices)
+    following = Following(mixture, choices, vllm_config.model_config.dtype)
     model.weft_following, model.weft_mixture = following, mixture
     backbone, gate_layer = backbone_of(model), mixture.options.get("gate_layer")
     scaling = None
