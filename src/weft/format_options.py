@@ -94,7 +94,7 @@ class PullOptions(CommandOptions):
 
 @dataclass
 class ServeOptions(CommandOptions):
-    """Serve a trained mixture as vLLM's OpenAI server. Flags that are not below are vLLM's own and are handed on.
+    """Serve a trained mixture as an OpenAI server. Flags that are not below are vLLM's own and are handed on.
 
     Args:
         model: Folder or Hub id of a trained mixture.
@@ -103,6 +103,8 @@ class ServeOptions(CommandOptions):
         host: Address to listen on; others than this machine's own can be reached by others.
         port: Port to listen on.
         api_key: What clients must send as their key; null asks for none.
+        engine: What runs the mixture: vllm, or embedded, which needs nothing but transformers and answers one request
+            after the other; auto takes vLLM where it is installed.
     """
 
     model: str
@@ -111,3 +113,4 @@ class ServeOptions(CommandOptions):
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    engine: Literal["auto", "vllm", "embedded"] = "auto"

@@ -254,7 +254,12 @@ class Reader:
         self._shares: list[dict[str, float]] = []
 
     def read(
-        self, input_ids: Int[Tensor, "1 seq"], speculation: Speculation | None, limit: int
+        self,
+        input_ids: Int[Tensor, "1 seq"],
+        speculation: Speculation | None = None,
+        limit: int = 0,
+        *,
+        every_place: bool = False,
     ) -> tuple[Float[Tensor, "1 place vocab"], list[int]]:
         """Read the tokens that the cache lacks, and guesses after them.
 
@@ -264,6 +269,7 @@ class Reader:
             input_ids: the whole text.
             speculation: what guesses, or None.
             limit: at most so many guesses.
+            every_place: give the logits after each token that is read, not after the text's last one alone.
 
         Returns:
             The logits after the text and after each guess, and the guesses.
@@ -281,11 +287,12 @@ class Reader:
                     stack.enter_context(self.tuner.passes.after_scaling_steps(hidden))
                 if self.freeze_at is not None:
                     stack.enter_context(self.tuner.passes.freezing_at(self.freeze_at))
+                keep = self.tuner.backbone.takes("logits_to_keep") and not every_place
                 output = self.model(
                     input_ids=torch.cat([unread, unread.new_tensor([guesses])], 1) if guesses else unread,
                     **{str(self.tuner.backbone.cache_name): self.cache},
                     use_cache=True,
-                    **({"logits_to_keep": places} if self.tuner.backbone.takes("logits_to_keep") else {}),
+                    **({"logits_to_keep": places} if keep else {}),
                 )
                 self._note_shares(places)
         except (CacheError, ThreadError):
@@ -295,7 +302,7 @@ class Reader:
             self._number_read = 0
             raise
         self._number_read += unread.shape[1] + len(guesses)
-        return output.logits[:, -places:], guesses
+        return output.logits if every_place else output.logits[:, -places:], guesses
 
     def forget(self, number: int) -> None:
         """Take the last tokens out of the cache again."""

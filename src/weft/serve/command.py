@@ -1,4 +1,7 @@
-"""`weft serve`: looks whether a mixture can be served, and starts vLLM's OpenAI server with everything set."""
+"""`weft serve`: looks whether a mixture can be served, and starts vLLM's OpenAI server with everything set.
+
+Where vLLM is not, the embedded engine serves it.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +45,40 @@ _SHORT = {"-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size"}
 
 
 def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
-    """Become vLLM's server for a mixture.
+    """Become a mixture's server: vLLM's, or the embedded engine.
 
     Args:
         options: of `weft serve`.
         of_vllm: flags that are vLLM's own, handed on as they are.
 
     Raises:
-        ConfigError: vLLM is not installed, or knows no such base model, or a flag cannot be used.
+        ConfigError: what is to serve is not installed, knows no such base model, or a flag cannot be used.
         CheckpointError: the mixture or its base model cannot be read.
     """
-    command, announcement = server_command(options, of_vllm)
-    say(announcement)
-    # Which request sits where is learnt from vLLM's first model runner; the second has another interface for it.
-    os.execve(command[0], command, {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"})
+    if options.api_key == "":
+        raise ConfigError("api_key ('') must not be empty: leave it out to ask for none")
+    if options.engine == "vllm" or (options.engine == "auto" and importlib.util.find_spec("vllm") is not None):
+        command, announcement = server_command(options, of_vllm)
+        say(announcement)
+        # Which request sits where is learnt from vLLM's first model runner; the second has another interface for it.
+        os.execve(command[0], command, {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"})
+    _check_embedded(options, of_vllm)
+    from weft.serve.embedded.server import serve_embedded
+
+    serve_embedded(options)
+
+
+def _check_embedded(options: ServeOptions, of_vllm: Sequence[str]) -> None:
+    """Raise where the embedded engine cannot be started so."""
+    why = "without vLLM, which is not installed here" if options.engine == "auto" else "with --engine embedded"
+    flags = [flag for flag in of_vllm if flag.startswith("-")]
+    if flags:
+        raise ConfigError(f"weft serve has no {', '.join(flags)} {why}: leave it out (weft serve --help)")
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f'weft serve {why} needs {" and ".join(missing)}, which is not installed here: pip install "weft[serve]"'
+        )
 
 
 def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[list[str], str]:
@@ -63,8 +86,8 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
     _refuse_flags(of_vllm)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "weft serve needs vLLM, which is not installed here: pip install vllm, in an environment with weft "
-            "(docs/serving.md)"
+            "engine ('vllm') needs vLLM, which is not installed here: pip install vllm, in an environment with weft, "
+            "or take --engine embedded (docs/serving.md)"
         )
     folder = local_folder(options.model, "model")
     mixture = read_mixture(folder)

@@ -1,0 +1,346 @@
+"""The routes of the embedded engine: OpenAI's, and a few of weft's own."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from weft.files import parse_json, shown
+from weft.serve.embedded.answers import Answers, error_body, error_event
+from weft.serve.embedded.bodies import Reads, Wanted, read_body
+from weft.serve.embedded.engine import Delivered, Engine, Ticket
+from weft.serve.embedded.generating import Piece
+from weft.serve.embedded.metrics import CONTENT_TYPE
+from weft.serve.requests import RequestError
+
+_MOST_BYTES = 32 * 2**20  # of a body
+
+
+@dataclass(frozen=True)
+class About:
+    """What /v1/weft tells.
+
+    Attributes:
+        scheme: how the gate gets what it reads.
+        engine: what runs.
+        base: the base model's name.
+    """
+
+    scheme: str
+    engine: str
+    base: str
+
+
+def page() -> str:
+    """What / shows."""
+    return "<!doctype html><title>weft</title><p>weft serves here: /v1/models, /v1/completions, /v1/chat/completions."
+
+
+def make_app(engine: Engine, reads: Reads, about: About, api_key: str | None = None) -> FastAPI:
+    """The application, for uvicorn.
+
+    Args:
+        engine: answers.
+        reads: what is served, and how requests are read.
+        about: what is told of it.
+        api_key: what clients must send; None asks for none.
+
+    Example:
+        >>> uvicorn.run(make_app(engine, reads, about))
+    """
+    # Its pages of documentation would load scripts from elsewhere.
+    app = FastAPI(lifespan=_closing(engine), docs_url=None, redoc_url=None, openapi_url=None)
+    routes = Routes(engine, reads, about)
+    for path, method, function in (
+        ("/v1/models", "GET", routes.models),
+        ("/v1/models/{name:path}", "GET", routes.model),
+        ("/v1/completions", "POST", routes.completions),
+        ("/v1/chat/completions", "POST", routes.chats),
+        ("/v1/weft", "GET", routes.about),
+        ("/health", "GET", routes.health),
+        ("/metrics", "GET", routes.metrics),
+        ("/", "GET", routes.page),
+    ):
+        app.add_route(path, function, methods=[method])
+    app.add_exception_handler(HTTPException, _as_openai)
+    app.add_middleware(Guard, engine=engine, api_key=api_key)
+    return app
+
+
+class Routes:
+    """What answers to each path.
+
+    Args:
+        engine, reads, about: as for `make_app`.
+    """
+
+    def __init__(self, engine: Engine, reads: Reads, about: About) -> None:
+        self._engine, self._reads, self._about = engine, reads, about
+        self._created = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        """All names."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._reads.served.names()]})
+
+    async def model(self, request: Request) -> Response:
+        """One name."""
+        name = request.path_params["name"]
+        try:
+            self._reads.served.choice(name)
+        except RequestError as err:
+            return JSONResponse(err.body(), err.status)
+        return JSONResponse(self._model(name))
+
+    async def completions(self, request: Request) -> Response:
+        """Texts that go on."""
+        return await self._answer(request, chat=False)
+
+    async def chats(self, request: Request) -> Response:
+        """Conversations."""
+        return await self._answer(request, chat=True)
+
+    async def about(self, request: Request) -> Response:
+        """What is served."""
+        served, about = self._reads.served, self._about
+        return JSONResponse(
+            {
+                "name": served.name,
+                "experts": list(served.experts),
+                "scheme": about.scheme,
+                "engine": about.engine,
+                "base": about.base,
+                "shares": True,
+                "chat": self._reads.tokenizer.chat_template is not None,
+            }
+        )
+
+    async def health(self, request: Request) -> Response:
+        """Whether answers can be expected."""
+        return Response(status_code=200 if self._engine.alive else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        written = self._engine.metrics.written(running=self._engine.running, waiting=self._engine.waiting)
+        return PlainTextResponse(written, media_type=CONTENT_TYPE)
+
+    async def page(self, request: Request) -> Response:
+        """For people."""
+        return HTMLResponse(page())
+
+    def _model(self, name: str) -> dict[str, Any]:
+        parent = None if name == self._reads.served.name else self._reads.served.name
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "weft",
+            "root": self._about.base,
+            "parent": parent,
+            "max_model_len": self._reads.positions,
+        }
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        try:
+            body = await _body(request)
+            # In a thread, as long texts take their time to become tokens.
+            wanted = await asyncio.to_thread(read_body, body, self._reads, chat=chat)
+            return await self._answered(request, wanted)
+        except (ClientGone, ClientDisconnect):
+            return Response(status_code=499)  # which nobody gets
+        except Exception as err:
+            status, error = error_body(err)
+            return JSONResponse(error, status)
+
+    async def _answered(self, request: Request, wanted: Wanted) -> Response:
+        delivered: asyncio.Queue[Delivered] = asyncio.Queue()
+        ticket = self._engine.submit(wanted, _into(delivered))
+        answers = Answers(wanted, self._reads.tokenizer)
+        streams = False
+        try:
+            # An error before the first piece has a status of its own, streamed or not.
+            first = _piece(await _unless_gone(request, delivered.get()))
+            if wanted.stream:
+                streams = True
+                return Stream(_parts(first, delivered, answers), ticket)
+            return JSONResponse(answers.whole(await _unless_gone(request, _all(first, delivered))))
+        finally:
+            if not streams:
+                ticket.cancel()
+
+
+class Stream(StreamingResponse):
+    """An answer in parts; the engine ends with whoever reads them.
+
+    Args:
+        parts: the events.
+        ticket: of the request.
+    """
+
+    def __init__(self, parts: AsyncIterator[str], ticket: Ticket) -> None:
+        super().__init__(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._ticket = ticket
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ticket.cancel()
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer."""
+
+
+class Guard:
+    """Asks for the key, and counts answers.
+
+    Args:
+        app: what answers.
+        engine: has the metrics.
+        api_key: what clients must send; None asks for none.
+    """
+
+    def __init__(self, app: Any, engine: Engine, api_key: str | None) -> None:
+        self._app, self._metrics = app, engine.metrics
+        self._wanted = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One request."""
+        path = scope.get("path", "")
+        if scope["type"] != "http" or not path.startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.answered(path if path in _COUNTED else "other", message["status"])
+            await send(message)
+
+        if self._wanted is not None and not self._knows(dict(scope["headers"]).get(b"authorization", b"")):
+            await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+    def _knows(self, given: bytes) -> bool:
+        # In constant time, so that no key can be found byte by byte.
+        return self._wanted is not None and hmac.compare_digest(given, self._wanted)
+
+
+_COUNTED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/weft")
+
+
+def _closing(engine: Engine) -> Any:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.close)
+
+    return lifespan
+
+
+async def _as_openai(request: Request, err: Exception) -> Response:
+    """Errors of the routing in OpenAI's shape."""
+    assert isinstance(err, HTTPException)
+    message = f"{request.method} {request.url.path}: {err.detail}"
+    kind = "NotFoundError" if err.status_code == 404 else "BadRequestError"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": err.status_code}}
+    return JSONResponse(body, err.status_code, headers=err.headers)
+
+
+async def _body(request: Request) -> Any:
+    """The JSON of a request.
+
+    Raises:
+        RequestError: it is none, or too large.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # another page in a browser may send other kinds without asking
+        raise RequestError(f"content-type ({shown(kind)}) must be application/json", "content-type", 415)
+    too_large = RequestError(f"the body has more than {_MOST_BYTES:,} bytes", "body", 413)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > _MOST_BYTES:
+        raise too_large
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > _MOST_BYTES:
+            raise too_large
+    try:
+        return parse_json(data.decode())
+    except ValueError as err:
+        raise RequestError(f"the body is no valid JSON ({err})", "body") from err
+
+
+def _into(delivered: asyncio.Queue[Delivered]) -> Any:
+    """What the engine's thread calls to put something there."""
+    loop = asyncio.get_running_loop()
+
+    def deliver(one: Delivered) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(delivered.put_nowait, one)
+
+    return deliver
+
+
+async def _unless_gone(request: Request, awaited: Any) -> Any:
+    """What is awaited, unless the client hangs up.
+
+    Raises:
+        ClientGone: it did.
+    """
+    work = asyncio.ensure_future(awaited)
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _all(first: Piece | None, delivered: asyncio.Queue[Delivered]) -> list[Piece]:
+    """All pieces."""
+    found: list[Piece] = []
+    one = first
+    while one is not None:
+        found.append(one)
+        one = _piece(await delivered.get())
+    return found
+
+
+async def _parts(first: Piece | None, delivered: asyncio.Queue[Delivered], answers: Answers) -> AsyncIterator[str]:
+    """The events of a stream."""
+    one = first
+    try:
+        while one is not None:
+            yield answers.part(one)
+            one = _piece(await delivered.get())
+    except Exception as err:
+        yield error_event(err)
+        return
+    yield answers.ending()
+
+
+def _piece(one: Delivered) -> Piece | None:
+    """What was delivered; an error is raised."""
+    if isinstance(one, BaseException):
+        raise one
+    return one

@@ -1,0 +1,314 @@
+"""What a request to /v1/completions or /v1/chat/completions asks for: its body, read and checked, in tokens.
+
+What would change the answer and is not supported is refused by the field's name, and so is what nobody knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weft.chat_template import check_messages, conversation_tokens, refuse_half_characters
+from weft.data import prompt_tokens
+from weft.errors import WeftError, first_line
+from weft.files import is_whole, shown
+from weft.serve.embedded.fields import Fields
+from weft.serve.requests import FIELD, Choice, RequestError, Served
+
+_MOST_CHOICES = 128
+_MOST_ALTERNATIVES = 20  # as vLLM has them
+_MOST_STOPS = 16
+# Tokens where a request names no number: OpenAI's own for texts; for chats what the model has room for, or this.
+_TEXT_TOKENS, _CHAT_TOKENS = 16, 4096
+# Below it softmax(logits / temperature) is all on the likeliest token, and the quotients overflow.
+_LEAST_TEMPERATURE = 1e-5
+# Whose absence or value changes no answer.
+_HARMLESS = (
+    *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "prediction", "cache_salt"),
+)
+# field -> values that change nothing
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "min_p": (0,),
+    "response_format": ({"type": "text"},),
+}
+_REFUSED_IN_TEXTS: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
+_REFUSED_IN_CHATS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+}
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What reading a request needs to know of what is served.
+
+    Attributes:
+        served: its names.
+        tokenizer: the base model's.
+        num_tokens: how many there are in the model's vocabulary.
+        positions: how many the model has; None where there is no limit.
+        text_ends: tokens that end a text.
+        chat_ends: tokens that end an answer.
+    """
+
+    served: Served
+    tokenizer: Any
+    num_tokens: int
+    positions: int | None
+    text_ends: frozenset[int]
+    chat_ends: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on from.
+
+    Attributes:
+        tokens: its tokens.
+        text: as it was sent, or of the tokens.
+        max_tokens: how many new ones.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for.
+
+    Attributes:
+        chat: whether it is a conversation.
+        model: the name that was asked for.
+        choice: what is to be followed.
+        prompts: one or more.
+        n: choices for each.
+        temperature, top_k, top_p, repetition_penalty, seed: of a `Sampler`.
+        stop: strings that end a text.
+        ends: tokens that do.
+        logprobs: how many alternatives stand beside each token's log-probability; None asks for none of it.
+        echo: whether the prompt is part of the answer.
+        stream: whether the answer comes in parts.
+        usage: whether the last part tells the numbers of tokens.
+        token_ids: whether tokens' ids are told.
+    """
+
+    chat: bool
+    model: str
+    choice: Choice
+    prompts: tuple[Prompt, ...]
+    n: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    ends: frozenset[int]
+    logprobs: int | None
+    echo: bool
+    stream: bool
+    usage: bool
+    token_ids: bool
+
+
+def read_body(body: Any, reads: Reads, *, chat: bool) -> Wanted:
+    """Read and check a body.
+
+    Args:
+        body: of the request, as JSON has it.
+        reads: of what is served.
+        chat: whether it is of /v1/chat/completions.
+
+    Raises:
+        RequestError: it asks for what cannot be.
+    """
+    if not isinstance(body, Mapping):
+        raise RequestError(f"the body ({shown(body)}) must be a JSON object", "body")
+    try:
+        refuse_half_characters(body)
+    except WeftError as err:
+        raise RequestError(str(err), "body") from err
+    fields = Fields(body)
+    model = fields.take("model")
+    choice = reads.served.choice(model, fields.take(FIELD))
+    echo = False if chat else fields.flag("echo")
+    max_tokens = _max_tokens(fields, chat=chat, echo=echo)
+    n = fields.whole("n", 1, least=1, most=_MOST_CHOICES) or 1
+    _check_best_of(fields, n)
+    logprobs = _alternatives_of_chat(fields) if chat else fields.whole("logprobs", None, 0, _MOST_ALTERNATIVES)
+    temperature = fields.number("temperature", 1.0)
+    top_k = fields.whole("top_k", None, least=-1)
+    stream = fields.flag("stream")
+    ends = reads.chat_ends if chat else reads.text_ends
+    given = _messages(fields, reads) if chat else _texts(fields, reads)
+    wanted = Wanted(
+        chat=chat,
+        model=model or reads.served.name,
+        choice=choice,
+        prompts=tuple(_fitted(tokens, text, max_tokens, reads, chat=chat) for tokens, text in given),
+        n=n,
+        temperature=temperature if temperature > _LEAST_TEMPERATURE else 0.0,
+        top_k=top_k if top_k is not None and top_k > 0 else None,
+        top_p=fields.number("top_p", 1.0, above=0.0, most=1.0),
+        repetition_penalty=fields.number("repetition_penalty", 0.0, above=0.0) or None,
+        seed=fields.whole("seed", None, least=-(2**63)),
+        stop=fields.strings("stop", _MOST_STOPS),
+        ends=frozenset() if fields.flag("ignore_eos") else ends,
+        logprobs=logprobs,
+        echo=echo,
+        stream=stream,
+        usage=_usage(fields, stream),
+        token_ids=fields.flag("return_token_ids"),
+    )
+    for name, neutral in (_REFUSED | (_REFUSED_IN_CHATS if chat else _REFUSED_IN_TEXTS)).items():
+        fields.refuse(name, *neutral)
+    fields.ignore(*_HARMLESS)
+    fields.refuse_the_rest()
+    if choice.shares and (n > 1 or len(wanted.prompts) > 1):
+        raise RequestError(
+            f"weft.shares (True) needs one prompt and n = 1: there are {len(wanted.prompts)} prompts and n ({n})",
+            f"{FIELD}.shares",
+        )
+    return wanted
+
+
+def _max_tokens(fields: Fields, *, chat: bool, echo: bool) -> int | None:
+    least = 0 if echo else 1
+    value = fields.whole("max_tokens", None, least)
+    newer = fields.whole("max_completion_tokens", None, least) if chat else None
+    return value if newer is None else newer
+
+
+def _check_best_of(fields: Fields, n: int) -> None:
+    best_of = fields.whole("best_of", None, least=1)
+    if best_of not in (None, n):
+        raise RequestError(
+            f"best_of ({best_of}) is not supported by the embedded engine, which returns all that it makes, n ({n}): "
+            "leave it out",
+            "best_of",
+        )
+
+
+def _alternatives_of_chat(fields: Fields) -> int | None:
+    asked = fields.flag("logprobs")
+    number = fields.whole("top_logprobs", None, 0, _MOST_ALTERNATIVES)
+    if number and not asked:
+        raise RequestError(f"top_logprobs ({number}) needs logprobs (False) to be true", "top_logprobs")
+    return (number or 0) if asked else None
+
+
+def _usage(fields: Fields, stream: bool) -> bool:
+    options = fields.take("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, Mapping):
+        raise RequestError(f"stream_options ({shown(options)}) must be an object", "stream_options")
+    if not stream:
+        raise RequestError(f"stream_options ({shown(options)}) needs stream (False) to be true", "stream_options")
+    inside = Fields(options, "stream_options.")
+    usage = inside.flag("include_usage")
+    inside.ignore("include_obfuscation")
+    inside.refuse("continuous_usage_stats", False)
+    inside.refuse_the_rest()
+    return usage
+
+
+def _texts(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
+    """Tokens and text of each prompt."""
+    prompt = fields.take("prompt")
+    if prompt is None:
+        raise RequestError("prompt is missing: a text, token ids, or a list of either", "prompt")
+    single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and all(map(_is_id, prompt)))
+    prompts = [prompt] if single else prompt
+    if not isinstance(prompts, list) or not prompts:
+        raise RequestError(f"prompt ({shown(prompt)}) must be a text, token ids, or a list of either", "prompt")
+    return [_text(one, reads) for one in prompts]
+
+
+def _text(prompt: Any, reads: Reads) -> tuple[list[int], str]:
+    if isinstance(prompt, str):
+        tokens, text = prompt_tokens(prompt, reads.tokenizer), prompt
+    elif isinstance(prompt, list) and all(map(_is_id, prompt)):
+        wrong = [token for token in prompt if not 0 <= token < reads.num_tokens]
+        if wrong:
+            raise RequestError(
+                f"prompt has the token id {shown(wrong[0])}, expected 0 to {reads.num_tokens - 1}", "prompt"
+            )
+        tokens = prompt
+        text = reads.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    else:
+        raise RequestError(f"prompt has {shown(prompt)}, expected a text or a list of token ids", "prompt")
+    if not tokens:
+        raise RequestError(f"prompt ({shown(prompt)}) has no tokens, expected at least one to continue", "prompt")
+    return tokens, text
+
+
+def _is_id(value: Any) -> bool:
+    return is_whole(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _messages(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
+    """Tokens of a conversation."""
+    messages = fields.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages ({shown(messages)}) must be a list of one or more", "messages")
+    tokenizer = reads.tokenizer
+    if tokenizer.chat_template is None:
+        raise RequestError(
+            f"model {reads.served.name!r} has a base model without a chat template, so it cannot chat: use "
+            "/v1/completions",
+            "messages",
+        )
+    cleaned = [_message(message, f"messages[{number}].") for number, message in enumerate(messages)]
+    try:
+        check_messages(tokenizer, cleaned)
+        tokens = conversation_tokens(tokenizer, cleaned, add_generation_prompt=True)
+    except WeftError as err:
+        raise RequestError(str(err), "messages") from err
+    except Exception as err:  # whatever the template, which is a program of its own, raises
+        raise RequestError(f"the chat template refuses the messages: {first_line(err)}", "messages") from err
+    if not tokens:
+        raise RequestError("messages have no tokens, expected at least one to answer", "messages")
+    return [(tokens, "")]
+
+
+def _message(message: Any, where: str) -> Any:
+    """A message without what is null in it."""
+    if not isinstance(message, Mapping):
+        return message  # what checks messages says so
+    fields = Fields(message, where)
+    for name, *neutral in (("tool_calls", []), ("function_call",), ("tool_call_id",), ("audio",), ("refusal",)):
+        fields.refuse(name, *neutral)
+    fields.ignore("role", "content", "name")
+    fields.refuse_the_rest()
+    return {name: value for name in ("role", "content", "name") if (value := message.get(name)) is not None}
+
+
+def _fitted(tokens: list[int], text: str, max_tokens: int | None, reads: Reads, *, chat: bool) -> Prompt:
+    """The prompt with its number of new tokens, for all of which the model must have room."""
+    room = None if reads.positions is None else reads.positions - len(tokens)
+    if room is not None and (room < (max_tokens or 0) or (room < 1 and max_tokens != 0)):
+        new = f"max_tokens ({1 if max_tokens is None else max_tokens})"
+        raise RequestError(
+            f"the prompt ({len(tokens)} tokens) and {new} need {len(tokens) + (max_tokens or 1)} positions, and the "
+            f"model has {reads.positions}: shorten the prompt, or ask for fewer tokens",
+            "messages" if chat else "prompt",
+        )
+    if max_tokens is None:
+        default = _CHAT_TOKENS if chat else _TEXT_TOKENS
+        max_tokens = default if room is None else room if chat else min(default, room)
+    return Prompt(tuple(tokens), text, max_tokens)

@@ -1,0 +1,87 @@
+"""What was done since the start, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """Counters that threads may share.
+
+    Args:
+        experts: their names, in the order of shares.
+    """
+
+    def __init__(self, experts: Sequence[str]) -> None:
+        self.experts = tuple(experts)
+        self._lock = threading.Lock()
+        self._answers: Counter[tuple[str, int]] = Counter()
+        self._prompt_tokens = self._generated_tokens = self._gate_tokens = 0
+        self._shares = torch.zeros(len(experts), dtype=torch.float64)
+
+    def answered(self, path: str, status: int) -> None:
+        """A request was answered."""
+        with self._lock:
+            self._answers[path, status] += 1
+
+    def prompt(self, tokens: int) -> None:
+        """A prompt of so many tokens was begun."""
+        with self._lock:
+            self._prompt_tokens += tokens
+
+    def generated(self) -> None:
+        """A token was generated."""
+        with self._lock:
+            self._generated_tokens += 1
+
+    def decided(self, shares: Float[Tensor, "token expert"]) -> None:
+        """The gate decided for tokens, with these shares."""
+        with self._lock:
+            self._shares += shares.double().sum(0).cpu()
+            self._gate_tokens += len(shares)
+
+    def written(self, *, running: int, waiting: int) -> str:
+        """All of it, in Prometheus' text format.
+
+        Args:
+            running: requests that are being answered.
+            waiting: those that wait for their turn.
+        """
+        with self._lock:
+            number = self._gate_tokens
+            means = (self._shares / number).tolist() if number else [math.nan] * len(self.experts)
+            answers = sorted(self._answers.items())
+            prompt, generated = self._prompt_tokens, self._generated_tokens
+        shares = [(f'{{expert="{_escaped(name)}"}}', mean) for name, mean in zip(self.experts, means, strict=True)]
+        counted = [(f'{{path="{path}",status="{status}"}}', count) for (path, status), count in answers]
+        families: list[tuple[str, str, str, list[tuple[str, float]]]] = [
+            ("weft_requests_total", "counter", "Answered requests.", counted),
+            ("weft_requests_running", "gauge", "Requests that are being answered.", [("", running)]),
+            ("weft_requests_waiting", "gauge", "Requests that wait for their turn.", [("", waiting)]),
+            ("weft_prompt_tokens_total", "counter", "Tokens of prompts.", [("", prompt)]),
+            ("weft_generation_tokens_total", "counter", "Generated tokens.", [("", generated)]),
+            ("weft_gate_tokens_total", "counter", "Tokens that the gate decided for.", [("", number)]),
+            ("weft_gate_share", "gauge", "Mean share of an expert over these tokens.", shares),
+        ]
+        lines = []
+        for name, kind, help_text, values in families:
+            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{labels} {_number(value)}" for labels, value in values]
+        return "\n".join(lines) + "\n"
+
+
+def _number(value: float | int) -> str:
+    return "NaN" if math.isnan(value) else repr(value)
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,130 @@
+"""`weft serve` without vLLM: the mixture is loaded, the port taken, and what runs is said."""
+
+from __future__ import annotations
+
+import socket
+from types import FrameType
+from typing import Any
+
+import transformers
+import uvicorn
+
+from weft.adapters import local_folder
+from weft.errors import ConfigError
+from weft.files import reason
+from weft.format_options import ServeOptions
+from weft.loading import base_name, load_mixture
+from weft.serve.embedded.app import About, make_app
+from weft.serve.embedded.bodies import Reads
+from weft.serve.embedded.engine import Engine
+from weft.serve.embedded.metrics import Metrics
+from weft.serve.mixture import scheme_of
+from weft.serve.requests import Served
+from weft.streaming import end_tokens, tuner_of
+from weft.visible import say
+
+_GOODBYE = 5  # seconds that answers have to end in
+
+
+def serve_embedded(options: ServeOptions) -> None:
+    """Serve a mixture until the process is told to end.
+
+    Args:
+        options: of `weft serve`.
+
+    Raises:
+        ConfigError: it cannot be served, or the port cannot be had.
+        CheckpointError: the mixture or its base model cannot be read.
+    """
+    listening = _listen(options.host, options.port)
+    try:
+        engine, reads, about = load(options)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        say(f"{announcement(reads.served, about)}; http://{host}:{listening.getsockname()[1]}/v1; {BATCHING}")
+        app = make_app(engine, reads, about, options.api_key)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GOODBYE)
+        Server(config, engine).run(sockets=[listening])
+    finally:
+        listening.close()
+
+
+# How requests are answered, for the first line.
+BATCHING = "one request at a time, the others wait for their turn"
+
+
+def announcement(served: Served, about: About) -> str:
+    """What runs, in a line."""
+    experts = f"{len(served.experts)} experts ({', '.join(served.experts)})"
+    version = transformers.__version__
+    return f"embedded engine (transformers {version}) serves {served.name}, {experts} of {about.base}: {about.scheme}"
+
+
+def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
+    """The engine with a mixture in it, and what is known of that.
+
+    Args:
+        options: of `weft serve`.
+
+    Raises:
+        ConfigError, CheckpointError: as `serve_embedded`.
+    """
+    folder = local_folder(options.model, "model")
+    model, tokenizer = load_mixture(str(folder), options.base, "auto")
+    model.eval()
+    tuner = tuner_of(model)
+    backbone, mixture = tuner.backbone, tuner.xlora_config
+    if backbone.is_encoder_decoder or not backbone.caches:
+        raise ConfigError(
+            f"model ({options.model}) has a base ({type(backbone.base).__name__}) whose texts do not go on token by "
+            "token with a cache of transformers' own, so the embedded engine cannot serve it: use model.generate"
+        )
+    served = Served(options.name or folder.resolve().name, tuple(mixture.expert_names or ()))
+    ends = end_tokens(backbone.base.generation_config.eos_token_id)
+    config = backbone.base.config.get_text_config()
+    reads = Reads(
+        served,
+        tokenizer,
+        num_tokens=backbone.base.get_input_embeddings().num_embeddings,
+        positions=getattr(config, "max_position_embeddings", None),
+        text_ends=ends,
+        chat_ends=ends | end_tokens(tokenizer.eos_token_id),
+    )
+    about = About(
+        scheme=scheme_of(mixture.gate_layer, mixture.scaling_pass_layers),
+        engine=f"embedded (transformers {transformers.__version__})",
+        base=base_name(str(folder), options.base),
+    )
+    return Engine(model, tokenizer, Metrics(served.experts)), reads, about
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, in which a signal also ends what is being written.
+
+    Args:
+        config: of uvicorn.
+        engine: what writes.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        self._engine.stop()
+        super().handle_exit(sig, frame)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at this address, before anything is loaded.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port ({port}) must be from 0 to 65535, where 0 takes a free one")
+    family: Any = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as err:
+        raise ConfigError(f"host ({host}) and port ({port}) cannot be listened on: {reason(err)}") from err

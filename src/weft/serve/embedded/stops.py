@@ -1,0 +1,50 @@
+"""Text as it may be let out: it ends before a stop string, and what may become one is held back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through as far as it is certain that no stop string begins in it.
+
+    Args:
+        strings: the stop strings, none of them empty.
+
+    Attributes:
+        found: a stop string was there; nothing more comes out.
+
+    Example:
+        >>> stops = StopStrings(["END"])
+        >>> [stops.add(piece) for piece in ("one E", "NT", " two EN", "D three")]
+        ['one ', 'ENT', ' two ', '']
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.found = False
+        self._strings = tuple(strings)
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """What can be let out now that this text has come."""
+        if self.found:
+            return ""
+        held = self._held + text
+        ends = [place for place in map(held.find, self._strings) if place >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return held[: min(ends)]
+        keep = max((_overlap(held, string) for string in self._strings), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """What was held back; for the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of the text are a beginning of the string."""
+    most = min(len(text), len(string) - 1)
+    return next((length for length in range(most, 0, -1) if text.endswith(string[:length])), 0)
