@@ -18,9 +18,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from weft.files import parse_json, shown
 from weft.serve.embedded.answers import Answers, error_body, error_event
 from weft.serve.embedded.bodies import Reads, Wanted, read_body
-from weft.serve.embedded.engine import Delivered, Engine, Ticket
+from weft.serve.embedded.engine import Engine
 from weft.serve.embedded.generating import Piece
 from weft.serve.embedded.metrics import CONTENT_TYPE
+from weft.serve.embedded.tickets import Delivered, Ticket
 from weft.serve.requests import RequestError
 
 _MOST_BYTES = 32 * 2**20  # of a body

@@ -1,52 +1,31 @@
-"""One thread uses the model: requests wait for their turn, and each is answered whole, piece by piece."""
+"""Who uses the model, and when: one thread for all that is read alone, and transformers' batches between its steps."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import Any
 
+from torch import nn
+
 from weft.errors import WeftError
+from weft.placement import execution_device
+from weft.serve.embedded.batching import Batch
 from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.following import following
-from weft.serve.embedded.generating import Piece, pieces
 from weft.serve.embedded.metrics import Metrics
-
-# A piece; an error, after which nothing comes; None at the end.
-Delivered = Piece | BaseException | None
+from weft.serve.embedded.tickets import Delivered, Task, Ticket, tasks_of
+from weft.streaming import Reader, tuner_of
 
 
 class Stopped(WeftError):
     """The engine has ended before the answer did."""
 
 
-@dataclass(eq=False)
-class Ticket:
-    """A request in the engine.
-
-    Attributes:
-        wanted: what it asks for.
-        deliver: called in the engine's thread.
-    """
-
-    wanted: Wanted
-    deliver: Callable[[Delivered], None]
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Nobody waits for the answer any more: it ends at the next token."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was."""
-        return self._cancelled.is_set()
-
-
 class Engine:
-    """Answers requests, one after the other, in a thread of its own.
+    """Answers requests.
 
     Args:
         model: a mixture.
@@ -54,7 +33,8 @@ class Engine:
         metrics: count what is done.
 
     Attributes:
-        running: how many requests are being answered.
+        running: how many texts are being written.
+        batch: what writes several at once; None where all are written one after the other.
 
     Example:
         >>> engine = Engine(model, tokenizer, Metrics(["code", "law"]))
@@ -64,9 +44,12 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, metrics: Metrics) -> None:
         self.model, self.tokenizer, self.metrics = model, tokenizer, metrics
-        self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._tuner = tuner_of(model)
+        self._alone: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
-        self.running = 0
+        self._writes = 0
+        self.batch = Batch.where_exact(model, tokenizer, self._alone.put)
+        self._tuner.backbone.base.register_forward_hook(self._count)
         self._thread = threading.Thread(target=self._run, name="weft serve", daemon=True)
         self._thread.start()
 
@@ -75,16 +58,30 @@ class Engine:
 
         Args:
             wanted: what it asks for.
-            deliver: is given its pieces, and None or an error at the end, in the engine's thread.
+            deliver: is given its pieces, and None or an error at the end, in the engine's threads.
         """
         ticket = Ticket(wanted, deliver)
-        self._waiting.put(ticket)
+        if self._stopped.is_set():
+            ticket.fail(Stopped("the server is shutting down"))
+            return ticket
+        base = self._tuner.backbone.base
+        penalty = base.generation_config.repetition_penalty or 1.0
+        for task in tasks_of(ticket, self.tokenizer, execution_device(base), penalty, self.metrics):
+            if task.writing.index % wanted.n == 0:
+                self.metrics.prompt(len(task.writing.prompt.tokens))
+            if self.batch is None or not self.batch.add(task):
+                self._alone.put(task)
         return ticket
 
     @property
+    def running(self) -> int:
+        """How many texts are being written."""
+        return self._writes + (0 if self.batch is None else self.batch.running)
+
+    @property
     def waiting(self) -> int:
-        """How many requests wait for their turn."""
-        return self._waiting.qsize()
+        """How many texts wait for their turn."""
+        return self._alone.qsize()
 
     @property
     def alive(self) -> bool:
@@ -92,44 +89,45 @@ class Engine:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Begin no other answer, and end the present one at its next token; whoever waits is told."""
+        """Begin no other answer, and end the present ones at their next token; whoever waits is told."""
         self._stopped.set()
-        self._waiting.put(None)
+        if self.batch is not None:
+            self.batch.stop(Stopped("the server is shutting down"))
+        self._alone.put(None)
 
     def close(self) -> None:
         """Stop, and wait for it."""
         self.stop()
         self._thread.join()
+        if self.batch is not None:
+            self.batch.close()
 
     def _run(self) -> None:
-        while (ticket := self._waiting.get()) is not None:
-            self.running = 1
-            self._answer(ticket)
-            self.running = 0
-        while not self._waiting.empty():  # who came after the end was asked for
-            if (ticket := self._waiting.get()) is not None:
-                self._answer(ticket)
+        while (task := self._alone.get()) is not None:
+            self._writes = 1
+            self._write(task)
+            self._writes = 0
+        while not self._alone.empty():
+            if (task := self._alone.get()) is not None:
+                task.ticket.fail(Stopped("the server is shutting down"))
 
-    def _answer(self, ticket: Ticket) -> None:
+    def _write(self, task: Task) -> None:
+        """Write a text to its end, and let others have the model between its steps."""
         try:
-            with following(self.model, ticket.wanted.choice):
-                for index in range(len(ticket.wanted.prompts) * ticket.wanted.n):
-                    if not self._one(ticket, index):
-                        return
-            ticket.deliver(None)
+            reader = Reader(self.model, self._tuner.backbone.empty_cache())
+            none = dict.fromkeys(self._tuner.xlora_config.expert_names or (), 0.0)
+            while not task.over:
+                if self._stopped.is_set():
+                    raise Stopped("the server is shutting down")
+                turn = nullcontext() if self.batch is None else self.batch.paused()
+                with turn, following(self.model, task.ticket.wanted.choice):
+                    logits, _ = reader.read(task.writing.ids, every_place=task.writing.wants_every_place)
+                task.take(logits[0], reader.shares(0) or none)
         except Exception as err:  # of this request alone: the others go on
-            ticket.deliver(err)
+            task.ticket.fail(err)
 
-    def _one(self, ticket: Ticket, index: int) -> bool:
-        """Whether a choice was written to its end."""
-        if index % ticket.wanted.n == 0 and not ticket.cancelled:
-            self.metrics.prompt(len(ticket.wanted.prompts[index // ticket.wanted.n].tokens))
-        steps = pieces(self.model, self.tokenizer, ticket.wanted, index, self.metrics)
-        while not ticket.cancelled:
-            if self._stopped.is_set():
-                raise Stopped("the server is shutting down")
-            piece = next(steps, None)
-            if piece is None:
-                return True
-            ticket.deliver(piece)
-        return False
+    def _count(self, base: nn.Module, args: Any, output: Any) -> None:
+        """After a call of the model: which shares the gate gave its tokens."""
+        passes = self._tuner.passes
+        if passes.gate_decides and not passes.carrier.in_scaling_pass and (followed := passes.followed()) is not None:
+            self.metrics.decided(followed[0].mean(1))

@@ -38,10 +38,10 @@ class Metrics:
         with self._lock:
             self._prompt_tokens += tokens
 
-    def generated(self) -> None:
-        """A token was generated."""
+    def generated(self, tokens: int) -> None:
+        """So many tokens were generated."""
         with self._lock:
-            self._generated_tokens += 1
+            self._generated_tokens += tokens
 
     def decided(self, shares: Float[Tensor, "token expert"]) -> None:
         """The gate decided for tokens, with these shares."""

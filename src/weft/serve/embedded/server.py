@@ -24,6 +24,8 @@ from weft.streaming import end_tokens, tuner_of
 from weft.visible import say
 
 _GOODBYE = 5  # seconds that answers have to end in
+_ONE_BY_ONE = "one request at a time"
+_TOGETHER = "requests that follow the gate in one batch (transformers' continuous batching), others one at a time"
 
 
 def serve_embedded(options: ServeOptions) -> None:
@@ -40,20 +42,20 @@ def serve_embedded(options: ServeOptions) -> None:
     try:
         engine, reads, about = load(options)
         host = f"[{options.host}]" if ":" in options.host else options.host
-        say(f"{announcement(reads.served, about)}; http://{host}:{listening.getsockname()[1]}/v1; {BATCHING}")
+        url = f"http://{host}:{listening.getsockname()[1]}/v1"
+        say(f"{announcement(reads.served, about)}; {url}; {_TOGETHER if engine.batch else _ONE_BY_ONE}")
         app = make_app(engine, reads, about, options.api_key)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GOODBYE)
-        Server(config, engine).run(sockets=[listening])
+        try:
+            Server(config, engine).run(sockets=[listening])
+        finally:
+            engine.close()
     finally:
         listening.close()
 
 
-# How requests are answered, for the first line.
-BATCHING = "one request at a time, the others wait for their turn"
-
-
 def announcement(served: Served, about: About) -> str:
-    """What runs, in a line."""
+    """What runs."""
     experts = f"{len(served.experts)} experts ({', '.join(served.experts)})"
     version = transformers.__version__
     return f"embedded engine (transformers {version}) serves {served.name}, {experts} of {about.base}: {about.scheme}"
