@@ -52,7 +52,7 @@ def make_mixture(folder, **options):
     mixture = quietly(weft.from_adapters, str(folder / "base"), adapters, **{"layerwise_scalings": True, **options})
     with torch.no_grad():
         for parameter in mixture.internal_xlora_classifier.parameters():
-            parameter.add_(torch.randn_like(parameter) * 3)
+            parameter.add_(torch.randn_like(parameter))
     quietly(mixture.save_pretrained, folder / "mix")
     return folder / "mix"
 

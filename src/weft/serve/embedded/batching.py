@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
@@ -55,6 +56,9 @@ class Batch:
         self._model, self._blocks, self._hand_over = model, tokens // _PAGE, hand_over
         self._passes = tuner_of(model).passes
         self._names = tuner_of(model).xlora_config.expert_names or []
+        # The manager is told by a token that a text ends, for whatever reason: where it cancels texts, it may forget
+        # to go on with those that wait. A text that really has this token begins anew in the batch, as it stands.
+        self._end: int = model.get_input_embeddings().num_embeddings - 1
         self._tasks: dict[int, Task] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -74,7 +78,10 @@ class Batch:
         """
         tuner = tuner_of(model)
         base = tuner.backbone.base
-        if tuner.xlora_config.gate_layer is None or getattr(base.config, "_attn_implementation", None) != "sdpa":
+        manager = getattr(transformers, "ContinuousBatchingManager", None)  # older ones let nobody in between
+        if tuner.xlora_config.gate_layer is None or not hasattr(manager, "pause"):
+            return None
+        if getattr(base.config, "_attn_implementation", None) != "sdpa":
             return None
         tokens = _tokens_that_fit(base)
         if tokens < 4 * _CHUNK:
@@ -137,16 +144,15 @@ class Batch:
         """
         with self._lock:
             self._stopped = err
-        for number, task in list(self._tasks.items()):
+        for task in list(self._tasks.values()):
             task.ticket.fail(err)
-            self._leave(number)
 
     def close(self) -> None:
         """End the manager, and give the base model back."""
         self._hook.remove()
         manager, self._manager = self._manager, None
         if manager is not None:
-            manager.stop(block=True)
+            manager.stop(block=True, hard_stop=True)
 
     # ------------------------------------------------------------------ the manager
 
@@ -169,7 +175,7 @@ class Batch:
             auto_switch_to_flash=False,
         )
         generation = copy.deepcopy(self._model.get_base_model().generation_config)
-        generation.do_sample, generation.eos_token_id = False, -1
+        generation.do_sample = False
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         manager = self._model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
         manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_of_texts(self._choose)]))
@@ -179,9 +185,9 @@ class Batch:
         threading.Thread(target=self._watch, args=(manager,), name="weft serve: batch", daemon=True).start()
 
     def _request(self, number: int, tokens: list[int], max_tokens: int) -> None:
-        # One more than is wanted: it is the text that ends.
+        # One more than is wanted: it is the text that says when it ends.
         taken = self._manager.add_request(
-            tokens, request_id=str(number), max_new_tokens=max_tokens + 1, eos_token_id=-1, number=number
+            tokens, request_id=str(number), max_new_tokens=max_tokens + 1, eos_token_id=self._end, number=number
         )
         if taken is None and (task := self._tasks.pop(number, None)) is not None:
             task.ticket.fail(RuntimeError("transformers' continuous batching has stopped: send the request again"))
@@ -205,20 +211,19 @@ class Batch:
         return [self._next(number, logits[row : row + 1], row) for row, number in enumerate(numbers)]
 
     def _next(self, number: int, logits: Tensor, row: int) -> int:
+        """A text's next token, or the one by which the manager leaves it alone."""
         task = self._tasks.get(number)
-        if task is not None and not task.over:
-            shares = dict(zip(self._names, self._shares[row], strict=True))
-            task.take(logits, shares)
-        if task is None or task.over:
-            self._leave(number)
-        elif task.writing.ids.shape[1] >= self.most:
-            self._leave(number)
-            self._hand_over(task)
-        return 0 if task is None else int(task.writing.ids[0, -1])
-
-    def _leave(self, number: int) -> None:
+        if task is None:
+            return self._end
+        if not task.over:
+            task.take(logits, dict(zip(self._names, self._shares[row], strict=True)))
+        token = int(task.writing.ids[0, -1])
+        if not task.over and token != self._end and task.writing.ids.shape[1] < self.most:
+            return token
         self._tasks.pop(number, None)
-        self._manager.cancel_request(str(number))
+        if not task.over and not self.add(task):
+            self._hand_over(task)
+        return self._end
 
     def _trial(self, tokenizer: Any, device: Any) -> list[list[int]]:
         """What is written of the prompts of the trial."""
