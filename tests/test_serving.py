@@ -114,8 +114,8 @@ def test_flags_of_vllm_are_handed_on():
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
 def test_without_vllm_the_command_says_what_is_missing(saved, capsys):
     folder, _ = saved()
-    assert main(["serve", str(folder)]) == 1
-    assert "weft serve needs vLLM, which is not installed here: pip install vllm" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--engine", "vllm"]) == 1
+    assert "engine ('vllm') needs vLLM, which is not installed here: pip install vllm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
