@@ -9,6 +9,7 @@
     command.py      `weft serve`: what is checked, and vLLM's server with everything set
     requests.py     what a request may ask for
     page/           the page at `/`
+    embedded/       what serves where vLLM is not
 
 The first six run inside vLLM and import nothing of peft or of weft's model.
 """

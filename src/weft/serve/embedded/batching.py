@@ -227,17 +227,21 @@ class Batch:
 
     def _trial(self, tokenizer: Any, device: Any) -> list[list[int]]:
         """What is written of the prompts of the trial."""
-        delivered: queue.SimpleQueue[tuple[int, Delivered]] = queue.SimpleQueue()
-        for place, prompt in enumerate(_TRIAL):
-            ticket = Ticket(_greedy(prompt), lambda one, place=place: delivered.put((place, one)))
+        delivered: list[queue.SimpleQueue[Delivered]] = [queue.SimpleQueue() for _ in _TRIAL]
+        for prompt, of_text in zip(_TRIAL, delivered, strict=True):
+            ticket = Ticket(_greedy(prompt), of_text.put)
             self.add(Task(ticket, Writing(ticket.wanted, 0, tokenizer, device), Metrics([])))
-        found: list[list[int]] = [[] for _ in _TRIAL]
-        while min(map(len, found)) < _TRIAL_TOKENS:
-            place, one = delivered.get(timeout=_TRIAL_SECONDS)
-            if isinstance(one, BaseException):
-                raise one
-            found[place] += [told.token for told in one.tokens] if one is not None else []
-        return found
+        return [_tokens(of_text) for of_text in delivered]
+
+
+def _tokens(delivered: queue.SimpleQueue[Delivered]) -> list[int]:
+    """Those of a text that is being written."""
+    found: list[int] = []
+    while (one := delivered.get(timeout=_TRIAL_SECONDS)) is not None:
+        if isinstance(one, BaseException):
+            raise one
+        found += [told.token for told in one.tokens]
+    return found
 
 
 def _greedy(prompt: list[int]) -> Wanted:

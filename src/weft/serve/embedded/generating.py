@@ -119,8 +119,8 @@ class Writing:
             raise self._no_numbers()
         if self._number == 0 and self.wanted.echo:
             self.finished = self.prompt.max_tokens == 0
-            told = self._prompt_told(logits)
-            yield Piece(self.index, self.prompt.text, prompt=told, finish_reason="length" if self.finished else None)
+            reason: Reason | None = "length" if self.finished else None
+            yield Piece(self.index, self.prompt.text, prompt=self._prompt_told(logits), finish_reason=reason)
             if self.finished:
                 return
         told, text, finish_reason = self._next(logits[-1:], shares)

@@ -63,7 +63,7 @@ class Metrics:
             prompt, generated = self._prompt_tokens, self._generated_tokens
         shares = [(f'{{expert="{_escaped(name)}"}}', mean) for name, mean in zip(self.experts, means, strict=True)]
         counted = [(f'{{path="{path}",status="{status}"}}', count) for (path, status), count in answers]
-        families: list[tuple[str, str, str, list[tuple[str, float]]]] = [
+        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
             ("weft_requests_total", "counter", "Answered requests.", counted),
             ("weft_requests_running", "gauge", "Requests that are being answered.", [("", running)]),
             ("weft_requests_waiting", "gauge", "Requests that wait for their turn.", [("", waiting)]),
