@@ -12,7 +12,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ _CHUNK = 512  # tokens of prompts in a call
 _TRIAL = ([1, 2, 3, 4, 5], [3, 2, 1])
 _TRIAL_TOKENS = 4
 _TRIAL_SECONDS = 300
+_FAILED = "transformers' continuous batching has stopped: send the request again"
 
 
 class Batch:
@@ -59,7 +61,7 @@ class Batch:
         # The manager is told by a token that a text ends, for whatever reason: where it cancels texts, it may forget
         # to go on with those that wait. A text that really has this token begins anew in the batch, as it stands.
         self._end: int = model.get_input_embeddings().num_embeddings - 1
-        self._tasks: dict[int, Task] = {}
+        self._tasks: dict[int, Task] = {}  # of the manager
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._stopped: BaseException | None = None
@@ -122,18 +124,27 @@ class Batch:
                 task.ticket.fail(err)
                 return True
             number = next(self._numbers)
-            self._tasks[number] = task
-        self._request(number, task.writing.ids[0].tolist(), task.writing.prompt.max_tokens)
+            manager, tasks = self._manager, self._tasks
+            tasks[number] = task
+        # One token more than is wanted: it is the text that says when it ends.
+        most, tokens = task.writing.prompt.max_tokens + 1, task.writing.ids[0].tolist()
+        taken = manager.add_request(
+            tokens, request_id=str(number), max_new_tokens=most, eos_token_id=self._end, number=number
+        )
+        if taken is None and tasks.pop(number, None) is not None:
+            task.ticket.fail(RuntimeError(_FAILED))
         return True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """In this block the model is the calling thread's."""
         manager = self._manager
-        if manager is None or not manager.is_running():
-            yield
-            return
-        with manager.pause():
+        with ExitStack() as stack:
+            if manager is not None and manager.is_running():
+                with suppress(RuntimeError):  # it has just ended
+                    stack.enter_context(manager.pause())
+            else:
+                stack.enter_context(self._lock)  # no other is begun meanwhile
             yield
 
     def stop(self, err: BaseException) -> None:
@@ -178,41 +189,35 @@ class Batch:
         generation.do_sample = False
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         manager = self._model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
-        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_of_texts(self._choose)]))
+        tasks: dict[int, Task] = {}
+        own = _of_texts(partial(self._choose, tasks))
+        manager.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([own]))
         manager.logit_processor.tensors_required = 1
         manager.start()
-        self._manager = manager
-        threading.Thread(target=self._watch, args=(manager,), name="weft serve: batch", daemon=True).start()
+        self._manager, self._tasks = manager, tasks
+        threading.Thread(target=self._watch, args=(manager, tasks), name="weft serve: batch", daemon=True).start()
 
-    def _request(self, number: int, tokens: list[int], max_tokens: int) -> None:
-        # One more than is wanted: it is the text that says when it ends.
-        taken = self._manager.add_request(
-            tokens, request_id=str(number), max_new_tokens=max_tokens + 1, eos_token_id=self._end, number=number
-        )
-        if taken is None and (task := self._tasks.pop(number, None)) is not None:
-            task.ticket.fail(RuntimeError("transformers' continuous batching has stopped: send the request again"))
-
-    def _watch(self, manager: Any) -> None:
+    def _watch(self, manager: Any, tasks: dict[int, Task]) -> None:
         """Tell of what the manager fails at: what ends well leaves it before it does."""
         for result in manager:
-            task = self._tasks.pop(int(result.request_id), None)
+            task = tasks.pop(int(result.request_id), None)
             if task is not None:
                 task.ticket.fail(RuntimeError(result.error))
-        for number in list(self._tasks):
-            if self._manager is manager and (task := self._tasks.pop(number, None)) is not None:
-                task.ticket.fail(RuntimeError("transformers' continuous batching has stopped"))
+        for task in list(tasks.values()):
+            task.ticket.fail(RuntimeError(_FAILED))
+        tasks.clear()
 
     def _note_shares(self, base: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         followed, places = self._passes.followed(), kwargs.get("logits_indices")
         self._shares = [] if followed is None or places is None else followed[0, places].mean(1).tolist()
 
-    def _choose(self, logits: Tensor, numbers: list[int]) -> list[int]:
+    def _choose(self, tasks: dict[int, Task], logits: Tensor, numbers: list[int]) -> list[int]:
         """The next token of each text, in the manager's thread."""
-        return [self._next(number, logits[row : row + 1], row) for row, number in enumerate(numbers)]
+        return [self._next(tasks, number, logits[row : row + 1], row) for row, number in enumerate(numbers)]
 
-    def _next(self, number: int, logits: Tensor, row: int) -> int:
+    def _next(self, tasks: dict[int, Task], number: int, logits: Tensor, row: int) -> int:
         """A text's next token, or the one by which the manager leaves it alone."""
-        task = self._tasks.get(number)
+        task = tasks.get(number)
         if task is None:
             return self._end
         if not task.over:
@@ -220,7 +225,7 @@ class Batch:
         token = int(task.writing.ids[0, -1])
         if not task.over and token != self._end and task.writing.ids.shape[1] < self.most:
             return token
-        self._tasks.pop(number, None)
+        tasks.pop(number, None)
         if not task.over and not self.add(task):
             self._hand_over(task)
         return self._end

@@ -53,7 +53,7 @@ class Metrics:
         """All of it, in Prometheus' text format.
 
         Args:
-            running: requests that are being answered.
+            running: texts that are being written.
             waiting: those that wait for their turn.
         """
         with self._lock:
@@ -65,8 +65,8 @@ class Metrics:
         counted = [(f'{{path="{path}",status="{status}"}}', count) for (path, status), count in answers]
         families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
             ("weft_requests_total", "counter", "Answered requests.", counted),
-            ("weft_requests_running", "gauge", "Requests that are being answered.", [("", running)]),
-            ("weft_requests_waiting", "gauge", "Requests that wait for their turn.", [("", waiting)]),
+            ("weft_texts_running", "gauge", "Texts that are being written.", [("", running)]),
+            ("weft_texts_waiting", "gauge", "Texts that wait for their turn.", [("", waiting)]),
             ("weft_prompt_tokens_total", "counter", "Tokens of prompts.", [("", prompt)]),
             ("weft_generation_tokens_total", "counter", "Generated tokens.", [("", generated)]),
             ("weft_gate_tokens_total", "counter", "Tokens that the gate decided for.", [("", number)]),
