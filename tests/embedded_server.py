@@ -35,7 +35,7 @@ def ascii_tokenizer():
     return fast
 
 
-def make_mixture(folder, **options):
+def make_mixture(folder, adapter=None, **options):
     """The folder of a mixture whose gate differs from token to token, on a base in the same folder."""
     tokenizer = ascii_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.4)
@@ -44,7 +44,7 @@ def make_mixture(folder, **options):
     tokenizer.save_pretrained(folder / "base")
     adapters = {
         name: save_adapter(
-            transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), lora(), folder / name, seed=seed
+            transformers.AutoModelForCausalLM.from_pretrained(folder / "base"), adapter or lora(), folder / name, seed
         )
         for seed, name in enumerate(NAMES, start=1)
     }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from embedded_server import NAMES, make_mixture, serving
+from models import lora
 from weft.own_weight import at_own_weight
 from weft.streaming import stream
 
@@ -48,6 +49,14 @@ def test_a_shorter_scaling_pass(tmp_path):
                 {"model": "mix:base", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
             )["choices"][0]["token_ids"]
         )
+
+
+@pytest.mark.parametrize("scheme", [{}, {"gate_layer": 1}], ids=str)
+def test_what_other_engines_refuse(scheme, tmp_path):
+    config = lora(use_dora=True, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    with serving(make_mixture(tmp_path, config, allow_dora=True, **scheme)) as served:
+        answer = served.post({"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True})
+        assert answer["choices"][0]["token_ids"] == served.greedy(PROMPT, 12)
 
 
 def chosen(served, which):

@@ -1,16 +1,22 @@
 """Requests that are answered together get what they would get alone, whatever happens to the others."""
 
 import json
+import queue
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
+import torch
 import transformers
 
-from embedded_server import make_mixture, serving
+from embedded_server import ascii_tokenizer, make_mixture, serving
+from models import weft_model
 from weft.serve.embedded import batching
+from weft.serve.embedded.engine import Engine
+from weft.serve.embedded.metrics import Metrics
 
 PROMPTS = [f"{'text ' * number}{number}" for number in range(1, 9)]
 
@@ -102,6 +108,22 @@ def test_the_token_that_ends_texts_in_the_manager_may_be_in_a_text(served, alone
     monkeypatch.setattr(served.engine.batch, "_end", alone[0]["choices"][0]["token_ids"][5])
     for answer, expected in zip(together(served, bodies()), alone, strict=True):
         assert_alike(answer, expected)
+
+
+def test_bases_of_many_kinds(decoder):
+    model = weft_model(decoder, gate_layer=1)
+    engine = Engine(model, ascii_tokenizer(), Metrics("012"))
+    assert (engine.batch is not None) == (decoder[0] != "bloom")  # whose attention is not sdpa
+    prompts = [(5, 6), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3)]
+    delivered = [queue.SimpleQueue() for _ in prompts]
+    for prompt, of_text in zip(prompts, delivered, strict=True):
+        wanted = replace(batching._greedy([]), prompts=(batching.Prompt(prompt, "", 20),))
+        engine.submit(wanted, of_text.put)
+    found = [batching._tokens(of_text) for of_text in delivered]
+    engine.close()
+    for prompt, tokens in zip(prompts, found, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert tokens == expected[0, len(prompt) :].tolist()
 
 
 def test_who_is_in_the_batch_runs_together(served):

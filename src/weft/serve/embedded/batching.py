@@ -60,7 +60,7 @@ class Batch:
         self._names = tuner_of(model).xlora_config.expert_names or []
         # The manager is told by a token that a text ends, for whatever reason: where it cancels texts, it may forget
         # to go on with those that wait. A text that really has this token begins anew in the batch, as it stands.
-        self._end: int = model.get_input_embeddings().num_embeddings - 1
+        self._end = len(tuner_of(model).backbone.base.get_input_embeddings().weight) - 1
         self._tasks: dict[int, Task] = {}  # of the manager
         self._numbers = itertools.count()
         self._lock = threading.Lock()

@@ -86,7 +86,7 @@ def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
     reads = Reads(
         served,
         tokenizer,
-        num_tokens=backbone.base.get_input_embeddings().num_embeddings,
+        num_tokens=len(backbone.base.get_input_embeddings().weight),
         positions=getattr(config, "max_position_embeddings", None),
         text_ends=ends,
         chat_ends=ends | end_tokens(tokenizer.eos_token_id),
