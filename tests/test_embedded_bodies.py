@@ -63,14 +63,12 @@ def served(tmp_path_factory):
         ("prompt", ["x", None], "prompt has None, expected a text or a list of token ids"),
         ("prompt", "\ud800", "holds half of a character"),
         ("prompt", "x" * 256, "the prompt (256 tokens) and max_tokens (1) need 257 positions, and the model has 256"),
-        ("weft", {"shares": True}, "weft.shares (True) needs one prompt and n = 1: there are 2 prompts and n (1)"),
         ("weft", {"nonsense": 1}, "weft has 'nonsense'"),
         ("model", "other", "The model 'other' does not exist. There are: mix, mix:code, mix:law, mix:base"),
     ],
 )
 def test_texts(field, value, message, served):
-    body = {"prompt": ["a", "b"] if field == "weft" else "ab", field: value}
-    error = served.post(body, status=404 if field == "model" else 400)["error"]
+    error = served.post({"prompt": "ab", field: value}, status=404 if field == "model" else 400)["error"]
     assert message in error["message"]
     assert (error["param"] or "").partition(".")[0] in (field, "prompt", "body")
     assert error["type"] == ("NotFoundError" if field == "model" else "BadRequestError")
@@ -104,6 +102,15 @@ def test_texts(field, value, message, served):
 )
 def test_chats(field, value, message, served):
     assert message in served.post({"messages": MESSAGES, field: value}, CHAT, status=400)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"), [("n", 2, "1"), ("prompt", ["a", "b"], "one text"), ("echo", True, "false")]
+)
+def test_shares_are_of_one_text(field, value, right, served):
+    error = served.post({"prompt": "a", "weft": {"shares": True}, field: value}, status=400)["error"]
+    assert error["message"] == f"{field} must be {right} where weft.shares is true"
+    assert error["param"] == field
 
 
 def test_what_changes_nothing_is_let_through(served):

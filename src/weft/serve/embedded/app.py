@@ -22,6 +22,7 @@ from weft.serve.embedded.engine import Engine
 from weft.serve.embedded.generating import Piece
 from weft.serve.embedded.metrics import CONTENT_TYPE
 from weft.serve.embedded.tickets import Delivered, Ticket
+from weft.serve.page import page
 from weft.serve.requests import RequestError
 
 _MOST_BYTES = 32 * 2**20  # of a body
@@ -40,11 +41,6 @@ class About:
     scheme: str
     engine: str
     base: str
-
-
-def page() -> str:
-    """What / shows."""
-    return "<!doctype html><title>weft</title><p>weft serves here: /v1/models, /v1/completions, /v1/chat/completions."
 
 
 def make_app(engine: Engine, reads: Reads, about: About, api_key: str | None = None) -> FastAPI:

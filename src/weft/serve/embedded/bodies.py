@@ -178,12 +178,20 @@ def read_body(body: Any, reads: Reads, *, chat: bool) -> Wanted:
         fields.refuse(name, *neutral)
     fields.ignore(*_HARMLESS)
     fields.refuse_the_rest()
-    if choice.shares and (n > 1 or len(wanted.prompts) > 1):
-        raise RequestError(
-            f"weft.shares (True) needs one prompt and n = 1: there are {len(wanted.prompts)} prompts and n ({n})",
-            f"{FIELD}.shares",
-        )
+    if choice.shares:
+        _check_shares(wanted)
     return wanted
+
+
+def _check_shares(wanted: Wanted) -> None:
+    """Raise where shares would not be those of one text's new tokens."""
+    for field, wrong, right in (
+        ("n", wanted.n > 1, "1"),
+        ("prompt", len(wanted.prompts) > 1, "one text"),
+        ("echo", wanted.echo, "false"),
+    ):
+        if wrong:
+            raise RequestError(f"{field} must be {right} where weft.shares is true", field)
 
 
 def _max_tokens(fields: Fields, *, chat: bool, echo: bool) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ class Metrics:
         """
         with self._lock:
             number = self._gate_tokens
-            means = (self._shares / number).tolist() if number else [math.nan] * len(self.experts)
+            means = (self._shares / max(1, number)).tolist()
             answers = sorted(self._answers.items())
             prompt, generated = self._prompt_tokens, self._generated_tokens
         shares = [(f'{{expert="{_escaped(name)}"}}', mean) for name, mean in zip(self.experts, means, strict=True)]
@@ -75,12 +74,8 @@ class Metrics:
         lines = []
         for name, kind, help_text, values in families:
             lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{labels} {_number(value)}" for labels, value in values]
+            lines += [f"{name}{labels} {value!r}" for labels, value in values]
         return "\n".join(lines) + "\n"
-
-
-def _number(value: float | int) -> str:
-    return "NaN" if math.isnan(value) else repr(value)
 
 
 def _escaped(label: str) -> str:

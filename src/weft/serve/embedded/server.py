@@ -92,7 +92,7 @@ def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
         chat_ends=ends | end_tokens(tokenizer.eos_token_id),
     )
     about = About(
-        scheme=scheme_of(mixture.gate_layer, mixture.scaling_pass_layers),
+        scheme=scheme_of(vars(mixture)),
         engine=f"embedded (transformers {transformers.__version__})",
         base=base_name(str(folder), options.base),
     )
