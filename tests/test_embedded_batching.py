@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+import weft
 from embedded_server import ascii_tokenizer, make_mixture, serving
 from models import weft_model
 from weft.serve.embedded import batching
@@ -189,6 +190,31 @@ def test_what_fails_in_one_request_fails_there_alone(served, alone):
             assert_alike(answer, expected)
         assert [one.result()[0] for one in wrong] == [500, 500]
         assert b"ZeroDivisionError: here" in wrong[0].result()[1]
+
+
+@pytest.mark.parametrize("wrong", [[], RuntimeError("no such attention"), KeyboardInterrupt()], ids=repr)
+def test_a_trial_that_fails_leaves_nothing_behind(wrong, folder, monkeypatch):
+    def trial(self, tokenizer, device):
+        self._start()
+        if wrong == []:
+            return wrong
+        raise wrong
+
+    monkeypatch.setattr(batching.Batch, "_trial", trial)
+    model, before = weft.from_pretrained(str(folder)), threading.active_count()
+    base = model.get_base_model()
+    hooks = len(base._forward_hooks)
+    if isinstance(wrong, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            batching.Batch.where_exact(model, ascii_tokenizer(), print)
+    else:
+        assert batching.Batch.where_exact(model, ascii_tokenizer(), print) is None
+    assert len(base._forward_hooks) == hooks
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
 
 
 def test_threads_end_with_the_server(folder):

@@ -63,6 +63,7 @@ def served(tmp_path_factory):
         ("prompt", ["x", None], "prompt has None, expected a text or a list of token ids"),
         ("prompt", "\ud800", "holds half of a character"),
         ("prompt", "x" * 256, "the prompt (256 tokens) and max_tokens (1) need 257 positions, and the model has 256"),
+        ("prompt", ["a"] * 4097, "prompt (4097 of them) and n (1) ask for 4097 texts, expected at most 4096"),
         ("weft", {"nonsense": 1}, "weft has 'nonsense'"),
         ("model", "other", "The model 'other' does not exist. There are: mix, mix:code, mix:law, mix:base"),
     ],

@@ -95,6 +95,9 @@ class Batch:
                 return batch
         except Exception as err:  # of transformers' manager: other versions, bases that it does not know
             logging.getLogger(__name__).debug("no continuous batching: %s", err)
+        except BaseException:  # its thread would outlive an interrupt
+            batch.close()
+            raise
         batch.close()
         return None
 

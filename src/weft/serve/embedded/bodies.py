@@ -16,7 +16,8 @@ from weft.files import is_whole, shown
 from weft.serve.embedded.fields import Fields
 from weft.serve.requests import FIELD, Choice, RequestError, Served
 
-_MOST_CHOICES = 128
+_MOST_CHOICES = 128  # of a prompt
+_MOST_TEXTS = 4096  # in an answer
 _MOST_ALTERNATIVES = 20  # as vLLM has them
 _MOST_STOPS = 16
 # Tokens where a request names no number: OpenAI's own for texts; for chats what the model has room for, or this.
@@ -154,7 +155,7 @@ def read_body(body: Any, reads: Reads, *, chat: bool) -> Wanted:
     top_k = fields.whole("top_k", None, least=-1)
     stream = fields.flag("stream")
     ends = reads.chat_ends if chat else reads.text_ends
-    given = _messages(fields, reads) if chat else _texts(fields, reads)
+    given = _messages(fields, reads) if chat else _texts(fields, reads, n)
     wanted = Wanted(
         chat=chat,
         model=model or reads.served.name,
@@ -235,8 +236,8 @@ def _usage(fields: Fields, stream: bool) -> bool:
     return usage
 
 
-def _texts(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
-    """Tokens and text of each prompt."""
+def _texts(fields: Fields, reads: Reads, n: int) -> list[tuple[list[int], str]]:
+    """Tokens and text of each prompt, of which there are `n` choices."""
     prompt = fields.take("prompt")
     if prompt is None:
         raise RequestError("prompt is missing: a text, token ids, or a list of either", "prompt")
@@ -244,6 +245,12 @@ def _texts(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
     prompts = [prompt] if single else prompt
     if not isinstance(prompts, list) or not prompts:
         raise RequestError(f"prompt ({shown(prompt)}) must be a text, token ids, or a list of either", "prompt")
+    texts = len(prompts) * n
+    if texts > _MOST_TEXTS:
+        raise RequestError(
+            f"prompt ({len(prompts)} of them) and n ({n}) ask for {texts} texts, expected at most {_MOST_TEXTS}",
+            "prompt",
+        )
     return [_text(one, reads) for one in prompts]
 
 

@@ -23,7 +23,13 @@ from weft.serve.requests import Served
 from weft.streaming import end_tokens, tuner_of
 from weft.visible import say
 
-_GOODBYE = 5  # seconds that answers have to end in
+# Seconds that answers have to end in; no access log; no web sockets.
+_UVICORN: dict[str, Any] = {
+    "timeout_graceful_shutdown": 5,
+    "log_level": "warning",
+    "access_log": False,
+    "ws": "none",
+}
 _ONE_BY_ONE = "one request at a time"
 _TOGETHER = "requests that follow the gate in one batch (transformers' continuous batching), others one at a time"
 
@@ -41,13 +47,12 @@ def serve_embedded(options: ServeOptions) -> None:
     listening = _listen(options.host, options.port)
     try:
         engine, reads, about = load(options)
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        url = f"http://{host}:{listening.getsockname()[1]}/v1"
-        say(f"{announcement(reads.served, about)}; {url}; {_TOGETHER if engine.batch else _ONE_BY_ONE}")
-        app = make_app(engine, reads, about, options.api_key)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GOODBYE)
         try:
-            Server(config, engine).run(sockets=[listening])
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            url = f"http://{host}:{listening.getsockname()[1]}/v1"
+            say(f"{announcement(reads.served, about)}; {url}; {_TOGETHER if engine.batch else _ONE_BY_ONE}")
+            app = make_app(engine, reads, about, options.api_key)
+            Server(uvicorn.Config(app, **_UVICORN), engine).run(sockets=[listening])
         finally:
             engine.close()
     finally:
