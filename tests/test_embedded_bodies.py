@@ -114,6 +114,15 @@ def test_shares_are_of_one_text(field, value, right, served):
     assert error["param"] == field
 
 
+def test_texts_that_are_too_long_in_any_tokens_are_not_read(served, monkeypatch):
+    monkeypatch.setattr(type(served.tokenizer), "__call__", lambda *_, **__: pytest.fail("it was read"))
+    most = 4 * 256 * len("<pad>")
+    expected = f"({most + 1:,} characters) must be shorter: the model has 256 positions, for which {most:,} characters"
+    assert expected in served.post({"prompt": "x" * (most + 1)}, status=400)["error"]["message"]
+    messages = [{"role": "user", "content": "x" * most}]
+    assert "characters) must be shorter" in served.post({"messages": messages}, CHAT, status=400)["error"]["message"]
+
+
 def test_what_changes_nothing_is_let_through(served):
     plain = {"max_tokens": 4, "temperature": 0}
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "logit_bias": {}}

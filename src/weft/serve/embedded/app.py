@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from weft.serve.page import page
 from weft.serve.requests import RequestError
 
 _MOST_BYTES = 32 * 2**20  # of a body
+_LARGE = 2**18  # bytes, above which bodies are read one after the other
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Routes:
     def __init__(self, engine: Engine, reads: Reads, about: About) -> None:
         self._engine, self._reads, self._about = engine, reads, about
         self._created = int(time.time())
+        self._large = asyncio.Lock()
 
     async def models(self, request: Request) -> Response:
         """All names."""
@@ -148,9 +150,11 @@ class Routes:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         try:
-            body = await _body(request)
-            # In a thread, as long texts take their time to become tokens.
-            wanted = await asyncio.to_thread(read_body, body, self._reads, chat=chat)
+            raw = await _body(request)
+            # In a thread, as long texts take their time to become tokens; and their memory, so one after the other.
+            async with self._large if len(raw) > _LARGE else nullcontext():
+                wanted = await asyncio.to_thread(_read, raw, self._reads, chat=chat)
+            del raw
             return await self._answered(request, wanted)
         except (ClientGone, ClientDisconnect):
             return Response(status_code=499)  # which nobody gets
@@ -255,11 +259,11 @@ async def _as_openai(request: Request, err: Exception) -> Response:
     return JSONResponse(body, err.status_code, headers=err.headers)
 
 
-async def _body(request: Request) -> Any:
-    """The JSON of a request.
+async def _body(request: Request) -> bytes:
+    """The body of a request.
 
     Raises:
-        RequestError: it is none, or too large.
+        RequestError: it is no JSON, or too large.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # another page in a browser may send other kinds without asking
@@ -273,10 +277,20 @@ async def _body(request: Request) -> Any:
         data += chunk
         if len(data) > _MOST_BYTES:
             raise too_large
+    return bytes(data)
+
+
+def _read(raw: bytes, reads: Reads, *, chat: bool) -> Wanted:
+    """What a body asks for.
+
+    Raises:
+        RequestError: it is no JSON, or asks for what cannot be.
+    """
     try:
-        return parse_json(data.decode())
+        body = parse_json(raw.decode())
     except ValueError as err:
         raise RequestError(f"the body is no valid JSON ({err})", "body") from err
+    return read_body(body, reads, chat=chat)
 
 
 def _into(delivered: asyncio.Queue[Delivered]) -> Any:

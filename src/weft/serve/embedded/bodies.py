@@ -60,6 +60,7 @@ class Reads:
         tokenizer: the base model's.
         num_tokens: how many there are in the model's vocabulary.
         positions: how many the model has; None where there is no limit.
+        characters: of a text that may have fewer tokens than that; None where there is no limit.
         text_ends: tokens that end a text.
         chat_ends: tokens that end an answer.
     """
@@ -68,6 +69,7 @@ class Reads:
     tokenizer: Any
     num_tokens: int
     positions: int | None
+    characters: int | None
     text_ends: frozenset[int]
     chat_ends: frozenset[int]
 
@@ -256,6 +258,7 @@ def _texts(fields: Fields, reads: Reads, n: int) -> list[tuple[list[int], str]]:
 
 def _text(prompt: Any, reads: Reads) -> tuple[list[int], str]:
     if isinstance(prompt, str):
+        _check_length(len(prompt), reads, "prompt")
         tokens, text = prompt_tokens(prompt, reads.tokenizer), prompt
     elif isinstance(prompt, list) and all(map(_is_id, prompt)):
         wrong = [token for token in prompt if not 0 <= token < reads.num_tokens]
@@ -270,6 +273,16 @@ def _text(prompt: Any, reads: Reads) -> tuple[list[int], str]:
     if not tokens:
         raise RequestError(f"prompt ({shown(prompt)}) has no tokens, expected at least one to continue", "prompt")
     return tokens, text
+
+
+def _check_length(characters: int, reads: Reads, field: str) -> None:
+    """Raise where a text is so long that nobody has to count its tokens, which takes time and memory."""
+    if reads.characters is not None and characters > reads.characters:
+        raise RequestError(
+            f"{field} ({characters:,} characters) must be shorter: the model has {reads.positions} positions, for "
+            f"which {reads.characters:,} characters are too many in any text",
+            field,
+        )
 
 
 def _is_id(value: Any) -> bool:
@@ -289,6 +302,7 @@ def _messages(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
             "messages",
         )
     cleaned = [_message(message, f"messages[{number}].") for number, message in enumerate(messages)]
+    _check_length(sum(len(str(message)) for message in cleaned), reads, "messages")
     try:
         check_messages(tokenizer, cleaned)
         tokens = conversation_tokens(tokenizer, cleaned, add_generation_prompt=True)

@@ -88,11 +88,13 @@ def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
     served = Served(options.name or folder.resolve().name, tuple(mixture.expert_names or ()))
     ends = end_tokens(backbone.base.generation_config.eos_token_id)
     config = backbone.base.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
     reads = Reads(
         served,
         tokenizer,
         num_tokens=len(backbone.base.get_input_embeddings().weight),
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=positions,
+        characters=_characters(positions, tokenizer),
         text_ends=ends,
         chat_ends=ends | end_tokens(tokenizer.eos_token_id),
     )
@@ -102,6 +104,14 @@ def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
         base=base_name(str(folder), options.base),
     )
     return Engine(model, tokenizer, Metrics(served.experts)), reads, about
+
+
+def _characters(positions: int | None, tokenizer: Any) -> int | None:
+    """How long a text is that has more tokens than the model has positions, whatever they are."""
+    if positions is None:
+        return None
+    # A character may be written as several, which a tokenizer makes one of.
+    return 4 * positions * max(map(len, tokenizer.get_vocab()))
 
 
 class Server(uvicorn.Server):
