@@ -110,9 +110,8 @@ def prepare() -> tuple[Path, dict[str, str]]:
 
 def mixture(name: str) -> Path:
     """A mixture's folder, made where it is missing."""
-    from contenders import load_base
-
     import weft
+    from contenders import load_base
 
     number, options = MIXTURES[name]
     folder = WORK / name.replace(" ", "-")

@@ -236,10 +236,18 @@ def _in_batch(params: SamplingParams, prompt: list[int] | None, _: list[int]) ->
 
 
 def _ends() -> Tensor | None:
-    """Behind which token each row of the batch ends; None in a trial run of the engine's."""
+    """Behind which token each row of the batch ends; None in a trial run of the engine's.
+
+    Raises:
+        RuntimeError: vLLM's attention does not say it: it is new, or reads a batch in two halves.
+    """
     metadata = get_forward_context().attn_metadata
-    if not isinstance(metadata, dict):
+    if metadata is None:
         return None
-    starts = (getattr(each, "query_start_loc", None) for each in metadata.values())
+    starts = (
+        [getattr(each, "query_start_loc", None) for each in metadata.values()] if isinstance(metadata, dict) else []
+    )
     found = next((each for each in starts if each is not None), None)
-    return None if found is None else found[1:]
+    if found is None:
+        raise RuntimeError("vLLM's attention does not say whose tokens are whose, which requests' choices need")
+    return found[1:]

@@ -39,6 +39,7 @@ _SET = (
 _REFUSED = {
     "--pipeline-parallel-size": "the gate of a mixture needs all decoder layers in one process",
     "--enable-lora": "the experts are in the mixture already",
+    "--enable-dbo": "weft does not know which half of a batch a request is in",
     "--speculative-config": "a drafted token would be read without a gate of its own",
 }
 _SHORT = {"-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size"}

@@ -49,10 +49,13 @@ class MixtureMethod(LinearMethodBase):
         method: the layer's own.
         following: has the scalings.
         slices: what experts adapt of this layer, in the order of the output.
+        layer_width: of the whole output.
         like: gives device and dtype.
     """
 
-    def __init__(self, method: Any, following: Following, slices: list[Slice], like: Tensor) -> None:
+    def __init__(
+        self, method: Any, following: Following, slices: list[Slice], *, layer_width: int, like: Tensor
+    ) -> None:
         self.method = method
         self.following = following
         self.slices = slices
@@ -62,8 +65,9 @@ class MixtureMethod(LinearMethodBase):
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.down = torch.cat([_stacked_down(each, self.rank) for each in slices]).t().contiguous().to(**options)
         self.ups = [_stacked_up(each, self.rank).contiguous().to(**options) for each in slices]
-        biases = [_stacked_bias(each) for each in slices]
-        self.biases = [None if bias is None else bias.to(**options) for bias in biases]
+        self.whole = len(slices) == 1 and slices[0].width == layer_width
+        biases = [(each, _stacked_bias(each)) for each in slices]
+        self.biases = [(each, bias.to(**options)) for each, bias in biases if bias is not None]
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
         """The layer has its weights already."""
@@ -75,14 +79,16 @@ class MixtureMethod(LinearMethodBase):
         of_layers = self.following.of_layers
         if of_layers is None:
             return output
-        hidden = x.reshape(-1, x.shape[-1]) @ self.down
-        hidden = (hidden.view(len(hidden), -1, self.rank) * of_layers[self.place]).flatten(1)
+        hidden = torch.mm(x.view(-1, x.shape[-1]), self.down)
+        hidden = (hidden.view(len(hidden), -1, self.rank) * of_layers[self.place]).view(len(hidden), -1)
         rows = output.view(-1, output.shape[-1])
-        for number, (part, up, biases) in enumerate(zip(self.slices, self.ups, self.biases, strict=True)):
-            own = rows[:, part.start : part.start + part.width]
-            own.addmm_(hidden[:, number * self.width : (number + 1) * self.width], up)
-            if biases is not None:
-                own.add_(self._of_biases(biases))
+        if self.whole:
+            rows.addmm_(hidden, self.ups[0])
+        else:
+            for part, of_part, up in zip(self.slices, hidden.split(self.width, 1), self.ups, strict=True):
+                rows.narrow(1, part.start, part.width).addmm_(of_part, up)
+        for part, biases in self.biases:
+            rows.narrow(1, part.start, part.width).add_(self._of_biases(biases))
         return output
 
     def _of_biases(self, biases: Tensor) -> Tensor:

@@ -131,7 +131,9 @@ def _give_experts(model: Any) -> None:
         if slices:
             found |= {part for part in parts if part in number}
             like = next(iter(layer.parameters()))
-            layer.quant_method = MixtureMethod(layer.quant_method, model.weft_following, slices, like)
+            layer.quant_method = MixtureMethod(
+                layer.quant_method, model.weft_following, slices, layer_width=sum(widths), like=like
+            )
     missing = sorted(set(number) - found)
     if missing:
         raise ConfigError(
