@@ -1,10 +1,12 @@
 """`weft serve` in a process of its own, with a tiny mixture."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -41,24 +43,33 @@ def request(port, path, body=None, key="secret"):
         return json.load(answer)
 
 
-@pytest.fixture(scope="session")
-def server(saved):
+@contextlib.contextmanager
+def started(folder, *flags, **variables):
+    """`weft serve` of a mixture: (port, its first line, the process)."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "weft", "serve", str(saved[0]), "--port", str(port), "--api-key", "secret"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ)
-    ) as run:
-        first = next(line for line in run.stdout if "serves" in line)  # what vLLM says at its import may come before
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                break
-            except OSError:
-                assert run.poll() is None, run.stdout.read()
-                time.sleep(0.5)
+    command = [sys.executable, "-m", "weft", "serve", str(folder), "--port", str(port), "--api-key", "secret"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32", *flags]
+    environment = {**os.environ, **variables}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        try:
+            first = next(line for line in run.stdout if "serves" in line)  # vLLM may say something before
+            threading.Thread(target=run.stdout.read, daemon=True).start()  # a full pipe would stop it
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                    break
+                except OSError:
+                    assert run.poll() is None
+                    time.sleep(0.5)
+            yield port, first, run
+        finally:
+            run.terminate()
+            run.wait(60)
+
+
+@pytest.fixture(scope="session")
+def server(saved):
+    with started(saved[0]) as (port, first, _):
         yield port, first
-        run.terminate()
-        run.wait(60)
