@@ -35,10 +35,10 @@ def ascii_tokenizer():
     return fast
 
 
-def make_mixture(folder, adapter=None, **options):
+def make_mixture(folder, adapter=None, sizes=None, **options):
     """The folder of a mixture whose gate differs from token to token, on a base in the same folder."""
     tokenizer = ascii_tokenizer()
-    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.4)
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.4, **sizes or {})
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

@@ -146,3 +146,16 @@ def test_bases_through_vllms_own_classes(name, options, tmp_path):
     expected = generated(model, texts)
     with engine(tmp_path / "base", tmp_path / "mixture") as llm:
         assert_same(served(llm, texts), expected)
+
+
+def test_the_scaling_pass_takes_no_memory_and_is_nowhere_without_any(base, make_mixture):
+    with engine(base, make_mixture()[0]) as llm:
+        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+        backbone, scaling = model.weft_passes[0].backbones
+        own = {id(tensor) for part in backbone.modules() for tensor in (*part.parameters(), *part.buffers())}
+        for part in scaling.modules():
+            for tensor in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+                if isinstance(tensor, torch.Tensor) and tensor.numel():
+                    assert not tensor.is_meta
+            for tensor in part._parameters.values():
+                assert tensor is None or id(tensor) in own

@@ -50,11 +50,11 @@ class MixtureMethod(LinearMethodBase):
         following: has the scalings.
         slices: what experts adapt of this layer, in the order of the output.
         layer_width: of the whole output.
-        like: gives device and dtype.
+        device: of the layer, whose weights may be of any kind.
     """
 
     def __init__(
-        self, method: Any, following: Following, slices: list[Slice], *, layer_width: int, like: Tensor
+        self, method: Any, following: Following, slices: list[Slice], *, layer_width: int, device: torch.device
     ) -> None:
         self.method = method
         self.following = following
@@ -62,7 +62,7 @@ class MixtureMethod(LinearMethodBase):
         self.rank = max(padded_rank(each.factors) for each in slices)
         self.width = following.num_experts * self.rank
         self.place = following.add_layer([each.number for each in slices])
-        options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        options: dict[str, Any] = {"device": device, "dtype": following.dtype}
         self.down = torch.cat([_stacked_down(each, self.rank) for each in slices]).t().contiguous().to(**options)
         self.ups = [_stacked_up(each, self.rank).contiguous().to(**options) for each in slices]
         self.whole = len(slices) == 1 and slices[0].width == layer_width

@@ -130,9 +130,9 @@ def _give_experts(model: Any) -> None:
         ]
         if slices:
             found |= {part for part in parts if part in number}
-            like = next(iter(layer.parameters()))
+            device = next(iter(layer.parameters())).device
             layer.quant_method = MixtureMethod(
-                layer.quant_method, model.weft_following, slices, layer_width=sum(widths), like=like
+                layer.quant_method, model.weft_following, slices, layer_width=sum(widths), device=device
             )
     missing = sorted(set(number) - found)
     if missing:

@@ -112,11 +112,25 @@ def _share(twin: nn.Module, module: nn.Module) -> None:
     twin._parameters, twin._buffers = module._parameters, module._buffers
     for name, child in list(twin.named_children()):
         if isinstance(child, AttentionLayerBase):
-            continue
-        if any(isinstance(part, AttentionLayerBase) for part in child.modules()):
+            _take_tensors(child, getattr(module, name))
+        elif any(isinstance(part, AttentionLayerBase) for part in child.modules()):
             _share(child, getattr(module, name))
         else:
             twin._modules[name] = getattr(module, name)
+
+
+def _take_tensors(attention: nn.Module, other: nn.Module) -> None:
+    """Give an attention module, which was made without memory, the other's scales of keys and values and the like."""
+    pairs: list[tuple[Any, Any]] = [
+        (attention, other),
+        (getattr(attention, "impl", None), getattr(other, "impl", None)),
+    ]
+    for own, of_other in pairs:
+        values = {} if own is None else vars(own)
+        for name in [name for name, value in values.items() if isinstance(value, Tensor) and value.is_meta]:
+            values[name] = getattr(of_other, name)
+    for part, of_other in zip(attention.modules(), other.modules(), strict=True):
+        part._parameters, part._buffers = dict(of_other._parameters), dict(of_other._buffers)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
