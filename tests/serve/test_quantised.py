@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from engines import NEW, engine, generated, llama, prompts, served, sharpen
+from engines import engine, llama, prompts, sharpen
 from safetensors.torch import load_file, save_file
 
 import weft
@@ -57,18 +57,39 @@ def bases(tmp_path):
     return model, folder
 
 
+@torch.no_grad()
+def log_probs(model, texts):
+    """Of each token but the first."""
+    found = []
+    for text in texts:
+        logits = model(input_ids=torch.tensor([text])).logits[0, :-1].double()
+        found.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(text[1:])[:, None])[:, 0])
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize("options", [{}, {"gate_layer": 1}], ids=str)
 def test_experts_on_a_base_in_four_bits(options, bases, adapters, tmp_path):
+    from vllm import SamplingParams
+
     rounded, folder = bases
     model = sharpen(weft.from_adapters(rounded, adapters, **options)).eval()
+    with torch.no_grad():  # less sharp: the kernel for four bits runs in bfloat16, on which a sharp gate flips
+        for parameter in model.internal_xlora_classifier.parameters():
+            parameter.mul_(0.2)
     model.save_pretrained(tmp_path / "mixture")
-    expected = generated(model, prompts())
-    with torch.no_grad(), model.disable_adapter():
-        without = generated(model, prompts())
+    texts = prompts()
+    right = log_probs(model, texts)
+    with model.disable_adapter():
+        without = log_probs(model, texts)
     with engine(folder, tmp_path / "mixture", dtype="bfloat16") as llm:
-        found = served(llm, prompts())
-    for (tokens, log_probs), (right, right_log_probs), (other, _) in zip(found, expected, without, strict=True):
-        same = next((number for number in range(NEW) if tokens[number] != right[number]), NEW)
-        assert same > 3
-        assert log_probs[:same] == pytest.approx(right_log_probs[:same], abs=0.1)
-        assert tokens[:same] != other[:same]
+        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        outputs = llm.generate([{"prompt_token_ids": text} for text in texts], parameters, use_tqdm=False)
+        found = torch.tensor(
+            [
+                of[token].logprob
+                for output, text in zip(outputs, texts, strict=True)
+                for of, token in zip(output.prompt_logprobs[1:], text[1:], strict=True)
+            ],
+            dtype=torch.float64,
+        )
+    assert (found - right).abs().mean() < (without - right).abs().mean() / 5
