@@ -44,12 +44,12 @@ def request(port, path, body=None, key="secret"):
 
 
 @contextlib.contextmanager
-def started(folder, *flags, **variables):
-    """`weft serve` of a mixture: (port, its first line, the process)."""
+def started(folder, *flags, program=("-m", "weft", "serve"), **variables):
+    """`weft serve` of a mixture, or another program with its flags: (port, its first line, the process)."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "weft", "serve", str(folder), "--port", str(port), "--api-key", "secret"]
+    command = [sys.executable, *program, str(folder), "--port", str(port), "--api-key", "secret"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32", *flags]
     environment = {**os.environ, **variables}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:

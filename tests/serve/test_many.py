@@ -1,6 +1,8 @@
 """Several engines behind one address: what a mixture writes there is what `generate` writes."""
 
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from engines import NEW, choosing, generated
@@ -14,22 +16,46 @@ pytest_plugins = ["engines", "servers"]
 SERVED = Served("my-mixture", ("code", "law"))
 
 
-def test_two_engines_of_vllms_data_parallelism(saved):
-    folder, model = saved
-    asked = [("my-mixture", None), ("my-mixture:law", None), ("my-mixture", {"weights": {"code": 0.7}})]
-    right = []
-    for each in asked:
-        with choosing(model, SERVED.choice(*each)):
-            right.append(generated(model, [PROMPT])[0][0])
-    flags = ["--data-parallel-size", "2"]
-    with started(folder, *flags, VLLM_CPU_OMP_THREADS_BIND="0|1") as (port, *_), ThreadPoolExecutor(8) as pool:
+ASKED = [("my-mixture", None), ("my-mixture:law", None), ("my-mixture", {"weights": {"code": 0.7}})]
+EXAMPLES = Path(__file__).parents[2] / "examples/serve"
 
-        def one(each):
-            body = {"model": each[0], "prompt": PROMPT, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
-            body |= {"return_token_ids": True, "weft": {**(each[1] or {}), "shares": True}}
-            return request(port, "/v1/completions", body)["choices"][0]
 
-        for choice, tokens in zip(pool.map(one, asked * 6), right * 6, strict=True):
+@pytest.fixture(scope="module")
+def right(saved):
+    """What `generate` writes for each of what is asked."""
+    tokens = []
+    for each in ASKED:
+        with choosing(saved[1], SERVED.choice(*each)):
+            tokens.append(generated(saved[1], [PROMPT])[0][0])
+    return tokens
+
+
+def check_answers(port, right):
+    def one(each):
+        body = {"model": each[0], "prompt": PROMPT, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        body |= {"return_token_ids": True, "weft": {**(each[1] or {}), "shares": True}}
+        return request(port, "/v1/completions", body)["choices"][0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for choice, tokens in zip(pool.map(one, ASKED * 6), right * 6, strict=True):
             assert choice["token_ids"] == tokens
             assert all(choice["weft"]["shares"])
             assert len(choice["weft"]["shares"]) == NEW
+
+
+def test_two_engines_of_vllms_data_parallelism(saved, right):
+    with started(saved[0], "--data-parallel-size", "2", VLLM_CPU_OMP_THREADS_BIND="0|1") as (port, *_):
+        check_answers(port, right)
+
+
+def test_two_replicas_of_ray_serve(saved, right):
+    pytest.importorskip("ray.serve")
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAY_USAGE_STATS_ENABLED": "0"}
+    with started(saved[0], program=[EXAMPLES / "ray_serve.py"], **variables) as (port, first, _):
+        assert "2 replicas: " in first
+        check_answers(port, right)
+        births = set()
+        for _ in range(20):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                births |= {line for line in answer.read().splitlines() if line.startswith(b"vllm:prompt_tokens_created")}
+        assert len(births) == 2
