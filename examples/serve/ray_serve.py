@@ -4,14 +4,15 @@ pip install "ray[serve]"          # into each machine's environment with vLLM an
 ray start --head                  # on the first machine; on the others: ray start --address FIRST:6379
 python examples/serve/ray_serve.py /shared/my-mixture --replicas 2 --gpus 1 --api-key secret --max-model-len 4096
 
-Flags that are not below are vLLM's. Where no cluster runs, Ray starts one on this machine. For a replica of several GPUs:
+Flags that are not below are vLLM's. Where no cluster runs, Ray starts one on this machine. For replicas of several GPUs:
 --gpus 4 --tensor-parallel-size 4 --distributed-executor-backend mp
 """
 
 import argparse
 import os
+import signal
 import threading
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from types import SimpleNamespace
 
 import ray
@@ -29,11 +30,10 @@ class Mixture:
     async def __init__(self, flags):
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `weft serve` does
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        self.args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
-        validate_parsed_serve_args(self.args)
+        from weft.serve.launch import parsed
+
+        self.args = parsed(flags)
         self.open = AsyncExitStack()
         self.engine = await self.open.enter_async_context(build_async_engine_client(self.args))
 
@@ -74,10 +74,10 @@ def main(argv=None):
     serve.start(http_options={"host": ours.host, "port": ours.port})
     serve.run(replicas.bind(flags), name="weft")
     print(f"{ours.replicas} replicas: {announcement}", flush=True)
-    try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own would leave processes behind
+    with suppress(KeyboardInterrupt):
         threading.Event().wait()
-    finally:
-        serve.shutdown()
+    serve.delete("weft")
 
 
 if __name__ == "__main__":

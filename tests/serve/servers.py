@@ -17,6 +17,7 @@ import weft
 from models import lora, save_adapter, tiny_llama, tiny_tokenizer
 
 PROMPT = [5, 9, 33, 77, 120]
+FLAGS = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32"]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +51,7 @@ def started(folder, *flags, program=("-m", "weft", "serve"), **variables):
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [sys.executable, *program, str(folder), "--port", str(port), "--api-key", "secret"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--block-size", "32", *flags]
+    command += [*FLAGS, *flags]
     environment = {**os.environ, **variables}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         try:

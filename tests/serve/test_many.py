@@ -1,12 +1,16 @@
 """Several engines behind one address: what a mixture writes there is what `generate` writes."""
 
+import os
+import socket
+import subprocess
+import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from engines import NEW, choosing, generated
-from servers import PROMPT, request, started
+from servers import FLAGS, PROMPT, request, started
 
 from weft.serve.requests import Served
 
@@ -48,6 +52,26 @@ def test_two_engines_of_vllms_data_parallelism(saved, right):
         check_answers(port, right)
 
 
+def test_engines_on_two_machines(saved, right):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    flags = ["--data-parallel-size", "2", "--data-parallel-size-local", "1"]
+    flags += ["--data-parallel-address", "127.0.0.1", "--data-parallel-rpc-port", str(port)]
+    command = [sys.executable, "-m", "weft", "serve", saved[0], *FLAGS, *flags]
+    command += ["--headless", "--data-parallel-start-rank", "1"]
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as second:
+        try:
+            with started(saved[0], *flags, VLLM_CPU_OMP_THREADS_BIND="0") as (port, *_):
+                check_answers(port, right)
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                    assert b'vllm:num_requests_running{engine="1"' in answer.read()
+        finally:
+            second.terminate()
+            second.wait(60)
+
+
 def test_two_replicas_of_ray_serve(saved, right):
     pytest.importorskip("ray.serve")
     variables = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -57,5 +81,5 @@ def test_two_replicas_of_ray_serve(saved, right):
         births = set()
         for _ in range(20):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-                births |= {line for line in answer.read().splitlines() if line.startswith(b"vllm:prompt_tokens_created")}
+                births |= {line for line in answer if line.startswith(b"vllm:prompt_tokens_created")}
         assert len(births) == 2

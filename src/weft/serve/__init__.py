@@ -7,6 +7,7 @@
     layers.py       the experts around vLLM's linear layers, also where these are spread over processes
     mixture.py      the saved folder as plain tensors, and what cannot be served
     command.py      `weft serve`: what is checked, and vLLM's server with everything set
+    launch.py       that server's process
     requests.py     what a request may ask for
     page/           the page at `/`
     embedded/       what serves where vLLM is not

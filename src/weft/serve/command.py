@@ -97,7 +97,7 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
     architecture = _architecture(base)
     name = Served(options.name or folder.resolve().name, mixture.experts).name
     manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "weft.serve.launch"]
     command += ["--model", base, "--served-model-name", name, "--host", options.host, "--port", str(options.port)]
     command += ["--hf-overrides", json.dumps({"architectures": [f"{PREFIX}{architecture}"]})]
     # vLLM hashes it, so that another mixture never finds this one's compiled graph.

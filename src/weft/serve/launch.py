@@ -1,0 +1,32 @@
+"""What `weft serve` becomes: `vllm serve`, also where vLLM's package is not named vllm, as that of the CPU."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+def parsed(flags: Sequence[str] | None = None) -> Namespace:
+    """The flags of `vllm serve`, checked by vLLM."""
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def main() -> None:
+    """Serve: with an API server, or, with --headless, engines for one on another machine."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    cli_env_setup()
+    args = parsed()
+    configure_logging_from_args(args)
+    ServeSubcommand.cmd(args)
+
+
+if __name__ == "__main__":
+    main()
