@@ -4,7 +4,7 @@ pip install "ray[serve]"          # into each machine's environment with vLLM an
 ray start --head                  # on the first machine; on the others: ray start --address FIRST:6379
 python examples/serve/ray_serve.py /shared/my-mixture --replicas 2 --gpus 1 --api-key secret --max-model-len 4096
 
-Flags that are not below are vLLM's. Where no cluster runs, Ray starts one on this machine. For replicas of several GPUs:
+Flags that are not below are vLLM's. Where no cluster runs, Ray starts one on this machine. For several GPUs a replica:
 --gpus 4 --tensor-parallel-size 4 --distributed-executor-backend mp
 """
 
