@@ -48,13 +48,17 @@ class Front:
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self.server: Server | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or hand on a request and mend the answer."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        server = Server(scope["app"].state)
+        state = scope["app"].state
+        if self.server is None or self.server.state is not state:
+            self.server = Server(state)
+        server = self.server
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         route = (scope["method"], path)
         if not server.allows(scope, path):
