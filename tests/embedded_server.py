@@ -19,6 +19,8 @@ from weft.serve.embedded.app import make_app
 from weft.serve.embedded.server import load
 
 NAMES = ("code", "law")
+# transformers' continuous batching cannot be paused before 5.23: there one text is written at a time.
+BATCHES = hasattr(getattr(transformers, "ContinuousBatchingManager", None), "pause")
 
 
 def ascii_tokenizer():

@@ -10,10 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 
 import weft
-from embedded_server import ascii_tokenizer, make_mixture, serving
+from embedded_server import BATCHES, ascii_tokenizer, make_mixture, serving
 from models import weft_model
 from weft.serve.embedded import batching
 from weft.serve.embedded.engine import Engine
@@ -21,10 +20,7 @@ from weft.serve.embedded.metrics import Metrics
 
 PROMPTS = [f"{'text ' * number}{number}" for number in range(1, 9)]
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(getattr(transformers, "ContinuousBatchingManager", None), "pause"),
-    reason="transformers' continuous batching cannot be paused before 5.23",
-)
+pytestmark = pytest.mark.skipif(not BATCHES, reason="transformers' continuous batching cannot be paused before 5.23")
 
 
 @pytest.fixture(scope="module")

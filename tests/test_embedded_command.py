@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 
-from embedded_server import make_mixture
+from embedded_server import BATCHES, make_mixture
 from weft.cli import main
 from weft.format_options import ServeOptions
 from weft.serve.embedded import server
@@ -42,7 +42,9 @@ def test_it_says_what_runs_and_ends_when_it_is_told(scheme, sign, status, tmp_pa
             assert found, (line, process.stderr.read())
             one_by_one = ("a scaling pass, then the adapted pass", server._ONE_BY_ONE)
             assert found.group(1, 3) == (
-                ("one pass, the gate at decoder layer 1", server._TOGETHER) if scheme else one_by_one
+                ("one pass, the gate at decoder layer 1", server._TOGETHER if BATCHES else server._ONE_BY_ONE)
+                if scheme
+                else one_by_one
             )
             with urllib.request.urlopen(found[2].replace("/v1", "/health")) as answer:
                 assert answer.status == 200

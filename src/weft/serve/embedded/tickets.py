@@ -30,7 +30,7 @@ class Ticket:
     wanted: Wanted
     deliver: Callable[[Delivered], None]
     _over: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: Any = field(default_factory=threading.Lock)  # a function before Python 3.13, so no type
     _written: int = 0
 
     def cancel(self) -> None:
