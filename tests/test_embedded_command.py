@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
 def test_it_says_what_runs_and_ends_when_it_is_told(scheme, sign, status, tmp_path):
     folder = make_mixture(tmp_path, **scheme)
     command = [sys.executable, "-m", "weft", "serve", str(folder), "--engine", "embedded", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests run in the background of a shell, it has told them to ignore Ctrl-C.
+    usual = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **usual) as process:
         try:
             line = process.stdout.readline()
             found = re.fullmatch(
