@@ -79,7 +79,7 @@ class MixtureMethod(LinearMethodBase):
         of_layers = self.following.of_layers
         if of_layers is None:
             return output
-        hidden = torch.mm(x.view(-1, x.shape[-1]), self.down)
+        hidden = torch.mm(x.reshape(-1, x.shape[-1]), self.down)
         hidden = (hidden.view(len(hidden), -1, self.rank) * of_layers[self.place]).view(len(hidden), -1)
         rows = output.view(-1, output.shape[-1])
         if self.whole:
