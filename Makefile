@@ -115,7 +115,7 @@ bench: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/training.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/decode.py
 
-# Serving in vLLM against the plain engine; ten minutes of two quiet cores.
+# Serving in vLLM against the plain engine, on two quiet cores that do nothing else.
 bench-serve: env serve-env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/serve.py --name serve
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".bench"
 PYTHON = ROOT / ".venv-serve/bin/python"
 PROMPT, NEW = 128, 32
-LOADS = {"1": 1, "8": 8, "16": 16, "32": 32}
+LOADS = [1, 8, 16, 32]
 MIXTURES: dict[str, tuple[int, dict[str, Any]]] = {
     "4 experts, gate_layer=4": (4, {"gate_layer": 4}),
     "4 experts, scaling_pass_layers=4": (4, {"scaling_pass_layers": 4}),
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="with torch.compile, instead of eager")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--only", nargs="*", help="beginnings of engines' names")
-    parser.add_argument("--requests", nargs="*", type=int, default=list(LOADS.values()))
+    parser.add_argument("--requests", nargs="*", type=int, default=LOADS)
     parser.add_argument("--name", help="of the result; none writes nothing")
     arguments = parser.parse_args()
     options = {"enforce_eager": not arguments.compiled, "dtype": arguments.dtype}

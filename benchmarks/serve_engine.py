@@ -3,7 +3,7 @@
     python benchmarks/serve_engine.py '{"model": FOLDER, "mixture": FOLDER or null, "options": {...}}'
 
 A load is {"requests": n, "prompt": tokens, "new": tokens}; an answer {"decode": tokens/s after everybody's first token,
-"all": new tokens/s with prefill, "log_probs": of the tokens of the first request}.
+"all": new tokens/s with prefill}.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Vllm:
         from vllm.lora.request import LoRARequest
 
         values = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32, "block_size": 32} | asked["options"]
+        values["num_gpu_blocks_override"] = 256  # enough for the largest load, and eight engines fit in memory
         if asked.get("mixture"):
             architecture = json.loads(Path(asked["model"], "config.json").read_text())["architectures"][0]
             values["hf_overrides"] = {"architectures": [f"Weft{architecture}"]}

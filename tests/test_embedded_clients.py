@@ -3,14 +3,13 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
+from clients import PAIRS, check_log_likelihoods, check_weft_options, lm_eval
 from embedded_server import make_mixture, serving
-from weft.evaluate.scoring import Runner, token_losses
 
 PROMPT = "the law of code"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -31,8 +30,8 @@ def chat_text(served, number):
 
 def test_the_openai_package(served):
     openai = pytest.importorskip("openai")
+    check_weft_options(served.url, PROMPT)
     with openai.OpenAI(base_url=served.url, api_key="secret", max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == ["mix", "mix:code", "mix:law", "mix:base"]
         assert client.models.retrieve("mix:base").id == "mix:base"
         answer = client.completions.create(model="mix", prompt=PROMPT, max_tokens=8, temperature=0)
         assert answer.choices[0].text == served.decode(served.greedy(PROMPT, 8))
@@ -44,15 +43,6 @@ def test_the_openai_package(served):
         chunks = list(stream)
         assert "".join(chunk.choices[0].delta.content for chunk in chunks[:-1]) == chat_text(served, 8)
         assert chunks[-1].usage.completion_tokens == 8
-        shares = {"weft": {"weights": {"law": 0.5}, "shares": True}}
-        answer = client.completions.create(model="mix", prompt=PROMPT, max_tokens=2, extra_body=shares)
-        assert answer.choices[0].weft == {"shares": [{"code": 0.0, "law": 0.5}] * 2}
-        with pytest.raises(openai.BadRequestError, match=r"weft\.top_k \(9\) must be a whole number from 1 to 2"):
-            client.completions.create(model="mix", prompt=PROMPT, extra_body={"weft": {"top_k": 9}})
-        with pytest.raises(openai.NotFoundError, match="The model 'other' does not exist"):
-            client.completions.create(model="other", prompt=PROMPT)
-    with openai.OpenAI(base_url=served.url, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
-        client.models.list()
 
 
 def test_a_stream_that_is_closed_ends_the_answer(served):
@@ -94,29 +84,11 @@ def test_langchain(served):
 
 
 def test_lm_evals_log_likelihoods_are_those_of_weft_eval(served):
-    code = f"""
-import json, os, sys
-os.environ["OPENAI_API_KEY"] = "secret"
-from lm_eval.api.instance import Instance
-from lm_eval.models.openai_completions import LocalCompletionsAPI
-api = LocalCompletionsAPI(model="mix", base_url={served.url + "/completions"!r}, tokenizer={served.base!r},
-                          tokenizer_backend="huggingface", batch_size=2, max_length=64)
-pairs = [("the law", " of code"), ("a", "b"), ("x" * 40, "y" * 9)]
-requests = [Instance("loglikelihood", {{}}, pair, number) for number, pair in enumerate(pairs)]
-found = [list(one) for one in api.loglikelihood(requests, disable_tqdm=True)]
-until = [Instance("generate_until", {{}}, ("the law", {{"until": ["z"], "max_gen_toks": 6}}), 0)]
-json.dump([found, api.generate_until(until, disable_tqdm=True)], sys.stdout)
-"""
-    pytest.importorskip("lm_eval")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found, texts = json.loads(run.stdout.splitlines()[-1])
-    pairs = [("the law", " of code"), ("a", "b"), ("x" * 40, "y" * 9)]
-    ids = [served.tokens(first + second)[0].tolist() for first, second in pairs]
-    losses = token_losses(Runner(served.model), ids)
-    for (first, _), loss, tokens, (logprob, is_greedy) in zip(pairs, losses, ids, found, strict=True):
-        assert logprob == pytest.approx(-float(loss[len(first) - 1 :].sum()), abs=1e-3)
+    found, texts = lm_eval(served.url, served.base)
+    check_log_likelihoods(found, served.model, lambda text: served.tokens(text)[0].tolist())
+    for (first, second), (_, is_greedy) in zip(PAIRS, found, strict=True):
+        tokens = served.tokens(first + second)
         with torch.no_grad():
-            best = served.model(input_ids=torch.tensor([tokens])).logits[0, len(first) - 1 : -1].argmax(-1).tolist()
-        assert is_greedy == (best == tokens[len(first) :])
+            best = served.model(input_ids=tokens).logits[0, len(first) - 1 : -1].argmax(-1)
+        assert is_greedy == torch.equal(best, tokens[0, len(first) :])
     assert texts == [served.decode(served.greedy("the law", 6)).partition("z")[0]]

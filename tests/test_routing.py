@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.routing import MAX_LEADING_TOKENS, align_to_cells, keep_top_k, mean_over_tokens, softmax_with_temperature
+from weft.routing import (
+    MAX_LEADING_TOKENS,
+    align_to_cells,
+    keep_each_top_k,
+    keep_top_k,
+    mean_over_tokens,
+    softmax_with_temperature,
+)
 
 
 def for_any(*strategies):
@@ -279,3 +286,19 @@ def test_alignment_broadcasts_against_the_activations_or_is_an_error(samples, se
 def test_activations_that_do_not_fit_are_an_error_with_both_shapes(batch, cells, shape):
     with pytest.raises(ValueError, match=rf"2 samples x 3 tokens do not fit activations of shape {shape}"):
         align_to_cells(scalings_of(2, 3), batch, cells)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_a_number_of_its_own_for_each_token_is_top_k_token_by_token(renormalise):
+    scalings = torch.rand(9, 3, 4)
+    kept = torch.arange(9).remainder(4).add(1)
+    found = keep_each_top_k(scalings, kept[:, None, None], renormalise=renormalise)
+    for token, number in enumerate(kept.tolist()):
+        expected = keep_top_k(scalings[token], number, renormalise=renormalise)
+        assert torch.allclose(found[token], expected, atol=1e-6)
+        assert torch.equal(found[token] == 0, expected == 0)
+
+
+def test_of_equal_scalings_the_first_ones_are_kept():
+    found = keep_each_top_k(torch.full((1, 1, 3), 0.5), torch.full((1, 1, 1), 2), renormalise=False)
+    assert found.tolist() == [[[0.5, 0.5, 0.0]]]

@@ -3,6 +3,7 @@
 import pytest
 
 from weft.errors import ConfigError
+from weft.serve.prometheus import of_the_gate, written
 from weft.serve.requests import Choice, RequestError, Served, cache_salt
 
 SERVED = Served("mix", ("code", "law"))
@@ -69,3 +70,11 @@ def test_salts_differ_where_choices_do_and_no_client_can_make_anothers():
     assert salts[0] is None
     assert cache_salt(Choice(), salts[-3]) not in salts
     assert cache_salt(Choice(top_k=1, shares=True), None) == cache_salt(Choice(top_k=1), None)
+
+
+def test_what_prometheus_reads_of_the_gate():
+    text = written(of_the_gate(["code", 'a"b\\\n'], [1.0, 3.0], 4))
+    assert 'weft_gate_share{expert="code"} 0.25\n' in text
+    assert 'weft_gate_share{expert="a\\"b\\\\\\n"} 0.75\n' in text
+    assert "# TYPE weft_gate_tokens_total counter\nweft_gate_tokens_total 4\n" in text
+    assert 'weft_gate_share{expert="code"} 0.0\n' in written(of_the_gate(["code"], [0.0], 0))

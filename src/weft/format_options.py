@@ -103,8 +103,8 @@ class ServeOptions(CommandOptions):
         host: Address to listen on; others than this machine's own can be reached by others.
         port: Port to listen on.
         api_key: What clients must send as their key; null asks for none.
-        engine: What runs the mixture: vllm, or embedded, which needs nothing but transformers and answers one request
-            after the other; auto takes vLLM where it is installed.
+        engine: What runs the mixture: vllm, or embedded, which needs nothing but transformers and is for trying
+            things; auto takes vLLM where it is installed.
     """
 
     model: str

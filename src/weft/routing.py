@@ -91,6 +91,27 @@ def keep_top_k(
     return torch.zeros_like(scalings).scatter(-1, experts, kept)
 
 
+def keep_each_top_k(
+    scalings: Float[Tensor, "*batch expert"], kept: Int[Tensor, "*tokens 1"], *, renormalise: bool
+) -> Float[Tensor, "*batch expert"]:
+    """`keep_top_k` with a number of its own for each token, without a sort: an expert's rank is counted.
+
+    Args:
+        scalings: the gate's output, any leading axes.
+        kept: how many experts each keeps, of equal ones the first; its axes may be 1.
+        renormalise: replace what is kept by a softmax over it.
+    """
+    rank = torch.zeros_like(scalings, dtype=torch.int32)
+    numbers = torch.arange(scalings.shape[-1], device=scalings.device)
+    for number in range(scalings.shape[-1]):
+        other = scalings[..., number : number + 1]
+        rank += (other > scalings) | ((other == scalings) & (number < numbers))
+    stay = rank < kept
+    if renormalise:
+        return torch.where(stay, scalings.masked_fill(~stay, -torch.inf).softmax(-1), 0.0)
+    return torch.where(stay, scalings, 0.0)
+
+
 def constant_scalings(
     weights: ConstantWeights, expert_names: list[str], num_layers: int
 ) -> Float[Tensor, "layer expert"]:

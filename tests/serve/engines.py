@@ -11,7 +11,7 @@ import torch
 
 import weft
 from models import lora, save_adapter, tiny_llama, tiny_tokenizer
-from weft.own_weight import at_own_weight
+from weft.serve.embedded.following import following
 from weft.serve.requests import Choice, cache_salt
 
 os.environ |= {
@@ -77,6 +77,21 @@ def make_mixture(adapters, tmp_path):
     return make
 
 
+@pytest.fixture
+def preempted(monkeypatch):
+    """The requests that vLLM put off for want of cache in this test."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    put_off, found = Scheduler._preempt_request, []
+
+    def noted(self, request, *arguments, **options):
+        found.append(request.request_id)
+        return put_off(self, request, *arguments, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    return found
+
+
 def sharpen(model):
     """Give a gate weights so large that experts matter and tokens differ."""
     torch.manual_seed(5)
@@ -85,27 +100,6 @@ def sharpen(model):
             if "internal_xlora_classifier" in name:
                 parameter.copy_(torch.randn_like(parameter) * (1.0 if "weight" in name else 0.5))
     return model
-
-
-@contextlib.contextmanager
-def choosing(model, choice):
-    """In this block the model does what the choice says."""
-    config = model.xlora_config
-    before = config.top_k_lora, model.get_global_scaling_weight()
-    with contextlib.ExitStack() as stack:
-        if choice.alone == "":
-            stack.enter_context(model.disable_adapter())
-        elif choice.alone is not None:
-            stack.enter_context(at_own_weight(model, {choice.alone: 1.0}))
-        if choice.weights is not None:
-            stack.enter_context(model.fixed_scalings(dict(zip(config.expert_names, choice.weights, strict=True))))
-        if choice.top_k is not None:
-            model.set_topk_lora(choice.top_k)
-        if choice.global_weight is not None:
-            model.set_global_scaling_weight(choice.global_weight)
-        yield
-        model.set_topk_lora(before[0])
-        model.set_global_scaling_weight(before[1])
 
 
 @torch.no_grad()
@@ -119,6 +113,14 @@ def generated(model, prompts):
         tokens = text[0, len(prompt) :].tolist()
         found.append((tokens, [float(log_probs[len(prompt) - 1 + at, token]) for at, token in enumerate(tokens)]))
     return found
+
+
+def chosen(model, folder, choice, prompt):
+    """What `generate` gives with a choice; of an expert alone, what it gives with no other loaded."""
+    if choice.alone:
+        model = weft.from_adapters(llama(), {choice.alone: folder / "experts" / choice.alone}).eval()
+    with following(model, choice):
+        return generated(model, [prompt])[0]
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import httpx
 import torch
-from engines import choosing, llama, prompts, sharpen
+from engines import llama, prompts, sharpen
 from servers import started
 
 import weft
 from models import lora, save_adapter, tiny_tokenizer
+from weft.serve.embedded.following import following
 from weft.serve.requests import Served
 
 SERVED = Served("mix", ("code", "law"))
@@ -142,7 +143,7 @@ class Soak:
         """How many of a sample of the answers `generate` does not write."""
         wrong = 0
         for text, asked, tokens in random.Random(0).sample(self.answers, min(most, len(self.answers))):
-            with choosing(model, SERVED.choice(*asked)), torch.no_grad():
+            with following(model, SERVED.choice(*asked)), torch.no_grad():
                 options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
                 ids = torch.tensor([text])
                 found = model.generate(input_ids=ids, max_new_tokens=len(tokens), **options)[0, len(text) :].tolist()

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from engines import assert_same, choosing, engine, generated, llama, prompts, served
+from engines import assert_same, chosen, engine, prompts, served
 
 import weft
 from weft.serve.requests import Served
@@ -27,14 +27,6 @@ ASKED = {
 }
 
 
-def expected(model, folder, choice, texts):
-    """What `generate` gives; of an expert alone, what it gives with no other loaded."""
-    if choice.alone:
-        model = weft.from_adapters(llama(), {choice.alone: folder / "experts" / choice.alone}).eval()
-    with choosing(model, choice):
-        return generated(model, texts)
-
-
 SCHEMES = [{}, {"scaling_pass_layers": 1, "scaling_pass_value": 0.3}, {"gate_layer": 1, "top_k_lora": 2}]
 
 
@@ -47,7 +39,7 @@ def test_a_batch_of_unlike_choices_with_identical_prompts(options, eager, base, 
     folder, model = make_mixture(global_scaling_weight=1.5, **options)
     choices = {name: SERVED.choice(*asked) for name, asked in ASKED.items()}
     text = prompts((40,))[0]
-    right = {name: expected(model, folder, choice, [text])[0] for name, choice in choices.items()}
+    right = {name: chosen(model, folder, choice, text) for name, choice in choices.items()}
     assert len({tuple(tokens) for tokens, _ in right.values()}) >= len(right) - 1  # "all" may be the own top-k
     with engine(base, folder, enforce_eager=eager, enable_prefix_caching=True, max_num_batched_tokens=64) as llm:
         for seed in range(3):  # in other orders, later ones from the cache of prefixes
@@ -57,13 +49,14 @@ def test_a_batch_of_unlike_choices_with_identical_prompts(options, eager, base, 
             assert_same(served(llm, [text], [choice]), [right[name]])
 
 
-def test_preempted_and_chunked_texts_keep_their_choices(base, make_mixture):
+def test_preempted_and_chunked_texts_keep_their_choices(base, make_mixture, preempted):
     folder, model = make_mixture(global_scaling_weight=1.5)
     choices = [SERVED.choice(*asked) for asked in ASKED.values()]
     texts = prompts(range(30, 30 + 5 * len(choices), 5))
-    right = [expected(model, folder, choice, [text])[0] for choice, text in zip(choices, texts, strict=True)]
+    right = [chosen(model, folder, choice, text) for choice, text in zip(choices, texts, strict=True)]
     with engine(base, folder, max_num_batched_tokens=32, num_gpu_blocks_override=24) as llm:
         assert_same(served(llm, texts, choices), right)
+    assert preempted
 
 
 @pytest.mark.parametrize("options", SCHEMES, ids=str)
@@ -101,7 +94,7 @@ def test_all_orders_of_three_choices_on_one_cached_prompt(base, make_mixture):
     folder, model = make_mixture(gate_layer=1)
     text = prompts((70,))[0]
     choices = [SERVED.choice(*ASKED[name]) for name in ("gate", "code", "weights")]
-    right = [expected(model, folder, choice, [text])[0] for choice in choices]
+    right = [chosen(model, folder, choice, text) for choice in choices]
     for order in itertools.permutations(range(3)):
         with engine(base, folder, enable_prefix_caching=True) as llm:
             for number in order:

@@ -1,18 +1,16 @@
 """Clients that people have, unmodified, against vLLM with a mixture in it."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from servers import started
 
+from clients import check_log_likelihoods, check_weft_options, lm_eval
 from embedded_server import ascii_tokenizer, make_mixture
 from weft import from_pretrained
-from weft.evaluate.scoring import Runner, token_losses
 
 pytestmark = pytest.mark.serve
 pytest_plugins = ["engines", "servers"]
@@ -37,6 +35,10 @@ def port(place):
         yield port
 
 
+def url(port):
+    return f"http://127.0.0.1:{port}/v1"
+
+
 def written(model, text, number):
     """The greedy continuation of a text, as a text."""
     tokenizer = ascii_tokenizer()
@@ -48,8 +50,8 @@ def written(model, text, number):
 
 def test_the_openai_package(port, model):
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
-        assert [each.id for each in client.models.list()] == ["mix", "mix:code", "mix:law", "mix:base"]
+    check_weft_options(url(port), TEXT)
+    with openai.OpenAI(base_url=url(port), api_key="secret", max_retries=0) as client:
         answer = client.completions.create(model="mix", prompt=TEXT, max_tokens=8, temperature=0)
         assert answer.choices[0].text == written(model, TEXT, 8)
         messages = [{"role": "user", "content": TEXT}]
@@ -57,23 +59,11 @@ def test_the_openai_package(port, model):
         chat = client.chat.completions.create(**options).choices[0].message.content
         chunks = client.chat.completions.create(**options, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == chat
-        shares = {"weft": {"weights": {"law": 0.5}, "shares": True}}
-        answer = client.completions.create(model="mix", prompt=TEXT, max_tokens=2, extra_body=shares)
-        assert answer.choices[0].weft == {"shares": [{"code": 0.0, "law": 0.5}] * 2}
-        with pytest.raises(openai.BadRequestError, match=r"weft\.top_k \(9\) must be a whole number from 1 to 2"):
-            client.completions.create(model="mix", prompt=TEXT, extra_body={"weft": {"top_k": 9}})
-        with pytest.raises(openai.NotFoundError, match="The model 'other' does not exist"):
-            client.completions.create(model="other", prompt=TEXT)
-    with (
-        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="wrong") as client,
-        pytest.raises(openai.AuthenticationError),
-    ):
-        client.models.list()
 
 
 def test_several_texts_several_answers_and_stop_strings(port, model):
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
+    with openai.OpenAI(base_url=url(port), api_key="secret", max_retries=0) as client:
         options = {"model": "mix", "prompt": [TEXT, "a"], "max_tokens": 8, "temperature": 1e-3, "n": 2}
         texts = [choice.text for choice in client.completions.create(**options).choices]
         assert texts == [written(model, TEXT, 8)] * 2 + [written(model, "a", 8)] * 2
@@ -87,8 +77,16 @@ def test_several_texts_several_answers_and_stop_strings(port, model):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(port, model):
     body = {"model": "mix", "prompt": TEXT, "max_tokens": 6, "temperature": 0}
-    url = f"http://127.0.0.1:{port}/v1/completions"
-    command = ["curl", "-sS", "-N", url, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    command = [
+        "curl",
+        "-sS",
+        "-N",
+        f"{url(port)}/completions",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        json.dumps(body),
+    ]
     answer = subprocess.run([*command, "-H", "Authorization: Bearer secret"], capture_output=True, check=True).stdout
     assert json.loads(answer)["choices"][0]["text"] == written(model, TEXT, 6)
     refused = subprocess.run(command, capture_output=True, check=True).stdout
@@ -100,7 +98,7 @@ def test_curl(port, model):
 
 def test_langchain(port, model):
     langchain = pytest.importorskip("langchain_openai")
-    options = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": "secret", "temperature": 0, "max_retries": 0}
+    options = {"base_url": url(port), "api_key": "secret", "temperature": 0, "max_retries": 0}
     text = langchain.OpenAI(model="mix", max_tokens=6, **options)
     assert text.invoke(TEXT) == written(model, TEXT, 6)
     assert "".join(text.stream(TEXT)) == written(model, TEXT, 6)
@@ -109,25 +107,6 @@ def test_langchain(port, model):
 
 
 def test_lm_evals_log_likelihoods_are_those_of_weft_eval(port, place, model):
-    code = f"""
-import json, os, sys
-os.environ["OPENAI_API_KEY"] = "secret"
-from lm_eval.api.instance import Instance
-from lm_eval.models.openai_completions import LocalCompletionsAPI
-api = LocalCompletionsAPI(model="mix", base_url="http://127.0.0.1:{port}/v1/completions",
-                          tokenizer={str(place.parent / "base")!r},
-                          tokenizer_backend="huggingface", batch_size=2, max_length=64)
-pairs = [("the law", " of code"), ("a", "b"), ("x" * 40, "y" * 9)]
-requests = [Instance("loglikelihood", {{}}, pair, number) for number, pair in enumerate(pairs)]
-json.dump([list(one) for one in api.loglikelihood(requests, disable_tqdm=True)], sys.stdout)
-"""
-    pytest.importorskip("lm_eval")
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=dict(os.environ)
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    pairs = [("the law", " of code"), ("a", "b"), ("x" * 40, "y" * 9)]
-    ids = [ascii_tokenizer()(first + second).input_ids for first, second in pairs]
-    for (first, _), loss, (log_prob, _) in zip(pairs, token_losses(Runner(model), ids), found, strict=True):
-        assert log_prob == pytest.approx(-float(loss[len(first) - 1 :].sum()), abs=1e-3)
+    found, texts = lm_eval(url(port), str(place.parent / "base"))
+    check_log_likelihoods(found, model, lambda text: ascii_tokenizer()(text).input_ids)
+    assert texts == [written(model, "the law", 6).partition("z")[0]]

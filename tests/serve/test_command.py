@@ -1,6 +1,8 @@
 """`weft serve`, with a real server: what a client gets is what `generate` writes."""
 
+import importlib.metadata
 import json
+import sys
 import urllib.error
 
 import pytest
@@ -38,6 +40,26 @@ def test_clients_get_what_generate_writes(server, saved):
 def test_the_key_is_asked_for(server):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         request(server[0], "/v1/models", key="wrong")
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("not installed", "weft is on the path here but not installed, so vLLM does not find its plugin"),
+        ("left out", "VLLM_PLUGINS (other,more) leaves weft's plugin out: add weft to it, or unset it"),
+        ("another vLLM", "is none that weft can serve in, which is 0.32: cannot import name"),
+    ],
+)
+def test_a_plugin_that_vllm_would_not_have_is_told_before_it_starts(broken, message, saved, monkeypatch, capsys):
+    if broken == "not installed":
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
+    elif broken == "left out":
+        monkeypatch.setenv("VLLM_PLUGINS", "other,more")
+    else:
+        monkeypatch.delitem(sys.modules, "weft.serve.front", raising=False)
+        monkeypatch.delattr("vllm.entrypoints.serve.middleware.authenticate.GUARDED_PREFIX")
+    assert main(["serve", str(saved[0])]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_base_that_vllm_does_not_know_is_refused(saved, tmp_path, capsys):

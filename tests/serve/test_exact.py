@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from engines import PROJECTIONS, assert_same, engine, generated, prompts, served, sharpen
+from engines import PROJECTIONS, assert_same, chosen, engine, generated, prompts, served, sharpen
 
 import weft
 from models import lora, save_adapter, tiny_tokenizer
+from weft.serve.requests import Choice
 
 pytestmark = pytest.mark.serve
 
@@ -38,7 +39,7 @@ def test_every_scheme_and_option_alone_and_in_a_batch(options, base, make_mixtur
 
 
 @pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 2}, {"gate_layer": 1}], ids=str)
-def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, base, make_mixture):
+def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, base, make_mixture, preempted):
     folder, model = make_mixture(**options)
     common = prompts((64,))[0]
     texts = [common + more for more in prompts((9, 17, 30, 40))] + prompts((70, 3))
@@ -48,6 +49,7 @@ def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, b
     with engine(base, folder, **small) as llm:
         assert_same(served(llm, texts), expected)
         assert_same(served(llm, texts), expected)  # from the cache of prefixes
+    assert preempted
 
 
 @pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 1}, {"gate_layer": 1}], ids=str)
@@ -62,9 +64,10 @@ def test_compiled_which_is_vllms_default_it_is_the_same(options, base, make_mixt
 def test_two_processes_with_a_part_of_each_layer_change_nothing(base, make_mixture, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder, model = make_mixture()
-    expected = generated(model, prompts())
+    choices = [Choice(), Choice(alone="math"), Choice(weights=(0.5, 0.0, -0.3)), Choice(top_k=1)]
+    expected = [chosen(model, folder, *each) for each in zip(choices, prompts(), strict=True)]
     with engine(base, folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
-        assert_same(served(llm, prompts()), expected)
+        assert_same(served(llm, prompts(), choices), expected)
 
 
 @pytest.mark.parametrize("changed", ["gate", "expert"])

@@ -7,10 +7,11 @@ import urllib.request
 
 import pytest
 import torch
-from engines import NEW, choosing, generated
+from engines import NEW, generated
 from servers import PROMPT, request
 
 import weft
+from weft.serve.embedded.following import following
 from weft.serve.requests import Served
 
 pytestmark = pytest.mark.serve
@@ -38,7 +39,7 @@ def completion(port, model, options, **more):
 def right(saved):
     tokens = {}
     for asked in ASKED:
-        with choosing(saved[1], SERVED.choice(*asked)):
+        with following(saved[1], SERVED.choice(*asked)):
             tokens[str(asked)] = generated(saved[1], [PROMPT])[0][0]
     assert len({tuple(each) for each in tokens.values()}) == len(ASKED)
     return tokens
@@ -127,6 +128,9 @@ def refused(port, path, body, key="secret"):
         ({"weft": {"top_k": 1}, "use_beam_search": True}, 400, "vLLM's beams know no options"),
         ({"vllm_xargs": {"weft": "{}"}}, 400, "vllm_xargs has weft: send it as the body's own field weft"),
         ({"vllm_xargs": {"weft_shares": "a"}}, 400, "vllm_xargs has weft"),
+        ({"vllm_xargs": [1], "weft": {"top_k": 1}}, 400, "vllm_xargs ([1]) must be an object"),
+        ({"cache_salt": 5, "weft": {"top_k": 1}}, 400, "cache_salt (5) must be a text that is not empty"),
+        ({"cache_salt": ""}, 400, "cache_salt ('') must be a text that is not empty"),
     ],
     ids=str,
 )

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from engines import NEW, choosing, generated
+from engines import NEW, generated
 from servers import FLAGS, PROMPT, request, started
 
+from weft.serve.embedded.following import following
 from weft.serve.requests import Served
 
 pytestmark = pytest.mark.serve
@@ -29,7 +30,7 @@ def right(saved):
     """What `generate` writes for each of what is asked."""
     tokens = []
     for each in ASKED:
-        with choosing(saved[1], SERVED.choice(*each)):
+        with following(saved[1], SERVED.choice(*each)):
             tokens.append(generated(saved[1], [PROMPT])[0][0])
     return tokens
 

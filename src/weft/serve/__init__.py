@@ -9,8 +9,11 @@
     command.py      `weft serve`: what is checked, and vLLM's server with everything set
     launch.py       that server's process
     requests.py     what a request may ask for
+    choices.py      what each request of a batch has asked for, as tensors
+    front.py        what turns it into vLLM's requests; answers.py: and vLLM's answers into what was asked for
+    prometheus.py   numbers for /metrics
     page/           the page at `/`
     embedded/       what serves where vLLM is not
 
-The first six run inside vLLM and import nothing of peft or of weft's model.
+What runs inside vLLM imports nothing of peft or of weft's model: all but command.py and embedded/.
 """

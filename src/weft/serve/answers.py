@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
+from starlette.types import Message, Send
+
 Ask = Callable[..., Awaitable[list[Any]]]
 
 _EVENT = b"data: "
@@ -21,7 +21,7 @@ class Rewritten:
         rewrite: the body, if the server was content.
     """
 
-    def __init__(self, send: Send, rewrite: Callable[[bytes], bytes]) -> None:
+    def __init__(self, send: Send, rewrite: Callable[[bytes], Awaitable[bytes]]) -> None:
         self.send = send
         self.rewrite = rewrite
         self._start: Message = {}
@@ -36,8 +36,9 @@ class Rewritten:
         if not message.get("more_body", False):
             body = b"".join(self._parts)
             if self._start["status"] == 200:
-                body = self.rewrite(body)
-            await self.send({**self._start, "headers": _headers(self._start, len(body))})
+                body = await self.rewrite(body)
+            headers = [each for each in self._start["headers"] if each[0] != b"content-length"]
+            await self.send({**self._start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
             await self.send({"type": "http.response.body", "body": body})
 
 
@@ -92,26 +93,26 @@ class Answer:
 
     def sent_by(self, send: Send) -> Send:
         """A `send` that mends what goes through it: a stream event by event, anything else as a whole."""
-        start: Message = {}
+        whole = Rewritten(send, self._whole)
         held = bytearray()
+        streams = False
 
         async def mended(message: Message) -> None:
-            nonlocal start
+            nonlocal streams
             if message["type"] == "http.response.start":
-                start = message
-                if _streams(start):
-                    await send(start)
-                return
-            held.extend(message.get("body", b""))
-            more = message.get("more_body", False)
-            if _streams(start):
+                streams = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in message["headers"]
+                )
+                await (send if streams else whole)(message)
+            elif not streams:
+                await whole(message)
+            else:
+                held.extend(message.get("body", b""))
+                more = message.get("more_body", False)
                 body = await self._events(held, last=not more)
                 if body or not more:
                     await send({"type": "http.response.body", "body": body, "more_body": more})
-            elif not more:
-                body = await self._whole(bytes(held)) if start["status"] == 200 else bytes(held)
-                await send({**start, "headers": _headers(start, len(body))})
-                await send({"type": "http.response.body", "body": body})
 
         return mended
 
@@ -142,12 +143,3 @@ class Answer:
             for choice in body.get("choices") or []:
                 await self.shares.put_into(choice)
         return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _streams(start: Message) -> bool:
-    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
-
-
-def _headers(start: Message, length: int) -> list[tuple[bytes, bytes]]:
-    kept = [(name, value) for name, value in start["headers"] if name != b"content-length"]
-    return [*kept, (b"content-length", str(length).encode())]

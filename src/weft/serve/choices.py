@@ -61,29 +61,30 @@ class Choices(nn.Module):
 
     def __init__(self, mixture: ServedMixture, rows: int, tokens: int, *, static: bool) -> None:
         super().__init__()
-        self.num_experts = len(mixture.experts)
         self.experts = mixture.experts
         self.own_weight = float(mixture.options.get("global_scaling_weight", 1.0))
-        self.own_top_k = int(mixture.options.get("top_k_lora") or self.num_experts)
+        self.own_top_k = int(mixture.options.get("top_k_lora") or len(mixture.experts))
         self.static = static
         self.in_use = False
         self._ends: Tensor | None = None
         self._positions: Tensor | None = None
         self.waiting: OrderedDict[str, dict[int, list[float]]] = OrderedDict()
+        experts = len(self.experts)
         buffers = {
-            "gated": torch.ones(rows + 1, 1, dtype=torch.bool),
-            "fixed": torch.zeros(rows + 1, self.num_experts),
-            "weight": torch.full((rows + 1, 1), self.own_weight),
-            "biased": torch.full((rows + 1, self.num_experts), self.own_weight),
-            "kept": torch.full((rows + 1, 1), self.own_top_k),
-            "shares": torch.zeros(tokens, self.num_experts),
-            "gate_shares": torch.zeros(self.num_experts, dtype=torch.float64),
+            "gated": torch.empty(rows + 1, 1, dtype=torch.bool),
+            "fixed": torch.empty(rows + 1, experts),
+            "weight": torch.empty(rows + 1, 1),
+            "biased": torch.empty(rows + 1, experts),
+            "kept": torch.empty(rows + 1, 1, dtype=torch.int64),
+            "shares": torch.zeros(tokens, experts),
+            "gate_shares": torch.zeros(experts, dtype=torch.float64),
             "gate_tokens": torch.zeros((), dtype=torch.int64),
             "_row": torch.full((tokens,), rows),
             "_numbers": torch.arange(tokens),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
+        self._nothing_chosen()
 
     @property
     def active(self) -> bool:
@@ -119,24 +120,42 @@ class Choices(nn.Module):
         if not deciding and not self.in_use:
             return
         self.in_use = bool(deciding)
-        rows = [deciding.get(row, Choice()) for row in range(len(self.gated))]
-        self.gated.copy_(torch.tensor([[each.alone is None and each.weights is None] for each in rows]))
-        self.fixed.copy_(torch.tensor([self._fixed(each) for each in rows]))
-        weight = [self.own_weight if each.global_weight is None else each.global_weight for each in rows]
-        weight = [1.0 if each.alone is not None else of for each, of in zip(rows, weight, strict=True)]
-        self.weight.copy_(torch.tensor(weight)[:, None])
+        self._nothing_chosen()
+        if not deciding:
+            return
+        rows, choices = list(deciding), list(deciding.values())
+        fixed = [self._fixed(each) for each in choices]
+        weight = [self._weight(each) for each in choices]
         # A bias stands outside of λ: all of them act, but for an expert alone.
         biased = [
-            [of] * self.num_experts if each.alone is None else self._fixed(each)
-            for each, of in zip(rows, weight, strict=True)
+            [of] * len(self.experts) if each.alone is None else alone
+            for each, of, alone in zip(choices, weight, fixed, strict=True)
         ]
-        self.biased.copy_(torch.tensor(biased))
-        self.kept.copy_(torch.tensor([[each.top_k or self.own_top_k] for each in rows]))
+        for table, values in (
+            (self.gated, [[each.alone is None and each.weights is None] for each in choices]),
+            (self.fixed, fixed),
+            (self.weight, [[of] for of in weight]),
+            (self.biased, biased),
+            (self.kept, [[each.top_k or self.own_top_k] for each in choices]),
+        ):
+            table[rows] = torch.tensor(values, dtype=table.dtype, device=table.device)
+
+    def _nothing_chosen(self) -> None:
+        self.gated.fill_(True)
+        self.fixed.zero_()
+        self.weight.fill_(self.own_weight)
+        self.biased.fill_(self.own_weight)
+        self.kept.fill_(self.own_top_k)
+
+    def _weight(self, choice: Choice) -> float:
+        if choice.alone is not None:
+            return 1.0
+        return self.own_weight if choice.global_weight is None else choice.global_weight
 
     def _fixed(self, choice: Choice) -> list[float]:
         if choice.weights is not None:
-            if len(choice.weights) != self.num_experts:
-                raise ValueError(f"weights ({choice.weights}) must be {self.num_experts} numbers")
+            if len(choice.weights) != len(self.experts):
+                raise ValueError(f"weights ({choice.weights}) must be {len(self.experts)} numbers")
             return list(choice.weights)
         return [float(choice.alone == name) for name in self.experts]
 

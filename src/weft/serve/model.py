@@ -115,7 +115,7 @@ def _give_experts(model: Any) -> None:
     mixture: ServedMixture = model.weft_mixture
     number = {layer: place for place, layer in enumerate(mixture.layers)}
     packed = getattr(model, "packed_modules_mapping", {})
-    found: set[str] = set()
+    found: list[list[int]] = []  # of each layer, its LoRA layers
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, MixtureMethod):
             continue
@@ -129,17 +129,18 @@ def _give_experts(model: Any) -> None:
             if part in number
         ]
         if slices:
-            found |= {part for part in parts if part in number}
             device = next(iter(layer.parameters())).device
             layer.quant_method = MixtureMethod(
-                layer.quant_method, model.weft_following, slices, layer_width=sum(widths), device=device
+                layer.quant_method, model.weft_following, len(found), slices, layer_width=sum(widths), device=device
             )
-    missing = sorted(set(number) - found)
+            found.append([each.number for each in slices])
+    missing = sorted({*range(len(mixture.layers))} - {number for of in found for number in of})
     if missing:
         raise ConfigError(
             f"model ({mixture.folder}) adapts layers that vLLM's {type(model).__name__.removeprefix(PREFIX)} does not "
-            f"have: {missing[:5]}"
+            f"have: {[mixture.layers[number] for number in missing[:5]]}"
         )
+    model.weft_following.arrange(found)
 
 
 def _widths(layer: Any, parts: int) -> list[int]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.files import shown
+from weft.files import is_number, is_whole, shown
 
 FIELD = "weft"
 SHARES = "weft_shares"  # for the engine alone: by which name a text's shares are kept
@@ -29,10 +29,10 @@ class RequestError(ConfigError):
 
     Attributes:
         status: of HTTP.
-        field: of the request's body that is wrong.
+        field: of the request's body that is wrong; None where it is another part of the request.
     """
 
-    def __init__(self, message: str, field: str, status: int = 400) -> None:
+    def __init__(self, message: str, field: str | None, status: int = 400) -> None:
         super().__init__(message)
         self.field = field
         self.status = status
@@ -64,7 +64,7 @@ class Choice:
     @property
     def decides(self) -> bool:
         """Whether it changes what the model computes."""
-        return self != Choice(shares=self.shares)
+        return replace(self, shares=False) != Choice()
 
     def written(self) -> str:
         """As one line, the same for the same choice."""
@@ -102,6 +102,18 @@ class Served:
     def names(self) -> list[str]:
         """All model names: the mixture, each expert alone, the base."""
         return [self.name, *(f"{self.name}:{expert}" for expert in (*self.experts, BASE))]
+
+    def about(self, *, scheme: str, engine: str, base: str, chat: bool) -> dict[str, Any]:
+        """What /v1/weft tells.
+
+        Args:
+            scheme: how the gate gets what it reads.
+            engine: what runs.
+            base: the base model's name.
+            chat: whether that has a chat template.
+        """
+        known = {"name": self.name, "experts": list(self.experts), "scheme": scheme, "engine": engine, "base": base}
+        return {**known, "shares": True, "chat": chat}
 
     def choice(self, model: Any, options: Any = None) -> Choice:
         """What a request asks for.
@@ -167,13 +179,27 @@ class Served:
         return tuple(_number(weights.get(name, 0.0), f"weights.{name}") for name in self.experts)
 
     def _top_k(self, top_k: Any) -> int:
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(self.experts):
+        if not is_whole(top_k) or not 1 <= top_k <= len(self.experts):
             raise RequestError(
                 f"weft.top_k ({shown(top_k)}) must be a whole number from 1 to {len(self.experts)}, the number of "
                 "experts",
                 f"{FIELD}.top_k",
             )
-        return top_k
+        return int(top_k)
+
+
+def refuse_beside_shares(**wrong: tuple[Any, str]) -> None:
+    """Raise where shares would not be those of one text's new tokens.
+
+    Args:
+        **wrong: field -> (whether it stands in the way, what it must be).
+
+    Raises:
+        RequestError: one does.
+    """
+    for field, (stands_in_the_way, right) in wrong.items():
+        if stands_in_the_way:
+            raise RequestError(f"{field} must be {right} where weft.shares is true", field)
 
 
 def cache_salt(choice: Choice, clients: str | None) -> str | None:
@@ -188,13 +214,11 @@ def cache_salt(choice: Choice, clients: str | None) -> str | None:
     """
     if not choice.decides and clients is None:
         return None
-    deciding = Choice(choice.alone, choice.weights, choice.top_k, choice.global_weight)
-    return hashlib.sha256(json.dumps([deciding.written(), clients]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([replace(choice, shares=False).written(), clients]).encode()).hexdigest()
 
 
 def _number(value: Any, name: str) -> float:
-    # Whole numbers are compared as such: some are too large for a float. NaN compares as nothing.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
+    if not is_number(value) or abs(value) > _LARGEST:
         raise RequestError(f"weft.{name} ({shown(value)}) must be a finite number", f"{FIELD}.{name}")
     return float(value)
 

@@ -22,7 +22,7 @@ from weft.serve.embedded.engine import Engine
 from weft.serve.embedded.generating import Piece
 from weft.serve.embedded.metrics import CONTENT_TYPE
 from weft.serve.embedded.tickets import Delivered, Ticket
-from weft.serve.page import page
+from weft.serve.page import HEADERS, page
 from weft.serve.requests import RequestError
 
 _MOST_BYTES = 32 * 2**20  # of a body
@@ -110,18 +110,8 @@ class Routes:
 
     async def about(self, request: Request) -> Response:
         """What is served."""
-        served, about = self._reads.served, self._about
-        return JSONResponse(
-            {
-                "name": served.name,
-                "experts": list(served.experts),
-                "scheme": about.scheme,
-                "engine": about.engine,
-                "base": about.base,
-                "shares": True,
-                "chat": self._reads.tokenizer.chat_template is not None,
-            }
-        )
+        chat = self._reads.tokenizer.chat_template is not None
+        return JSONResponse(self._reads.served.about(**vars(self._about), chat=chat))
 
     async def health(self, request: Request) -> Response:
         """Whether answers can be expected."""
@@ -134,7 +124,7 @@ class Routes:
 
     async def page(self, request: Request) -> Response:
         """For people."""
-        return HTMLResponse(page())
+        return HTMLResponse(page(), headers=HEADERS)
 
     def _model(self, name: str) -> dict[str, Any]:
         parent = None if name == self._reads.served.name else self._reads.served.name
@@ -158,7 +148,7 @@ class Routes:
             return await self._answered(request, wanted)
         except (ClientGone, ClientDisconnect):
             return Response(status_code=499)  # which nobody gets
-        except Exception as err:
+        except Exception as err:  # whatever it is, of this request alone: it becomes an answer
             status, error = error_body(err)
             return JSONResponse(error, status)
 
@@ -253,10 +243,8 @@ def _closing(engine: Engine) -> Any:
 async def _as_openai(request: Request, err: Exception) -> Response:
     """Errors of the routing in OpenAI's shape."""
     assert isinstance(err, HTTPException)
-    message = f"{request.method} {request.url.path}: {err.detail}"
-    kind = "NotFoundError" if err.status_code == 404 else "BadRequestError"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": err.status_code}}
-    return JSONResponse(body, err.status_code, headers=err.headers)
+    told = RequestError(f"{request.method} {request.url.path}: {err.detail}", None, err.status_code)
+    return JSONResponse(told.body(), told.status, headers=err.headers)
 
 
 async def _body(request: Request) -> bytes:
@@ -344,7 +332,7 @@ async def _parts(first: Piece | None, delivered: asyncio.Queue[Delivered], answe
         while one is not None:
             yield answers.part(one)
             one = _piece(await delivered.get())
-    except Exception as err:
+    except Exception as err:  # the stream has begun, so it is told in it
         yield error_event(err)
         return
     yield answers.ending()

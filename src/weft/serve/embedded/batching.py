@@ -112,8 +112,7 @@ class Batch:
         Args:
             task: of the text.
         """
-        choice = task.ticket.wanted.choice
-        alone = choice != Choice(shares=choice.shares) or task.writing.wants_every_place
+        alone = task.ticket.wanted.choice.decides or task.writing.wants_every_place
         length = task.writing.ids.shape[1]
         if alone or length >= self.most:
             return False
@@ -123,7 +122,7 @@ class Batch:
                 return True
             try:
                 self._start()
-            except Exception as err:
+            except Exception as err:  # of transformers' manager, for whoever waits for it
                 task.ticket.fail(err)
                 return True
             number = next(self._numbers)

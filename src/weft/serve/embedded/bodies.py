@@ -12,9 +12,9 @@ from typing import Any
 from weft.chat_template import check_messages, conversation_tokens, refuse_half_characters
 from weft.data import prompt_tokens
 from weft.errors import WeftError, first_line
-from weft.files import is_whole, shown
+from weft.files import shown
 from weft.serve.embedded.fields import Fields
-from weft.serve.requests import FIELD, Choice, RequestError, Served
+from weft.serve.requests import FIELD, Choice, RequestError, Served, refuse_beside_shares
 
 _MOST_CHOICES = 128  # of a prompt
 _MOST_TEXTS = 4096  # in an answer
@@ -182,19 +182,10 @@ def read_body(body: Any, reads: Reads, *, chat: bool) -> Wanted:
     fields.ignore(*_HARMLESS)
     fields.refuse_the_rest()
     if choice.shares:
-        _check_shares(wanted)
+        refuse_beside_shares(
+            n=(wanted.n > 1, "1"), prompt=(len(wanted.prompts) > 1, "one text"), echo=(wanted.echo, "false")
+        )
     return wanted
-
-
-def _check_shares(wanted: Wanted) -> None:
-    """Raise where shares would not be those of one text's new tokens."""
-    for field, wrong, right in (
-        ("n", wanted.n > 1, "1"),
-        ("prompt", len(wanted.prompts) > 1, "one text"),
-        ("echo", wanted.echo, "false"),
-    ):
-        if wrong:
-            raise RequestError(f"{field} must be {right} where weft.shares is true", field)
 
 
 def _max_tokens(fields: Fields, *, chat: bool, echo: bool) -> int | None:
@@ -286,7 +277,7 @@ def _check_length(characters: int, reads: Reads, field: str) -> None:
 
 
 def _is_id(value: Any) -> bool:
-    return is_whole(value) or (isinstance(value, int) and not isinstance(value, bool))
+    return isinstance(value, int) and not isinstance(value, bool)  # of any size, which is told as wrong
 
 
 def _messages(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:

@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from weft.serve.prometheus import of_the_gate
+from weft.serve.prometheus import written as in_prometheus
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -56,27 +59,17 @@ class Metrics:
             waiting: those that wait for their turn.
         """
         with self._lock:
-            number = self._gate_tokens
-            means = (self._shares / max(1, number)).tolist()
+            sums, tokens = self._shares.tolist(), self._gate_tokens
             answers = sorted(self._answers.items())
             prompt, generated = self._prompt_tokens, self._generated_tokens
-        shares = [(f'{{expert="{_escaped(name)}"}}', mean) for name, mean in zip(self.experts, means, strict=True)]
         counted = [(f'{{path="{path}",status="{status}"}}', count) for (path, status), count in answers]
-        families: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
-            ("weft_requests_total", "counter", "Answered requests.", counted),
-            ("weft_texts_running", "gauge", "Texts that are being written.", [("", running)]),
-            ("weft_texts_waiting", "gauge", "Texts that wait for their turn.", [("", waiting)]),
-            ("weft_prompt_tokens_total", "counter", "Tokens of prompts.", [("", prompt)]),
-            ("weft_generation_tokens_total", "counter", "Generated tokens.", [("", generated)]),
-            ("weft_gate_tokens_total", "counter", "Tokens that the gate decided for.", [("", number)]),
-            ("weft_gate_share", "gauge", "Mean share of an expert over these tokens.", shares),
-        ]
-        lines = []
-        for name, kind, help_text, values in families:
-            lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{labels} {value!r}" for labels, value in values]
-        return "\n".join(lines) + "\n"
-
-
-def _escaped(label: str) -> str:
-    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return in_prometheus(
+            [
+                ("weft_requests_total", "counter", "Answered requests.", counted),
+                ("weft_texts_running", "gauge", "Texts that are being written.", [("", running)]),
+                ("weft_texts_waiting", "gauge", "Texts that wait for their turn.", [("", waiting)]),
+                ("weft_prompt_tokens_total", "counter", "Tokens of prompts.", [("", prompt)]),
+                ("weft_generation_tokens_total", "counter", "Generated tokens.", [("", generated)]),
+                *of_the_gate(self.experts, sums, tokens),
+            ]
+        )

@@ -91,7 +91,7 @@ class Task:
             self.metrics.generated(self.writing.ids.shape[1] - tokens)
             if self.writing.finished:
                 self.ticket.written()
-        except Exception as err:
+        except Exception as err:  # the threads of the engine go on with others
             self.ticket.fail(err)
 
 

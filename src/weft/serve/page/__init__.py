@@ -7,12 +7,18 @@ after what all pages share (weft/web). Nothing of torch, transformers or peft is
 
 from __future__ import annotations
 
+from functools import cache
+
 from weft.palette import PALETTE
 from weft.web import one_file
 
 _SCRIPTS = ("server.js", "answers.js", "settings.js", "app.js")
 
+# What the page cannot say of itself: no other page may show it in a frame.
+HEADERS = {"content-security-policy": "frame-ancestors 'none'"}
 
+
+@cache
 def page() -> str:
     """The page as a string, the same for every mixture: it asks /v1/weft which one is served."""
     return one_file(__package__, _SCRIPTS, {"palette": PALETTE}, "weft")
