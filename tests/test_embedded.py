@@ -114,7 +114,7 @@ def test_shares_are_those_of_steps(chat, is_stream, served):
     shares = [one for answer in answers for one in answer["choices"][0]["weft"]["shares"]]
     assert len(shares) == len(steps)
     for one, step in zip(shares, steps, strict=True):
-        assert one == pytest.approx(step.shares, abs=1e-6)
+        assert one == pytest.approx(step.shares, abs=1e-5)
     assert len({round(one["code"], 4) for one in shares}) > 1
 
 
@@ -146,8 +146,13 @@ def test_what_streams_is_what_comes_whole(served):
         assert [token for part in parts for token in part["token_ids"]] == choice["token_ids"]
         assert parts[0]["prompt_token_ids"] == choice["prompt_token_ids"]
         assert parts[-1]["finish_reason"] == choice["finish_reason"] == "length"
-        for name, values in choice["logprobs"].items():
-            assert [value for part in parts for value in part["logprobs"][name]] == values
+        told = {name: [one for part in parts for one in part["logprobs"][name]] for name in choice["logprobs"]}
+        for name in ("tokens", "text_offset"):
+            assert told[name] == choice["logprobs"][name]
+        # Texts that are run together are summed in another order than texts that come one by one.
+        assert told["token_logprobs"] == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-4)
+        for ours, theirs in zip(told["top_logprobs"], choice["logprobs"]["top_logprobs"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
 
 
