@@ -87,17 +87,17 @@ serve: serve-env
 		--max-model-len 2048
 
 test-serve: serve-env
-	$(SERVE_VENV)/bin/python -m pytest -q -o addopts= -o filterwarnings=default -m serve tests/serve
+	$(SERVE_VENV)/bin/python -m pytest -q -o addopts= -o filterwarnings=default -m serve tests/serve/vllm
 
 # 64 clients for five minutes, and a killed engine at the end.
 soak: serve-env
-	PYTHONPATH=tests:tests/serve OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m soak
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m soak
 
 # Hostile folders, options and data files; each failure is printed with the case that shows it again.
 SECONDS ?= 3600
 SEED ?= 0
 fuzz: env
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(RUN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # Lint, format and types.
 check: env

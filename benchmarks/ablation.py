@@ -28,8 +28,8 @@ from harness import RESULTS, setting, slug
 from remembered import remember_losses
 from weft.evaluate import evaluate
 from weft.options import EvalOptions, TrainOptions
-from weft.train import train
-from weft.train_experts import train_experts
+from weft.train.experts import train_experts
+from weft.train.gate import train
 
 DOMAINS = ("python", "reference", "licences", "records")
 LENGTH = 256

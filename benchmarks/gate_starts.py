@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from weft.data import read_tokens, token_sequences
+from weft.data.texts import read_tokens, token_sequences
 
 SEQUENCES = 8  # of each domain, for its mean
 

@@ -22,11 +22,11 @@ import weft
 from contenders import ROOT, quiet
 from harness import save, setting, slug
 from remembered import remember_losses
-from weft.data import read_tokens, token_sequences
+from weft.data.texts import read_tokens, token_sequences
 from weft.evaluate import perplexity
+from weft.model.own_weight import at_own_weight
 from weft.options import TrainOptions
-from weft.own_weight import at_own_weight
-from weft.train import train
+from weft.train.gate import train
 
 DOMAINS = ("python", "reference", "licences", "records")
 DEMO = ROOT / ".demo-full"

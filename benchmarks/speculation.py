@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 import weft
 from contenders import ROOT, quiet
 from harness import save, setting
-from weft.data import read_tokens
-from weft.speculation import NGramGuesses, Pace
+from weft.data.texts import read_tokens
+from weft.generation.speculation import NGramGuesses, Pace
 
 DEMO = ROOT / ".demo-full"
 DOMAINS = ("python", "reference", "licences", "records")

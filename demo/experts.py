@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes import ExpertRecipe
 from stage import building
-from weft.countdown import Countdown
+from weft.screen.countdown import Countdown
 
 SEED = 3
 SEQUENCE_TOKENS = 256

@@ -21,13 +21,13 @@ import pytest
 import torch
 import transformers
 
-from models import ARCHITECTURES, lora, make_architecture, save_adapter, tiny_llama, tiny_tokenizer
+from models import ARCHITECTURES, adapters_of, lora, save_adapter, tiny_llama, tiny_tokenizer
 from traced import browser, chromium
 
 torch.set_num_threads(1)
 
 # Need vLLM, which has an environment of its own (make test-serve).
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["serve/*"]
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["serve/vllm/*"]
 
 HUB_TOKEN = "hf_right"  # of the stand-in for the Hub
 
@@ -49,7 +49,7 @@ def chrome():
 
 @pytest.fixture
 def visit(chrome):
-    """Opens the page of a scripted server (tests/visits.py)."""
+    """Opens the page of a scripted server (tests/support/visits.py)."""
     from visits import visiting
 
     with visiting(chrome) as open_page:
@@ -124,25 +124,14 @@ def mixture(base_folder, base_adapters, tmp_path):
     return str(folder)
 
 
-def _adapters_of(name, folder):
-    """(name, {expert: adapter folder}) with a rank of its own for each expert."""
-    paths = {}
-    for i in range(3):
-        base, targets = make_architecture(name)
-        task = "CAUSAL_LM" if base.can_generate() else None
-        config = lora(r=2 + i, target_modules=targets, task_type=task)
-        paths[str(i)] = save_adapter(base, config, folder / str(i), seed=i)
-    return name, paths
-
-
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def architecture(request, tmp_path_factory):
-    return _adapters_of(request.param, tmp_path_factory.mktemp(request.param))
+    return adapters_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session", params=[name for name in ARCHITECTURES if name != "bert"])
 def decoder(request, tmp_path_factory):
-    return _adapters_of(request.param, tmp_path_factory.mktemp(request.param))
+    return adapters_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture

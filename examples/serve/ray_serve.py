@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import ray
 from ray import serve
 
-from weft.format_options import ServeOptions
+from weft.options import ServeOptions
 from weft.serve.command import server_command
 
 

@@ -1,104 +1,86 @@
 """weft: several LoRA adapters of one language model, mixed token by token and layer by layer (X-LoRA).
 
+The rooms, lowest first; each imports from those before it only, and its docstring lists its files:
+
+    errors, files, screen, options, distributed     what everything stands on
+    checkpoint, config                              a saved mixture as values; its options
+    base_model, gate, data                          the three things that a mixture is made of and for
+    layers, passes, model                           one layer's experts; one call of the model; the model
+    generation, train, evaluate                     what one does with it
+    formats, traces, serve                          what comes out of it
+    cli                                             the screen
+
 The public names are loaded on first use, so that `import weft` costs nothing.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from weft.lazy import lazily
+from weft.moved import find_moved_modules
 
 if TYPE_CHECKING:
-    from weft.callbacks import GateCallback
-    from weft.card import write_card
-    from weft.change_experts import add_expert, drop_expert
-    from weft.config import XLoraConfig
-    from weft.folding import fold, mean_scalings
-    from weft.formats import convert_mixture
-    from weft.gate import XLoraClassifier
-    from weft.gate_start import fit_gate
-    from weft.hub import pull, push
-    from weft.integration import from_adapters, from_pretrained, register_with_peft, unregister_from_peft
-    from weft.model import XLoraModel
-    from weft.scaling_cache import ScalingCache, ScalingCacheCollator
-    from weft.streaming import Generation, Step, generate, stream
-    from weft.traces import Trace
-    from weft.tracing import trace, trace_data, trace_generation
+    from weft.config import XLoraConfig as XLoraConfig
+    from weft.formats.card import write_card as write_card
+    from weft.formats.convert import convert_mixture as convert_mixture
+    from weft.formats.experts import add_expert as add_expert
+    from weft.formats.experts import drop_expert as drop_expert
+    from weft.formats.folding import fold as fold
+    from weft.formats.folding import mean_scalings as mean_scalings
+    from weft.formats.hub import pull as pull
+    from weft.formats.hub import push as push
+    from weft.gate.classifier import XLoraClassifier as XLoraClassifier
+    from weft.generation.stream import Generation as Generation
+    from weft.generation.stream import Step as Step
+    from weft.generation.stream import generate as generate
+    from weft.generation.stream import stream as stream
+    from weft.model.build import from_adapters as from_adapters
+    from weft.model.build import from_pretrained as from_pretrained
+    from weft.model.build import register_with_peft as register_with_peft
+    from weft.model.build import unregister_from_peft as unregister_from_peft
+    from weft.model.model import XLoraModel as XLoraModel
+    from weft.traces.record import trace as trace
+    from weft.traces.record import trace_data as trace_data
+    from weft.traces.record import trace_generation as trace_generation
+    from weft.traces.trace import Trace as Trace
+    from weft.train.callbacks import GateCallback as GateCallback
+    from weft.train.gate_fit import fit_gate as fit_gate
+    from weft.train.scaling_cache import ScalingCache as ScalingCache
+    from weft.train.scaling_cache import ScalingCacheCollator as ScalingCacheCollator
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GateCallback": "weft.callbacks",
-    "Generation": "weft.streaming",
-    "ScalingCache": "weft.scaling_cache",
-    "ScalingCacheCollator": "weft.scaling_cache",
-    "Step": "weft.streaming",
-    "Trace": "weft.traces",
+    "GateCallback": "weft.train.callbacks",
+    "Generation": "weft.generation.stream",
+    "ScalingCache": "weft.train.scaling_cache",
+    "ScalingCacheCollator": "weft.train.scaling_cache",
+    "Step": "weft.generation.stream",
+    "Trace": "weft.traces.trace",
+    "XLoraClassifier": "weft.gate.classifier",
     "XLoraConfig": "weft.config",
-    "XLoraClassifier": "weft.gate",
-    "XLoraModel": "weft.model",
-    "add_expert": "weft.change_experts",
-    "convert_mixture": "weft.formats",
-    "drop_expert": "weft.change_experts",
-    "fit_gate": "weft.gate_start",
-    "fold": "weft.folding",
-    "from_adapters": "weft.integration",
-    "from_pretrained": "weft.integration",
-    "generate": "weft.streaming",
-    "mean_scalings": "weft.folding",
-    "pull": "weft.hub",
-    "push": "weft.hub",
-    "register_with_peft": "weft.integration",
-    "stream": "weft.streaming",
-    "trace": "weft.tracing",
-    "trace_data": "weft.tracing",
-    "trace_generation": "weft.tracing",
-    "unregister_from_peft": "weft.integration",
-    "write_card": "weft.card",
+    "XLoraModel": "weft.model.model",
+    "add_expert": "weft.formats.experts",
+    "convert_mixture": "weft.formats.convert",
+    "drop_expert": "weft.formats.experts",
+    "fit_gate": "weft.train.gate_fit",
+    "fold": "weft.formats.folding",
+    "from_adapters": "weft.model.build",
+    "from_pretrained": "weft.model.build",
+    "generate": "weft.generation.stream",
+    "mean_scalings": "weft.formats.folding",
+    "pull": "weft.formats.hub",
+    "push": "weft.formats.hub",
+    "register_with_peft": "weft.model.build",
+    "stream": "weft.generation.stream",
+    "trace": "weft.traces.record",
+    "trace_data": "weft.traces.record",
+    "trace_generation": "weft.traces.record",
+    "unregister_from_peft": "weft.model.build",
+    "write_card": "weft.formats.card",
 }
 
-__all__ = [
-    "GateCallback",
-    "Generation",
-    "ScalingCache",
-    "ScalingCacheCollator",
-    "Step",
-    "Trace",
-    "XLoraClassifier",
-    "XLoraConfig",
-    "XLoraModel",
-    "add_expert",
-    "convert_mixture",
-    "drop_expert",
-    "fit_gate",
-    "fold",
-    "from_adapters",
-    "from_pretrained",
-    "generate",
-    "mean_scalings",
-    "pull",
-    "push",
-    "register_with_peft",
-    "stream",
-    "trace",
-    "trace_data",
-    "trace_generation",
-    "unregister_from_peft",
-    "write_card",
-]
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is not None:
-        return getattr(importlib.import_module(home), name)
-    try:
-        return importlib.import_module(f"weft.{name}")
-    except ModuleNotFoundError as err:
-        if err.name != f"weft.{name}":
-            raise
-        raise AttributeError(f"module 'weft' has no attribute {name!r}") from None
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+__getattr__, __dir__ = lazily(__name__, _HOMES)
+find_moved_modules()

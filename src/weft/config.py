@@ -20,11 +20,17 @@ from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 from torch import nn
 
+from weft.checkpoint.folder import read_options, write_options
+from weft.checkpoint.gate_sizes import refuse_other_sizes
 from weft.errors import ConfigError
-from weft.files import is_list_of_strings, is_number, is_whole, kind_shown, shown
-from weft.losses import GATE_LOSSES
-from weft.names import name_problems
+from weft.files.names import name_problems
+from weft.files.reading import is_list_of_strings, is_number, is_whole, kind_shown, shown
+from weft.files.writing import errors_of_writing
 
+# The gate's own losses (`weft.losses`), and their weights without "_weight".
+GATE_LOSSES = ("balance_loss", "entropy_loss", "expert_label_loss")
+# Arguments of peft's own loading that are about fetching, not about the options.
+_FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
 _TITLE = "XLoraConfig cannot work:"
 _WRITTEN_BY_SAVE = {"expert_names", "layer_names", "format_version"}
 # peft's XLoraConfig puts this in place of a missing hidden_size, whatever the model.
@@ -183,19 +189,31 @@ class XLoraConfig(PeftConfig):
             CheckpointError: a file is missing or was altered after it was saved.
             ConfigError: the saved options cannot work.
         """
-        from weft.checkpoint import read_config
-
-        return read_config(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        saved = read_options(pretrained_model_name_or_path, subfolder, kwargs.pop("adapters", None))
+        values = saved.values
+        values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
+        try:
+            config = cls(**values)
+        except ConfigError as err:
+            raise ConfigError(f"{saved.file} cannot be read:", err.problems) from err
+        refuse_other_sizes(config, saved.file, saved.gate_file)
+        return config.read_from(saved.folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`; and, when the config belongs to a model, its experts beside it.
 
         peft calls this for every model it saves, right after it has written the gate.
         """
-        from weft.checkpoint import write_config
-
         self.base_model_name_or_path = self.base_model_name_or_path or None  # peft before 0.21 has just put "" there
-        write_config(self, Path(save_directory), auto_mapping=kwargs.get("auto_mapping_dict"))
+        folder, auto_mapping = Path(save_directory), kwargs.get("auto_mapping_dict")
+        if self.model is not None:
+            model: Any = self.model
+            model.save_beside_gate(self, folder, auto_mapping)
+            return
+        replaced = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
+        with errors_of_writing(folder, "what is there may not be whole", "free some space, and save again"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_options(folder, config_json(self, **replaced))
 
     def bind_model(self, model: nn.Module | None) -> None:
         """Remember the model whose options these are, so that saving the config saves its experts."""

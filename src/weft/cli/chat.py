@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from weft.cache import tokens_in
-from weft.chat_template import conversation_tokens
+from weft.base_model.versions import can_crop, is_recurrent
 from weft.cli.terminal import StepPrinter
+from weft.data.chat_template import conversation_tokens
 from weft.errors import ConfigError, WeftError, first_line
-from weft.loading import load_mixture, loading_options
+from weft.generation.sampling import check_decoding
+from weft.generation.stream import Step, end_tokens, stream
+from weft.model.loading import load_mixture, loading_options
 from weft.options import ChatOptions, decoding
-from weft.sampling import check_decoding
-from weft.streaming import Step, end_tokens, stream
-from weft.versions import can_crop, is_recurrent
-from weft.visible import say
+from weft.passes.cache import tokens_in
+from weft.screen.visible import say
 
 
 class Conversation:

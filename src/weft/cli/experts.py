@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from weft.change_experts import add_expert, drop_expert
 from weft.errors import ConfigError
+from weft.formats.experts import add_expert, drop_expert
 from weft.options import AddExpertOptions, DropExpertOptions
-from weft.visible import say
+from weft.screen.visible import say
 
 
 def add(options: AddExpertOptions) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from weft.countdown import Countdown
-from weft.data import check_length, read_tokens, token_sequences
+from weft.data.texts import check_length, read_tokens, token_sequences
 from weft.errors import ConfigError
-from weft.folding import check_output, fold, mean_scalings
-from weft.loading import load_mixture, loading_options
+from weft.files.writing import check_folder
+from weft.formats.folding import check_output, fold, mean_scalings
+from weft.model.loading import load_mixture, loading_options
 from weft.options import FoldOptions
-from weft.visible import say
-from weft.whole import check_folder
+from weft.screen.countdown import Countdown
+from weft.screen.visible import say
 
 
 def fold_mixture(options: FoldOptions) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weft.adapters import parse_adapters
-from weft.card import write_card
+from weft.checkpoint.adapters import parse_adapters
+from weft.checkpoint.licences import is_own
 from weft.errors import ConfigError
-from weft.format_options import CardOptions, ConvertOptions, PullOptions, PushOptions
-from weft.formats import convert_mixture, left_out
-from weft.hub import pull, push
-from weft.licences import is_own
-from weft.visible import say
-from weft.whole import settle
+from weft.files.writing import settle
+from weft.formats.card import write_card
+from weft.formats.convert import convert_mixture, left_out
+from weft.formats.hub import pull, push
+from weft.options import CardOptions, ConvertOptions, PullOptions, PushOptions
+from weft.screen.visible import say
 
 _NEXT = {
     "weft": "try  weft generate {0} --prompt '...'",

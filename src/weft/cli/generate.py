@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError
-from weft.loading import load_mixture, loading_options
+from weft.generation.sampling import check_decoding
+from weft.generation.stream import stream
+from weft.model.loading import load_mixture, loading_options
 from weft.options import GenerateOptions, decoding
-from weft.sampling import check_decoding
-from weft.streaming import stream
 
 
 def generate(options: GenerateOptions) -> None:

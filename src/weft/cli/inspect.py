@@ -14,22 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from weft.cli.terminal import StepPrinter
-from weft.console import VisibleConsole
-from weft.countdown import Countdown
-from weft.data import named_sources
+from weft.data.texts import named_sources
 from weft.errors import ConfigError
-from weft.figures import check_figure, write_figure
-from weft.loading import load_mixture, loading_options
+from weft.files.writing import check_file
+from weft.generation.sampling import check_decoding
+from weft.generation.stream import Step
+from weft.model.loading import load_mixture, loading_options
 from weft.options import InspectOptions
-from weft.page import check_page, write_page
-from weft.palette import colour_of
-from weft.sampling import check_decoding
-from weft.streaming import Step
-from weft.summary import summarise
-from weft.traces import Trace
-from weft.tracing import trace, trace_data, trace_generation
-from weft.visible import say, shortened
-from weft.whole import check_file
+from weft.screen.console import VisibleConsole
+from weft.screen.countdown import Countdown
+from weft.screen.palette import colour_of
+from weft.screen.visible import say, shortened
+from weft.traces.figures import check_figure, write_figure
+from weft.traces.page import check_page, write_page
+from weft.traces.record import trace, trace_data, trace_generation
+from weft.traces.summary import summarise
+from weft.traces.trace import Trace
 
 
 def inspect(options: InspectOptions) -> None:

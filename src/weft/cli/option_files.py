@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.files import read_text
+from weft.files.reading import read_text
 
 PARSER_MODE = "weft-yaml"
 _MOST_BYTES = 2**20

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from weft.palette import PALETTE, colour_of
-from weft.streaming import Step
-from weft.visible import PICTURES
+from weft.generation.stream import Step
+from weft.screen.palette import PALETTE, colour_of
+from weft.screen.visible import PICTURES
 
 
 class StepPrinter:

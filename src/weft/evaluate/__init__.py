@@ -1,13 +1,17 @@
 """`weft eval`: the mixture beside the base, its experts, static merges, Arrow and the oracle, on the user's own data.
 
-data_sets.py    what a column is measured on: texts in windows, multiple choice, questions
-scoring.py      one model on one data set: a score for every part of every example
-bootstrap.py    intervals by resampling examples; usage.py: seconds and memory
-stage.py        one base model that carries what is compared, by turns; search.py: a merge's best weights
-rows.py         the rows: what is carried, and how it is run
-cells.py        finished cells, found again by a digest
-report.py       the table on screen, as JSON, Markdown and CSV
-run.py          all of it
+Knows no way to train, and no way to save a mixture.
+
+    data_sets.py    what a column is measured on: texts in windows, multiple choice, questions
+    scoring.py      one model on one data set: a score for every part of every example
+    intervals.py    intervals by resampling examples
+    usage.py        seconds and memory
+    contestants.py  one base model that carries what is compared, one after the other
+    merges.py       a static merge's best weights
+    rows.py         the rows: what is carried, and how it is run
+    cell_store.py   finished cells, found again by a digest
+    report.py       the table on screen, as JSON, Markdown and CSV
+    run.py          all of it
 """
 
 from weft.evaluate.run import evaluate

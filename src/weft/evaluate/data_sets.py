@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from weft.data import at_place, prompt_tokens, read_rows, row_prompt_tokens
+from weft.data.labelled import tokens_and_parts
+from weft.data.texts import at_place, prompt_tokens, read_rows, row_prompt_tokens
 from weft.errors import DataError
-from weft.files import shown
-from weft.labelled import tokens_and_parts
+from weft.files.reading import shown
 
 Metric = Literal["perplexity", "accuracy", "exact_match"]
 _TEXT = {"text", "messages"}
@@ -130,8 +130,8 @@ def read_data_set(
 
     Args:
         name: of the data set; where it is an expert's, all of it is of that expert's domain.
-        source: as for `weft.data.read_tokens`. Rows with text or messages are texts; with question, choices and answer,
-            multiple choice; with prompt (a text, or messages) and answer, questions. "expert" names the domain of a
+        source: as for `read_tokens`. Rows with text or messages are texts; with question, choices and answer, multiple
+            choice; with prompt (a text, or messages) and answer, questions. "expert" names the domain of a
             row, and "experts" ([[start, name], ...], from which character on) those of a text's parts.
         tokenizer: the base model's.
         expert_names: labels of other names are none.

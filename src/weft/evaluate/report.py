@@ -16,9 +16,9 @@ from rich.table import Table
 from weft.errors import ConfigError
 from weft.evaluate.data_sets import Metric
 from weft.evaluate.rows import ORACLE
-from weft.files import naming_problem, path_shown
-from weft.ownership import refuse_strangers_file
-from weft.whole import check_file, replace_file
+from weft.files.ownership import refuse_strangers_file
+from weft.files.reading import naming_problem, path_shown
+from weft.files.writing import check_file, replace_file
 
 MIXTURE = "weft"
 _UNITS: dict[str, str] = {"perplexity": "perplexity", "accuracy": "accuracy", "exact_match": "exact match"}

@@ -12,9 +12,9 @@ from peft.utils import CONFIG_NAME
 
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
-from weft.evaluate.stage import MERGES, Load, Merge, adapters, arrow, folder_of, merged, mixture, nothing
-from weft.files import kind_shown, read_json
-from weft.own_weight import at_own_weight
+from weft.evaluate.contestants import MERGES, Load, Merge, adapters, arrow, folder_of, merged, mixture, nothing
+from weft.files.reading import kind_shown, read_json
+from weft.model.own_weight import at_own_weight
 
 GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
 ORACLE = "oracle"

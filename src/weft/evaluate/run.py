@@ -10,25 +10,25 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from weft.adapters import parse_adapters
-from weft.checkpoint import read_config
-from weft.console import VisibleConsole
-from weft.countdown import Countdown
-from weft.data import check_length, named_sources
+from weft.base_model.devices import execution_device
+from weft.checkpoint.adapters import parse_adapters
+from weft.config import XLoraConfig
+from weft.data.texts import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
-from weft.evaluate.bootstrap import interval, resampled_means
-from weft.evaluate.cells import Cell, Cells, base_digest, digest_of, folder_digest
+from weft.evaluate.cell_store import Cell, Cells, base_digest, digest_of, folder_digest
+from weft.evaluate.contestants import Stage
 from weft.evaluate.data_sets import DataSet, read_data_set
+from weft.evaluate.intervals import interval, resampled_means
+from weft.evaluate.merges import best_merge
 from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, notes, render, write
 from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
-from weft.evaluate.search import best_merge
-from weft.evaluate.stage import Stage
 from weft.evaluate.usage import measured
-from weft.loading import base_name, load_placed_base, load_tokenizer, loading_options
+from weft.files.writing import NotWrittenError
+from weft.model.loading import base_name, load_placed_base, load_tokenizer, loading_options
 from weft.options import EvalOptions
-from weft.placement import execution_device
-from weft.whole import NotWrittenError
+from weft.screen.console import VisibleConsole
+from weft.screen.countdown import Countdown
 
 FORMAT = 2  # of cells: those that were kept in another one are not found
 
@@ -48,7 +48,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     if kept is not None:
         Cells.check(kept)
     name = base_name(options.model, options.base)
-    config = read_config(options.model)
+    config = XLoraConfig.from_pretrained(options.model)
     compared = parse_adapters(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
     rows, with_oracle = chosen(everything, options.rows)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weft.base_model.devices import execution_device
 from weft.evaluate.data_sets import DataSet
-from weft.placement import execution_device
-from weft.streaming import end_tokens
+from weft.generation.stream import end_tokens
 
 # Of each part: what is summed up, and how much it counts (nats and tokens; or right answers and 1).
 Scores = list[tuple[float, float]]

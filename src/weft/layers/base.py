@@ -19,11 +19,11 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from weft.carrier import ReadyWeights, Routing, ScalingsCarrier
 from weft.config import XLoraConfig
-from weft.experts import Stack, StackedExperts, StorageLayout
+from weft.gate.routing import Sees, align_to_cells, align_to_tokens, keep_top_k
+from weft.layers.carrier import ReadyWeights, Routing, ScalingsCarrier
 from weft.layers.dora import Dora
-from weft.routing import Sees, align_to_cells, align_to_tokens, keep_top_k
+from weft.layers.experts import Stack, StackedExperts, StorageLayout
 
 _TRANSPOSED = (Sees.TRANSPOSED, Sees.PADDED_TRANSPOSED)
 _AS_THE_GATE = (Sees.TOKENS, Sees.PADDED, Sees.SAMPLE)

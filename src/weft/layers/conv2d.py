@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.experts import Stack, Storage, StorageLayout, as_it_is
 from weft.layers.base import XLoraLayer
+from weft.layers.experts import Stack, Storage, StorageLayout, as_it_is
 
 
 def _from_1x1(weight: Tensor) -> Tensor:

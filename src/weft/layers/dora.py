@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from weft.errors import AdapterError
-from weft.experts import Stack, StorageLayout
+from weft.layers.experts import Stack, StorageLayout
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.carrier import ReadyWeights
-from weft.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 from weft.layers.base import XLoraLayer, add_product
+from weft.layers.carrier import ReadyWeights
+from weft.layers.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 
 # A: [rank, in], B: [out, rank].
 _LAYOUT = StorageLayout(

@@ -15,15 +15,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from weft.adapters import local_folder
+from weft.checkpoint.adapters import local_folder
+from weft.checkpoint.manifest import MANIFEST_NAME
 from weft.errors import ConfigError
-from weft.format_options import ServeOptions
-from weft.loading import base_name
-from weft.manifest import MANIFEST_NAME
+from weft.model.loading import base_name
+from weft.options import ServeOptions
+from weft.screen.visible import say
 from weft.serve.mixture import ServedMixture, read_mixture
 from weft.serve.plugin import PREFIX
 from weft.serve.requests import Served
-from weft.visible import say
 
 # Flags of vLLM's that weft sets itself, and those whose meaning with a mixture is not known or not possible.
 _SET = (
@@ -170,7 +170,7 @@ def _architecture(base: str) -> str:
     from transformers import AutoConfig
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
-    from weft.base_loading import base_errors
+    from weft.base_model.loading import base_errors
 
     with base_errors(base):
         config: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)

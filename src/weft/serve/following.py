@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from weft.routing import keep_each_top_k, keep_top_k, softmax_with_temperature
+from weft.gate.routing import keep_each_top_k, keep_top_k, softmax_with_temperature
 from weft.serve.mixture import ServedMixture
 
 if TYPE_CHECKING:  # it needs vLLM

@@ -22,13 +22,13 @@ from vllm import envs
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX, AuthenticationMiddleware
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from weft.files import read_json, shown
+from weft.files.reading import read_json, shown
+from weft.files.tensors import CONFIG_NAME
 from weft.serve.answers import Answer, Rewritten, Shares
 from weft.serve.mixture import scheme_of
 from weft.serve.page import HEADERS, page
 from weft.serve.prometheus import of_the_gate, written
 from weft.serve.requests import FIELD, SHARES, Choice, RequestError, Served, cache_salt, refuse_beside_shares
-from weft.tensor_files import CONFIG_NAME
 
 _TEXTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _WITH_SHARES = _TEXTS[:2]

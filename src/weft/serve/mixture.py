@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
+from weft.checkpoint.manifest import EXPERTS_FOLDER, verify
 from weft.errors import CheckpointError, ConfigError
-from weft.files import read_json
-from weft.manifest import EXPERTS_FOLDER, verify
-from weft.tensor_files import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_tensors
+from weft.files.reading import read_json
+from weft.files.tensors import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_tensors
 
 _GATE_KEY = "internal_xlora_classifier.layers."
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(weight|bias)")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.files import is_number, is_whole, shown
+from weft.files.reading import is_number, is_whole, shown
 
 FIELD = "weft"
 SHARES = "weft_shares"  # for the engine alone: by which name a text's shares are kept

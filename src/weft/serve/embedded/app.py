@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from weft.files import parse_json, shown
+from weft.files.reading import parse_json, shown
 from weft.serve.embedded.answers import Answers, error_body, error_event
 from weft.serve.embedded.bodies import Reads, Wanted, read_body
 from weft.serve.embedded.engine import Engine

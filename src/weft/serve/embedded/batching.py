@@ -21,13 +21,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from weft.placement import execution_device
+from weft.base_model.devices import execution_device
+from weft.generation.stream import stream, tuner_of
 from weft.serve.embedded.bodies import Prompt, Wanted
 from weft.serve.embedded.generating import Writing
 from weft.serve.embedded.metrics import Metrics
 from weft.serve.embedded.tickets import Delivered, Task, Ticket
 from weft.serve.requests import Choice
-from weft.streaming import stream, tuner_of
 
 _PAGE = 32  # tokens
 _MOST_TOKENS = 32_768  # in the cache, of all texts together

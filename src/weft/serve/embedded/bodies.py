@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weft.chat_template import check_messages, conversation_tokens, refuse_half_characters
-from weft.data import prompt_tokens
+from weft.data.chat_template import check_messages, conversation_tokens, refuse_half_characters
+from weft.data.texts import prompt_tokens
 from weft.errors import WeftError, first_line
-from weft.files import shown
+from weft.files.reading import shown
 from weft.serve.embedded.fields import Fields
 from weft.serve.requests import FIELD, Choice, RequestError, Served, refuse_beside_shares
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from weft.base_model.devices import execution_device
 from weft.errors import WeftError
-from weft.placement import execution_device
+from weft.generation.stream import Reader, tuner_of
 from weft.serve.embedded.batching import Batch
 from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.following import following
 from weft.serve.embedded.metrics import Metrics
 from weft.serve.embedded.tickets import Delivered, Task, Ticket, tasks_of
-from weft.streaming import Reader, tuner_of
 
 
 class Stopped(WeftError):

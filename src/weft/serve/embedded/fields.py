@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weft.files import is_number, is_whole, shown
+from weft.files.reading import is_number, is_whole, shown
 from weft.serve.requests import RequestError
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weft.detokeniser import Detokeniser
-from weft.sampling import Sampler
+from weft.generation.detokenizer import Detokeniser
+from weft.generation.sampling import Sampler
 from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.stops import StopStrings
 from weft.serve.requests import FIELD, RequestError

@@ -9,19 +9,19 @@ from typing import Any
 import transformers
 import uvicorn
 
-from weft.adapters import local_folder
+from weft.checkpoint.adapters import local_folder
 from weft.errors import ConfigError
-from weft.files import reason
-from weft.format_options import ServeOptions
-from weft.loading import base_name, load_mixture
+from weft.files.reading import reason
+from weft.generation.stream import end_tokens, tuner_of
+from weft.model.loading import base_name, load_mixture
+from weft.options import ServeOptions
+from weft.screen.visible import say
 from weft.serve.embedded.app import About, make_app
 from weft.serve.embedded.bodies import Reads
 from weft.serve.embedded.engine import Engine
 from weft.serve.embedded.metrics import Metrics
 from weft.serve.mixture import scheme_of
 from weft.serve.requests import Served
-from weft.streaming import end_tokens, tuner_of
-from weft.visible import say
 
 # Seconds that answers have to end in; no access log; no web sockets.
 _UVICORN: dict[str, Any] = {

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from weft.palette import PALETTE
-from weft.web import one_file
+from weft.screen.palette import PALETTE
+from weft.screen.web import one_file
 
 _SCRIPTS = ("server.js", "answers.js", "settings.js", "app.js")
 

@@ -1,0 +1,262 @@
+"""Reading LoRA adapters from folders or the Hub.
+
+Everything is read and checked before the base model is touched (`injection.py`). Only safetensors files are read,
+nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from weft.checkpoint.adapter_keys import KEY_PREFIX, own_keys
+from weft.checkpoint.adapter_options import option_problems, rank_problems
+from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
+from weft.files.reading import kind_shown, path_shown, read_json, shown
+from weft.files.tensors import read_tensors
+from weft.files.writing import settle
+
+_MOST_REASON = 400  # characters of what another library says
+# Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
+_UNMIXABLE = {
+    "layer_replication": "replicates layers of the base model",
+    "target_parameters": "adapts bare parameters",
+    "alora_invocation_tokens": "acts on a part of the text only",
+    "arrow_config": "routes between other adapters",
+    "megatron_config": "has peft import a module that the config names",
+}
+# LoRA variants, which compute something else than B A x, or change the base model's weights when they are put on it;
+# later versions of peft mark them in the options' metadata, too. DoRA is one that can be mixed.
+_VARIANTS = {"use_qalora", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter as read from its folder.
+
+    Attributes:
+        name: the expert's.
+        folder: where it lies.
+        config: peft's options.
+        weights: all tensors but `heads`, under peft's keys.
+        heads: of whole modules that are saved with it, but are no part of what the expert adds to the base model.
+    """
+
+    name: str
+    folder: Path
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+
+# Initialisations that take the adapter's start out of the base weights: such an adapter is of another base model.
+_BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+
+
+def read_adapters(
+    paths: dict[str, str], *, allow_dora: bool = False, heads: Sequence[str] = (), base_is_known: bool = False
+) -> list[Adapter]:
+    """Read the adapters of one base model.
+
+    Args:
+        paths: name -> folder or Hub id, in the order of the gate's outputs.
+        allow_dora: take adapters with DoRA too.
+        heads: modules of the base model which the mixture has one of, so that adapters may have their own, which does
+            not act.
+        base_is_known: there is a base model, whose layers will show whether they fit; else the names that they have
+            recorded for theirs must be one.
+
+    Raises:
+        AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
+            base models; all problems at once.
+    """
+    adapters: list[Adapter] = []
+    problems: list[str] = []
+    for name, path in paths.items():
+        try:
+            adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads))
+        except AdapterError as err:
+            problems.append(str(err))
+    named = None if base_is_known else different_bases(adapters)
+    if named is not None:
+        problems.append(
+            f"they are of different base models ({named}): expected one base model for all. The names alone say so: "
+            "give the base model too (base, or --base), and what fits it is taken"
+        )
+    if problems:
+        raise AdapterError(f"the adapters cannot be experts of one model:{bullet_list(problems)}")
+    return adapters
+
+
+def parse_adapters(
+    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
+) -> dict[str, str]:
+    """["math=DIR", ...] as {name: folder}.
+
+    Raises:
+        ConfigError: an entry is not as expected, or a name stands twice.
+    """
+    if isinstance(values, dict):
+        return values
+    adapters: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
+        if name in adapters:
+            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
+        adapters[name] = path
+    return adapters
+
+
+def local_folder(
+    path: str | os.PathLike[str], what: str, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The folder itself, or a snapshot of the Hub id of that name (user/repository, or user/repository/folder).
+
+    Args:
+        path: folder or Hub id.
+        what: it is, for messages.
+        revision: branch, tag or commit on the Hub; None takes the main branch.
+        token: for the Hub; None takes the one of the machine, if it has one.
+
+    A folder whose writer was killed while it replaced the files is put back in order (`weft.files.writing`).
+
+    Raises:
+        CheckpointError: neither is there, or the folder cannot be put back in order.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise CheckpointError(f"{what} ({shown(path)}) must be a folder or Hub id")
+    path = os.fspath(path)
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as err:  # ~name of a user that there is not
+        raise CheckpointError(f"{what} ({path}) cannot be found: {first_line(err)}") from err
+    if os.path.isdir(folder):
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise CheckpointError(f"{what} ({path}) cannot be read: the folder is not yours to read")
+        settle(folder)
+        return folder
+    inside = re.fullmatch(r"([^/]+/[^/]+)/(.+?)/*", path)
+    repository, below = (inside[1], f"{inside[2]}/") if inside else (path, "")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = [f"{below}{pattern}" for pattern in ("*.json", "*.safetensors", "*README.md")]
+        snapshot = snapshot_download(repository, allow_patterns=wanted, revision=revision, token=token)
+        return Path(snapshot) / below
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
+        message = (
+            f"{what} ({path_shown(path)}) is neither a folder here nor a Hub id that can be read: "
+            f"{first_line(err)[:_MOST_REASON]}"
+        )
+        raise CheckpointError(message) from err
+
+
+def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str]) -> Adapter:
+    try:
+        folder = local_folder(path, f"adapter {name!r}")
+    except CheckpointError as err:
+        raise AdapterError(str(err)) from err
+    try:
+        config = _read_config(name, path, folder)
+        if not _is_there(folder / SAFETENSORS_WEIGHTS_NAME) and _is_there(folder / "adapter_model.bin"):
+            raise AdapterError(
+                f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
+                "save it again with peft, which writes safetensors"
+            )
+        weights = own_keys(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
+    except CheckpointError as err:
+        # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
+        unfetched = not os.path.isdir(path) and not _is_there(folder / SAFETENSORS_WEIGHTS_NAME)
+        hint = "; weft does not fetch or open pickles (adapter_model.bin)" if unfetched else ""
+        raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
+    if config.use_dora and not allow_dora:
+        refuse_dora(name)
+    _refuse_unmixable(name, config)
+    problems = rank_problems(config, weights)
+    if problems:
+        raise AdapterError(
+            f"adapter {name!r}: {folder / CONFIG_NAME} does not fit {SAFETENSORS_WEIGHTS_NAME}: {'; '.join(problems)}"
+        )
+    prefixes = tuple(f"{KEY_PREFIX}{path}." for path in heads)
+    own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefixes) and ".lora_" not in key}
+    return Adapter(name, folder, config, weights, own)
+
+
+def _is_there(file: Path) -> bool:
+    return os.path.lexists(file)
+
+
+def _read_config(name: str, path: str, folder: Path) -> LoraConfig:
+    file = folder / CONFIG_NAME
+    values = read_json(file)
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(f"adapter {name!r} ({path}) is of type {kind_shown(values.get('peft_type'))}, not LORA")
+    problems = option_problems(values)
+    if problems:
+        raise AdapterError(f"adapter {name!r}: {file} cannot be read: {'; '.join(problems)}")
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except Exception as err:  # what its options' own checks raise
+        raise AdapterError(f"adapter {name!r}: peft refuses {file}: {first_line(err)}") from err
+
+
+def _refuse_unmixable(name: str, config: LoraConfig) -> None:
+    start = str(config.init_lora_weights).lower()
+    if start.startswith(_BASE_CHANGING_STARTS):
+        raise AdapterError(
+            f"adapter {name!r} has init_lora_weights ({start!r}), which changes the base model's weights, and that "
+            "cannot be mixed: save it again as a plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
+    for option, what in _UNMIXABLE.items():
+        value = getattr(config, option, None)
+        if value:
+            raise AdapterError(f"adapter {name!r} has {option} ({value!r}): it {what}, which cannot be mixed")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_variant = field.name in _VARIANTS or field.metadata.get("is_lora_variant")
+        if (is_variant and value and field.name != "use_dora") or value in field.metadata.get("lora_variants", ()):
+            raise AdapterError(
+                f"adapter {name!r} has {field.name} ({value!r}): it is a variant of LoRA, which X-LoRA does not "
+                "support: leave it out, or turn it into a plain LoRA with peft's convert_to_lora"
+            )
+    if config.bias != "none":
+        raise AdapterError(
+            f"adapter {name!r} has bias ({config.bias!r}): it changes the base model's biases, which cannot be mixed; "
+            "expected 'none'"
+        )
+
+
+def different_bases(adapters: list[Adapter]) -> str | None:
+    """The base models that the adapters name, where these are several: 'a' of X; 'b' of Y.
+
+    They are named by a path or a Hub id, of which mirrors and moved folders keep the last part.
+    """
+    names = {adapter.name: str(adapter.config.base_model_name_or_path or "") for adapter in adapters}
+    if len({model_name(base) for base in names.values() if base}) < 2:
+        return None
+    return "; ".join(f"{name!r} of {base}" for name, base in names.items() if base)
+
+
+def model_name(base: str) -> str:
+    """The last part of a base model's path or Hub id."""
+    cached = re.search(r"models--([^/]+)", base)  # in the Hub's cache: .../models--org--model/snapshots/<commit>
+    return (cached.group(1).split("--")[-1] if cached else Path(base).name).lower()
+
+
+def refuse_dora(name: str) -> None:
+    """Raise for an adapter with DoRA that is not allowed."""
+    raise AdapterError(
+        f"adapter {name!r} uses DoRA, for which allow_dora (False) must be True, as it needs a norm of every adapted "
+        "weight: set it, leave the adapter out, or turn it into a plain LoRA with peft's convert_to_lora"
+    )

@@ -1,0 +1,85 @@
+"""The sizes of a saved gate, as its file's header has them, against the options: before a gate is built by these."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from weft.checkpoint.adapter_keys import without_wrappers
+from weft.errors import CheckpointError, bullet_list
+from weft.files.tensors import preview, tensor_shapes
+
+# The weights of the gate's linear layers, in peft's layout and in the original library's.
+_LINEAR = re.compile(r"(?:.*internal_xlora_classifier\.layers|inner)\.(\d+)\.weight")
+_LAST = "last.weight"
+
+
+def refuse_other_sizes(config: Any, file: Path, gate_file: Path) -> None:
+    """Raise where the options are not those that a saved gate was made with; where no gate is saved there is nothing.
+
+    Args:
+        config: the options.
+        file: that holds them, for messages.
+        gate_file: with the gate's tensors.
+
+    Raises:
+        CheckpointError: the gate has other sizes, all of which are named; or its file is broken.
+    """
+    if not os.path.isfile(gate_file):
+        return
+    shapes = {without_wrappers(key): shape for key, shape in tensor_shapes(gate_file).items()}
+    numbers = {key: match[1] for key in shapes if (match := _LINEAR.fullmatch(key))}
+    keys = sorted(numbers, key=lambda key: (len(numbers[key]), numbers[key])) + [key for key in shapes if key == _LAST]
+    weights = {key: shapes[key] for key in keys}
+    if not weights:
+        return
+    problems = size_problems(config, weights, is_composed=_LAST in keys)
+    if problems:
+        raise CheckpointError(f"{file} does not fit the gate in {gate_file}:{bullet_list(problems)}")
+
+
+def size_problems(config: Any, weights: dict[str, tuple[int, ...]], *, is_composed: bool = False) -> list[str]:
+    """What of a gate's options differs from the shapes `[out, in]` of its linear layers, a sentence each.
+
+    Args:
+        config: the options.
+        weights: the shapes by their keys, the first layer's first.
+        is_composed: the layers may be one linear map, which has depth 1 (see `original.py`).
+    """
+    odd = {key: shape for key, shape in weights.items() if len(shape) != 2}
+    if odd:
+        return [f"{key} has shape {list(shape)}, expected two axes" for key, shape in odd.items()]
+    shapes = list(weights.values())
+    first, last = shapes[0], shapes[-1]
+    if config.xlora_depth != len(weights) and not (is_composed and config.xlora_depth == 1):
+        found = preview(list(weights))
+        return [f"xlora_depth ({config.xlora_depth}) must be {len(weights)}, as its linear layers are {found}"]
+    problems = [
+        f"{key} reads {after[1]} values, and the layer before it gives {before[0]}"
+        for key, before, after in zip([*weights][1:], shapes, shapes[1:], strict=False)
+        if before[0] != after[1]
+    ]
+    if config.hidden_size is not None and config.hidden_size != first[1]:
+        problems.append(f"hidden_size ({config.hidden_size}) must be {first[1]}, the width that it reads")
+    if len(weights) > 1 and config.xlora_depth > 1 and config.xlora_size != first[0]:
+        problems.append(f"xlora_size ({config.xlora_size}) must be {first[0]}, the width of its hidden layers")
+    return problems + _output_problems(config, last[0])
+
+
+def _output_problems(config: Any, outputs: int) -> list[str]:
+    experts = f"{config.num_experts} experts ({', '.join(config.adapters or {})})"
+    if not config.layerwise_scalings:
+        return [] if outputs == config.num_experts else [f"{experts} must be {outputs}, the number of its outputs"]
+    if config.layer_names is None:
+        if outputs % config.num_experts == 0:
+            return []
+        return [f"{experts} do not divide its {outputs} outputs: expected one for each expert in each layer"]
+    layers = len(config.layer_names)
+    if outputs == config.num_experts * layers:
+        return []
+    # With gate_layer those before it have none.
+    if config.gate_layer is not None and outputs < config.num_experts * layers and outputs % config.num_experts == 0:
+        return []
+    return [f"{experts} in {layers} layers must have {config.num_experts * layers} outputs, and it has {outputs}"]

@@ -1,0 +1,271 @@
+"""A saved mixture as it lies in a folder of any layout, read without its base model's weights.
+
+Layouts: weft's, peft's X-LoRA, the original xlora library's, and mistral.rs's (that of the original, flat, with a file
+that numbers the LoRA layers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from weft.base_model.loading import base_errors
+from weft.checkpoint.adapter_keys import KEY_PREFIX
+from weft.checkpoint.adapters import Adapter, local_folder, read_adapters
+from weft.checkpoint.folder import GATE_KEY, read_gate
+from weft.checkpoint.xlora_layout import ORIGINAL_CONFIG, ORIGINAL_GATE, is_original
+from weft.config import XLoraConfig
+from weft.errors import CheckpointError, WeftError, bullet_list
+from weft.files.names import name_problems
+from weft.files.reading import read_bytes, read_json, shown
+from weft.files.tensors import read_tensors
+from weft.files.writing import temporary_folder
+from weft.model.build import model_class
+
+ORDERING = "ordering.json"
+MIXTURE_NAME = "default"  # which peft gives to an adapter without a name
+_LINEAR = re.compile(r"layers\.(\d{1,9})\.(?:weight|bias)")
+_INNER = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class MixtureFiles:
+    """What a folder holds.
+
+    Args:
+        folder: where it lies.
+        config: its options; the adapters' paths are those of their folders.
+        tensors: the gate's and the heads' tensors, under peft's names.
+        adapters: the experts in the order of the gate's outputs.
+        layers: the LoRA layers by name, in no order.
+        layer_names: the same in the order of the gate's outputs; None where the folder does not tell it.
+    """
+
+    folder: Path
+    config: XLoraConfig
+    tensors: dict[str, Tensor]
+    adapters: list[Adapter]
+    layers: set[str]
+    layer_names: list[str] | None
+
+    def linear_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight, bias) of the gate's linear layers, the first one first."""
+        gate = {key.partition(GATE_KEY)[2]: value for key, value in self.tensors.items() if GATE_KEY in key}
+        numbers = sorted({int(found[1]) for key in gate if (found := _LINEAR.fullmatch(key))})
+        expected = {f"layers.{number}.{part}" for number in numbers for part in ("weight", "bias")}
+        if gate.keys() != expected:
+            raise CheckpointError(
+                f"the gate in {self.folder} has the tensors {', '.join(sorted(gate))}, expected layers.N.weight and "
+                "layers.N.bias of each linear layer"
+            )
+        return [(gate[f"layers.{number}.weight"], gate[f"layers.{number}.bias"]) for number in numbers]
+
+    def layers_in_order(self, base: nn.Module | str | os.PathLike[str] | None, *, trust_remote_code: bool) -> list[str]:
+        """The LoRA layers in the order of the gate's outputs.
+
+        Args:
+            base: the base model, or its name or path, where the folder does not tell the order; only its config is
+                read. None takes the one that the folder names.
+            trust_remote_code: run code that comes with it.
+
+        Raises:
+            CheckpointError: there is no such base model, or it has other layers.
+        """
+        if self.layer_names is not None:
+            return self.layer_names
+        modules = _empty_base(base, self.config, trust_remote_code=trust_remote_code)
+        names = [name for name, _ in modules.named_modules() if name in self.layers]
+        missing = sorted(self.layers - set(names))
+        if missing:
+            raise CheckpointError(
+                f"base ({type(modules).__name__}) has no layers {missing[:5]}, which the adapters in {self.folder} "
+                "adapt: expected the model that they were made for, by its names of today. Where transformers has "
+                "renamed layers, weft.from_pretrained(...).save_pretrained(...) writes the new names"
+            )
+        return names
+
+
+@contextlib.contextmanager
+def opened(
+    source: str | os.PathLike[str],
+    adapters: dict[str, str] | None = None,
+    rename: dict[str, str] | None = None,
+    *,
+    base_is_given: bool = False,
+) -> Iterator[MixtureFiles]:
+    """Read a saved mixture of any layout.
+
+    Args:
+        source: folder or Hub id.
+        adapters: where the experts are, if not where the folder says.
+        rename: new names of experts, {old: new}.
+        base_is_given: the base model is known, though the folder may not name it.
+
+    Raises:
+        WeftError: a file is missing or broken, or they do not belong together.
+    """
+    folder = local_folder(source, "the mixture")
+    with contextlib.ExitStack() as stack:
+        layer_names = None
+        if is_flat(folder):
+            flat = folder
+            folder = stack.enter_context(temporary_folder(lambda part: _unfold(flat, part)))
+            stack.enter_context(_errors_in_flat_names(flat, folder))
+            layer_names = _layers_in_order(flat)
+        config = XLoraConfig.from_pretrained(folder, adapters=adapters)
+        names = _renamed(config, rename or {})
+        config = dataclasses.replace(
+            config,
+            adapters={names[name]: path for name, path in (config.adapters or {}).items()},
+            expert_names=list(names.values()),
+            layer_names=config.layer_names or layer_names,
+        )
+        heads = config.heads or ()
+        experts = read_adapters(
+            config.adapters or {},
+            allow_dora=config.allow_dora,
+            heads=heads,
+            # A mixture that weft saved has been on one.
+            base_is_known=base_is_given or (config.layer_names or config.base_model_name_or_path) is not None,
+        )
+        tensors = {key: value for key, value in read_gate(folder).items() if ".lora_" not in key}
+        layers = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for e in experts for key in e.weights} - {""}
+        if layer_names is not None and set(layer_names) != layers:
+            idle, unknown = sorted(set(layer_names) - layers), sorted(layers - set(layer_names))
+            raise CheckpointError(
+                f"{source}: {ORDERING} names other layers than the experts adapt: {idle[:5] or 'none'} are adapted by "
+                f"none, and {unknown[:5] or 'none'} are not named"
+            )
+        files = MixtureFiles(folder, config, tensors, experts, layers, config.layer_names)
+        _check_gate(files)
+        yield files
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether a folder is in mistral.rs's layout, with NAME_config.json and NAME_model.safetensors side by side."""
+    if not is_original(folder) or not os.path.isfile(folder / ORDERING):
+        return False
+    names = _order(folder)
+    return bool(names) and all(os.path.isfile(folder / f"{name}_config.json") for name in names)
+
+
+def _layers_in_order(flat: Path) -> list[str] | None:
+    """A flat folder's layers in the order of the gate's outputs, if it says so."""
+    table = read_json(flat / ORDERING).table("layers", None)
+    layers = {layer: table.whole(layer) for layer in table or {}}
+    if sorted(layers.values()) != list(range(len(layers))):
+        raise CheckpointError(
+            f"{flat / ORDERING}: layers ({shown(layers)}) must number the LoRA layers from 0 to {len(layers) - 1}"
+        )
+    return sorted(layers, key=lambda layer: layers[layer]) or None
+
+
+def _order(flat: Path) -> list[str]:
+    """The experts in a flat folder's order.
+
+    Raises:
+        CheckpointError: they are no names that experts can have.
+    """
+    ordering = read_json(flat / ORDERING)
+    names = ordering.strings("order", None) or []
+    problems = name_problems(names)  # before they are used as folders
+    if len({name.lower() for name in names}) < len(names):
+        problems.append(f"order ({shown(names)}) must have names that differ in more than upper and lower case")
+    if problems:
+        raise CheckpointError(f"{flat / ORDERING} cannot be read:{bullet_list(problems)}")
+    return names
+
+
+def _unfold(flat: Path, folder: Path) -> None:
+    """Write a flat folder anew in the original library's layout, when all of it is read and checked."""
+    _layers_in_order(flat)
+    names = _order(flat)
+    config = read_json(flat / ORIGINAL_CONFIG) | {"adapters": names}
+    # Its engine counts the gate's linear layers alone, whatever is between them.
+    stride = 3 if config.get("enable_relu_and_dropout") else 1
+    tensors = {}
+    for key, value in read_tensors(flat / ORIGINAL_GATE).items():
+        inner = _INNER.fullmatch(key)
+        tensors[f"inner.{int(inner[1]) * stride}.{inner[2]}" if inner else key] = value
+    files = {Path(ORIGINAL_CONFIG): json.dumps(config).encode()}
+    for name in names:
+        files[Path(name, CONFIG_NAME)] = read_bytes(flat / f"{name}_config.json")
+        files[Path(name, SAFETENSORS_WEIGHTS_NAME)] = read_bytes(flat / f"{name}_model.safetensors", most=None)
+    save_file(tensors, folder / ORIGINAL_GATE)
+    for file, content in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(content)
+
+
+@contextlib.contextmanager
+def _errors_in_flat_names(flat: Path, folder: Path) -> Iterator[None]:
+    """Name the files of the flat folder in errors, rather than those that were made of them."""
+    try:
+        yield
+    except WeftError as err:
+        text = str(err)
+        for name in _order(flat):
+            text = text.replace(f"{folder / name / CONFIG_NAME}", f"{flat / name}_config.json")
+            text = text.replace(f"{folder / name / SAFETENSORS_WEIGHTS_NAME}", f"{flat / name}_model.safetensors")
+        raise type(err)(text.replace(str(folder), str(flat))) from err
+
+
+def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:
+    """{present name: new name} of all experts."""
+    names = list(config.adapters or {})
+    strangers = sorted(set(rename) - set(names))
+    if strangers:
+        raise CheckpointError(f"rename has {strangers}, which are no experts of this mixture: it has {names}")
+    new = {name: rename.get(name, name) for name in names}
+    if MIXTURE_NAME in rename.values():
+        raise CheckpointError(f"rename ({rename}) has the name {MIXTURE_NAME!r}, which is the mixture's own in peft")
+    if len(set(new.values())) < len(names):
+        raise CheckpointError(f"rename ({rename}) gives two experts one name: they would be {list(new.values())}")
+    return new
+
+
+def _check_gate(files: MixtureFiles) -> None:
+    """Raise where the gate has not as many outputs as there are experts and layers; `gate_layer` leaves layers out."""
+    config, linear = files.config, files.linear_layers()
+    if not linear:
+        raise CheckpointError(f"{files.folder} holds no gate")
+    expected = config.num_experts * (len(files.layers) if config.layerwise_scalings else 1)
+    found = len(linear[-1][0])
+    if config.gate_layer is None and found != expected:
+        raise CheckpointError(
+            f"the gate in {files.folder} has {found} outputs, expected {expected}: {config.num_experts} experts times "
+            f"{expected // config.num_experts} LoRA layers. It was trained with other adapters"
+        )
+    if len(linear) != config.xlora_depth:
+        raise CheckpointError(
+            f"the gate in {files.folder} has {len(linear)} linear layers, expected xlora_depth ({config.xlora_depth})"
+        )
+
+
+def _empty_base(
+    base: nn.Module | str | os.PathLike[str] | None, config: XLoraConfig, *, trust_remote_code: bool
+) -> nn.Module:
+    """The base model without its weights."""
+    if isinstance(base, nn.Module):
+        return base
+    name: Any = base or config.base_model_name_or_path
+    if name is None:
+        raise CheckpointError("base (None) must be given: the mixture does not name its base model")
+    name, trust = os.fspath(name), {"trust_remote_code": trust_remote_code}
+    with base_errors(name):
+        options, kind = AutoConfig.from_pretrained(name, **trust), model_class(name, config, **trust)
+        with torch.device("meta"):
+            return kind.from_config(options, **trust) if hasattr(kind, "from_config") else kind(options)

@@ -1,0 +1,188 @@
+"""What of a saved mixture goes to the Hub: the files on a list, and no path of this machine.
+
+A mixture's own files, its experts', a tokenizer's, licences, and what `weft eval` and `weft inspect` put beside it. No
+link is followed. Where options and cards name a folder here as base model, the copy that goes up has the base model's
+Hub id, or none; the folder itself stays as it is. A path of this machine anywhere else is an error, and nothing is
+sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from weft.checkpoint.licences import CARD, declared_licence, is_own
+from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME, options_digest
+from weft.config import XLoraConfig
+from weft.errors import CheckpointError, ConfigError, bullet_list
+from weft.files.reading import read_json, read_text
+from weft.formats.card import EVAL_FILE, PICTURES, card_text, has_results
+
+_ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+# Of transformers' tokenizers and processors.
+_TOKENIZER = (
+    *("added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json"),
+    *("processor_config.json", "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model"),
+    *("target.spm", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+)
+_TEMPLATES = "additional_chat_templates"
+_LICENCE = re.compile(r"(LICEN[SC]E|NOTICE)(\.md|\.txt)?")
+_TEXTS = {".json", ".jinja", ".md", ".txt", ""}
+_VOCABULARIES = {"merges.txt", "tokenizer.json", "vocab.json", "vocab.txt"}  # any piece of a path may be a token
+# Options that name where a model or tokenizer came from.
+_ORIGINS = ("base_model_name_or_path", "name_or_path", "_name_or_path")
+
+
+@dataclass
+class Publication:
+    """The files to send.
+
+    Attributes:
+        folder: of the mixture.
+        names: of all files, relative to it.
+        texts: those that differ from the folder's, or are not in it.
+        notes: what was changed, a sentence each.
+    """
+
+    folder: Path
+    names: list[str]
+    texts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def content(self, name: str) -> bytes | str:
+        """What a file is to hold: its bytes, or its path here."""
+        return self.texts[name].encode() if name in self.texts else str(self.folder / name)
+
+    def listing(self) -> str:
+        """The files with their sizes, and what was changed, as text."""
+        sizes = {
+            name: len(self.texts[name].encode()) if name in self.texts else (self.folder / name).stat().st_size
+            for name in self.names
+        }
+        return "\n".join([*(f"{size:>14,}  {name}" for name, size in sizes.items()), *self.notes])
+
+
+def publication(
+    folder: Path, *, name: str, base: str | None, licence: str | None, evaluation: str | os.PathLike[str] | None
+) -> Publication:
+    """What is to be sent of a mixture, verified.
+
+    Args:
+        folder: of the mixture.
+        name: its Hub id.
+        base: the base model's Hub id; None takes what the mixture says, where that is one.
+        licence: of the mixture, for its card.
+        evaluation: what `weft eval --output` wrote, for its card.
+
+    Raises:
+        CheckpointError: the folder is not whole, not weft's, or has a link where one of the files should be.
+        ConfigError: it is no folder here, or a file holds a path of this machine.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"folder ({folder}) must be a saved mixture's folder here")
+    config = XLoraConfig.from_pretrained(folder)  # verifies
+    names = list(_wanted(folder, config.expert_names or []))
+    _refuse_links(folder, names)
+    found = Publication(folder, names)
+    local = _rewrite_origins(found, base)
+    if not is_own(folder):
+        found.texts[CARD] = card_text(folder, name=name, base=base, licence=licence, evaluation=evaluation)
+    found.names = sorted({*names, *found.texts})
+    _refuse_paths(found, local)
+    return found
+
+
+def _wanted(folder: Path, experts: list[str]) -> Iterator[str]:
+    """The files on the list that are there."""
+    entries = sorted(entry.name for entry in folder.iterdir())
+    for name in (*_ADAPTER, MANIFEST_NAME, CARD, *PICTURES, *_TOKENIZER):
+        if name in entries:
+            yield name
+    yield from filter(_LICENCE.fullmatch, entries)
+    if has_results(folder / EVAL_FILE):
+        yield EVAL_FILE
+    if _TEMPLATES in entries and (folder / _TEMPLATES).is_dir():
+        yield from (f"{_TEMPLATES}/{file.name}" for file in sorted((folder / _TEMPLATES).glob("*.jinja")))
+    for expert in experts:
+        inside = folder / EXPERTS_FOLDER / expert
+        yield from (f"{EXPERTS_FOLDER}/{expert}/{name}" for name in _ADAPTER if (inside / name).exists())
+        licences = sorted(file.name for file in inside.iterdir() if _LICENCE.fullmatch(file.name))
+        cards = [CARD] if declared_licence(inside / CARD) is not None else []
+        yield from (f"{EXPERTS_FOLDER}/{expert}/{name}" for name in [*cards, *licences])
+
+
+def _refuse_links(folder: Path, names: list[str]) -> None:
+    for name in names:
+        for part in (name, *map(str, Path(name).parents)):
+            if part != "." and (folder / part).is_symlink():
+                raise CheckpointError(
+                    f"{folder / part} is a link, which is not followed to the Hub: put a copy of what it points to in "
+                    "its place"
+                )
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is no file: move it away")
+
+
+def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
+    """Put the base model's Hub id, or nothing, in the place of folders here; returns these."""
+    local: list[str] = []
+    changed: dict[str, dict[str, Any]] = {}
+    for name in found.names:
+        if not name.endswith(".json") or name in {MANIFEST_NAME, EVAL_FILE, *_VOCABULARIES}:
+            continue
+        values = read_json(found.folder / name)
+        paths = [key for key in _ORIGINS if isinstance(values.get(key), str) and is_local(values[key])]
+        local += [values[key] for key in paths]
+        given = {CONFIG_NAME: {"base_model_name_or_path": base}}.get(name, {}) if base is not None else {}
+        if paths or given:
+            changed[name] = {**values, **dict.fromkeys(paths, base), **given}
+    for name, rewritten in changed.items():
+        found.texts[name] = json.dumps(rewritten, indent=2, sort_keys=True)
+    experts = [name for name in changed if name.startswith(f"{EXPERTS_FOLDER}/")]
+    if experts:  # whose options the manifest has digests of
+        manifest: dict[str, Any] = read_json(found.folder / MANIFEST_NAME)
+        manifest["options"] |= {name: options_digest(changed[name]) for name in experts}
+        found.texts[MANIFEST_NAME] = json.dumps(manifest, indent=1)
+    for name in found.names:
+        if name.endswith(f"/{CARD}"):
+            text = card = read_text(found.folder / name)
+            for path in local:
+                text = text.replace(path, base or "the base model")
+            if text != card:
+                found.texts[name] = text
+    for path in dict.fromkeys(local):
+        instead = f"{base} stands in its place" if base is not None else "it is left out; --base HUB_ID names it"
+        found.notes.append(f"base model {path} is a folder here: {instead}")
+    return local
+
+
+def is_local(name: str) -> bool:
+    """Whether a base model's name is a path of this machine rather than a Hub id."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
+
+
+def _refuse_paths(found: Publication, local: list[str]) -> None:
+    """Raise where a text that would be sent holds a path of this machine."""
+    here = [str(Path.home()), str(found.folder.resolve()), str(Path.cwd()), *local]
+    # Whole paths: a home folder of "/" or a model named "llama" is in every text.
+    paths = {path for path in here if path.count("/") + path.count("\\") > 1 or (path.startswith("/") and path != "/")}
+    whole = {path: re.compile(rf"(?<![\w/.]){re.escape(path)}(?![\w-])") for path in paths}
+    problems = []
+    for name in found.names:
+        if Path(name).suffix in _TEXTS and name not in _VOCABULARIES:
+            text = found.texts.get(name)
+            if text is None:
+                text = (found.folder / name).read_text(encoding="utf-8", errors="replace")
+            problems += [f"{name}: {path}" for path, pattern in whole.items() if pattern.search(text)]
+    if problems:
+        raise ConfigError(
+            f"folder ({found.folder}) has files with paths of this machine, which are not sent: take them out"
+            f"{bullet_list(sorted(problems))}"
+        )

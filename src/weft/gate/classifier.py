@@ -1,0 +1,103 @@
+"""The gate: hidden states in, one scaling per token, LoRA layer and expert out.
+
+It knows nothing of the model around it. Its parameters are called `layers.{i}.weight` and `layers.{i}.bias` with the
+indices that peft's X-LoRA classifier uses, so that weights can be exchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from weft.base_model.devices import memory_of
+from weft.config import XLoraConfig
+from weft.errors import ConfigError
+from weft.gate.routing import softmax_with_temperature
+
+
+def _refuse_too_large(config: XLoraConfig, outputs: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise where a gate of these sizes would not fit into the device's memory: the system may end the process then."""
+    assert config.hidden_size is not None
+    depth, size = config.xlora_depth, config.xlora_size
+    weights = config.hidden_size * outputs if depth == 1 else size * (config.hidden_size + (depth - 2) * size + outputs)
+    needed, there = weights * dtype.itemsize, memory_of(device)
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"xlora_depth ({depth}) and xlora_size ({size}) make a gate of {weights:,} weights, {needed / 1e9:,.1f} "
+            f"GB, and {device} has {there / 1e9:,.1f} GB: expected smaller ones"
+        )
+
+
+class XLoraClassifier(nn.Module):
+    """Predict the scalings λ from the hidden states of the scaling pass (arXiv 2402.07148, section 2.1).
+
+        λ = softmax(W_d ... ReLU(W_1 h) / temperature)        depth d; without softmax when `enable_softmax` is False
+
+    Args:
+        config: `hidden_size` must be set; uses `xlora_depth`, `xlora_size`, `xlora_dropout_p`, `layerwise_scalings`,
+            `enable_softmax` and `softmax_temperature`.
+        num_experts: how many experts share the weight.
+        num_layers: how many LoRA layers the model has (not decoder layers).
+        device: where the parameters live: the adapters' device.
+        dtype: of the parameters. weft makes the gate in float32 whatever the base model's dtype (float64 for a float64
+            base): it is small, it is what trains, and its softmax decides. Hidden states are cast to the parameters'
+            dtype, the softmax runs in float32 or wider, and λ comes out in that.
+
+    Example:
+        >>> config = XLoraConfig(hidden_size=64, adapters={"math": "adapters/math", "code": "adapters/code"})
+        >>> gate = XLoraClassifier(config, num_experts=2, num_layers=14)
+        >>> gate(torch.randn(1, 5, 64)).shape  # torch.Size([1, 5, 14, 2])
+    """
+
+    def __init__(
+        self,
+        config: XLoraConfig,
+        num_experts: int,
+        num_layers: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.num_layers = num_layers
+        if config.hidden_size is None:
+            raise ValueError("hidden_size (None) must be the size of the hidden states that the gate reads")
+
+        outputs = num_experts * (num_layers if config.layerwise_scalings else 1)
+        _refuse_too_large(config, outputs, torch.device(device or "cpu"), dtype)
+        width = config.hidden_size
+        layers: list[nn.Module] = []
+        for _ in range(config.xlora_depth - 1):
+            layers += [nn.Linear(width, config.xlora_size, device=device, dtype=dtype), nn.ReLU()]
+            if config.xlora_dropout_p > 0:
+                layers.append(nn.Dropout(config.xlora_dropout_p))
+            width = config.xlora_size
+        layers.append(nn.Linear(width, outputs, device=device, dtype=dtype))
+        self.layers = nn.Sequential(*layers)
+
+    @property
+    def override_scaling_pass_value(self) -> float:
+        """peft's name for the weight of every expert in the scaling pass, `config.scaling_pass_value`."""
+        return self.config.constant_weight
+
+    def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq layer expert"]:
+        """λ for every LoRA layer; a view that repeats one layer when `layerwise_scalings` is off.
+
+        Raises:
+            ValueError: the hidden states are not `hidden_size` wide.
+        """
+        first = self.layers[0]
+        assert isinstance(first, nn.Linear)
+        batch, seq, width = hidden.shape
+        if width != first.in_features:
+            raise ValueError(
+                f"hidden_size ({first.in_features}) must be the width of the base model's last hidden state ({width})"
+            )
+        with torch.autocast(hidden.device.type, enabled=False):  # the gate decides: not in half precision
+            logits = self.layers(hidden.to(first.weight.dtype)).view(batch, seq, -1, self.num_experts)
+        if self.config.enable_softmax:
+            logits = softmax_with_temperature(logits, self.config.softmax_temperature)
+        return logits.expand(batch, seq, self.num_layers, self.num_experts)

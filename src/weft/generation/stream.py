@@ -1,0 +1,380 @@
+"""Generation token by token, with what the experts had to do with each.
+
+Three parts that know nothing of each other: `read` lets the model read tokens into its cache, a `Sampler` chooses, a
+`Detokeniser` makes text of it. `stream` puts them together.
+
+With `speculate`, one call reads guesses too, and the sampler chooses at each of them as if it stood alone: as long as
+it chooses the guess, the next place counts as well. So the tokens (and their distribution, where they are sampled) are
+those of plain decoding, whatever is guessed; this is speculative sampling (arXiv 2211.17192) for guesses without
+probabilities of their own, which are accepted with the probability that the model gives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache
+
+from weft.base_model.devices import execution_device
+from weft.base_model.versions import can_crop, forget, is_recurrent, keep_for_crop
+from weft.data.texts import prompt_tokens
+from weft.errors import CacheError, ConfigError, ThreadError
+from weft.generation.detokenizer import Detokeniser
+from weft.generation.sampling import Sampler, check_decoding
+from weft.generation.speculation import Speculation
+from weft.model.model import XLoraModel
+from weft.passes.cache import tokens_in
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token.
+
+    Attributes:
+        token: its id.
+        text: the text that can be printed now, "" in the middle of a character; without special tokens, and always ""
+            where `stream` was given no tokenizer.
+        shares: expert name -> its weight, as the mean over the LoRA layers of the scalings that they followed (top-k
+            applied) at the position that predicted this token: the one before it, which is the last token of the
+            prompt for the first step. They sum to 1 where the gate ends in a softmax over all experts and all are kept.
+            Inside `fixed_scalings` they are its weights; with the experts off there are none.
+        guessed: whether `speculate` had guessed it, so that it took no call of its own.
+        finish_reason: None while there is more to come; "stop" at a token that ends the text, "length" after
+            `max_new_tokens` or at the model's last position.
+
+    Example:
+        >>> step = next(weft.stream(model, "The contract", tokenizer=tokenizer))
+        >>> step.text, step.shares
+        (' says', {'code': 0.1, 'law': 0.9})
+    """
+
+    token: int
+    text: str
+    shares: dict[str, float]
+    guessed: bool = False
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+def stream(
+    model: Any,
+    prompt: str | Tensor,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    past_key_values: Cache | None = None,
+    speculate: int = 0,
+    freeze_scalings_after: int | None = None,
+) -> Generator[Step, None, None]:
+    """Generate one text, step by step: the tokens of `model.generate` with the same options.
+
+    Options are checked at once, the model runs when steps are asked for. Between two steps nothing is under way: the
+    model may be used for something else, and the steps may end early.
+
+    Args:
+        model: a mixture, from `weft.from_adapters` or `weft.from_pretrained`.
+        prompt: the whole text so far; a string needs a tokenizer, token ids are `[1, seq]`.
+        tokenizer: makes tokens of the prompt and text of the tokens.
+        max_new_tokens: at most so many steps; fewer where the model has no more positions.
+        temperature: 0 takes the likeliest token; above 0 samples, the higher the freer.
+        top_k: sample from so many of the likeliest tokens; None from all (whatever the generation config says).
+        top_p: sample from the likeliest tokens of this total probability; None from all (likewise).
+        repetition_penalty: 1 is none; None takes that of `model.generation_config`.
+        seed: of the sampling, which does not touch torch's global random numbers; None starts anywhere.
+        eos_token_id: tokens that end the text; None takes those of `model.generation_config`, [] is none.
+        past_key_values: a cache to go on from and to go on with, filled in place: empty, or filled by this model with
+            the beginning of the prompt, of which only the rest is read then. The last step's token is never in it. An
+            exception in the middle of a step (Ctrl-C) empties it.
+        speculate: guess up to so many tokens ahead, from the text's own n-grams and with the scaling pass, where that
+            saves time; 0 does not. The tokens are the same.
+        freeze_scalings_after: ask the gate for the prompt and so many new tokens only; from then on the text keeps the
+            mean of its scalings so far, and a token costs one pass. None never freezes. Excludes `speculate`.
+
+    Yields:
+        A `Step` per token.
+
+    Raises:
+        ConfigError: an option, or the prompt, cannot work.
+        CacheError: the model keeps no such cache, or this one holds no beginning of the prompt.
+
+    Example:
+        >>> for step in weft.stream(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32):
+        ...     print(step.text, end="", flush=True)
+    """
+    tuner = tuner_of(model)
+    check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if tuner.backbone.is_encoder_decoder:
+        raise ConfigError(
+            f"model ({type(tuner.backbone.base).__name__}) is an encoder-decoder, whose text does not go on from its "
+            "prompt: use model.generate"
+        )
+    if not tuner.backbone.caches:
+        raise CacheError(
+            f"model ({type(tuner.backbone.base).__name__}) keeps its state in no cache of transformers' own, which "
+            "stream needs: use model.generate(..., use_cache=False)"
+        )
+    input_ids = _token_ids(prompt, tokenizer).to(execution_device(tuner.backbone.base))
+    cache = tuner.backbone.empty_cache() if past_key_values is None else past_key_values
+    max_new_tokens = _that_fit(max_new_tokens, tuner, input_ids, cache)
+    _check_shortcuts(tuner, cache, speculate, freeze_scalings_after)
+    defaults = tuner.backbone.base.generation_config
+    if repetition_penalty is None:
+        repetition_penalty = defaults.repetition_penalty or 1.0
+    sampler = Sampler(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    if speculate:
+        keep_for_crop(cache)
+    return _steps(
+        Reader(model, cache, None if freeze_scalings_after is None else input_ids.shape[1] + freeze_scalings_after),
+        input_ids,
+        sampler=sampler,
+        detokeniser=None if tokenizer is None else Detokeniser(tokenizer, input_ids[0].tolist()),
+        ends=end_tokens(defaults.eos_token_id if eos_token_id is None else eos_token_id),
+        max_new_tokens=max_new_tokens,
+        speculation=Speculation(tuner, cache, input_ids[0].tolist(), speculate) if speculate else None,
+    )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text.
+
+    Attributes:
+        tokens: the new ones.
+        text: of the new tokens; "" without a tokenizer.
+        finish_reason: why it ends there, "stop" or "length".
+        num_calls: how often the model was called; less than `len(tokens)` where `speculate` guessed right.
+    """
+
+    tokens: list[int]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_calls: int
+
+
+def generate(model: Any, prompt: str | Tensor, **options: Any) -> Generation:
+    """Generate one text: `stream`, to its end.
+
+    For batches, beams and all else that transformers' `generate` offers there is `model.generate`.
+
+    Args:
+        model: a mixture.
+        prompt: the whole text so far.
+        **options: of `stream`; `speculate=8` for speed.
+
+    Raises:
+        ConfigError, CacheError: as `stream`.
+
+    Example:
+        >>> weft.generate(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32, speculate=8).text
+        ' that the party of the first part'
+    """
+    steps = list(stream(model, prompt, **options))
+    assert steps[-1].finish_reason is not None
+    return Generation(
+        tokens=[step.token for step in steps],
+        text="".join(step.text for step in steps),
+        finish_reason=steps[-1].finish_reason,
+        num_calls=sum(not step.guessed for step in steps),
+    )
+
+
+def end_tokens(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end a text, as configs have them: none, one or several."""
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _steps(
+    reader: Reader,
+    input_ids: Int[Tensor, "1 seq"],
+    *,
+    sampler: Sampler,
+    detokeniser: Detokeniser | None,
+    ends: frozenset[int],
+    max_new_tokens: int,
+    speculation: Speculation | None,
+) -> Generator[Step, None, None]:
+    number = 0
+    finish_reason: Literal["stop", "length"] | None = None
+    while finish_reason is None:
+        logits, guesses = reader.read(input_ids, speculation, max_new_tokens - number - 1)
+        steps: list[Step] = []
+        for place in range(len(guesses) + 1):
+            chosen = sampler(input_ids, logits[:, place])
+            input_ids = torch.cat([input_ids, chosen[None]], dim=1)
+            token, number = int(chosen), number + 1
+            finish_reason = "stop" if token in ends else "length" if number == max_new_tokens else None
+            text = "" if detokeniser is None else detokeniser.add(token)
+            if detokeniser is not None and finish_reason is not None:
+                text += detokeniser.flush()
+            steps.append(Step(token, text, reader.shares(place), place > 0, finish_reason))
+            if finish_reason is not None or guesses[place : place + 1] != [token]:
+                break
+        if speculation is not None:
+            reader.forget(len(guesses) - len(steps) + 1)
+            speculation.note(len(steps) - 1, len(guesses), [step.token for step in steps])
+        for place, step in enumerate(steps, 1):
+            try:
+                yield step
+            except GeneratorExit:
+                if place < len(steps):
+                    reader.forget(len(steps) - place)  # tokens that nobody has asked for
+                raise
+
+
+class Reader:
+    """Lets a model read a text into its cache.
+
+    Args:
+        model: a mixture.
+        cache: what it has read.
+        freeze_at: freeze the scalings at so many tokens; None never.
+    """
+
+    def __init__(self, model: Any, cache: Cache, freeze_at: int | None = None) -> None:
+        self.model = model
+        self.tuner = tuner_of(model)
+        self.cache = cache
+        self.freeze_at = freeze_at
+        self._number_read = tokens_in(cache)
+        self._shares: list[dict[str, float]] = []
+
+    def read(
+        self,
+        input_ids: Int[Tensor, "1 seq"],
+        speculation: Speculation | None = None,
+        limit: int = 0,
+        *,
+        every_place: bool = False,
+    ) -> tuple[Float[Tensor, "1 place vocab"], list[int]]:
+        """Read the tokens that the cache lacks, and guesses after them.
+
+        An exception on the way empties the cache: some layers may have the new tokens by then, and others not.
+
+        Args:
+            input_ids: the whole text.
+            speculation: what guesses, or None.
+            limit: at most so many guesses.
+            every_place: give the logits after each token that is read, not after the text's last one alone.
+
+        Returns:
+            The logits after the text and after each guess, and the guesses.
+        """
+        # A cache of recurrent states does not tell how many tokens it has read.
+        unread = input_ids[:, self._number_read if is_recurrent(self.cache) else tokens_in(self.cache) :]
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.tuner.passes.thread.held())
+                guesses, hidden = ([], None) if speculation is None else speculation(unread, limit)
+                places = len(guesses) + 1
+                # Not inference mode: what is in the cache then could not be used where gradients are wanted.
+                stack.enter_context(torch.no_grad())
+                if hidden is not None:
+                    stack.enter_context(self.tuner.passes.after_scaling_steps(hidden))
+                if self.freeze_at is not None:
+                    stack.enter_context(self.tuner.passes.freezing_at(self.freeze_at))
+                keep = self.tuner.backbone.takes("logits_to_keep") and not every_place
+                output = self.model(
+                    input_ids=torch.cat([unread, unread.new_tensor([guesses])], 1) if guesses else unread,
+                    **{str(self.tuner.backbone.cache_name): self.cache},
+                    use_cache=True,
+                    **({"logits_to_keep": places} if keep else {}),
+                )
+                self._note_shares(places)
+        except (CacheError, ThreadError):
+            raise  # refused before anything was read
+        except BaseException:
+            self.cache.reset()
+            self._number_read = 0
+            raise
+        self._number_read += unread.shape[1] + len(guesses)
+        return output.logits if every_place else output.logits[:, -places:], guesses
+
+    def forget(self, number: int) -> None:
+        """Take the last tokens out of the cache again."""
+        forget(self.cache, number)
+
+    def shares(self, place: int) -> dict[str, float]:
+        """Each expert's share after the text (0) or after a guess (1, 2, ...), as the mean over the layers."""
+        return self._shares[min(place, len(self._shares) - 1)]
+
+    def _note_shares(self, places: int) -> None:
+        names, scalings = self.tuner.xlora_config.expert_names or (), self.tuner.passes.followed()
+        rows = [] if scalings is None else scalings[0, -places:].mean(1).tolist()
+        self._shares = [dict(zip(names, row, strict=True)) for row in rows] or [{}]
+
+
+def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_scalings_after: int | None) -> None:
+    """Raise where guessing or freezing cannot work."""
+    if isinstance(speculate, bool) or not isinstance(speculate, int) or speculate < 0:
+        raise ConfigError(f"speculate ({speculate!r}) must be a whole number of at least 0: tokens to guess ahead")
+    if freeze_scalings_after is not None:
+        tuner.passes.check_freezing(freeze_scalings_after, {"speculate": speculate or None})
+    if speculate and not can_crop(cache):
+        raise ConfigError(
+            f"speculate ({speculate}) needs a cache that can forget wrong guesses, which {type(cache).__name__} "
+            "cannot: use a dynamic cache"
+        )
+
+
+def tuner_of(model: Any) -> XLoraModel:
+    """The X-LoRA model itself, of what users have of it.
+
+    Raises:
+        ConfigError: there is none in it.
+    """
+    tuner = model if isinstance(model, XLoraModel) else getattr(model, "base_model", None)
+    if not isinstance(tuner, XLoraModel):
+        raise ConfigError(
+            f"model ({type(model).__name__}) must be a mixture: make one with weft.from_adapters, or load one with "
+            "weft.from_pretrained"
+        )
+    return tuner
+
+
+def _token_ids(prompt: str | Tensor, tokenizer: Any) -> Int[Tensor, "1 seq"]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ConfigError(f"tokenizer (None) must be given with a prompt that is text ({prompt[:40]!r})")
+        token_ids = prompt_tokens(prompt, tokenizer)
+        if not token_ids:
+            raise ConfigError(f"prompt ({prompt[:40]!r}) has no tokens, expected at least one to continue")
+        return torch.tensor([token_ids])
+    if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0 or prompt.dtype != torch.long:
+        raise ConfigError(
+            f"prompt ({prompt.dtype} of shape {list(prompt.shape)}) must be token ids, torch.int64 of shape [1, seq] "
+            "with at least one: stream generates one text at a time"
+        )
+    return prompt
+
+
+def _that_fit(max_new_tokens: int, tuner: XLoraModel, input_ids: Tensor, cache: Cache) -> int:
+    """`max_new_tokens`, or fewer where the model has no positions to read them at."""
+    length, cached = input_ids.shape[1], tokens_in(cache)
+    if cached >= length:
+        raise CacheError(
+            f"past_key_values ({cached} tokens) must be shorter than the prompt ({length} tokens), which is the whole "
+            "text, the cached beginning included: crop it, or start again with an empty cache"
+        )
+    positions = getattr(tuner.backbone.base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return max_new_tokens
+    if length > positions:
+        raise ConfigError(
+            f"prompt ({length} tokens) must be at most the model's number of positions ({positions}): shorten it"
+        )
+    return min(max_new_tokens, positions - length + 1)  # the last one is not read

@@ -1,0 +1,225 @@
+"""Putting LoRA adapters into a base model as experts, and taking them out.
+
+Parameters are made by peft and filled from what `adapters.py` has read: an adapter is either wholly in or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from weft.base_model.devices import execution_device, is_offloaded
+from weft.base_model.versions import in_todays_names
+from weft.checkpoint.adapter_keys import KEY_PREFIX, fitted
+from weft.checkpoint.adapters import Adapter, different_bases, model_name
+from weft.errors import AdapterError, bullet_list
+from weft.files.tensors import SHOWN, not_finite, preview
+
+
+def uncompiled(base: Any) -> Any:
+    """The model inside of what `torch.compile(base)` gave, whose attribute would be in the names of all layers.
+
+    What `base.compile()` compiled stays that: it is traced again with the experts in it.
+
+    Raises:
+        AdapterError: only parts of the model are compiled, or it is wrapped for several processes.
+    """
+    while "_orig_mod" in base._modules:
+        base = base._orig_mod
+    if isinstance(base, (DataParallel, DistributedDataParallel)):
+        raise AdapterError(
+            f"the base model is wrapped as {type(base).__name__}: pass the model itself (.module), and wrap the mixture"
+        )
+    parts = [path for path, module in base.named_modules() if "_orig_mod" in module._modules]
+    if parts:
+        raise AdapterError(
+            f"parts of the base model are compiled ({preview(parts)}): pass it uncompiled, and compile them in the "
+            "mixture"
+        )
+    return base
+
+
+def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
+    """Put the adapters into the base model's layers, in float32 where they would be in half precision.
+
+    The parameters are cast before they are filled, so that float32 files lose nothing in a bfloat16 model.
+
+    Raises:
+        AdapterError: an adapter's targets or tensors do not fit this base model. The caller restores the base model.
+    """
+    lora_model: LoraModel | None = None
+    for adapter in adapters:
+        config = adapter.config
+        config.inference_mode = False
+        try:
+            if lora_model is None:
+                lora_model = LoraModel(base, {adapter.name: config}, adapter.name)
+            else:
+                lora_model.peft_config[adapter.name] = config
+                lora_model.inject_adapter(base, adapter.name)
+            if not dict(adapter_parameters(base, adapter.name)):  # of which peft before 0.21 tells the first alone
+                raise ValueError(f"target modules {config.target_modules} not found in the base model")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as err:  # whatever its options make peft do, in layers of whatever kind
+            raise AdapterError(
+                f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
+            ) from err
+        remove_wrappers(base)  # peft's, around modules of the adapter's own: they do not act in a mixture
+        lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
+        _leave_meta(base, adapter.name)
+        _fill(base, adapter)
+    assert lora_model is not None
+    return lora_model
+
+
+def _leave_meta(base: nn.Module, name: str) -> None:
+    """Bring an adapter to where its layers compute, whose own weights are offloaded; peft puts it beside these."""
+    for module in base.modules():
+        if not isinstance(module, LoraLayer) or not is_offloaded(module.get_base_layer()):
+            continue
+        device = execution_device(module.get_base_layer())
+        for attribute in ("lora_A", "lora_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                factors[name].to_empty(device=device)
+        for attribute in ("lora_embedding_A", "lora_embedding_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                factors[name] = nn.Parameter(torch.empty_like(factors[name], device=device))
+
+
+def warn_of_different_bases(base: nn.Module, adapters: list[Adapter]) -> None:
+    """Say once that adapters which fit a base model name several."""
+    named = different_bases(adapters)
+    if named is not None:
+        warnings.warn(
+            f"the adapters name different base models ({named}): all of their tensors fit this one "
+            f"({getattr(base, 'name_or_path', None) or type(base).__name__}), which is taken for theirs",
+            stacklevel=2,
+        )
+
+
+def remove_adapters(base: nn.Module) -> None:
+    """Put the base layers back in the place of all LoRA layers, and of modules that are trained as a whole."""
+    remove_wrappers(base)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        if parent not in layers:  # else it is around the same base layer, as peft puts a parameter's around another's
+            setattr(base.get_submodule(parent), attribute, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def remove_wrappers(base: nn.Module) -> None:
+    """Put the base model's own modules back in the place of those that are trained as a whole."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            parent, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(parent), attribute, module.original_module)
+
+
+def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(key in an adapter file, parameter) of everything adapter `name` has in the base model."""
+    for layer_name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for attribute in ("lora_A", "lora_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                for parameter_name, parameter in factors[name].named_parameters():
+                    yield f"{KEY_PREFIX}{layer_name}.{attribute}.{parameter_name}", parameter
+        for attribute in ("lora_embedding_A", "lora_embedding_B"):
+            factors = getattr(module, attribute)
+            if name in factors:
+                yield f"{KEY_PREFIX}{layer_name}.{attribute}", factors[name]
+        if name in module.lora_magnitude_vector:
+            magnitude = module.lora_magnitude_vector[name].get_parameter("weight")
+            yield f"{KEY_PREFIX}{layer_name}.lora_magnitude_vector", magnitude
+
+
+def _fill(base: nn.Module, adapter: Adapter) -> None:
+    """Copy an adapter's tensors into its parameters, all of them or none."""
+    parameters = dict(adapter_parameters(base, adapter.name))
+    weights = fitted(adapter.weights, parameters)
+    if weights.keys() != parameters.keys():
+        weights = converted(base, adapter, weights)
+    problems = key_problems(weights, parameters)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        problems.append(
+            "its parameters are on the meta device: load with low_cpu_mem_usage=False, and with weft.from_pretrained "
+            "where the base model is offloaded to disk"
+        )
+    if problems:
+        file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
+        made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None)
+        if made_for and given and model_name(made_for) != model_name(given):
+            problems.append(f"it was made for the base model {made_for}, and this one is {given}")
+        rows = {len(value.T) for key, value in weights.items() if key.endswith("lora_embedding_A")}
+        if rows - {len(value.T) for key, value in parameters.items() if key.endswith("lora_embedding_A")}:
+            problems.append(
+                f"it was trained with embeddings of {max(rows)} tokens: call "
+                f"model.resize_token_embeddings({max(rows)}) first"
+            )
+        raise AdapterError(f"adapter {adapter.name!r} ({file}) does not fit the base model:{bullet_list(problems)}")
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(weights[key])
+    refuse_not_finite(base, adapter.name)
+
+
+def refuse_not_finite(base: nn.Module, name: str) -> None:
+    """Raise where an adapter's numbers in the base model are NaN or infinite, as after a cast to a narrower dtype.
+
+    Raises:
+        AdapterError: it is so.
+    """
+    broken = not_finite(dict(adapter_parameters(base, name)))
+    scalings = {
+        path: module.scaling[name]
+        for path, module in base.named_modules()
+        if isinstance(module, LoraLayer) and not math.isfinite(module.scaling.get(name, 0))
+    }
+    if scalings:
+        path, value = next(iter(scalings.items()))
+        broken = f"its scaling in {path} is {value} (from lora_alpha and r in its config)"
+    if broken:
+        raise AdapterError(f"adapter {name!r} is broken in this model, as {broken}: expected finite numbers")
+
+
+def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[str]:
+    """Missing keys, unexpected keys and wrong shapes, apart and sorted; empty where the tensors fit."""
+    missing = sorted(parameters.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - parameters.keys())
+    problems = []
+    if missing:
+        problems.append(f"missing keys ({len(missing)}): {preview(missing)}")
+    if unexpected:
+        problems.append(f"unexpected keys ({len(unexpected)}): {preview(unexpected)}")
+    shapes = [
+        f"{key} has shape {list(weights[key].shape)}, expected {list(parameters[key].shape)}"
+        for key in sorted(weights.keys() & parameters.keys())
+        if weights[key].shape != parameters[key].shape
+    ]
+    problems += shapes[:SHOWN]
+    if len(shapes) > SHOWN:
+        problems.append(f"and {len(shapes) - SHOWN} more of other shapes")
+    return problems
+
+
+def converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of today's transformers, where the base model's layers were renamed since."""
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return weights
+    converted = in_todays_names(weights, base, adapter.config, adapter.name)
+    return {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in converted.items()}

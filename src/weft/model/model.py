@@ -1,0 +1,334 @@
+"""The X-LoRA model: a base model with its experts and a gate, as a tuner of peft.
+
+It puts the parts together (experts, layers, gate, passes), answers to the methods of peft's X-LoRA, and takes
+everything out again. What happens in a call is in `passes.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from weft.base_model.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
+from weft.base_model.state import keep_unpacked, let_repack
+from weft.checkpoint.adapters import read_adapters
+from weft.checkpoint.licences import licensed_card
+from weft.config import XLoraConfig
+from weft.distributed import others_have_parameters
+from weft.errors import AdapterError, CheckpointError, ConfigError
+from weft.gate.classifier import XLoraClassifier
+from weft.gate.routing import ConstantWeights, constant_scalings
+from weft.layers.carrier import ScalingsCarrier
+from weft.layers.convert import convert_layers_to_xlora, linear_experts, mixture_of, restack
+from weft.layers.decode_weights import RankWeights
+from weft.layers.inputs import find_layer_inputs
+from weft.model.frozen_copies import refuse_loading_into_copy
+from weft.model.heads import add_heads, find_heads, refuse_task_of_peft
+from weft.model.inject import adapter_parameters, inject_adapters, remove_adapters, uncompiled, warn_of_different_bases
+from weft.model.inside_transformers import leave, settle_in
+from weft.model.peft_methods import PeftMethods
+from weft.model.peft_state import PeftStateMethods
+from weft.model.retrained import Retrained
+from weft.model.saving import layer_mismatch
+from weft.passes.base import Passes
+from weft.passes.gate_position import first_following_layer, refuse_layers_beside_text
+from weft.passes.seq2seq import Seq2SeqPasses
+
+
+class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
+    """A base model with several LoRA experts and a gate that mixes them per token and layer (arXiv 2402.07148).
+
+    Use `weft.from_adapters` or, after `weft.register_with_peft()`, peft's `get_peft_model` to make one; both give a
+    peft `PeftModel` around it, which forwards the methods below.
+
+    Args:
+        model: the base model. Its LoRA layers are added in place; `unload()` takes them out again.
+        config: the options, or {adapter_name: options}; peft's own `XLoraConfig` is accepted.
+        adapter_name: peft's name for the mixture as a whole; the experts have their own names.
+
+    Attributes:
+        xlora_config: the options in force.
+        lora_model: peft's `LoraModel` with the experts.
+        internal_xlora_classifier: the gate.
+        expert_heads: by expert, tensors of heads of its own, which do not act but are saved with it.
+        expert_cards: by expert, its model card where that declares a licence, which is saved with it.
+
+    Raises:
+        AdapterError, ConfigError: the experts, the options and the base model do not fit together. The base model is
+            then as it was before.
+
+    Example:
+        >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"})
+        >>> model(input_ids).logits
+        >>> model.get_latest_scalings().shape  # [batch, seq, layer, expert]
+    """
+
+    prefix = "xlora_"
+    tuner_layer_cls = LoraLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, PeftConfig] | PeftConfig,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        model = uncompiled(model)
+        # A copy: one config may serve several models, and each writes its own layers and options into it.
+        given = config[adapter_name] if isinstance(config, dict) else config
+        refuse_task_of_peft(given)
+        options = copy.deepcopy(XLoraConfig.from_peft(given))
+        options.peft_type = PeftType.XLORA
+        _take_out_earlier(model)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise AdapterError(
+                "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() "
+                "it first"
+            )
+        if adapter_name in (options.adapters or {}):
+            raise ConfigError(
+                f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
+            )
+        self.backbone = Backbone(model)
+        options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
+        heads = find_heads(model, self.backbone.module, options.heads)
+        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads, base_is_known=True)
+        self.retrained = Retrained(model, adapters, self.backbone.module)
+        self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
+        self.expert_cards = {adapter.name: licensed_card(adapter.folder) for adapter in adapters}
+
+        self.xlora_config = options
+        self.peft_config = {adapter_name: options}
+        self.mixture_name = self.active_adapter = adapter_name
+        self.carrier = ScalingsCarrier()
+        self.frozen_copies = nn.ModuleDict()
+        self.register_load_state_dict_pre_hook(refuse_loading_into_copy)
+        self.given_experts: dict[str, Tensor] = {}
+        # peft freezes the base model when it adds adapters; `unload` gives the flags back.
+        self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._input_gradient_hooks = input_gradient_hooks(model)
+        self._kept_unpacked = keep_unpacked(model)
+        base_peft_config = getattr(model, "peft_config", None)
+        try:
+            self.retrained.use(True)
+            self.lora_model = inject_adapters(model, adapters)
+            if options.layer_names is None:  # else it is a saved mixture, whose maker has been told
+                warn_of_different_bases(model, adapters)
+            self._finish(options, model)
+            add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
+            if not isinstance(config, dict) and options.folder is not None:
+                settle_in(model, self, options.folder)
+        except BaseException:
+            Passes.detach(model)
+            remove_adapters(model)
+            leave(model)
+            if base_peft_config is not None:
+                model.peft_config = base_peft_config
+            self.retrained.use(False)
+            self._restore_requires_grad(model)
+            let_repack(self._kept_unpacked)
+            raise
+
+    def _finish(self, options: XLoraConfig, model: Any) -> None:
+        """Everything that needs the LoRA layers in place."""
+        names = list(options.adapters or {})
+        frozen = options.inference_mode or not options.use_trainable_adapters
+        self.lora_model.set_adapter(names, inference_mode=frozen)
+        refuse_layers_beside_text(self.backbone)
+        num_layers = convert_layers_to_xlora(model, self, options)
+        if num_layers == 0:
+            raise AdapterError("no LoRA layer was found in the base model: the adapters have no targets in it")
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        layer_names = list(layers)
+        if options.layer_names is not None and options.layer_names != layer_names:
+            raise CheckpointError(layer_mismatch(options.layer_names, layer_names))
+        options.layer_names, options.expert_names = layer_names, names
+        with self.carrier.scaling_pass(None):
+            inputs = find_layer_inputs(self.backbone)
+        self.backbone.module_state = inputs.module_state
+
+        device = next(adapter_parameters(model, names[0]))[1].device
+        first_layer = first_following_layer(self.backbone, options)
+        self.internal_xlora_classifier = XLoraClassifier(
+            options,
+            num_experts=len(names),
+            num_layers=num_layers - first_layer,
+            device=device,
+            dtype=torch.promote_types(self.backbone.dtype(), torch.float32),
+        )
+        self.internal_xlora_classifier.requires_grad_(not options.inference_mode)
+        self.internal_xlora_classifier.train(model.training)
+        options.bind_model(self)
+        self.passes = (Seq2SeqPasses if self.backbone.is_encoder_decoder else Passes)(
+            self.backbone,
+            self.carrier,
+            self.internal_xlora_classifier,
+            options,
+            first_layer=first_layer,
+            kinds=inputs.kinds,
+            rank_weights=RankWeights([linear_experts(layer) for layer in layers.values()]),
+        )
+        self.passes.attach(model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base model; its hooks run the scaling pass first."""
+        self.passes.thread.enter()
+        try:
+            self.passes.check_rows(self.backbone.named_arguments(args, kwargs))
+            return self.lora_model.model(*args, **kwargs)
+        finally:  # also after an interrupt, which the forward hook does not see
+            self.carrier.clear()
+            self.passes.thread.leave()
+
+    def generate(self, *args: Any, freeze_scalings_after: int | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`.
+
+        Args:
+            *args: as transformers takes them.
+            freeze_scalings_after: ask the gate for the prompt and so many new tokens only. From then on each sequence
+                keeps the mean of its scalings so far, and a token costs one pass; None never freezes.
+            **kwargs: as transformers takes them.
+
+        Raises:
+            ConfigError: `freeze_scalings_after` cannot work with the other options.
+            ThreadError: another thread is using the model.
+        """
+        with self.passes.thread.held():
+            self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
+            frozen: AbstractContextManager[None] = nullcontext()
+            if freeze_scalings_after is not None:
+                self.passes.check_freezing(freeze_scalings_after, kwargs)
+                frozen = self.passes.freezing_at(self.backbone.prompt_length(args, kwargs) + freeze_scalings_after)
+            try:
+                with frozen:
+                    return self.lora_model.model.generate(*args, **self.backbone.with_named_cache(kwargs))
+            finally:
+                self.carrier.clear()
+
+    def fixed_scalings(self, weights: ConstantWeights) -> AbstractContextManager[None]:
+        """Use chosen weights for every token instead of the gate's, without a scaling pass.
+
+        Args:
+            weights: expert name -> weight in all layers (left out: 0; one expert at 1 is that adapter alone), or a
+                table [layer, expert] with a row for each of `xlora_config.layer_names`. `global_scaling_weight`
+                multiplies them, as it does the gate's.
+
+        Raises:
+            ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.
+
+        Example:
+            >>> with model.fixed_scalings({"math": 0.5, "code": 0.5}):
+            ...     model(input_ids)
+        """
+        names, layers = self.xlora_config.expert_names or [], self.xlora_config.layer_names or []
+        return self.passes.fixed_scalings(constant_scalings(weights, names, len(layers)))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the model, and its stacks with it."""
+        super()._apply(fn, recurse)
+        self._restack()
+        return self
+
+    def _restack(self, *, own: bool = True) -> None:
+        for module in self.lora_model.model.modules():
+            if isinstance(module, LoraLayer):
+                restack(module, own=own)
+
+    # ------------------------------------------------------------------ on, off and out
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the experts are switched off, as inside `disable_adapter()`."""
+        return self.passes.disabled
+
+    def enable_adapter_layers(self) -> None:
+        """Let the experts act again."""
+        self._switch_layers(enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Leave the experts out: the output is exactly the base model's."""
+        self._switch_layers(enabled=False)
+
+    def _switch_layers(self, *, enabled: bool) -> None:
+        self.passes.disabled = not enabled
+        self.retrained.use(enabled)
+        for module in self.lora_model.model.modules():
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                # The flag alone: peft's own switch also changes what is trainable, which is the user's to say.
+                module._disable_adapters = not enabled
+
+    def unload(self) -> nn.Module:
+        """Take the experts, the gate and the hooks out, and return the base model as it was."""
+        model = self.lora_model.model
+        self.carrier.clear()
+        Passes.detach(model)
+        remove_adapters(model)
+        leave(model)
+        self.retrained.use(False)
+        self._restore_requires_grad(model)
+        restore_input_gradient_hooks(model, self._input_gradient_hooks)
+        let_repack(self._kept_unpacked)
+        self.xlora_config.bind_model(None)
+        return model
+
+    def _restore_requires_grad(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._base_requires_grad.get(name, parameter.requires_grad))
+
+    def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: a mixture cannot be merged into the base weights."""
+        raise ValueError(
+            "an X-LoRA model cannot be merged, as its weights depend on the token: weft.fold(model, folder, weights) "
+            "writes a constant mixture as one ordinary LoRA adapter, which peft merges; unload() gives the base model "
+            "back"
+        )
+
+    merge_and_unload = merge_adapter = _cannot_merge
+
+    # ------------------------------------------------------------------ peft's machinery
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the experts are injected by their own LoraModel")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name in ("lora_model", "xlora_config"):  # not there yet
+                raise
+            return getattr(self.lora_model, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.xlora_config.bind_model(self)
+
+
+def _take_out_earlier(base: nn.Module) -> None:
+    """Take an earlier mixture of weft's out of a base model.
+
+    Warns:
+        UserWarning: there was one, which is of no use any more.
+    """
+    layers = (module for module in base.modules() if isinstance(module, LoraLayer))
+    earlier = next((tuner for layer in layers if (tuner := mixture_of(layer)) is not None), None)
+    if isinstance(earlier, XLoraModel):
+        warnings.warn(
+            f"the base model ({type(base).__name__}) carried an earlier mixture, of "
+            f"{earlier.xlora_config.expert_names}, which is taken out and of no use any more: call its unload() first "
+            "to say that this is meant",
+            stacklevel=2,
+        )
+        earlier.unload()

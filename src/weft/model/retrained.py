@@ -1,0 +1,289 @@
+"""Weights of the base model that its adapters bring along: embeddings of new tokens, heads, norms.
+
+peft saves them with an adapter where the vocabulary was resized, where a module was trained as a whole
+(`modules_to_save`), and where rows of an embedding were (`trainable_token_indices`). They are the base's, and a mixture
+has one base: where all experts that bring a weight bring the same, the mixture's base has it; where they differ, the
+mixture has no meaning.
+
+The base model's own parameters give way to them while the mixture acts, and come back in `disable_adapter()` and
+`unload()`. Each expert is saved with what it brought, as the ordinary adapter that it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.base_model.devices import offloaded_weights
+from weft.checkpoint.adapter_keys import KEY_PREFIX, OF_LAYER, TOKEN_LAYER, TOKEN_ROWS, fitted
+from weft.checkpoint.adapters import Adapter
+from weft.distributed import is_sharded
+from weft.errors import AdapterError, ConfigError, bullet_list
+from weft.files.reading import shown
+from weft.files.tensors import not_finite
+from weft.model.heads import find_heads
+from weft.model.inject import converted
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is: `owner` holds the attribute of both the base's own and the experts'."""
+
+    owner: nn.Module
+    attribute: str
+    own: nn.Parameter
+    brought: nn.Parameter
+
+
+class Retrained:
+    """What the adapters of a mixture bring along for its base model. Nothing is changed before `use`.
+
+    Args:
+        base: the base model, without adapters.
+        adapters: as read; what they bring moves from their `weights` to their `heads`.
+        backbone: what runs before the heads of the base model; None where the mixture can have none of its own.
+
+    Raises:
+        AdapterError: they bring weights that differ, that do not fit, or that hold numbers which overflow.
+    """
+
+    def __init__(self, base: Any, adapters: Sequence[Adapter], backbone: nn.Module | None = None) -> None:
+        self._base = base
+        self._parameters: dict[str, nn.Parameter] = dict(base.named_parameters(remove_duplicate=False))
+        self._places: dict[str, _Place] = {}
+        self._own_vocabulary = _vocabulary(base)
+        brought = {adapter.name: self._brought(adapter) for adapter in adapters}
+        wanted: dict[str, Tensor] = {}
+        problems: list[str] = []
+        for name in dict.fromkeys(name for one in brought.values() for name in one):
+            owners = {adapter: one[name] for adapter, one in brought.items() if name in one}
+            first, *others = owners.values()
+            if all(torch.equal(first, other) for other in others):
+                wanted[name] = first
+            else:
+                problems.append(self._difference(name, list(owners), backbone))
+        made: dict[tuple[int, int], nn.Parameter] = {}
+        for name, value in () if problems else wanted.items():
+            problems += self._problems(name, value)
+            if not problems:
+                # Names that were tied, and get equal numbers, stay tied.
+                tie = (
+                    id(self._parameters[name]),
+                    next(
+                        number
+                        for number, other in enumerate(wanted)
+                        if self._parameters[other] is self._parameters[name] and torch.equal(wanted[other], value)
+                    ),
+                )
+                made.setdefault(tie, self._parameter(name, value))
+                path, _, attribute = name.rpartition(".")
+                owner = base.get_submodule(path)
+                self._places[name] = _Place(owner, attribute, self._parameters[name], made[tie])
+        if not problems:
+            problems += self._overflows() or self._vocabulary_problems()
+        if problems:
+            who = ", ".join(repr(name) for name, one in brought.items() if one)
+            raise AdapterError(
+                f"the adapters cannot be experts of one model, as to what {who} bring along for it:"
+                f"{bullet_list(problems)}"
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def use(self, brought: bool) -> None:
+        """Put what the experts brought into the base model, or (False) the base model's own back."""
+        for place in self._places.values():
+            present = getattr(place.owner, place.attribute)
+            wanted = place.brought if brought else place.own
+            if present is wanted:
+                continue
+            # What was set aside did not move along with the model.
+            wanted.data = wanted.data.to(present.device, present.dtype)
+            setattr(place.owner, place.attribute, wanted)
+            _tell_size(place.owner, wanted)
+        embedding = next((p for name, p in self._places.items() if name in self._embeddings()[:1]), None)
+        if embedding is not None and self._own_vocabulary is not None:
+            _set_vocabulary(self._base, len(embedding.brought) if brought else self._own_vocabulary)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that have brought parameters, by name."""
+        return {name.rpartition(".")[0]: place.owner for name, place in self._places.items()}
+
+    # ------------------------------------------------------------------ what an adapter brings
+
+    def _brought(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Parameter name -> what it is to be, of one adapter."""
+        keys = {key: value for key, value in adapter.weights.items() if ".lora_" not in key}
+        names = self._names(adapter, keys)
+        full: dict[str, Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        for key, name in names.items():
+            value = adapter.weights.pop(key)
+            if OF_LAYER in key and TOKEN_LAYER not in key and self._is_own(name, value):
+                continue  # a copy, which peft adds where LoRA adapts the embeddings
+            adapter.heads[key] = value
+            (rows if TOKEN_ROWS in key else full)[name] = value
+        for name in list(full):
+            resized = full[name].shape[:1] != self._parameters[name].shape[:1]
+            if resized or getattr(adapter.config, "ensure_weight_tying", False):
+                for other in self._tied(name):
+                    full.setdefault(other, full[name])
+        for name, value in rows.items():
+            indices = _token_indices(adapter, name)
+            whole = full.get(name, self._own(name))
+            if whole is None or not indices or not _are_rows(value, indices, whole):
+                rows_here = None if whole is None else len(whole)
+                raise AdapterError(
+                    f"adapter {adapter.name!r} trains {len(value) if value.dim() else 0} rows of {name} "
+                    f"(trainable_token_indices {shown(indices)}), of which this base model has {rows_here}: add the "
+                    "tokens that it was trained with, by model.resize_token_embeddings"
+                )
+            whole = whole.clone()
+            whole[indices] = value.to(whole)
+            for other in (name, *self._tied(name)):
+                full[other] = whole
+        return full
+
+    def _names(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """key -> the parameter of the base model that is meant, of those that are understood."""
+        found: dict[str, str] = {}
+        for key in tensors:
+            plain = key.replace(TOKEN_ROWS, ".weight").replace(TOKEN_LAYER, ".").replace(OF_LAYER, ".")
+            expected = {f"{KEY_PREFIX}{name}": parameter for name, parameter in self._parameters.items()}
+            renamed = fitted({plain: tensors[key]}, expected)
+            if not renamed.keys() & expected.keys():
+                renamed = converted(self._base, adapter, {plain: tensors[key]})
+            (name,) = renamed if len(renamed) == 1 else ("",)
+            name = name.removeprefix(KEY_PREFIX)
+            if name in self._parameters:
+                found[key] = name
+        return found
+
+    def _own(self, name: str) -> Tensor | None:
+        """The base model's own numbers; None where they are not here."""
+        own: Tensor = self._parameters[name]
+        if own.is_meta:
+            path, _, attribute = name.rpartition(".")
+            offloaded = offloaded_weights(self._base.get_submodule(path)).get(attribute)
+            return None if offloaded is None else offloaded.cpu()
+        return own.detach().cpu()
+
+    def _is_own(self, name: str, value: Tensor) -> bool:
+        own = self._own(name)
+        if own is None or own.shape != value.shape:
+            return False
+        return torch.equal(own.to(value.dtype), value) or torch.equal(value.to(own.dtype), own)
+
+    def _tied(self, name: str) -> list[str]:
+        """The other names of a parameter."""
+        own = self._parameters[name]
+        return [other for other, parameter in self._parameters.items() if parameter is own and other != name]
+
+    # ------------------------------------------------------------------ what can be wrong with it
+
+    def _difference(self, name: str, adapters: list[str], backbone: nn.Module | None) -> str:
+        module = name.rpartition(".")[0]
+        way_out = (
+            "leave all but one of these adapters out, or train them with the same one (on a base model that has it)"
+        )
+        try:
+            if backbone is not None and find_heads(self._base, backbone, [module]):
+                way_out = f"let the mixture train one of its own, by heads=[{module!r}], or {way_out}"
+        except ConfigError:
+            pass  # it is none that a mixture could have
+        return f"{adapters} each bring their own {name}, and these differ, but a mixture has one: {way_out}"
+
+    def _problems(self, name: str, value: Tensor) -> list[str]:
+        own = self._parameters[name]
+        if is_sharded(own) or own.is_meta or type(own) is not nn.Parameter or not own.is_floating_point():
+            state = "offloaded or sharded" if own.is_meta or is_sharded(own) else f"quantised ({type(own).__name__})"
+            return [
+                f"they bring their own {name}, which is {state} in this base model, and cannot be replaced: load "
+                "the base model with this module as it is"
+            ]
+        shape = list(own.shape)
+        if name in self._embeddings():
+            shape[0] = len(value)
+        if list(value.shape) != shape:
+            return [f"they bring {name} of shape {list(value.shape)}, expected {list(own.shape)}"]
+        return []
+
+    def _parameter(self, name: str, value: Tensor) -> nn.Parameter:
+        own = self._parameters[name]
+        return nn.Parameter(value.detach().to(own.device, own.dtype, copy=True), requires_grad=False)
+
+    def _overflows(self) -> list[str]:
+        broken = not_finite({name: place.brought for name, place in self._places.items()})
+        return [] if broken is None else [f"in this base model {broken}: load it in a wider dtype"]
+
+    def _vocabulary_problems(self) -> list[str]:
+        """Where only one of the input and output embeddings would get another size."""
+        names = [name for name in self._embeddings() if name.endswith("weight")]
+        sizes = [len(self._places[name].brought if name in self._places else self._parameters[name]) for name in names]
+        before = [len(self._parameters[name]) for name in names]
+        if len(set(sizes)) < 2 or sizes == before:
+            return []
+        wanted = max(sizes)
+        return [
+            f"they bring embeddings of {wanted} tokens along, but not all of {names}, of which this base model has "
+            f"{before}: call model.resize_token_embeddings({wanted}) first"
+        ]
+
+    def _embeddings(self) -> list[str]:
+        """The names of what has a row for each token: input embeddings, output embeddings."""
+        modules = [_embedding(self._base, method) for method in ("get_input_embeddings", "get_output_embeddings")]
+        paths = {id(module): path for path, module in self._base.named_modules()}
+        return [
+            f"{paths[id(module)]}.{attribute}"
+            for module in modules
+            if id(module) in paths
+            for attribute in ("weight", "bias")
+            if f"{paths[id(module)]}.{attribute}" in self._parameters
+        ]
+
+
+def _are_rows(value: Tensor, indices: list[int], whole: Tensor) -> bool:
+    """Whether these can be the rows of those numbers."""
+    inside = min(indices) >= 0 and max(indices) < len(whole)
+    return inside and list(value.shape) == [len(indices), *whole.shape[1:]]
+
+
+def _token_indices(adapter: Adapter, name: str) -> list[int] | None:
+    """Which rows of this embedding an adapter trains."""
+    indices = adapter.config.trainable_token_indices
+    if isinstance(indices, dict):
+        module = name.rpartition(".")[0]
+        return next((rows for layer, rows in indices.items() if f".{module}".endswith(f".{layer}")), None)
+    return indices
+
+
+def _embedding(base: Any, method: str) -> nn.Module | None:
+    """The input or output embeddings; None where a model has none, such as one of images."""
+    try:
+        return getattr(base, method, lambda: None)()
+    except NotImplementedError:
+        return None
+
+
+def _tell_size(owner: nn.Module, weight: Tensor) -> None:
+    if isinstance(owner, nn.Embedding):
+        owner.num_embeddings = len(weight)
+    elif isinstance(owner, nn.Linear):
+        owner.out_features = len(weight)
+
+
+def _vocabulary(base: Any) -> int | None:
+    config: Any = getattr(base, "config", None)
+    return getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+
+
+def _set_vocabulary(base: Any, size: int) -> None:
+    """As transformers does when it resizes embeddings; the loss is computed with it."""
+    base.config.get_text_config().vocab_size = size
+    if hasattr(base, "vocab_size"):
+        base.vocab_size = size

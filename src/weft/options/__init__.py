@@ -1,0 +1,44 @@
+"""The options of every command, as dataclasses: each has its meaning, unit and default here and nowhere else.
+
+Knows no command: what an option does is said where it is used. Options of the mixture itself have the names and ranges
+of `XLoraConfig`. Nothing heavy is imported, so that `weft --help` answers at once.
+
+    base.py         what all of them share: `~` in paths, number formats
+    values.py       what no option can be, whatever it means
+    train.py        `weft train`
+    evaluate.py     `weft eval`
+    text.py         `weft generate`, `chat`, `inspect`
+    mixtures.py     `weft fold`, `add-expert`, `drop-expert`, `convert`, `card`, `push`, `pull`
+    serve.py        `weft serve`
+"""
+
+from weft.options.evaluate import EvalOptions
+from weft.options.mixtures import (
+    AddExpertOptions,
+    CardOptions,
+    ConvertOptions,
+    DropExpertOptions,
+    FoldOptions,
+    PullOptions,
+    PushOptions,
+)
+from weft.options.serve import ServeOptions
+from weft.options.text import ChatOptions, GenerateOptions, InspectOptions, decoding
+from weft.options.train import TrainOptions
+
+__all__ = [
+    "AddExpertOptions",
+    "CardOptions",
+    "ChatOptions",
+    "ConvertOptions",
+    "DropExpertOptions",
+    "EvalOptions",
+    "FoldOptions",
+    "GenerateOptions",
+    "InspectOptions",
+    "PullOptions",
+    "PushOptions",
+    "ServeOptions",
+    "TrainOptions",
+    "decoding",
+]

@@ -1,0 +1,47 @@
+"""What no option of the command line can be, whatever it means: a number that is none, a text that is no text.
+
+The ranges of single options are checked where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from weft.files.reading import has_surrogate, is_number, is_whole, shown
+
+# numpy's random numbers, of which transformers sets the seed too, take no other.
+_MOST_SEED = 2**32 - 1
+# Texts, where all other strings are names of files, which may be of any bytes.
+_TEXTS = ("prompt", "system", "text", "generate", "title")
+
+
+def value_problems(options: Any) -> list[str]:
+    """What is wrong with the values of such a dataclass, a sentence each.
+
+    Example:
+        >>> value_problems(TrainOptions(learning_rate=math.nan))
+        ['learning_rate (nan) must be a finite number']
+    """
+    problems = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "seed":
+            if not is_whole(value) or not 0 <= value <= _MOST_SEED:
+                problems.append(f"seed ({shown(value)}) must be a whole number from 0 to {_MOST_SEED}")
+        elif isinstance(value, float) and not is_number(value):
+            problems.append(f"{field.name} ({value}) must be a finite number")
+        elif isinstance(value, int) and not isinstance(value, bool) and not is_whole(value):
+            problems.append(f"{field.name} ({shown(value)}) must be a whole number below 2^63")
+        elif isinstance(value, str) and field.name in _TEXTS and has_surrogate(value):
+            problems.append(f"{field.name} ({shown(value)}) holds half of a character: expected whole text")
+        elif any("\0" in text for text in _strings(value) if field.name not in _TEXTS):
+            problems.append(f"{field.name} ({shown(value)}) holds a null character, which no file's name can have")
+    return problems
+
+
+def _strings(value: Any) -> list[str]:
+    """The strings in an option's value."""
+    if isinstance(value, dict):
+        return [part for pair in value.items() for part in pair if isinstance(part, str)]
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]

@@ -1,0 +1,225 @@
+"""The gate's own losses in the loss of a call, whoever makes the call: a Trainer, TRL, or a loop.
+
+A call in training mode with `labels` gets the weighted sum of the losses that `XLoraConfig` asks for added to its
+loss; evaluation's loss stays the language model's. `expert_labels`, which no base model knows, is taken out of the
+call's arguments. The gate's answers come from the passes, and go on to the metrics.
+
+Accumulated micro-batches give the gradient of their mean. A Trainer that passes `num_items_in_batch`, the number of
+labels in all of them, does not divide by the number of micro-batches: the language model's loss is then a sum over
+tokens divided by that number, and the gate's losses are multiplied by the micro-batch's part of it. TRL's SFTTrainer
+ignores the loss of a call and makes its own of `log_probs`, so the losses travel with those, whose values they leave.
+
+Rows whose labels are all -100, which fill batches up in distributed training, teach nothing, so they do not count in
+the gate's losses and metrics. Nor do texts of one token, which fill up packed rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from weft.config import XLoraConfig
+from weft.errors import ConfigError, DataError
+from weft.gate.losses import NO_EXPERT, balance_loss, entropy_loss, expert_label_loss, token_weights
+from weft.gate.metrics import GateMetrics
+from weft.gate.routing import keep_top_k, softmax_with_temperature
+
+EXPERT_LABELS = "expert_labels"
+
+
+@dataclasses.dataclass
+class _Call:
+    """A training call in progress: what its losses need, and the gate's answers so far with their padding masks."""
+
+    labels: Tensor | None
+    shift_labels: Tensor | None
+    num_items: Tensor | int | None
+    expert_labels: Tensor | None
+    position_ids: Tensor | None
+    answers: list[tuple[Tensor, Tensor | None]] = dataclasses.field(default_factory=list)
+
+
+class AuxiliaryLosses:
+    """Adds the gate's losses to the loss of each training call.
+
+    Args:
+        config: the weights, read at every call.
+        shifts_labels: whether token t predicts label t + 1, so that no loss counts the first label.
+        labels_are_targets: whether `labels` are the tokens of a decoder of their own, -100 where there is none.
+
+    Attributes:
+        metrics: what the gate does in these calls.
+    """
+
+    def __init__(self, config: XLoraConfig, *, shifts_labels: bool, labels_are_targets: bool) -> None:
+        self.config = config
+        self.shifts_labels = shifts_labels
+        self.labels_are_targets = labels_are_targets
+        self.metrics = GateMetrics(config.expert_names or list(config.adapters or {}))
+        self._call: _Call | None = None
+
+    def begin(self, arguments: dict[str, Any], *, training: bool) -> None:
+        """Take what the base model does not know out of a call's arguments.
+
+        Raises:
+            DataError: the labels are no numbers of experts.
+        """
+        expert_labels = arguments.pop(EXPERT_LABELS, None)
+        self._call = None
+        if training:
+            self._call = _Call(
+                arguments.get("labels"),
+                arguments.get("shift_labels"),
+                arguments.get("num_items_in_batch"),
+                self._checked(expert_labels) if self.config.expert_label_loss_weight else None,
+                arguments.get("position_ids"),
+            )
+
+    def gate_answered(self, scalings: Float[Tensor, "batch seq layer expert"], padding: Tensor | None) -> None:
+        """Note scalings, before top-k, that layers of the call in progress follow."""
+        call = self._call
+        if call is None:
+            return
+        if padding is None and self.labels_are_targets and call.labels is not None:
+            padding = call.labels != NO_EXPERT if call.labels.shape == scalings.shape[:2] else None
+        if call.labels is not None:
+            padding = _without_fill(padding, call, scalings.shape[:2])
+        if padding is not None:
+            padding = padding.to(scalings.device)
+        shares = self._shares(scalings)
+        call.answers.append((shares, padding))
+        if self.metrics.enabled:
+            config = self.config
+            followed = keep_top_k(scalings.detach(), config.top_k_lora, renormalise=config.enable_softmax_topk)
+            self.metrics.add(shares.detach(), _normalised(followed), padding)
+
+    def finish(self, output: Any) -> Any:
+        """The call's output with the gate's losses in its loss; None where there is nothing to add.
+
+        Args:
+            output: what the base model returned; None after an error.
+        """
+        call, self._call = self._call, None
+        weighted = self.config.gate_loss_weights
+        if call is None or output is None or call.labels is None or not call.answers or not weighted:
+            return None
+        losses = self._losses(call)
+        masks = [mask for _, mask in call.answers if mask is not None]
+        self.metrics.add_losses(losses, torch.stack([mask.any() for mask in masks]).any() if masks else None)
+        if not losses:
+            return None
+        total = torch.stack([weighted[name] * loss for name, loss in losses.items()]).sum()
+        if isinstance(output, tuple):
+            return (_sum(output[0], total * self._part_of_batch(call)), *output[1:])
+        if isinstance(output, ModelOutput):
+            if output.get("loss") is not None:
+                output["loss"] = _sum(output["loss"], total * self._part_of_batch(call))
+            if output.get("log_probs") is not None and output.get("label_mask") is not None:
+                output["log_probs"] = _WithLoss.apply(output["log_probs"], output["label_mask"], total)
+        return output
+
+    def _losses(self, call: _Call) -> dict[str, Tensor]:
+        shares = torch.cat([shares for shares, _ in call.answers], dim=1)
+        padding = None
+        if any(mask is not None for _, mask in call.answers):
+            padding = torch.cat([token_weights(shares, mask) for shares, mask in call.answers], dim=1)
+        config, losses = self.config, {}
+        if config.balance_loss_weight:
+            losses["balance_loss"] = balance_loss(shares, padding, top_k=config.top_k_lora)
+        if config.entropy_loss_weight:
+            losses["entropy_loss"] = entropy_loss(shares, padding)
+        if config.expert_label_loss_weight and call.expert_labels is not None:
+            losses["expert_label_loss"] = expert_label_loss(shares, call.expert_labels, padding)
+        return losses
+
+    def _shares(self, scalings: Tensor) -> Tensor:
+        if self.config.enable_softmax:
+            return scalings
+        if self.config.enable_softmax_topk:
+            return softmax_with_temperature(scalings, 1.0)
+        return _normalised(scalings)  # for the metrics only: the losses need a softmax
+
+    def _part_of_batch(self, call: _Call) -> Tensor | float:
+        """This call's part of the labels in all accumulated calls; 1 where the caller divides by their number."""
+        if call.num_items is None:
+            return 1.0
+        labels = call.shift_labels
+        if labels is None:
+            assert call.labels is not None
+            labels = call.labels[..., 1:] if self.shifts_labels else call.labels
+        count = (labels != NO_EXPERT).sum()
+        return count / (call.num_items.to(count.device) if isinstance(call.num_items, Tensor) else call.num_items)
+
+    def _checked(self, labels: Any) -> Tensor | None:
+        if labels is None:
+            return None
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise DataError(f"expert_labels ({kind}) must be a tensor of whole numbers, the number of an expert each")
+        num_experts = self.config.num_experts
+        wrong = (labels != NO_EXPERT) & ((labels < 0) | (labels >= num_experts))
+        if bool(wrong.any()):
+            raise DataError(
+                f"expert_labels has {labels[wrong][0].item()}, expected 0 to {num_experts - 1}, an expert's place in "
+                f"{self.metrics.expert_names}, or {NO_EXPERT} for none"
+            )
+        return labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_call": None}  # part of a graph, which can neither be copied nor pickled
+
+
+class _WithLoss(torch.autograd.Function):
+    """Log-probabilities of labels, as they are, whose backward pass is that of a loss beside the one made of them.
+
+    The loss gets the weight that the labels' log-likelihood has in what is made of it: a mean over the tokens of all
+    accumulated calls gives each call its part of them, and whatever scales that loss scales this one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, label_mask: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(label_mask)
+        ctx.like = loss.device, loss.dtype
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        (gradient,) = gradients
+        (label_mask,) = ctx.saved_tensors
+        of_labels = gradient.masked_fill(~label_mask.bool(), 0)
+        # TRL, which alone comes here, reads numbers back from the device at every step anyway.
+        if bool((of_labels > 0).any()):
+            raise ConfigError(
+                "the gate's losses (balance_loss_weight, entropy_loss_weight, expert_label_loss_weight) can only join "
+                "a log-likelihood here, but this trainer's loss lowers the probability of some tokens: set them to 0 "
+                "and add the functions of weft.losses of get_latest_scalings() in its compute_loss"
+            )
+        device, dtype = ctx.like
+        return gradient, None, -of_labels.sum().to(device, dtype)
+
+
+def _without_fill(padding: Tensor | None, call: _Call, shape: Sequence[int]) -> Tensor | None:
+    """The padding mask `[batch, seq]` without what only fills the batch up."""
+    labels, positions, (batch, seq) = call.labels, call.position_ids, shape
+    if labels is None or labels.is_floating_point() or labels.shape[0] != batch:
+        return padding
+    teaches = (labels != NO_EXPERT).view(batch, -1).any(1)[:, None]
+    if padding is None and positions is not None and positions.shape == shape:
+        first = positions == 0
+        padding = ~(first & torch.cat([first[:, 1:], first.new_ones(batch, 1)], dim=1))
+    return teaches.expand(batch, seq) if padding is None else (padding != 0) & teaches.to(padding.device)
+
+
+def _sum(loss: Tensor, addition: Tensor) -> Tensor:
+    return loss + addition.to(loss.device, loss.dtype)
+
+
+def _normalised(scalings: Tensor) -> Tensor:
+    sizes = scalings.abs()
+    return sizes / sizes.sum(-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)

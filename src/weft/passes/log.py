@@ -1,0 +1,78 @@
+"""A bounded record of the scalings that a model's passes used."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from weft.gate.metrics import GateMetrics
+
+
+class ScalingsLog:
+    """Keeps the last passes' scalings, detached and on the CPU, while it is enabled.
+
+    Args:
+        size: how many passes to keep; older ones are dropped.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.enabled = False
+        self._entries: deque[Tensor] = deque(maxlen=size)
+
+    def record(self, scalings: Float[Tensor, "batch seq layer expert"]) -> None:
+        """Add one pass, if the log is enabled."""
+        if self.enabled:
+            # A copy: the scalings of a shared gate are a view that repeats one layer, and λ may be written to.
+            self._entries.append(scalings.detach().to("cpu", copy=True).contiguous())
+
+    def entries(self) -> list[Tensor]:
+        """The recorded passes, oldest first; the list is a copy, the tensors are not."""
+        return list(self._entries)
+
+    def clear(self) -> None:
+        """Forget all recorded passes."""
+        self._entries.clear()
+
+    def by_sequence_length(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Sequence length -> (places in the log, scalings), so that each bucket can be stacked."""
+        buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
+        for place, scalings in enumerate(self._entries):
+            _, seq, _, _ = scalings.shape
+            places, tensors = buckets.setdefault(seq, ([], []))
+            places.append(place)
+            tensors.append(scalings)
+        return buckets
+
+
+class ScalingsLogMethods:
+    """The methods by which peft's X-LoRA shows its log, for the model whose `passes` keep one."""
+
+    passes: Any
+
+    def enable_scalings_logging(self) -> None:
+        """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
+        self.passes.log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop recording; what is recorded stays."""
+        self.passes.log.enabled = False
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
+        return self.passes.log.entries()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Sequence length -> (places in the log, scalings)."""
+        return self.passes.log.by_sequence_length()
+
+    def clear_scalings_log(self) -> None:
+        """Forget the recorded scalings."""
+        self.passes.log.clear()
+
+    @property
+    def gate_metrics(self) -> GateMetrics:
+        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
+        return self.passes.losses.metrics

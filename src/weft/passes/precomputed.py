@@ -1,0 +1,58 @@
+"""A call of the model that brings what its scaling pass would give, as the argument `scaling_pass_hidden`.
+
+The scaling pass of a frozen base depends on the tokens alone, so it can be computed ahead (see `scaling_cache.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from weft.base_model.backbone import Backbone
+from weft.config import XLoraConfig
+from weft.errors import ConfigError
+
+SCALING_PASS_HIDDEN = "scaling_pass_hidden"
+
+
+def given_hidden_problems(config: XLoraConfig, backbone: Backbone) -> list[str]:
+    """Why a scaling pass cannot be computed ahead of its call, a sentence each; empty where it can."""
+    problems = []
+    if config.gate_layer is not None:
+        problems.append(f"gate_layer ({config.gate_layer}) must be None: with it there is no scaling pass")
+    elif config.constant_weight != 0:
+        problems.append(
+            f"scaling_pass_value ({config.constant_weight}) must be 0: else the experts act in the scaling pass, and "
+            "its result is not the base model's alone"
+        )
+    if backbone.is_encoder_decoder:
+        problems.append(
+            f"the base model ({type(backbone.base).__name__}) must not be an encoder-decoder, which has two scaling "
+            "passes: let them run"
+        )
+    return problems
+
+
+def take_given_hidden(arguments: dict[str, Any], config: XLoraConfig, backbone: Backbone) -> Tensor | None:
+    """Take `scaling_pass_hidden` (`[batch, seq, hidden]`) out of the arguments of a call; None where it is not there.
+
+    Raises:
+        ConfigError: this model cannot do with it.
+        ValueError: its shape does not fit the call's tokens.
+    """
+    hidden = arguments.pop(SCALING_PASS_HIDDEN, None)
+    if hidden is None:
+        return None
+    problems = given_hidden_problems(config, backbone)
+    if problems:
+        raise ConfigError(f"{SCALING_PASS_HIDDEN} cannot be used:", problems)
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    expected = [*([] if tokens is None else tokens.shape[:2]), config.hidden_size]
+    if list(hidden.shape) != expected:
+        raise ValueError(
+            f"{SCALING_PASS_HIDDEN} has shape {list(hidden.shape)}, expected {expected}: the batch and length of the "
+            "call's input_ids or inputs_embeds, and the gate's hidden_size"
+        )
+    return hidden

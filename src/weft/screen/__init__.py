@@ -1,0 +1,10 @@
+"""What a person sees, in a terminal or in a browser: escaped, coloured, and on time.
+
+Knows no model and no file of weft's: texts and numbers in, texts out.
+
+    visible.py      names and messages that cannot steer a terminal
+    console.py      rich's console, for texts that others wrote
+    countdown.py    what is done and how long the rest takes
+    palette.py      the experts' colours: the same in the terminal, on pages and in figures
+    web/            what the pages in a browser share: template, styles, scripts
+"""

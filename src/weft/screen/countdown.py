@@ -1,0 +1,73 @@
+"""How far something is and how long it still takes, on the screen or in a log."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from weft.screen.console import VisibleConsole
+
+EVERY = 10.0  # seconds between two lines, where there is no terminal
+
+
+class Countdown:
+    """A bar with the time left on a terminal, which goes when it is done; elsewhere a line every ten seconds.
+
+    Args:
+        total: steps to come; None where nobody knows.
+        what: is being done.
+        hidden: show nothing, as all but one of several processes do.
+
+    Example:
+        >>> with Countdown(len(batches), "reading") as countdown:
+        ...     for batch in batches:
+        ...         model(**batch)
+        ...         countdown.advance()
+    """
+
+    def __init__(self, total: int | None, what: str = "", *, hidden: bool = False) -> None:
+        self.total, self.what, self.hidden = total, what, hidden
+        self.done = 0
+        self._console = VisibleConsole(soft_wrap=True)
+        self._bar: Progress | None = None
+        self._start = self._last = 0.0
+
+    def __enter__(self) -> Countdown:
+        self._start = self._last = time.monotonic()
+        if self._console.is_terminal and not self.hidden:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.add_task(self.what, total=self.total)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, steps: int = 1, what: str | None = None) -> None:
+        """So many more steps are done, and `what` is done next."""
+        self.done += steps
+        self.what = self.what if what is None else what
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=steps, description=self.what)
+        elif not self.hidden and now - self._last >= EVERY:
+            self._last = now
+            self._console.print(f"{self.what}: {self._so_far(now)}", markup=False, highlight=False)
+
+    def _so_far(self, now: float) -> str:
+        if self.total is None:
+            return f"{self.done:,}"
+        left = (now - self._start) / self.done * (self.total - self.done) if self.done else None
+        return f"{self.done:,}/{self.total:,}" + ("" if left is None else f", {clock(left)} left")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,311 @@
+"""Recording traces: a mixture reads texts, and what its layers followed is kept, with how well it predicted them.
+
+Each text is read once by the mixture and once by the base model, without a cache. A generation is recorded from its
+finished text: a causal model reads it just as it did while it wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from weft.base_model.devices import execution_device
+from weft.data.chat_template import refuse_half_characters
+from weft.data.texts import check_length, prompt_tokens, read_tokens, text_tokens, token_sequences
+from weft.errors import ConfigError, DataError
+from weft.evaluate import padded_batches
+from weft.generation.detokenizer import Detokeniser
+from weft.generation.stream import stream, tuner_of
+from weft.model.model import XLoraModel
+from weft.traces.trace import Trace, TracedText
+
+# With 210 layers and 16 experts 4,096 tokens are 28 MB.
+MAX_TOKENS = 4096
+# Positions whose logits are in float32 at one time: a vocabulary has 10^5 entries.
+_POSITIONS = 256
+
+
+def trace(
+    model: Any,
+    text: str | Tensor | Sequence[int],
+    *,
+    tokenizer: Any = None,
+    title: str = "",
+    max_tokens: int = MAX_TOKENS,
+) -> Trace:
+    """Record what the gate does with a text.
+
+    Args:
+        model: a mixture in evaluation mode. Inside of `fixed_scalings` its weights are recorded.
+        text: a text, which needs a tokenizer, or token ids ([seq] or [1, seq]), as `tokenizer.apply_chat_template`
+            gives them for a conversation.
+        tokenizer: makes tokens of the text and text of the tokens; without it tokens are shown as numbers.
+        title: what it is, for people.
+        max_tokens: the trace has at most so many, the first ones. A text longer than the model's positions is read in
+            parts.
+
+    Raises:
+        ConfigError: the model is no decoder or encoder with its experts on, or the text has no token.
+        DataError: the text or the title holds half of a character.
+
+    Example:
+        >>> trace = weft.trace(model, "The contract says", tokenizer=tokenizer)
+        >>> trace.scalings.shape  # [token, layer, expert]
+    """
+    tuner = _checked(model, max_tokens, title)
+    token_ids = _token_ids(text, tokenizer)
+    length = _positions(tuner) or len(token_ids)
+    texts = [("", token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
+    return _record(tuner, texts, tokenizer, title=title, max_tokens=max_tokens, batch_size=1)
+
+
+def trace_data(
+    model: Any,
+    data: Mapping[str, str | Sequence[str]],
+    *,
+    tokenizer: Any,
+    title: str = "",
+    max_tokens: int = MAX_TOKENS,
+    sequence_length: int = 512,
+    batch_size: int = 4,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Trace:
+    """Record what the gate does with data sets, each of which has an equal part of the trace.
+
+    Args:
+        model: a mixture in evaluation mode.
+        data: name -> file (as for `weft train`), or texts.
+        tokenizer: of the base model.
+        title: what it is, for people.
+        max_tokens: the trace has at most so many, the first ones of each data set.
+        sequence_length: tokens per sequence; longer texts are cut into several.
+        batch_size: sequences per forward pass.
+        advance: called with the number of tokens done, after each forward pass.
+
+    Raises:
+        ConfigError: as `trace`.
+        DataError: the data cannot be read.
+
+    Example:
+        >>> trace = weft.trace_data(model, {"code": "code.jsonl", "law": "law.jsonl"}, tokenizer=tokenizer)
+        >>> trace.by_name()  # {"code": [expert], "law": [expert]}
+    """
+    tuner = _checked(model, max_tokens, title, *data)
+    if not data:
+        raise DataError("data is empty: give a name and a file, or texts, for each data set")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size ({batch_size}) must be at least 1")
+    check_length(sequence_length, tuner.backbone.base.config)
+    limit, left_out = max(1, max_tokens // len(data)), 0
+    texts: list[tuple[str, list[int]]] = []
+    for name, source in data.items():
+        if isinstance(source, str):
+            found = read_tokens(source, tokenizer)
+        else:
+            found = [text_tokens(text, tokenizer) for text in source]
+        kept, beyond = _first(token_sequences(found, sequence_length), limit)
+        texts += [(name, sequence) for sequence in kept]
+        left_out += beyond
+    return _record(
+        tuner,
+        texts,
+        tokenizer,
+        title=title,
+        max_tokens=max(max_tokens, limit * len(data)),
+        batch_size=batch_size,
+        left_out=left_out,
+        advance=advance,
+    )
+
+
+def trace_generation(
+    model: Any,
+    prompt: str | Tensor,
+    *,
+    tokenizer: Any = None,
+    title: str = "",
+    max_tokens: int = MAX_TOKENS,
+    **options: Any,
+) -> Trace:
+    """Let the mixture continue a text, and record both.
+
+    Args:
+        model: a mixture in evaluation mode.
+        prompt: the text to continue, or token ids [1, seq].
+        tokenizer: as for `trace`.
+        title: what it is, for people.
+        max_tokens: the trace has at most so many, the first ones.
+        **options: of `weft.stream`, but for `past_key_values` and `freeze_scalings_after`.
+
+    Raises:
+        ConfigError: as `trace`, or an option cannot work.
+
+    Example:
+        >>> trace = weft.trace_generation(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32)
+    """
+    tuner = _checked(model, max_tokens, title)
+    for name in ("past_key_values", "freeze_scalings_after"):
+        if options.get(name) is not None:
+            raise ConfigError(
+                f"{name} ({options[name]!r}) cannot be traced, as the text is read again from its beginning to its "
+                "end: leave it out"
+            )
+    options.pop("freeze_scalings_after", None)
+    prompt_ids = _token_ids(prompt, tokenizer, tokens_of=prompt_tokens)
+    steps = stream(model, torch.tensor([prompt_ids]), tokenizer=tokenizer, **options)
+    token_ids = prompt_ids + [step.token for step in steps]
+    length = _positions(tuner) or len(token_ids)  # a last token that nobody has read has no scalings
+    return _record(
+        tuner,
+        [("", token_ids[:length])],
+        tokenizer,
+        title=title,
+        max_tokens=max_tokens,
+        batch_size=1,
+        prompt_length=len(prompt_ids),
+    )
+
+
+def _checked(model: Any, max_tokens: int, *names: str) -> XLoraModel:
+    tuner = tuner_of(model)
+    refuse_half_characters(names)
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ConfigError(f"max_tokens ({max_tokens!r}) must be a whole number of at least 1")
+    if tuner.backbone.is_encoder_decoder:
+        raise ConfigError(
+            f"the base model ({type(tuner.backbone.base).__name__}) is an encoder-decoder, whose layers do not all "
+            "follow the same tokens: expected a decoder or an encoder; model.get_latest_scalings() has the target's"
+        )
+    if tuner.disabled:
+        raise ConfigError("the experts are off (disable_adapter), so that there is nothing to trace: leave it first")
+    return tuner
+
+
+def _token_ids(
+    text: str | Tensor | Sequence[int], tokenizer: Any, tokens_of: Callable[[str, Any], list[int]] = text_tokens
+) -> list[int]:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ConfigError(f"tokenizer (None) must be given with a text ({text[:40]!r})")
+        token_ids = tokens_of(text, tokenizer)
+    elif isinstance(text, Tensor):
+        if text.dtype != torch.long or text.dim() > 2 or (text.dim() == 2 and len(text) != 1):
+            raise ConfigError(
+                f"text ({text.dtype} of shape {list(text.shape)}) must be token ids, torch.int64 of shape [seq] or "
+                "[1, seq]: trace_data takes several texts"
+            )
+        token_ids = text.flatten().tolist()
+    else:
+        token_ids = [int(token) for token in text]
+    if not token_ids:
+        raise ConfigError(f"text ({text!r}) has no tokens, expected at least one")
+    return list(token_ids)
+
+
+def _positions(tuner: XLoraModel) -> int | None:
+    return getattr(tuner.backbone.base.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _first(sequences: Iterable[list[int]], limit: int) -> tuple[list[list[int]], int]:
+    """The first `limit` tokens, and how many there are beyond."""
+    kept: list[list[int]] = []
+    beyond = 0
+    for sequence in sequences:
+        part = sequence[:limit]
+        limit -= len(part)
+        beyond += len(sequence) - len(part)
+        if part:
+            kept.append(part)
+    return kept, beyond
+
+
+@torch.no_grad()
+def _record(
+    tuner: XLoraModel,
+    texts: list[tuple[str, list[int]]],
+    tokenizer: Any,
+    *,
+    title: str,
+    max_tokens: int,
+    batch_size: int,
+    prompt_length: int | None = None,
+    left_out: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Trace:
+    sequences, beyond = _first((sequence for _, sequence in texts), max_tokens)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for input_ids, attention_mask in padded_batches(sequences, batch_size):
+        parts.append(_read(tuner, input_ids, attention_mask))
+        advance(int(attention_mask.sum()))
+    scalings, log_probs, base_log_probs = (torch.cat(values) for values in zip(*parts, strict=True))
+    options = tuner.xlora_config
+    layer_names = options.layer_names or []
+    return Trace(
+        scalings=scalings,
+        token_ids=torch.tensor([token for sequence in sequences for token in sequence]),
+        log_probs=log_probs,
+        base_log_probs=base_log_probs,
+        pieces=tuple(piece for sequence in sequences for piece in _pieces(sequence, tokenizer)),
+        expert_names=tuple(options.expert_names or ()),
+        layer_names=tuple(layer_names) if scalings.shape[1] == len(layer_names) else ("all layers",),
+        texts=tuple(
+            TracedText(name, len(sequence), prompt_length)
+            for (name, _), sequence in zip(texts[: len(sequences)], sequences, strict=True)
+        ),
+        title=title,
+        num_left_out=left_out + beyond,
+    )
+
+
+def _read(
+    tuner: XLoraModel, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scalings and both log-probabilities of the tokens of a batch, its padding left out."""
+    device, present = execution_device(tuner.backbone.base), attention_mask.bool()
+    arguments: dict[str, Any] = {
+        "input_ids": input_ids.to(device),
+        "attention_mask": attention_mask.to(device),
+    }
+    if tuner.backbone.takes("use_cache"):
+        arguments["use_cache"] = False
+    output = tuner(**arguments)
+    followed = tuner.passes.followed()
+    assert followed is not None
+    scalings = followed.expand(*input_ids.shape, -1, -1)[present.to(followed.device)].half().cpu()
+    log_probs = _log_probs(tuner, output, arguments["input_ids"])[present]
+    tuner.disable_adapter_layers()
+    try:
+        base_log_probs = _log_probs(tuner, tuner(**arguments), arguments["input_ids"])[present]
+    finally:
+        tuner.enable_adapter_layers()
+    return scalings, log_probs, base_log_probs
+
+
+def _log_probs(tuner: XLoraModel, output: Any, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
+    """ln p of each token after those before it; NaN for the first, and for all with a model that is not causal."""
+    found = torch.full(input_ids.shape, torch.nan)
+    if tuner.backbone.shifts_labels:
+        for start in range(0, input_ids.shape[1] - 1, _POSITIONS):
+            targets = input_ids[:, start + 1 : start + 1 + _POSITIONS]
+            logits = output.logits[:, start : start + targets.shape[1]].float().to(targets.device)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            found[:, start + 1 : start + 1 + targets.shape[1]] = -losses.view(targets.shape).cpu()
+    return found
+
+
+def _pieces(token_ids: list[int], tokenizer: Any) -> list[str]:
+    """The text of each token: together the text, with special tokens by their names."""
+    if tokenizer is None:
+        return [f"#{token} " for token in token_ids]
+    detokeniser, special = Detokeniser(tokenizer), set(tokenizer.all_special_ids)
+    pieces = [detokeniser.add(token) for token in token_ids]
+    for place, token in enumerate(token_ids):
+        if token in special and not pieces[place]:
+            pieces[place] = str(tokenizer.convert_ids_to_tokens(token))
+    pieces[-1] += detokeniser.flush()
+    return pieces

@@ -1,0 +1,93 @@
+"""The gate in the log of transformers' `Trainer`, of TRL's trainers, and of what they report to."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from weft.errors import ConfigError
+from weft.gate.metrics import GateMetrics
+
+
+class GateCallback(TrainerCallback):
+    """Adds to each line of the training log what the gate did since the last one.
+
+    The keys are those of `GateMetrics.read`: each expert's share and top-1 share, the entropy before and after top-k,
+    and the gate's losses, without their weights. They reach `state.log_history` and the reporting tools (TensorBoard
+    calls them train/gate/...). A gate that collapses, and a loss that has no effect, is warned of. In distributed
+    training the means are over all processes.
+
+    Raises:
+        ConfigError: the model that is trained is no mixture of weft's.
+
+    Example:
+        >>> trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[weft.GateCallback()])
+        >>> trainer.train()
+        >>> trainer.state.log_history[0]["gate/entropy"]
+    """
+
+    def __init__(self) -> None:
+        self._metrics: GateMetrics | None = None
+        self._was_enabled = False
+        self._warned: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Begin to count."""
+        metrics = getattr(model, "gate_metrics", None)
+        if not isinstance(metrics, GateMetrics):
+            raise ConfigError(
+                f"GateCallback cannot follow the model ({type(model).__name__}): expected a mixture of weft's, from "
+                "weft.from_adapters or weft.from_pretrained"
+            )
+        self._move_to_the_front()
+        self._metrics, self._was_enabled = metrics, metrics.enabled
+        metrics.clear()
+        metrics.enabled = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Add the means to a line of the training log; those of evaluations have none."""
+        if self._metrics is None or logs is None or "loss" not in logs:
+            return
+        means = self._metrics.read(across_processes=True)
+        logs.update(means)
+        if state.log_history:
+            state.log_history[-1].update(means)
+        if state.is_world_process_zero:
+            self._warn_of_losses_without_effect(model, means)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count no longer."""
+        if self._metrics is not None:
+            self._metrics.clear()
+            self._metrics.enabled = self._was_enabled
+
+    def _move_to_the_front(self) -> None:
+        # Reporting callbacks are called before a user's, in the order of the handler's list, and see what is in the log
+        # then. The Trainer shows callbacks neither itself nor its handler, but it is the handler that calls them.
+        frame = sys._getframe(1)
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler):
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+
+    def _warn_of_losses_without_effect(self, model: Any, means: dict[str, float]) -> None:
+        for name, weight in model.xlora_config.gate_loss_weights.items():
+            if f"gate/{name}" in means or name in self._warned:
+                continue
+            self._warned.add(name)
+            cause = "no call had `labels`, which label_smoothing_factor and compute_loss_func take out of it"
+            if name == "expert_label_loss":
+                cause = (
+                    "no call had both `labels` and `expert_labels`, whose column the Trainer drops unless "
+                    "remove_unused_columns=False, and which the collator must keep"
+                )
+            warnings.warn(f"{name}_weight ({weight}) has had no effect since the last log: {cause}", stacklevel=2)

@@ -1,0 +1,198 @@
+"""The checkpoints of a training: which of them are whole, and what is the matter with the others.
+
+transformers' Trainer writes a checkpoint file by file, from all processes, `trainer_state.json` last. When all have
+written, weft adds the digests of all its files (`weft_checkpoint.json`). So a checkpoint without either was not
+completed, and does not count; one whose files are not those of the digests was damaged later, and is named.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from weft.checkpoint.manifest import MANIFEST_NAME, verify
+from weft.distributed import deepspeed_is_to_come
+from weft.errors import CheckpointError
+from weft.files.digests import changes, digests
+from weft.files.reading import read_json
+from weft.files.writing import replace_file
+
+RECORD = "weft_checkpoint.json"
+# In the folder of the checkpoints, of a run that has no whole one yet: what it has learned may be learned anew.
+BEGUN = ".begun"
+_FORMAT_VERSION = 1
+# Of DeepSpeed, which writes the optimizer into a folder of its own and its name into a file.
+_DEEPSPEED_FOLDERS, _DEEPSPEED_LATEST = "global_step*", "latest"
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """What a folder of checkpoints has.
+
+    Attributes:
+        last: the newest whole one.
+        damaged: those that are newer, or all where none is whole, with what is the matter; the newest first.
+        half: those that were not completed, old and new.
+    """
+
+    last: Path | None = None
+    damaged: dict[Path, str] = field(default_factory=dict)
+    half: list[Path] = field(default_factory=list)
+
+    def passed_over(self) -> list[str]:
+        """A line for each that is newer than the last whole one."""
+        if self.last is None:
+            return []
+        number = number_of(self.last)
+        half = {path: "it was not completed" for path in self.half if number_of(path) > number}
+        reasons = {**self.damaged, **half}
+        return [
+            f"{path.name} is passed over: {reasons[path]}; going on from {self.last.name}"
+            for path in sorted(reasons, key=number_of, reverse=True)
+        ]
+
+
+def find_checkpoints(folder: Path) -> Checkpoints:
+    """Look at the checkpoints in a folder, from the newest to the first that is whole; all of its files are read."""
+    there = numbered(folder)
+    half = [path for path in there if is_half(path)]
+    damaged: dict[Path, str] = {}
+    for path in reversed(there):
+        if path not in half:
+            problem = damage(path)
+            if problem is None:
+                return Checkpoints(path, damaged, half)
+            damaged[path] = problem
+    return Checkpoints(None, damaged, half)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in a folder, or None."""
+    last = find_checkpoints(folder).last
+    return None if last is None else str(last)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """What a training takes for its checkpoints in a folder, the oldest first."""
+    there = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number_of(path) >= 0 and path.is_dir()]
+    return sorted(there, key=number_of)
+
+
+def number_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, as its name says; -1 where it says none."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() and number.isascii() else -1
+
+
+def is_half(checkpoint: Path) -> bool:
+    """Whether a checkpoint was not completed."""
+    if (checkpoint / RECORD).exists():
+        return False
+    try:
+        read_json(checkpoint / TRAINER_STATE_NAME)
+    except (CheckpointError, OSError):  # another process may just be removing it
+        return True
+    return False
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is the matter with a completed checkpoint, in a line; None where it is whole.
+
+    It has all that resuming needs, and every file is as it was saved. Earlier versions left no digests: theirs must be
+    readable, and the mixture fit its own manifest.
+    """
+    try:
+        problems = _missing(checkpoint) or (
+            _changed(checkpoint) if (checkpoint / RECORD).exists() else _unreadable(checkpoint)
+        )
+    except (CheckpointError, OSError) as err:
+        problems = [" ".join(str(err).split())]
+    return "; ".join(problems) or None
+
+
+def write_record(checkpoint: Path) -> None:
+    """Write the digests of all files of a checkpoint, which is complete then.
+
+    Raises:
+        CheckpointError: that cannot be written.
+    """
+    files = [file.relative_to(checkpoint) for file in checkpoint.rglob("*") if file.is_file()]
+    # Resuming reads no cards, which a user may write anew; .part is what a process that was killed has left.
+    read = [file for file in files if file.suffix not in (".md", ".part") and not file.parts[0].startswith(".")]
+    names = [file.as_posix() for file in read if file.name != RECORD]
+    record = {"format_version": _FORMAT_VERSION, "files": digests(checkpoint, names)}
+    text = json.dumps(record, indent=1)
+    replace_file(checkpoint / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint in such an order that what is left of it does not count, as far as that can be done."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink(missing_ok=True)
+        return
+    (checkpoint / RECORD).unlink(missing_ok=True)
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def best_before(checkpoint: Path) -> Path | None:
+    """The checkpoint with the lowest loss so far, to which a training that goes on from another one may come back."""
+    best = read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
+    if not isinstance(best, str) or Path(best).name == checkpoint.name:
+        return None
+    return checkpoint.parent / Path(best).name
+
+
+def _missing(checkpoint: Path) -> list[str]:
+    """What resuming needs and is not there."""
+    needed = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME, TRAINER_STATE_NAME]
+    by_deepspeed = any(checkpoint.glob(_DEEPSPEED_FOLDERS))
+    if by_deepspeed != deepspeed_is_to_come() and (by_deepspeed or (checkpoint / OPTIMIZER_NAME).exists()):
+        with_or_without = "with" if by_deepspeed else "without"
+        return [f"the state of its optimizer was saved {with_or_without} DeepSpeed, which must be used as it was"]
+    needed += [_DEEPSPEED_LATEST] if by_deepspeed else [OPTIMIZER_NAME, SCHEDULER_NAME]
+    problems = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
+    # Of other processes than now, of which those are not read: then only dropout draws anew.
+    if not any(checkpoint.glob("rng_state*.pth")):
+        problems.append("rng_state.pth is missing")
+    return problems
+
+
+def _changed(checkpoint: Path) -> list[str]:
+    record = read_json(checkpoint / RECORD)
+    version = record.get("format_version")
+    if version != _FORMAT_VERSION:
+        return [f"{RECORD} is of format_version {version!r}, expected {_FORMAT_VERSION}: a newer weft's"]
+    return changes(checkpoint, record.get("files"))
+
+
+def _unreadable(checkpoint: Path) -> list[str]:
+    """What cannot be read of a checkpoint without digests."""
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
+    if state.get("global_step") != number_of(checkpoint):
+        return [f"{TRAINER_STATE_NAME} is of step {state.get('global_step')!r}"]
+    verify(checkpoint, read_json(checkpoint / CONFIG_NAME))
+    pickles = [file for file in sorted(checkpoint.rglob("*")) if file.suffix in _PICKLES and file.is_file()]
+    return [f"{file.relative_to(checkpoint).as_posix()} is not whole" for file in pickles if not _is_whole_zip(file)]
+
+
+def _is_whole_zip(file: Path) -> bool:
+    """Whether a file that torch saved is whole: it has checksums of all its parts."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            return opened.testzip() is None
+    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return False
+
+
+def describe(damaged: dict[Path, str]) -> str:
+    """Damaged checkpoints with what is the matter, for a message."""
+    return ", ".join(f"{path.name} ({reason})" for path, reason in damaged.items())

@@ -1,0 +1,367 @@
+"""The two-stage recipe: where a user has data but no adapters, the experts are trained first, then the gate.
+
+An expert is an ordinary LoRA adapter, trained with peft and transformers' `Trainer` on the base model. It is saved when
+it is complete, so that a run that was stopped goes on with the experts that are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.utils import CONFIG_NAME
+from transformers import DataCollatorForSeq2Seq, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from weft.checkpoint.adapters import parse_adapters, read_adapters
+from weft.data.labelled import training_rows
+from weft.data.packing import check_packing
+from weft.data.texts import check_length
+from weft.distributed import by_the_first
+from weft.errors import AdapterError, CheckpointError, ConfigError
+from weft.files.digests import changes, digests
+from weft.files.ownership import refuse_used_folder
+from weft.files.reading import read_json, shown
+from weft.files.writing import settle, temporary_folder
+from weft.model.build import from_adapters
+from weft.model.inject import remove_adapters
+from weft.model.loading import load_base, load_tokenizer, loading_options
+from weft.options import TrainOptions
+from weft.train.checkpoints import last_checkpoint
+from weft.train.finite import FiniteLoss
+from weft.train.gate import (
+    StopOnInterrupt,
+    check,
+    new_mixture,
+    read_eval_rows,
+    read_training_rows,
+    steps_to_train,
+    train,
+    training_arguments,
+)
+from weft.train.progress import trained_tokens
+from weft.train.trainer import EvenTrainer, RowsAndABlank
+
+RECORD = "weft_expert.json"
+# What an expert's training depends on, beside its data.
+_RECORDED = (
+    "base",
+    "expert_rank",
+    "expert_alpha",
+    "expert_targets",
+    "expert_steps",
+    "expert_epochs",
+    "expert_learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "sequence_length",
+    "assistant_only_loss",
+    "warmup",
+    "seed",
+)
+
+
+def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -> Path:
+    """Train the experts of `experts_from` that are not there yet, each on its data, and then the gate.
+
+    Experts go to OUTPUT-experts/NAME, ordinary adapters. The gate learns on `data`, or without it on the data of all
+    experts. Without `experts_from` this is `weft.train.gate.train`.
+
+    Args:
+        options: see `TrainOptions`.
+        say: told what goes on, a line at a time.
+
+    Returns:
+        The folder with the mixture and its tokenizer.
+
+    Raises:
+        WeftError: the options, adapters or data cannot work; found out before anything is trained.
+        KeyboardInterrupt: after an interrupt; complete experts stay.
+    """
+    if not options.experts_from:
+        return train(options)
+    say = by_the_first(say)
+    sources = _sources(options)
+    folders = {name: experts_folder(options) / name for name in sources}
+    adapters = _all_adapters(options, folders)
+    resume = options.resume and last_checkpoint(Path(options.output) / "checkpoints") is not None
+    data = options.data or [f"{name}={source}" for name, source in sources.items()]
+    gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
+    _check(options)
+    check(gate_options, adapters)
+    read_adapters(parse_adapters(options.adapters), allow_dora=options.allow_dora, base_is_known=True)
+    if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
+        assert options.base is not None
+        tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
+        read_training_rows(gate_options, list(adapters), tokenizer)
+        read_eval_rows(gate_options, list(adapters), tokenizer)
+        _train_missing(options, say, gate_options=gate_options)
+    say(f"training the gate over {', '.join(adapters)}")
+    return train(gate_options)
+
+
+def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> dict[str, Path]:
+    """Train the experts of `experts_from` that are not there yet, and no gate: each an ordinary LoRA adapter.
+
+    Args:
+        options: `base`, `experts_from`, `output` and what begins with expert_; see `TrainOptions`.
+        say: told what goes on, a line at a time.
+
+    Returns:
+        The experts' folders by name.
+
+    Raises:
+        WeftError: the options or data cannot work; found out before anything is trained.
+        KeyboardInterrupt: after an interrupt; complete experts stay.
+    """
+    _check(options)
+    return _train_missing(options, say, gate_options=None)
+
+
+def _train_missing(
+    options: TrainOptions, say: Callable[[str], None], *, gate_options: TrainOptions | None
+) -> dict[str, Path]:
+    """Train the experts that are not there yet, when a mixture of all of them has been tried with fresh ones.
+
+    Args:
+        options: of the recipe.
+        say: told what goes on.
+        gate_options: of the gate's training that follows; None where none does.
+    """
+    assert options.base is not None
+    sources = _sources(options)
+    folders = {name: experts_folder(options) / name for name in sources}
+    missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
+    tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
+    rows = {
+        name: training_rows(
+            [source],
+            [],
+            tokenizer,
+            options.sequence_length,
+            labelled=False,
+            assistant_only_loss=options.assistant_only_loss,
+        )
+        for name, source in missing.items()
+    }
+    targets, base = _tried_targets(options, list(missing), gate_options, say) if missing else ([], None)
+    for name in missing:
+        say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")
+        base = _train_expert(name, folders[name], rows[name], tokenizer, options, targets, base)
+    return folders
+
+
+def experts_folder(options: TrainOptions) -> Path:
+    """Where the experts are that the recipe trains: beside the output."""
+    output = Path(options.output)
+    return output.with_name(f"{output.name}-experts")
+
+
+def _sources(options: TrainOptions) -> dict[str, str]:
+    return parse_adapters(options.experts_from, "experts_from", "name=DATA")
+
+
+def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, str]:
+    """The experts to be trained first, then those that are there already."""
+    given = parse_adapters(options.adapters)
+    twice = sorted(given.keys() & folders.keys())
+    if twice:
+        raise ConfigError(f"adapters and experts_from both name {twice}: each expert has one origin")
+    return {**{name: str(folder) for name, folder in folders.items()}, **given}
+
+
+def _check(options: TrainOptions) -> None:
+    problems = [
+        f"{name} ({getattr(options, name)}) must be at least 1"
+        for name in ("expert_rank", "expert_alpha")
+        if getattr(options, name) < 1
+    ]
+    if options.expert_steps < 0:
+        problems.append(f"expert_steps ({options.expert_steps}) must be at least 0")
+    if options.expert_steps == 0 and options.expert_epochs <= 0:
+        problems.append(f"expert_epochs ({options.expert_epochs}) must be above 0")
+    if options.expert_learning_rate <= 0:
+        problems.append(f"expert_learning_rate ({options.expert_learning_rate}) must be above 0")
+    if not options.expert_targets:
+        problems.append("expert_targets is empty: names of modules, or all-linear")
+    if options.start_from is not None:
+        problems.append(
+            f"experts_from ({options.experts_from}) and start_from ({options.start_from}) exclude each other: weft "
+            "add-expert adds an expert to a mixture"
+        )
+    if problems:
+        raise ConfigError("weft train cannot train experts:", problems)
+
+
+def _record(name: str, options: TrainOptions) -> dict[str, Any]:
+    return {"data": _sources(options)[name], **{option: getattr(options, option) for option in _RECORDED}}
+
+
+def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
+    """Whether an earlier run has trained this expert.
+
+    Raises:
+        ConfigError: it trained another one under this name, or something else is there.
+        CheckpointError: its files were changed or lost since.
+    """
+    settle(folder, leftovers=True)
+    if not os.path.lexists(folder / CONFIG_NAME):
+        refuse_used_folder(folder, f"the folder of expert {name!r}")
+        return False
+    if not os.path.lexists(folder / RECORD):
+        raise ConfigError(
+            f"{folder} holds an adapter that weft did not train: give it with --adapters, or move it away"
+        )
+    # Earlier versions knew no such option, and recorded none.
+    saved, wanted = {"assistant_only_loss": False, **read_json(folder / RECORD)}, _record(name, options)
+    damage = changes(folder, saved.get("files", {}))
+    if damage:
+        raise CheckpointError(
+            f"expert {name!r} in {folder} is not as it was saved: {'; '.join(damage)}; remove it to train it anew"
+        )
+    problems = [
+        f"{option} ({value!r}) must be what it was trained with ({shown(saved.get(option))})"
+        for option, value in wanted.items()
+        if saved.get(option) != value
+    ]
+    if problems:
+        raise ConfigError(f"expert {name!r} is in {folder} from an earlier run (remove it to train it anew):", problems)
+    return True
+
+
+def _tried_targets(
+    options: TrainOptions, missing: list[str], gate_options: TrainOptions | None, say: Callable[[str], None]
+) -> tuple[str | list[str], Any]:
+    """What the experts are to adapt, and the base model, on which a mixture with fresh experts could be made.
+
+    Raises:
+        WeftError: what could not be mixed after the training.
+    """
+    assert options.base is not None
+    base = load_base(options.base, **loading_options(options))
+    check_length(options.sequence_length, base.config)
+    targets, left_out = _mixable_targets(base, options)
+    if left_out:
+        say(
+            f"the experts leave {', '.join(left_out)} out, parameters of the base model's own experts, which are fused "
+            f"and cannot be adapted token by token; they adapt {', '.join(targets)}"
+        )
+    model = get_peft_model(base, _lora_config(options, targets))
+
+    def save(folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of embeddings, said again when an expert is saved
+            model.save_pretrained(str(folder))
+
+    with temporary_folder(save) as fresh:
+        remove_adapters(base)
+        adapters = dict.fromkeys(missing, str(fresh))
+        if gate_options is None:
+            mixture: Any = from_adapters(base, adapters)
+        else:
+            all_adapters = parse_adapters(gate_options.adapters)
+            paths = {name: adapters.get(name, path) for name, path in all_adapters.items()}
+            mixture = new_mixture(base, paths, gate_options)
+            if gate_options.packing:
+                check_packing(mixture, gate_options.batch_size)
+        mixture.base_model.unload()
+    return targets, base
+
+
+def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str], list[str]]:
+    """The targets by names of modules, and the fused parameters that all-linear would mean too.
+
+    Raises:
+        ConfigError: the targets given do not fit the base model, or mean such parameters.
+    """
+    given: str | list[str] = options.expert_targets
+    given = given[0] if given == ["all-linear"] else given
+    try:
+        config: Any = get_peft_model(base, _lora_config(options, given), low_cpu_mem_usage=True).peft_config["default"]
+    except ValueError as err:
+        raise AdapterError(f"expert_targets ({options.expert_targets}) do not fit the base model: {err}") from err
+    remove_adapters(base)
+    fused = sorted(config.target_parameters or ())
+    if not fused:
+        return given, []
+    if given != "all-linear" or not config.target_modules:
+        raise ConfigError(
+            f"expert_targets ({options.expert_targets}) mean the parameters {fused} of the base model's own experts, "
+            "which are fused and cannot be adapted token by token: name linear layers, such as those of the attention, "
+            "or leave it out (all-linear takes all that can be mixed)"
+        )
+    return sorted(config.target_modules), fused
+
+
+def _lora_config(options: TrainOptions, targets: str | list[str]) -> LoraConfig:
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=options.expert_rank, lora_alpha=options.expert_alpha, target_modules=targets
+    )
+
+
+def _train_expert(
+    name: str,
+    folder: Path,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    options: TrainOptions,
+    targets: str | list[str],
+    base: Any,
+) -> Any:
+    """Train one expert and save it when it is complete.
+
+    Args:
+        base: the base model that the expert before has left; None loads it.
+
+    Returns:
+        The base model, as it was; None where it lies in shards, which no other training can take over.
+    """
+    assert options.base is not None
+    if base is None:
+        base = load_base(options.base, **loading_options(options))
+    set_seed(options.seed)  # so that an expert does not depend on those before it
+    model = get_peft_model(base, _lora_config(options, targets))
+    own = dataclasses.replace(
+        options,
+        max_steps=options.expert_steps,
+        max_tokens=0,
+        epochs=options.expert_epochs,
+        learning_rate=options.expert_learning_rate,
+        eval_data=[],
+        report_to="none",
+    )
+    interrupt = StopOnInterrupt(saves=False)
+    with temporary_folder(lambda folder: None) as unused:
+        steps = steps_to_train(own, len(rows), sum(trained_tokens(row["labels"]) for row in rows))
+        arguments = training_arguments(own, unused, *steps)
+        arguments.save_strategy = SaveStrategy.NO  # an expert that is stopped starts anew
+        trainer = EvenTrainer(
+            model,
+            arguments,
+            train_dataset=RowsAndABlank(rows),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            callbacks=[interrupt],
+        )
+        FiniteLoss(trainer, tokenizer)
+        try:
+            trainer.train()
+        finally:
+            interrupt.on_train_end(arguments, trainer.state, trainer.control)  # which an error leaves out
+    if interrupt.requested:
+        raise KeyboardInterrupt
+    state_dict = trainer.whole_state()
+
+    def write(part: Path) -> None:
+        model.save_pretrained(str(part), state_dict=state_dict)
+        files = [file.name for file in part.iterdir() if file.suffix != ".md"]  # a user may write its card
+        record = {**_record(name, options), "files": digests(part, files)}
+        (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    trainer.write_together(folder, write)
+    return None if trainer.in_shards else model.unload()

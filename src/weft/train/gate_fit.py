@@ -1,0 +1,334 @@
+"""Where a gate starts from: a classifier that says of each token whose it is, fitted before training.
+
+Training a gate through the mixture asks much of each step: the language model's loss is noisy, and it reaches the gate
+through every layer. To know whose text it is needs none of that. The gate's function f of a token's hidden state h,
+the same for all layers, is fitted by itself to say which expert the token belongs to,
+
+    minimise  mean_t -Σ_e q_{t,e} ln softmax(f(h_t))_e
+
+and every layer of the mixture starts from it. Training then starts at a mixture that follows the text, and tells the
+layers apart. Where q comes from:
+
+- "labels": q is 1 for the expert that the data names, as `expert_label_loss_weight` has it.
+- "losses": q_{t,e} = P(expert e wrote the token after t | the whole text), if experts wrote the text in turns: after
+  each token another one of them goes on with probability 1/64, and the token has the probability that the expert whose
+  turn it is gives it, alone, after all that was before. This is a hidden Markov model, whose posterior the
+  forward-backward algorithm computes (Rabiner, A tutorial on hidden Markov models, 1989, equation 27). It needs no
+  labels, and one forward pass for each expert. Tokens that the training's loss leaves out (`labels` of -100, as those
+  of a user's turns may have) are read, but say nothing of who wrote, and the mean is over the t before the others.
+
+Hidden states have channels far larger than others, and a large mean. f is fitted on (h - mean) / deviation, channel by
+channel, which its first linear layer then takes in: W / deviation, and b - W mean / deviation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from weft.base_model.backbone import in_evaluation_mode
+from weft.base_model.devices import execution_device, resident_device
+from weft.data.texts import NO_LABEL
+from weft.distributed import process_number
+from weft.errors import ConfigError, DataError, TrainingError
+from weft.gate.losses import NO_EXPERT
+from weft.model.own_weight import at_own_weight
+from weft.screen.countdown import Countdown
+
+MOST_TOKENS = 32_768  # that are read; 64 sequences of 512
+_TURN = 64  # tokens that one expert writes on average before another one goes on
+_STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
+_HELD_OUT = 8  # one sequence in so many
+# Of a channel's mean: what varies less is no more than rounding, and says nothing.
+_ROUNDING = 1e-6
+
+
+def fit_gate(
+    model: Any,
+    examples: Sequence[Any],
+    by: str = "losses",
+    *,
+    batch_size: int = 4,
+    seed: int = 0,
+    announce: Callable[[str], None] = lambda line: None,
+) -> float:
+    """Fit a mixture's gate to say whose each token is, in the place of its random start; training goes on from there.
+
+    At most 32,768 tokens are read. Nothing but the gate changes, in place.
+
+    Args:
+        model: of `weft.from_adapters`, a causal language model, where it is to run.
+        examples: dicts with `input_ids` (a list), and with "labels" `expert_labels`, a number for each token, -100 for
+            none; examples without any are left out. With "losses" `labels`, if they are there, are -100 where a token
+            does not count. They should hold all the domains, and better switch between them.
+        by: "labels" or "losses", see above.
+        batch_size: sequences per forward pass.
+        seed: which sequences are read, and where the fit starts.
+        announce: gets a line that says what is read, before it is.
+
+    Returns:
+        In how many of the tokens that were kept aside the gate's first choice is that of the labels or losses, 0 to 1;
+        nan with one example, of which nothing is kept aside.
+
+    Raises:
+        ConfigError: this gate cannot be fitted so.
+        DataError: there are no labels, or wrong ones.
+        TrainingError: the model gives NaN for these texts; the gate is as it was.
+
+    Example:
+        >>> rows = [{"input_ids": tokens} for tokens in tokenizer(texts)["input_ids"]]
+        >>> weft.fit_gate(model, rows)  # 0.87
+    """
+    problems = fit_problems(model, by)
+    if by not in ("labels", "losses"):
+        problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
+    if batch_size < 1:
+        problems.append(f"batch_size ({batch_size}) must be at least 1")
+    if problems:
+        raise ConfigError("the gate cannot be fitted:", problems)
+    experts = list(model.xlora_config.expert_names)
+    chosen = _draw(examples, by, len(experts), seed)
+    tokens = sum(len(example["input_ids"]) for example in chosen)
+    passes = f", with each of {len(experts)} experts" if by == "losses" else ""
+    announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
+
+    hidden, targets = [], []
+    with in_evaluation_mode(model), Countdown(len(chosen), "reading", hidden=process_number() > 0) as countdown:
+        for start in range(0, len(chosen), batch_size):
+            read = _read(model, chosen[start : start + batch_size], by)
+            hidden += read[0]
+            targets += read[1]
+            countdown.advance(len(read[0]))
+    kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
+    gate = model.internal_xlora_classifier
+    # The gate decides: not in half precision. And it learns, whatever surrounds this call.
+    with torch.autocast(hidden[0].device.type, enabled=False), torch.enable_grad():
+        network = _fitted(gate, torch.cat(hidden[kept:]), torch.cat(targets[kept:]), seed)
+        _write(network, gate)
+        if not kept:
+            return math.nan
+        with torch.no_grad():
+            first_choice = network(torch.cat(hidden[:kept])).argmax(-1)
+    return float((first_choice == torch.cat(targets[:kept]).argmax(-1)).float().mean())
+
+
+def fit_problems(model: Any, by: str) -> list[str]:
+    """Why this mixture's gate cannot be fitted to labels or losses, a sentence each."""
+    if getattr(model, "passes", None) is None:
+        return [f"model ({type(model).__name__}) must be a mixture of weft's, from weft.from_adapters"]
+    config, backbone = model.xlora_config, model.passes.backbone
+    problems = []
+    if not model.passes.gate_decides:
+        problems.append("the gate is not asked inside disable_adapter() or fixed_scalings(): fit it outside of them")
+    if not (config.enable_softmax or config.enable_softmax_topk):
+        problems.append("enable_softmax (False) must be true: the gate's outputs are no shares of the experts")
+    if backbone.is_encoder_decoder:
+        problems.append(f"{type(backbone.base).__name__} is an encoder-decoder: its gate reads two texts")
+    elif by == "losses" and not backbone.base.can_generate():
+        problems.append(
+            f"by ('losses') needs a causal language model, whose loss on a token says whose it is, and "
+            f"{type(backbone.base).__name__} is none: take 'labels'"
+        )
+    return problems
+
+
+def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list[dict[str, Any]]:
+    """Examples in random order, up to `MOST_TOKENS` tokens; those that have one that the fit can learn from."""
+    chosen: list[dict[str, Any]] = []
+    left, unlabelled = MOST_TOKENS, False
+    for place in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
+        if left < 2:
+            break
+        given = examples[place]
+        if not isinstance(given, Mapping) or "input_ids" not in given:
+            raise DataError(f"example {place} ({type(given).__name__}) must be a dict with input_ids")
+        example = {"input_ids": given["input_ids"][:left]}
+        if len(example["input_ids"]) < 2:
+            continue
+        if by == "labels":
+            example["expert_labels"] = _labels(given, place, num_experts)[:left]
+            has_one = bool((example["expert_labels"] != NO_EXPERT).any())
+        else:
+            example["counts"] = _per_token(given, "labels", place, 0)[:left] != NO_LABEL
+            has_one = bool(example["counts"][1:].any())
+        if not has_one:
+            unlabelled = True
+            continue
+        chosen.append(example)
+        left -= len(example["input_ids"])
+    if not chosen and unlabelled:
+        what = "labels: none of the examples has one (expert_labels)"
+        if by == "losses":
+            what = "losses: in none of the examples is there a token behind the first that counts (labels)"
+        raise DataError(f"the gate cannot be fitted by {what}")
+    if not chosen:
+        raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")
+    return chosen
+
+
+def _labels(example: Mapping[str, Any], place: int, num_experts: int) -> Tensor:
+    """The labels of an example's tokens, -100 for none."""
+    labels = _per_token(example, "expert_labels", place, NO_EXPERT)
+    wrong = labels[((labels < 0) | (labels >= num_experts)) & (labels != NO_EXPERT)]
+    if len(wrong):
+        raise DataError(
+            f"expert_labels of example {place} have {wrong[0].item()}, expected the number of an expert, 0 to "
+            f"{num_experts - 1}, or {NO_EXPERT} for none"
+        )
+    return labels
+
+
+def _per_token(example: Mapping[str, Any], name: str, place: int, otherwise: int) -> Tensor:
+    """What an example has for each of its tokens; the same for all where it has nothing."""
+    length = len(example["input_ids"])
+    found = torch.as_tensor(example.get(name, [otherwise] * length))
+    if tuple(found.shape) != (length,):
+        raise DataError(
+            f"{name} of example {place} have shape {list(found.shape)}, expected [{length}]: one for each token"
+        )
+    return found
+
+
+def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:
+    """What the gate reads of each example [token, hidden], and what it shall say there [token, expert].
+
+    With "labels" only of the tokens that have one, with "losses" of those before a token that counts.
+    """
+    experts = list(model.xlora_config.expert_names)
+    device = resident_device(model.internal_xlora_classifier)
+    lengths = [len(example["input_ids"]) for example in examples]
+    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, : lengths[row]], mask[row, : lengths[row]] = torch.as_tensor(example["input_ids"]), 1
+    where = execution_device(model.passes.backbone.module)
+    inputs = {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
+    read = _what_the_gate_reads(model, inputs)
+    hidden = [read[row, :length].to(device, torch.float32) for row, length in enumerate(lengths)]
+    if by == "labels":
+        labels = [example["expert_labels"].to(device) for example in examples]
+        hidden = [states[label != NO_EXPERT] for states, label in zip(hidden, labels, strict=True)]
+        targets = [functional.one_hot(label[label != NO_EXPERT], len(experts)).float() for label in labels]
+    else:
+        counts = torch.zeros_like(ids, dtype=torch.bool)
+        for row, example in enumerate(examples):
+            counts[row, : lengths[row]] = example["counts"]
+        posterior = _posterior(_losses(model, inputs, counts[:, 1:], experts)).float().to(device)
+        targets = []
+        for row, length in enumerate(lengths):
+            following = torch.tensor([*range(length - 1), length - 2])  # the last token's is that of the one before
+            following, counted = following.to(device), counts[row, following + 1].to(device)
+            targets.append(posterior[row, following[counted]])
+            hidden[row] = hidden[row][counted]
+    for states, target in zip(hidden, targets, strict=True):
+        if not (states.isfinite().all() and target.isfinite().all()):
+            raise TrainingError(
+                "the gate cannot be fitted: the model's hidden states or the experts' losses are NaN or infinite. Look "
+                "at the adapters and the base model's dtype"
+            )
+    return hidden, targets
+
+
+def _losses(
+    model: Any, inputs: dict[str, Tensor], counts: Tensor, experts: Sequence[str]
+) -> Float[Tensor, "batch token expert"]:
+    """What each expert alone loses on each token but the first, given those before; 0 where it does not count."""
+    losses = []
+    for name in experts:
+        with at_own_weight(model, {name: 1.0}):
+            logits = model(**inputs).logits[:, :-1].float()
+        following = inputs["input_ids"][:, 1:].to(logits.device)
+        losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").cpu())
+    table = torch.stack(losses, -1).view(*inputs["input_ids"][:, 1:].shape, len(experts)).double()
+    return table.masked_fill(~counts[..., None], 0.0)  # which says nothing of who wrote
+
+
+def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:
+    if model.xlora_config.gate_layer is None:
+        return model.passes.scaling_pass_alone(inputs)
+    seen: list[Tensor] = []
+
+    def take(gate: Any, given: Any) -> None:
+        seen.append(given[0])
+        raise _SeenError
+
+    hook = model.internal_xlora_classifier.register_forward_pre_hook(take)
+    try:
+        with suppress(_SeenError):
+            model(**inputs)
+    finally:
+        hook.remove()
+        model.passes.carrier.clear()  # which the pass would have done at its end
+    return seen[0]
+
+
+class _SeenError(Exception):
+    """Ends a forward pass whose later layers nobody asks for."""
+
+
+def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "batch token expert"]:
+    """The forward-backward algorithm, in logarithms."""
+    tokens, experts = losses.shape[1:]
+    move = math.log(1 / _TURN / max(1, experts - 1))
+    change = losses.new_full((experts, experts), move).fill_diagonal_(math.log(1 - 1 / _TURN))
+    if experts == 1:
+        return torch.ones_like(losses)
+    forward = [-losses[:, 0]]
+    for token in range(1, tokens):
+        forward.append(torch.logsumexp(forward[-1][:, :, None] + change, 1) - losses[:, token])
+    backward = [torch.zeros_like(forward[0])]
+    for token in range(tokens - 1, 0, -1):
+        backward.append(torch.logsumexp(change + (backward[-1] - losses[:, token])[:, None], 2))
+    return torch.softmax(torch.stack(forward, 1) + torch.stack(backward[::-1], 1), -1)
+
+
+def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
+    """A network like the gate's with an output for each expert, in evaluation mode; it takes h as it is."""
+    mean, deviation = hidden.mean(0), hidden.std(0, correction=0)
+    deviation = torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
+    last = gate.layers[-1]
+    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+        torch.manual_seed(seed)
+        layers = [copy.deepcopy(layer).float() for layer in gate.layers[:-1]]
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                layer.to("cpu").reset_parameters()
+        network = nn.Sequential(*layers, nn.Linear(last.in_features, targets.shape[-1])).to(hidden.device).train()
+        network.requires_grad_(True)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.0)
+        for step in range(_STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
+            batch = torch.randint(len(hidden), (_BATCH,)).to(hidden.device)
+            logits = network((hidden[batch] - mean) / deviation)
+            loss = -(targets[batch] * logits.log_softmax(-1)).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    first: Any = network[0]
+    with torch.no_grad():
+        first.weight.div_(deviation)
+        first.bias.sub_(first.weight @ mean)
+    return network.eval()
+
+
+@torch.no_grad()
+def _write(network: Any, gate: Any) -> None:
+    """The gate's parameters: the network's, its outputs in every layer, times the temperature by which λ divides."""
+    config = gate.config
+    temperature = config.softmax_temperature if config.enable_softmax else 1.0
+    for own, fitted in zip(gate.layers[:-1], network[:-1], strict=True):
+        if isinstance(own, nn.Linear):
+            own.weight.copy_(fitted.weight)
+            own.bias.copy_(fitted.bias)
+    repeats = gate.layers[-1].out_features // network[-1].out_features
+    gate.layers[-1].weight.copy_(network[-1].weight.repeat(repeats, 1) * temperature)
+    gate.layers[-1].bias.copy_(network[-1].bias.repeat(repeats) * temperature)

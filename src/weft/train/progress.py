@@ -1,0 +1,174 @@
+"""How far training is: trained tokens counted, a budget of them, and what the screen shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from transformers import Trainer, TrainerCallback
+
+from weft.data.texts import NO_LABEL
+from weft.screen.countdown import clock
+
+# Names of what the gate did, in the log.
+_GATE, _SHARE = "gate/", "gate/share/"
+# Entries of a log line that say nothing new, or that the line says in words.
+_LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
+_LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
+
+
+class CountingTrainer(Trainer):
+    """A Trainer that counts the tokens it has trained on, in `state.num_input_tokens_seen`; resuming goes on counting.
+
+    A token counts where it has a label that the loss compares with a prediction: padding, the first token of a text and
+    masked labels do not.
+
+    Attributes:
+        schedule_steps: steps over which the learning rate falls, where it is not the number of steps at most.
+    """
+
+    schedule_steps: int | None = None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of one batch."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        trained = inputs["labels"][:, 1:].ne(NO_LABEL).sum().to(self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(trained, "sum"))
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        # Nothing predicts the first token of a text, which transformers before 5.10 counts for the mean, too.
+        return super()._get_num_items_in_batch([_without_first_label(batch) for batch in batch_samples], device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate."""
+        return super().create_scheduler(self.schedule_steps or num_training_steps, optimizer)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: nobody reads it, and transformers would go through all parameters at every step."""
+        return 0
+
+
+def _without_first_label(batch: Any) -> dict[str, Any]:
+    labels = batch["labels"].clone()
+    labels[:, 0] = NO_LABEL
+    return {**batch, "labels": labels}
+
+
+class TokenBudget(TrainerCallback):
+    """Ends the training with the step that reaches so many trained tokens.
+
+    Args:
+        tokens: the budget; 0 is none.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop here if they are spent."""
+        if self.tokens and state.num_input_tokens_seen >= self.tokens:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def trained_tokens(labels: Sequence[int]) -> int:
+    """How many tokens of a sequence `CountingTrainer` counts."""
+    return sum(label != NO_LABEL for label in labels[1:])
+
+
+def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps that a budget of tokens takes: as expected, and at most."""
+    expected = -(-max_tokens * steps_per_epoch // tokens_per_epoch)
+    return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
+
+
+class ProgressLine(TrainerCallback):
+    """A line per log step: loss, tokens per second, time left; on a terminal a bar below. A summary at the end.
+
+    Args:
+        max_tokens: the budget of tokens; 0 is none.
+    """
+
+    def __init__(self, max_tokens: int = 0) -> None:
+        self.max_tokens = max_tokens
+        self.console = Console(soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._losses: list[float] = []
+        self._start = self._last = (0.0, 0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and the bar."""
+        self._start = self._last = self._now(state)
+        if state.is_world_process_zero and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=1.0, left="")
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            description = f"step {state.global_step}/{state.max_steps}"
+            left = self._left(self._now(state))
+            self._bar.update(self._task, completed=self._share(state), description=description, left=left)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write a line."""
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        now = self._now(state)
+        if "loss" in logs:
+            self._losses.append(float(logs["loss"]))
+            parts.append(f"loss {self._losses[-1]:.4f}")
+        for name, value in logs.items():
+            if name.startswith(_SHARE):
+                parts.append(f"{name.removeprefix(_SHARE)} {value:.0%}")
+            elif name.startswith(_GATE) and not name.endswith("_loss"):
+                continue  # there for the reports
+            elif name not in _LEFT_OUT and not name.endswith(_LEFT_OUT_ENDS):
+                parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        if "loss" in logs:
+            parts += [f"{_rate(self._last, now):,.0f} tokens/s", self._left(now)]
+            self._last = now
+        self._print("  ".join(parts))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sum up."""
+        self.close()
+        if state.is_world_process_zero:
+            now = self._now(state)
+            losses = f", loss {self._losses[0]:.4f} -> {self._losses[-1]:.4f}" if self._losses else ""
+            self._print(
+                f"trained to step {state.global_step}: {now[1] - self._start[1]:,} tokens in "
+                f"{clock(now[0] - self._start[0])}, {_rate(self._start, now):,.0f} tokens/s{losses}"
+            )
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False)
+
+    def _share(self, state: Any) -> float:
+        """How much of the training is done, 0 to 1."""
+        steps = state.global_step / max(1, state.max_steps)
+        return min(1.0, max(steps, state.num_input_tokens_seen / self.max_tokens if self.max_tokens else 0.0))
+
+    def _now(self, state: Any) -> tuple[float, int, float]:
+        return time.monotonic(), state.num_input_tokens_seen, self._share(state)
+
+    def _left(self, now: tuple[float, int, float]) -> str:
+        done = now[2] - self._start[2]
+        return f"{clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 else ""
+
+
+def _rate(start: tuple[float, int, float], end: tuple[float, int, float]) -> float:
+    return (end[1] - start[1]) / max(1e-9, end[0] - start[0])

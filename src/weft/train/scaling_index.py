@@ -1,0 +1,53 @@
+"""The index of a scaling cache: what its files hold, and whether they are as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from weft.errors import CheckpointError
+from weft.files.digests import changes
+from weft.files.reading import JsonTable, read_json
+
+INDEX = "index.json"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def damage_of(place: Path) -> str | None:
+    """What is the matter with a cache; "" where there is none, None where all of it is as it was written."""
+    if not os.path.lexists(place):
+        return ""
+    try:
+        index = read_index(place)
+        recorded = {file["name"]: {"bytes": file["bytes"], "digest": file["digest"]} for file in index["files"]}
+        if index["index"] != digest_of_index(index):
+            return f"{INDEX} was changed after it was saved"
+    except (CheckpointError, KeyError):
+        return f"{INDEX} is missing or damaged, or an earlier version wrote it"
+    return "; ".join(changes(place, recorded)) or None
+
+
+def digest_of_index(index: dict[str, Any]) -> str:
+    """Of all that an index says."""
+    values = {name: value for name, value in index.items() if name != "index"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(place: Path) -> JsonTable:
+    """The index of a cache, all of whose values are of their types.
+
+    Raises:
+        CheckpointError: it is missing or broken.
+    """
+    index = read_json(place / INDEX)
+    index.whole("hidden_size", least=1)
+    if index.string("dtype") not in DTYPES:
+        raise index.wrong("dtype", f"one of {', '.join(DTYPES)}")
+    for number, file in enumerate(index.tables("files")):
+        file.whole("first"), file.whole("bytes")
+        if file.string("name") != f"{number:05d}.safetensors":
+            raise file.wrong("name", f"'{number:05d}.safetensors'")
+    return index

@@ -1,0 +1,93 @@
+"""Training rows with labels: from the file's name, a row's, or its parts'."""
+
+import json
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import DataCollatorForSeq2Seq
+
+from models import tiny_tokenizer
+from weft.data.labelled import LabelledCollator, tokens_and_parts, training_rows
+from weft.errors import DataError
+
+EXPERTS = ["math", "code"]
+CHAT = {"messages": [{"role": "user", "content": "seven"}]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / "data.jsonl")
+
+    return write
+
+
+def labels(*values, length=64):
+    return [row["expert_labels"] for row in training_rows(values, EXPERTS, tiny_tokenizer(), length, labelled=True)]
+
+
+def test_a_files_name_a_rows_expert_and_its_parts_label_tokens(write):
+    text = "seven return seven return"
+    file = write(
+        {"text": text},
+        {"text": text, "expert": "code"},
+        {"text": text, "expert": None, "experts": None},
+        {"text": text, "experts": [[0, "code"], [text.index(" seven"), "math"], [text.rindex(" return"), None]]},
+    )
+    number = len(tiny_tokenizer()(text).input_ids)
+    named, by_row, null, by_part = labels(f"math={file}")
+    assert named == null == [0] * number
+    assert by_row == [1] * number
+    assert sorted(set(by_part), key=by_part.index) == [1, 0, -100]
+    unnamed, *_ = labels(file)
+    assert unnamed == [-100] * number
+
+
+def test_labels_change_no_row_and_are_cut_with_it(write):
+    rows = {"text": "seven return " * 9, "experts": [[0, "math"], [40, "code"]]}, {"text": "seven"}, {"text": " \n "}
+    file = write(*rows)
+    plain = training_rows([file], EXPERTS, tiny_tokenizer(), 8, labelled=False)
+    labelled = training_rows([file], EXPERTS, tiny_tokenizer(), 8, labelled=True)
+    assert [row["input_ids"] for row in labelled] == [row["input_ids"] for row in plain]
+    assert all(len(row["expert_labels"]) == len(row["input_ids"]) for row in labelled)
+
+
+def test_a_special_token_behind_a_text_belongs_to_its_last_part():
+    tokenizer = tiny_tokenizer()
+    ends = TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    row = {"text": "seven return", "experts": [[0, "math"], [6, "code"]]}
+    tokens, parts, names = tokens_and_parts(row, "here", tokenizer, None)
+    assert tokens[0] == tokens[-1] == tokenizer.eos_token_id
+    assert (parts[0], parts[-1], names) == (0, 1, ["math", "code"])
+
+
+def test_a_batch_pads_labels_with_none(write):
+    rows = training_rows(
+        [f"code={write({'text': 'seven return seven'}, {'text': 'seven return'})}"],
+        EXPERTS,
+        tiny_tokenizer(),
+        8,
+        labelled=True,
+    )
+    batch = LabelledCollator(DataCollatorForSeq2Seq(tiny_tokenizer(), label_pad_token_id=-100))(rows)
+    assert torch.equal(batch["expert_labels"] == 1, batch["labels"] != -100)
+    assert batch["expert_labels"].shape == batch["input_ids"].shape
+
+
+def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
+    file = write({"text": "seven return", "expert": None})
+    with pytest.raises(DataError, match=r"need labels, and data \(.*data.jsonl\) names none of the experts \['math'"):
+        labels(file)
+    wrong = write({"text": "seven return", "expert": "math"}, {"text": "seven return", "expert": "mth"})
+    with pytest.raises(DataError, match=r"line 2: the label 'mth' must be one of the experts \['math', 'code'.*\], or"):
+        labels(wrong)
+    with pytest.raises(DataError, match='"experts" counts the characters of "text", which is not there'):
+        tokens_and_parts({**CHAT, "experts": [[0, "math"]]}, "line 1", tiny_tokenizer(), None)
+    wrong = write({"text": "seven return", "experts": [[3, "math"]]})
+    with pytest.raises(DataError, match=r"sequence_length \(1\) must be at least 2"):
+        labels(f"math={file}", length=1)
+    with pytest.raises(DataError, match=r'line 1: "experts" \(\[\[3, \'math\'\]\]\) must be \[\[start, name\], ...\]'):
+        labels(wrong)
