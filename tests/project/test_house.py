@@ -18,7 +18,7 @@ SOURCES = sorted(WEFT.rglob("*.py"))
 
 # Imports point one way, inside of functions too: a room imports from those before its own.
 ROOMS = [
-    *("errors", "files", "screen", "options", "distributed"),
+    *("errors", "kernels", "files", "screen", "options", "distributed"),
     *("checkpoint", "config"),
     *("base_model", "gate", "data"),
     *("layers", "passes", "model"),

@@ -1,8 +1,8 @@
-"""The layers that mix the experts: one class per kind of LoRA layer, over one shared mixture.
+"""The layers that mix the experts: one class per kind of LoRA layer, over one shared base class.
 
-Knows one layer at a time, and not where its scalings come from.
+Knows one layer at a time, and not where its scalings come from. The arithmetic is in `weft.kernels`.
 
-    base.py             the mixture, written once
+    base.py             what all kinds share: dtypes, dropout, biases, which scalings act on what
     linear.py, embedding.py, conv2d.py: what A and B are there
     dora.py             what the magnitudes of DoRA experts do to a mixture
     experts.py          a layer's experts, stacked; the stack is their storage

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from weft.config import XLoraConfig
 from weft.gate.routing import Sees, align_to_cells, align_to_tokens, keep_top_k
+from weft.kernels.reference import scale_ranks
 from weft.layers.carrier import ReadyWeights, Routing, ScalingsCarrier
 from weft.layers.dora import Dora
 from weft.layers.experts import Stack, StackedExperts, StorageLayout
@@ -190,7 +191,7 @@ class XLoraLayer(ABC):
         else:
             scales = scales.view(-1, *(1 for _ in range(rank_axis + 1, h.dim())))
         chosen_only = weights is not None and (routing is None or routing.some_left_out)
-        h = _scale_blocks(h, scales, stack, rank_axis, chosen_only=chosen_only)
+        h = scale_ranks(h, scales, stack.ranks, rank_axis, rank_expert=stack.rank_expert, chosen_only=chosen_only)
         result = self.add_up(result, h, up if dora is None else dora.up, stack)
         if dora is not None:
             plain = self.dora.plain(base_result) if dropped is None else self.dora.plain_of_each(dropped)
@@ -279,36 +280,3 @@ class XLoraLayer(ABC):
     @abstractmethod
     def base_rows(self, weight: Tensor) -> Tensor:
         """The base layer's weight as W, [out, in]."""
-
-
-def _scale_blocks(h: Tensor, scales: Tensor, stack: Stack, rank_axis: int, *, chosen_only: bool) -> Tensor:
-    """Multiply each expert's block of the rank axis by its scale; `scales` has the experts at that axis.
-
-    Args:
-        h: A x, `[batch, *cells, rank]`.
-        scales: of the experts.
-        stack: the experts.
-        rank_axis: of `h`.
-        chosen_only: a scale of 0 leaves its expert out, even where its h has overflowed: 0 · inf would be NaN.
-    """
-    expert_axis = scales.dim() - (h.dim() - rank_axis)
-    blocks = h
-    if stack.rank_expert is not None:
-        scales = scales.index_select(expert_axis, stack.rank_expert)
-    else:
-        before, after = h.shape[:rank_axis], h.shape[rank_axis + 1 :]
-        blocks = h.view(*before, len(stack.ranks), stack.ranks[0], *after)  # [..., expert, rank of one, ...]
-        scales = scales.unsqueeze(expert_axis + 1)
-    if chosen_only:
-        blocks = blocks.masked_fill((scales == 0) & ~blocks.isfinite(), 0)
-    return (blocks * scales).reshape(h.shape)
-
-
-def add_product(result: Tensor, h: Float[Tensor, "*cells rank"], up: Float[Tensor, "rank out"]) -> Tensor:
-    """result + h @ up, fused where the dtypes allow it."""
-    # Under autocast a fused product would round the result too.
-    same_dtype = result.dtype == h.dtype == up.dtype and not torch.is_autocast_enabled(h.device.type)
-    if same_dtype and result.shape[:-1] == h.shape[:-1]:
-        flat = torch.addmm(result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1]), up)
-        return flat.view(result.shape)
-    return result + h @ up

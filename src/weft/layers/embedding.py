@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.layers.base import XLoraLayer, add_product
+from weft.kernels.reference import add_product
+from weft.layers.base import XLoraLayer
 from weft.layers.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 
 # A: [rank, vocabulary], B: [out, rank], both plain parameters.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.layers.base import XLoraLayer, add_product
+from weft.kernels.reference import add_chosen, add_mixture, add_product
+from weft.layers.base import XLoraLayer
 from weft.layers.carrier import ReadyWeights
 from weft.layers.experts import Stack, Storage, StorageLayout, as_it_is, transposed
 
@@ -32,23 +32,16 @@ class XLoraLinearLayer(XLoraLayer):
         down, up = stack.down, stack.up
         if x.dtype != down.dtype:
             x = x.to(down.dtype)
-        place = self.layer_number - ready.first_layer
-        weights = ready.weights[place]
+        index = self.layer_number - ready.first_layer
+        weights = ready.weights[index]
         if weights.dtype != x.dtype:
             weights = weights.to(x.dtype)
         rows, base = x.reshape(-1, width), result.reshape(-1, result.shape[2])
         if ready.chosen is not None:
-            down, up = down.index_select(0, ready.chosen[place]), up.index_select(0, ready.chosen[place])
-        if len(down) == weights.shape[1]:
-            h = F.linear(rows, down)
-            if ready.left_out is not None:
-                h = h.masked_fill(ready.left_out[place], 0)
-            h = h * weights
-            rows = torch.addmm(base, h, up) if base.dtype == h.dtype else base + h @ up
-        else:  # each of several tokens has chosen its own
-            down, up = down.unflatten(0, weights.shape), up.unflatten(0, weights.shape)
-            h = (torch.bmm(down, rows.unsqueeze(2)).squeeze(2) * weights).unsqueeze(1)
-            rows = base + torch.bmm(h, up).squeeze(1)
+            rows = add_chosen(base, rows, down, up, weights, ready.chosen[index])
+        else:
+            left_out = None if ready.left_out is None else ready.left_out[index]
+            rows = add_mixture(base, rows, down, up, weights, left_out)
         return rows.view(*tokens, -1)
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
