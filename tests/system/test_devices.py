@@ -140,7 +140,7 @@ def test_folding_gives_the_same_over_two_devices(llama_adapters, tmp_path):
     assert plain == spread
 
 
-@pytest.mark.parametrize("file", ["passes.py", "layers/base.py"])
+@pytest.mark.parametrize("file", ["passes/base.py", "layers/base.py"])
 def test_without_its_moves_it_would_fail(llama_adapters, ids, mask, file):
     with PretendedDevices() as devices:
         over_two_devices(llama_adapters)(input_ids=ids, attention_mask=mask)

@@ -2,7 +2,7 @@
 
 Shares are the gate's scalings after a softmax: per token and layer they are positive and sum to one. Each loss is a
 mean over layers and tokens, padding left out, and costs nothing where its weight in `XLoraConfig` is 0. What puts them
-into a model's loss is in `auxiliary.py`.
+into a model's loss is in `passes/gate_losses.py`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,22 @@ def balance_loss(
         tensor(1.)
     """
     *_, num_experts = shares.shape
+    experts = None if top_k is None or top_k >= num_experts else shares.topk(top_k, dim=-1).indices
+    return balance_loss_of_chosen(shares, experts, padding)
+
+
+def balance_loss_of_chosen(
+    shares: Float[Tensor, "batch seq layer expert"],
+    experts: Int[Tensor, "batch seq layer top_k"] | None,
+    padding: Shaped[Tensor, "batch total"] | None = None,
+) -> Float[Tensor, ""]:
+    """`balance_loss` where each token's experts are chosen already: their numbers; None for all."""
+    *_, num_experts = shares.shape
     weights = token_weights(shares, padding)
     mean = _mean(shares, weights)  # [layer, expert]
     used = mean
-    if top_k is not None and top_k < num_experts:
-        kept = torch.zeros_like(shares).scatter(-1, shares.topk(top_k, dim=-1).indices, 1 / top_k)
-        used = _mean(kept, weights)
+    if experts is not None:
+        used = _mean(torch.zeros_like(shares).scatter(-1, experts, 1 / experts.shape[-1]), weights)
     return num_experts * (used * mean).sum(-1).mean()
 
 
@@ -107,8 +117,8 @@ def expert_label_loss(
         )
     labels = labels.to(shares.device)
     labels = labels[:, None].expand(batch, seq) if labels.dim() == 1 else labels
-    places = labels.clamp(min=0)[:, :, None, None].expand(batch, seq, layers, 1)
-    losses = -_log(shares.gather(-1, places)[..., 0])  # [batch, seq, layer]
+    indices = labels.clamp(min=0)[:, :, None, None].expand(batch, seq, layers, 1)
+    losses = -_log(shares.gather(-1, indices)[..., 0])  # [batch, seq, layer]
     return _mean(losses, token_weights(shares, padding) * (labels != NO_EXPERT)).mean()
 
 

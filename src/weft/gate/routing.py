@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,19 @@ def softmax_with_temperature(
     return torch.softmax(logits.to(wide) / temperature, dim=-1)
 
 
-def choose_top_k(
-    scalings: Float[Tensor, "*batch expert"], top_k: int, *, renormalise: bool = False
-) -> tuple[Float[Tensor, "*batch top_k"], Int[Tensor, "*batch top_k"]]:
+class TopK(NamedTuple):
+    """Each token's largest scalings, and the experts that have them.
+
+    Attributes:
+        kept: these scalings, `[..., top_k]`.
+        experts: the experts' numbers, `[..., top_k]`.
+    """
+
+    kept: Tensor
+    experts: Tensor
+
+
+def choose_top_k(scalings: Float[Tensor, "*batch expert"], top_k: int, *, renormalise: bool = False) -> TopK:
     """Each token's `top_k` largest scalings and whose they are.
 
     Args:
@@ -67,7 +78,18 @@ def choose_top_k(
     kept, experts = torch.topk(scalings, k=top_k, dim=-1)
     if renormalise:
         kept = softmax_with_temperature(kept, 1.0).to(scalings.dtype)
-    return kept, experts
+    return TopK(kept, experts)
+
+
+def apply_top_k(
+    scalings: Float[Tensor, "*batch expert"], top_k: int | None, *, renormalise: bool = False
+) -> tuple[Float[Tensor, "*batch expert"], TopK | None]:
+    """`keep_top_k`, and what was chosen; None where all are kept."""
+    num_experts = scalings.shape[-1]
+    if top_k is None or top_k >= num_experts:
+        return (softmax_with_temperature(scalings, 1.0).to(scalings.dtype) if renormalise else scalings), None
+    chosen = choose_top_k(scalings, top_k, renormalise=renormalise)
+    return torch.zeros_like(scalings).scatter(-1, chosen.experts, chosen.kept), chosen
 
 
 def keep_top_k(
@@ -84,11 +106,8 @@ def keep_top_k(
         A tensor of the same shape. Which experts are kept is decided by their rank alone, so a kept value that
         happens to be zero stays kept.
     """
-    num_experts = scalings.shape[-1]
-    if top_k is None or top_k >= num_experts:
-        return softmax_with_temperature(scalings, 1.0).to(scalings.dtype) if renormalise else scalings
-    kept, experts = choose_top_k(scalings, top_k, renormalise=renormalise)
-    return torch.zeros_like(scalings).scatter(-1, experts, kept)
+    kept, _ = apply_top_k(scalings, top_k, renormalise=renormalise)
+    return kept
 
 
 def keep_each_top_k(

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from weft.config import XLoraConfig
-from weft.gate.routing import choose_top_k
+from weft.gate.routing import TopK
 from weft.layers.carrier import ReadyWeights
 from weft.layers.experts import Stack, StackedExperts
 
@@ -138,23 +137,19 @@ class RankWeights:
             left_out=left_out,
         )
 
-    def of_chosen(
-        self, scalings: Float[Tensor, "batch seq layer expert"], config: XLoraConfig, first_layer: int
-    ) -> ReadyWeights | None:
+    def of_chosen(self, chosen: TopK, num_experts: int, first_layer: int, global_weight: float) -> ReadyWeights | None:
         """The weights of each token's chosen experts, which the layers then gather; None where that does not pay.
 
         Args:
-            scalings: λ as the gate gave it; a layer axis of 1 is shared by all layers.
-            config: `top_k_lora`, `enable_softmax_topk` and `global_scaling_weight`.
+            chosen: λ of each token's experts, `[batch, seq, layer, top_k]`; a layer axis of 1 is shared by all layers.
+            num_experts: of how many they were chosen.
             first_layer: number of the layer that the layer axis begins with.
+            global_weight: g.
         """
-        if config.top_k_lora is None:
-            return None
-        top_k, renormalise = config.top_k_lora, config.enable_softmax_topk
-        batch, seq, num_layers, num_experts = scalings.shape
+        batch, seq, num_layers, top_k = chosen.kept.shape
         tokens = batch * seq
-        key = (num_experts, scalings.device)
-        few = _few(scalings)
+        key = (num_experts, chosen.kept.device)
+        few = _few(chosen.kept)
         if self._refresh(few) and key not in self._expert_tables:
             self._expert_tables[key] = self._expert_table(*key)
         table = self._expert_tables.get(key)
@@ -163,10 +158,10 @@ class RankWeights:
             return None
         first_layer = 0 if num_layers == 1 else first_layer
         scales = table.scales[first_layer:]
-        kept, experts = choose_top_k(scalings.flatten(0, 1), top_k, renormalise=renormalise)
+        kept, experts = (each.flatten(0, 1) for each in chosen)
         experts = experts.expand(tokens, len(scales), top_k)
-        weights = kept * scales.expand(tokens, -1, -1).gather(2, experts) * config.global_scaling_weight
-        ranks = experts[..., None] * table.rank + torch.arange(table.rank, device=scalings.device)
+        weights = kept * scales.expand(tokens, -1, -1).gather(2, experts) * global_weight
+        ranks = experts[..., None] * table.rank + torch.arange(table.rank, device=kept.device)
         return ReadyWeights(
             table.stacks,
             (batch, seq),

@@ -32,7 +32,7 @@ from weft.base_model.devices import resident_device
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.gate.classifier import XLoraClassifier
-from weft.gate.routing import Sees, keep_top_k
+from weft.gate.routing import Sees, TopK, apply_top_k
 from weft.layers.carrier import ReadyWeights, Routing, ScalingsCarrier
 from weft.layers.decode_weights import RankWeights
 from weft.passes.cache import XLoraCache, doubled, leave_scaling_behind
@@ -176,8 +176,8 @@ class Passes:
         """Whether the next call asks the gate: the experts are on, and their weights not fixed."""
         return not self.disabled and self._fixed is None and (self._rows is None or not self._rows.none_gated)
 
-    def _top_k(self, scalings: Tensor) -> Tensor:
-        return keep_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
+    def _top_k(self, scalings: Tensor) -> tuple[Tensor, TopK | None]:
+        return apply_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
 
     def _ready(self, scalings: Tensor, first_layer: int = 0) -> ReadyWeights | None:
         """What the layers can use as it is to follow these scalings, top-k applied."""
@@ -263,13 +263,12 @@ class Passes:
     def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
         """Let the layers of a call of the base model follow the gate."""
         cache = None if cache is None else doubled(cache, self.config.scaling_pass_layers)
-        if self._ahead is None:
-            self._follow_gate(self._scaling_pass(arguments, None if cache is None else cache.scaling), arguments)
-        else:
-            self._follow_gate(self._ahead, arguments)
+        hidden = self._ahead
+        if hidden is None:
+            hidden = self._scaling_pass(arguments, None if cache is None else cache.scaling)
+        scalings = self._follow_gate(hidden, arguments)
         if cache is not None and self._freeze_at is not None:
-            assert self._latest is not None
-            cache.count_in(self._top_k(self._latest.detach()), arguments.get("attention_mask"), self._freeze_at)
+            cache.count_in(scalings.detach(), arguments.get("attention_mask"), self._freeze_at)
 
     @torch.no_grad()
     def scaling_step(self, input_ids: Int[Tensor, "batch seq"], cache: XLoraCache) -> Float[Tensor, "batch seq hidden"]:
@@ -357,24 +356,26 @@ class Passes:
     def _of_biases(self) -> Tensor | None:
         return None if self._rows_of_call is None else self._rows_of_call.of_biases()
 
-    def _follow_gate(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """Let the layers follow the gate's answer to `hidden` from here on."""
+    def _follow_gate(self, hidden: Tensor, arguments: dict[str, Any]) -> Float[Tensor, "batch seq layer expert"]:
+        """Let the layers follow the gate's answer to `hidden` from here on; gives it, top-k applied."""
         scalings = self._latest = self.gate(hidden.to(self._device))
         if self.log.enabled:
             self.log.record(self._whole(scalings))
         if not self.config.layerwise_scalings:
             scalings = scalings[:, :, :1]  # one computation for all layers
         padding = padding_of(self.backbone.base, arguments, scalings.shape[1], scalings.device)
-        self.losses.gate_answered(scalings, padding)
+        kept, chosen = self._top_k(scalings)
+        self.losses.gate_answered(scalings, kept, chosen, padding)
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
         elif isinstance(keep, Tensor):
             keep = keep.to(scalings.device)
-        followed = self._mixed(self._top_k(scalings))
+        followed = self._mixed(kept)
         ready = None
-        if self._rows_of_call is None:  # else it is not the gate alone that they follow
-            ready = self._rank_weights.of_chosen(scalings, self.config, self.first_layer)
+        if chosen is not None and self._rows_of_call is None:  # else it is not the gate alone that they follow
+            weight = self.config.global_scaling_weight
+            ready = self._rank_weights.of_chosen(chosen, self.config.num_experts, self.first_layer, weight)
         self._follow(
             Routing(
                 followed,
@@ -387,6 +388,7 @@ class Passes:
                 some_left_out=self._some_left_out,
             )
         )
+        return kept
 
     def _follow(self, routing: Routing) -> None:
         self.carrier.routing = self._followed = routing

@@ -26,23 +26,38 @@ from transformers.utils import ModelOutput
 
 from weft.config import XLoraConfig
 from weft.errors import ConfigError, DataError
-from weft.gate.losses import NO_EXPERT, balance_loss, entropy_loss, expert_label_loss, token_weights
+from weft.gate.losses import NO_EXPERT, balance_loss_of_chosen, entropy_loss, expert_label_loss, token_weights
 from weft.gate.metrics import GateMetrics
-from weft.gate.routing import keep_top_k, softmax_with_temperature
+from weft.gate.routing import TopK, softmax_with_temperature
 
 EXPERT_LABELS = "expert_labels"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What the gate said of tokens.
+
+    Attributes:
+        shares: of the experts, before top-k.
+        experts: those that top-k has chosen, `[batch, seq, layer, top_k]`; None for all.
+        padding: which tokens count; None for all.
+    """
+
+    shares: Tensor
+    experts: Tensor | None
+    padding: Tensor | None
+
+
 @dataclasses.dataclass
 class _Call:
-    """A training call in progress: what its losses need, and the gate's answers so far with their padding masks."""
+    """A training call in progress: what its losses need, and the gate's answers so far."""
 
     labels: Tensor | None
     shift_labels: Tensor | None
     num_items: Tensor | int | None
     expert_labels: Tensor | None
     position_ids: Tensor | None
-    answers: list[tuple[Tensor, Tensor | None]] = dataclasses.field(default_factory=list)
+    answers: list[_Answer] = dataclasses.field(default_factory=list)
 
 
 class AuxiliaryLosses:
@@ -81,8 +96,21 @@ class AuxiliaryLosses:
                 arguments.get("position_ids"),
             )
 
-    def gate_answered(self, scalings: Float[Tensor, "batch seq layer expert"], padding: Tensor | None) -> None:
-        """Note scalings, before top-k, that layers of the call in progress follow."""
+    def gate_answered(
+        self,
+        scalings: Float[Tensor, "batch seq layer expert"],
+        followed: Float[Tensor, "batch seq layer expert"],
+        chosen: TopK | None,
+        padding: Tensor | None,
+    ) -> None:
+        """Note the gate's answer in the call in progress.
+
+        Args:
+            scalings: as the gate gave them.
+            followed: after top-k.
+            chosen: by top-k; None for all.
+            padding: attention mask.
+        """
         call = self._call
         if call is None:
             return
@@ -93,11 +121,9 @@ class AuxiliaryLosses:
         if padding is not None:
             padding = padding.to(scalings.device)
         shares = self._shares(scalings)
-        call.answers.append((shares, padding))
+        call.answers.append(_Answer(shares, None if chosen is None else chosen.experts, padding))
         if self.metrics.enabled:
-            config = self.config
-            followed = keep_top_k(scalings.detach(), config.top_k_lora, renormalise=config.enable_softmax_topk)
-            self.metrics.add(shares.detach(), _normalised(followed), padding)
+            self.metrics.add(shares.detach(), _normalised(followed.detach()), padding)
 
     def finish(self, output: Any) -> Any:
         """The call's output with the gate's losses in its loss; None where there is nothing to add.
@@ -110,7 +136,7 @@ class AuxiliaryLosses:
         if call is None or output is None or call.labels is None or not call.answers or not weighted:
             return None
         losses = self._losses(call)
-        masks = [mask for _, mask in call.answers if mask is not None]
+        masks = [answer.padding for answer in call.answers if answer.padding is not None]
         self.metrics.add_losses(losses, torch.stack([mask.any() for mask in masks]).any() if masks else None)
         if not losses:
             return None
@@ -125,13 +151,15 @@ class AuxiliaryLosses:
         return output
 
     def _losses(self, call: _Call) -> dict[str, Tensor]:
-        shares = torch.cat([shares for shares, _ in call.answers], dim=1)
+        shares = torch.cat([answer.shares for answer in call.answers], dim=1)
+        experts = [answer.experts for answer in call.answers if answer.experts is not None]
         padding = None
-        if any(mask is not None for _, mask in call.answers):
-            padding = torch.cat([token_weights(shares, mask) for shares, mask in call.answers], dim=1)
+        if any(answer.padding is not None for answer in call.answers):
+            padding = torch.cat([token_weights(answer.shares, answer.padding) for answer in call.answers], dim=1)
         config, losses = self.config, {}
         if config.balance_loss_weight:
-            losses["balance_loss"] = balance_loss(shares, padding, top_k=config.top_k_lora)
+            chosen = torch.cat(experts, dim=1) if experts else None
+            losses["balance_loss"] = balance_loss_of_chosen(shares, chosen, padding)
         if config.entropy_loss_weight:
             losses["entropy_loss"] = entropy_loss(shares, padding)
         if config.expert_label_loss_weight and call.expert_labels is not None:

@@ -220,8 +220,9 @@ class Seq2SeqPasses(Passes):
         """The gate's answer for source tokens, as the layers follow it."""
         scalings = self.latest_source_scalings = self.gate(hidden.to(self._device))
         scalings = scalings if self.config.layerwise_scalings else scalings[:, :, :1]
-        self.losses.gate_answered(scalings, padding)
-        return self._mixed(self._top_k(scalings))
+        kept, chosen = self._top_k(scalings)
+        self.losses.gate_answered(scalings, kept, chosen, padding)
+        return self._mixed(kept)
 
     def _read(self, module: nn.Module, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
         """The last hidden state of a scaling pass of the encoder or the decoder."""
