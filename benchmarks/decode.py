@@ -113,7 +113,7 @@ def stepper(model: Any, ids: torch.Tensor, cache: Any, *, frozen: bool = False, 
     """Reads the prompt; each call decodes one token, greedily."""
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     if frozen:
-        with model.base_model.passes.freezing_at(PROMPT):
+        with model.base_model.passes.freeze_scalings_at(PROMPT):
             output = model(input_ids=ids, **options)
     else:
         output = model(input_ids=ids, **options)

@@ -372,7 +372,7 @@ def test_bad_options_are_an_error_without_a_traceback(mixture, options, message,
 
 def test_constant_layers_before_the_gate_are_averaged_as_they_are(llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters, layerwise_scalings=True, gate_layer=1, top_k_lora=1).eval()
-    weights, before = weft.mean_scalings(model, [[1, 2, 3, 4]]), model.passes.first_layer
+    weights, before = weft.mean_scalings(model, [[1, 2, 3, 4]]), model.passes.routings.first_layer
     torch.testing.assert_close(weights[:before], torch.full((before, 3), 1 / 3))
     expected = keep_top_k(model.get_latest_scalings()[0, :, before:], 1).mean(0)
     torch.testing.assert_close(weights[before:], expected)

@@ -61,7 +61,8 @@ def test_metrics_are_means_over_the_tokens_of_all_calls(llama_adapters, options)
     before, after = [], []
     for inputs in batches():
         model(**inputs)
-        scalings = model.get_latest_scalings().detach()[inputs["attention_mask"] != 0][:, model.passes.first_layer :]
+        scalings = model.get_latest_scalings().detach()[inputs["attention_mask"] != 0]
+        scalings = scalings[:, model.passes.routings.first_layer :]
         followed = keep_top_k(scalings, options.get("top_k_lora"), renormalise="enable_softmax_topk" in options)
         after.append(followed.abs() / followed.abs().sum(-1, keepdim=True))
         shares = scalings.softmax(-1) if "enable_softmax_topk" in options else scalings.abs()

@@ -136,7 +136,7 @@ def test_a_calls_loss_is_the_language_models_and_the_gates(llama_adapters, optio
     inputs = {**batch(), "attention_mask": torch.ones(2, 7).long(), "return_dict": return_dict}
     inputs["attention_mask"][0, :3] = 0
     found = model(**inputs)[0]
-    shares = model.get_latest_scalings()[:, :, model.passes.first_layer :]
+    shares = model.get_latest_scalings()[:, :, model.passes.routings.first_layer :]
     expected = added(model, shares, inputs["expert_labels"], inputs["attention_mask"])
     plain = model.eval()(**inputs)[0]  # evaluation's loss is the language model's
     torch.testing.assert_close(found, plain + expected)

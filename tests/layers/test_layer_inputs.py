@@ -30,7 +30,7 @@ def mixture(make, paths, **options):
 
 
 def kinds(model):
-    return dict(zip(model.xlora_config.layer_names, model.base_model.passes.kinds, strict=True))
+    return dict(zip(model.xlora_config.layer_names, model.base_model.passes.routings.kinds, strict=True))
 
 
 def text(batch=2, length=9):

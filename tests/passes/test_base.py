@@ -27,7 +27,7 @@ def decode(model):
 
 @torch.no_grad()
 def read_and_freeze(model):
-    with model.base_model.passes.freezing_at(8):
+    with model.base_model.passes.freeze_scalings_at(8):
         model(input_ids=torch.ones(1, 4).long(), use_cache=True)
 
 

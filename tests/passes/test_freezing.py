@@ -53,7 +53,7 @@ def test_frozen_generation_equals_a_loop_done_by_hand(decoder, after, options):
         scalings = keep_top_k(model.get_latest_scalings(), config.top_k_lora)
         mean = torch.stack([row[kept.bool()].mean(0) for row, kept in zip(scalings, seen, strict=True)])[:, None]
         found = model.generate(**inputs, **PLAIN, freeze_scalings_after=after)
-        model.passes._fixed = mean
+        model.passes.routings.fixed = mean
         # Greedy steps at that mean, from the keys and values so far.
         new = found[:, text.shape[1] : text.shape[1] + 1]
         for _ in range(found.shape[1] - text.shape[1] - 1):

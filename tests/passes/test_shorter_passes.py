@@ -113,9 +113,9 @@ def test_gate_inside_the_only_pass_equals_two_passes_done_by_hand(shaped):
         with model.fixed_scalings(dict.fromkeys(model.xlora_config.expert_names, 1 / 3)):
             hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[2]
         gate = model.internal_xlora_classifier(F.rms_norm(hidden, hidden.shape[-1:]))
-        below = torch.full((2, 9, model.passes.first_layer, 3), 1 / 3)
+        below = torch.full((2, 9, model.passes.routings.first_layer, 3), 1 / 3)
         torch.testing.assert_close(scalings, torch.cat([below, gate], 2), rtol=1e-4, atol=1e-5)
-        model.passes._fixed = torch.cat([below, keep_top_k(gate, 2)], 2)
+        model.passes.routings.fixed = torch.cat([below, keep_top_k(gate, 2)], 2)
         torch.testing.assert_close(found, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -131,9 +131,9 @@ def test_gate_layer_runs_every_layer_once_and_needs_one_ordinary_cache(shaped):
 
 def test_gate_decides_for_the_layers_that_follow_it_only(shaped):
     everywhere, some = shaped(gate_layer=0), shaped(gate_layer=2)
-    assert everywhere.passes.first_layer == 0
+    assert everywhere.passes.routings.first_layer == 0
     per_layer = len(everywhere.xlora_config.layer_names) // 3
-    assert some.passes.first_layer == 2 * per_layer
+    assert some.passes.routings.first_layer == 2 * per_layer
     assert some.internal_xlora_classifier.layers[-1].out_features == 3 * per_layer
     with torch.no_grad():
         some(**ids_and_mask())

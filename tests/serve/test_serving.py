@@ -70,7 +70,7 @@ def test_schemes(options, scheme, saved):
     folder, model = saved(**options)
     mixture = read_mixture(folder)
     assert mixture.scheme == scheme
-    assert mixture.following() == range(model.passes.first_layer, len(mixture.layers))
+    assert mixture.following() == range(model.passes.routings.first_layer, len(mixture.layers))
     assert (mixture.following().start > 0) == ("gate_layer" in options)
 
 

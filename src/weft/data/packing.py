@@ -137,7 +137,7 @@ def check_packing(model: Any, batch_size: int) -> None:
 
 
 def _read(passes: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    with passes.as_base():
+    with passes.as_scaling_pass():
         return passes.backbone.last_hidden_state({"input_ids": ids, "position_ids": positions}).double()
 
 

@@ -139,7 +139,7 @@ def _top_k(number: int | None, model: Any) -> Iterator[Any]:
 
 @contextmanager
 def _freezable(after: int, model: Any) -> Iterator[Any]:
-    model.base_model.passes.check_freezing(after, {})
+    model.base_model.passes.check_frozen_scalings(after, {})
     yield model
 
 

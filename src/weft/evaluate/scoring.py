@@ -50,7 +50,7 @@ class Runner:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         parts, cache = [], None
         length, cache_name = input_ids.shape[1], str(self.model.base_model.backbone.cache_name)
-        with self.model.base_model.passes.freezing_at(self.freeze_after):
+        with self.model.base_model.passes.freeze_scalings_at(self.freeze_after):
             for start, end in ((0, min(self.freeze_after, length)), (self.freeze_after, length)):
                 if start < end:
                     output = self.model(

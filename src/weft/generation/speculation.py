@@ -168,7 +168,7 @@ class Speculation:
         hidden, guesses = [], []
         for _ in range(number):
             hidden.append(passes.scaling_step(token, self.cache))
-            with passes.as_base():
+            with passes.as_scaling_pass():
                 token = head(hidden[-1]).argmax(-1)  # [1, 1]
             guesses.append(int(token))
         # The last guess is read too: where all are right, the call brings one token more.

@@ -286,7 +286,7 @@ class Reader:
                 if hidden is not None:
                     stack.enter_context(self.tuner.passes.after_scaling_steps(hidden))
                 if self.freeze_at is not None:
-                    stack.enter_context(self.tuner.passes.freezing_at(self.freeze_at))
+                    stack.enter_context(self.tuner.passes.freeze_scalings_at(self.freeze_at))
                 keep = self.tuner.backbone.takes("logits_to_keep") and not every_place
                 output = self.model(
                     input_ids=torch.cat([unread, unread.new_tensor([guesses])], 1) if guesses else unread,
@@ -323,7 +323,7 @@ def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_sca
     if isinstance(speculate, bool) or not isinstance(speculate, int) or speculate < 0:
         raise ConfigError(f"speculate ({speculate!r}) must be a whole number of at least 0: tokens to guess ahead")
     if freeze_scalings_after is not None:
-        tuner.passes.check_freezing(freeze_scalings_after, {"speculate": speculate or None})
+        tuner.passes.check_frozen_scalings(freeze_scalings_after, {"speculate": speculate or None})
     if speculate and not can_crop(cache):
         raise ConfigError(
             f"speculate ({speculate}) needs a cache that can forget wrong guesses, which {type(cache).__name__} "

@@ -1,4 +1,4 @@
-"""What the layers multiply with where few tokens are read, as in decoding, computed for all layers at once.
+"""Precomputes every layer's rank weights for short inputs, as in decoding.
 
 A rank of an expert is weighted by λ · s · g. With few tokens, a layer's products are so short that computing this in
 each layer takes as long as they do; here it is one lookup and one product per call of the model.
@@ -58,7 +58,7 @@ class _ExpertTable:
     rank: int
 
 
-class RankWeights:
+class DecodeWeights:
     """Prepares the weights of linear layers that have a single stack; other layers compute theirs themselves.
 
     The layers take the stacks that come with their weights as they are, so they are looked up here. Looking at all of

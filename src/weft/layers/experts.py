@@ -4,7 +4,7 @@ With A = [A_1; ...; A_N] ([rank, in]) and B = [B_1, ..., B_N] ([out, rank]), the
 weight per expert acts on its block of the rank axis. The stack takes over the adapters' storage: peft's parameters
 become views of it, so nothing is held twice, and what changes a parameter in place (loading, an optimizer) changes the
 stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed, at the next forward at the latest
-(within eight tokens where it is one layer's in the midst of a text, see `rank_weights.py`), and stacked again. In
+(within eight tokens where it is one layer's in the midst of a text, see `decode_weights.py`), and stacked again. In
 distributed training others keep parameters in storage of their own (FSDP's shards, ZeRO's flat buffers) and need them
 to stay there: then the stack is a copy, made at every call.
 """

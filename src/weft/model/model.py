@@ -30,7 +30,7 @@ from weft.gate.classifier import XLoraClassifier
 from weft.gate.routing import ConstantWeights, constant_scalings
 from weft.layers.carrier import ScalingsCarrier
 from weft.layers.convert import convert_layers_to_xlora, linear_experts, mixture_of, restack
-from weft.layers.decode_weights import RankWeights
+from weft.layers.decode_weights import DecodeWeights
 from weft.layers.inputs import find_layer_inputs
 from weft.model.frozen_copies import refuse_loading_into_copy
 from weft.model.heads import add_heads, find_heads, refuse_task_of_peft
@@ -179,7 +179,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             options,
             first_layer=first_layer,
             kinds=inputs.kinds,
-            rank_weights=RankWeights([linear_experts(layer) for layer in layers.values()]),
+            decode_weights=DecodeWeights([linear_experts(layer) for layer in layers.values()]),
         )
         self.passes.attach(model)
 
@@ -210,8 +210,10 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
             frozen: AbstractContextManager[None] = nullcontext()
             if freeze_scalings_after is not None:
-                self.passes.check_freezing(freeze_scalings_after, kwargs)
-                frozen = self.passes.freezing_at(self.backbone.prompt_length(args, kwargs) + freeze_scalings_after)
+                self.passes.check_frozen_scalings(freeze_scalings_after, kwargs)
+                frozen = self.passes.freeze_scalings_at(
+                    self.backbone.prompt_length(args, kwargs) + freeze_scalings_after
+                )
             try:
                 with frozen:
                     return self.lora_model.model.generate(*args, **self.backbone.with_named_cache(kwargs))

@@ -32,17 +32,18 @@ from weft.base_model.devices import resident_device
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.gate.classifier import XLoraClassifier
-from weft.gate.routing import Sees, TopK, apply_top_k
-from weft.layers.carrier import ReadyWeights, Routing, ScalingsCarrier
-from weft.layers.decode_weights import RankWeights
+from weft.gate.routing import Sees
+from weft.layers.carrier import Routing, ScalingsCarrier
+from weft.layers.decode_weights import DecodeWeights
 from weft.passes.cache import XLoraCache, doubled, leave_scaling_behind
-from weft.passes.frozen import SequenceMeans, freezing_problems
-from weft.passes.gate_losses import AuxiliaryLosses
+from weft.passes.frozen import SequenceMeans, frozen_scalings_problems
+from weft.passes.gate_losses import GateLosses
 from weft.passes.log import ScalingsLog
 from weft.passes.one_thread import OneThread
 from weft.passes.padding import padding_of
-from weft.passes.precomputed import take_given_hidden
+from weft.passes.precomputed import take_precomputed
 from weft.passes.recompute import Readers, carry_through_checkpoints, undo_checkpoints
+from weft.passes.routings import Routings
 from weft.passes.rows import RowScalings
 
 
@@ -56,9 +57,10 @@ class Passes:
         config: options, read at every call.
         first_layer: number of the first LoRA layer that follows the gate; those before have constant weights.
         kinds: what each LoRA layer sees.
-        rank_weights: prepares what the layers need, where tokens are few.
+        decode_weights: prepares what the layers need, where tokens are few.
 
     Attributes:
+        routings: makes what the layers follow.
         disabled: leave the experts out altogether.
         log: a record of the scalings.
         thread: which one uses the model.
@@ -74,27 +76,22 @@ class Passes:
         *,
         first_layer: int,
         kinds: tuple[Sees, ...],
-        rank_weights: RankWeights,
+        decode_weights: DecodeWeights,
     ) -> None:
         self.backbone = backbone
         self.carrier = carrier
         self.gate = gate
         self.config = config
-        self.first_layer = first_layer
-        self.kinds = kinds
-        self._rank_weights = rank_weights
+        self.routings = Routings(config, first_layer=first_layer, kinds=kinds, decode_weights=decode_weights)
         self.disabled = False
         self.log = ScalingsLog(config.scalings_log_size)
-        self.losses = AuxiliaryLosses(
+        self.losses = GateLosses(
             config, shifts_labels=backbone.shifts_labels, labels_are_targets=backbone.is_encoder_decoder
         )
         self.thread = OneThread()
         self._latest: Tensor | None = None
         self._followed: Routing | None = None
-        self._fixed: Tensor | None = None
         self._rows: RowScalings | None = None
-        # The same for the batch of the call in progress.
-        self._rows_of_call: RowScalings | None = None
         self._freeze_at: int | None = None
         self._ahead: Tensor | None = None
         # Arguments of a call in progress whose gate has not read yet.
@@ -125,21 +122,21 @@ class Passes:
     def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> AbstractContextManager[None]:
         """Use these weights for every token (a layer axis of 1: for every layer), without a gate."""
         # To the gate's device here, not in every layer at every call.
-        return self._in_this_block("_fixed", weights[None, None].to(self._device))
+        return self._in_this_block(self.routings, "fixed", weights[None, None].to(self._device))
 
     def scalings_of_rows(self, rows: RowScalings) -> AbstractContextManager[None]:
         """Let each row of the batch follow what is its own; rows that are repeated, as for beams, do alike."""
-        return self._in_this_block("_rows", rows)
+        return self._in_this_block(self, "_rows", rows)
 
     @contextmanager
-    def _in_this_block(self, name: str, value: Any) -> Iterator[None]:
+    def _in_this_block(self, owner: Any, name: str, value: Any) -> Iterator[None]:
         with self.thread.held():
-            before = getattr(self, name)
-            setattr(self, name, value)
+            before = getattr(owner, name)
+            setattr(owner, name, value)
             try:
                 yield
             finally:
-                setattr(self, name, before)
+                setattr(owner, name, before)
 
     def check_rows(self, arguments: dict[str, Any]) -> None:
         """Raise where a call of the model does not have as many rows as were named.
@@ -164,37 +161,18 @@ class Passes:
         scalings = self._followed.scalings
         if self._followed.first_layer == 0:
             return scalings
-        return self._whole(scalings.expand(-1, -1, self.gate.num_layers, -1))
+        return self.routings.with_constant_layers(scalings.expand(-1, -1, self.gate.num_layers, -1))
 
     @property
     def latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
         """Of the last call, as the gate gave them; before `first_layer` the constant weights."""
-        return None if self._latest is None else self._whole(self._latest)
+        return None if self._latest is None else self.routings.with_constant_layers(self._latest)
 
     @property
     def gate_decides(self) -> bool:
         """Whether the next call asks the gate: the experts are on, and their weights not fixed."""
-        return not self.disabled and self._fixed is None and (self._rows is None or not self._rows.none_gated)
-
-    def _top_k(self, scalings: Tensor) -> tuple[Tensor, TopK | None]:
-        return apply_top_k(scalings, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
-
-    def _ready(self, scalings: Tensor, first_layer: int = 0) -> ReadyWeights | None:
-        """What the layers can use as it is to follow these scalings, top-k applied."""
-        weight = self.config.global_scaling_weight
-        return self._rank_weights.per_rank(scalings, first_layer, weight, some_left_out=self._some_left_out)
-
-    @property
-    def _some_left_out(self) -> bool:
-        chosen = self._fixed is not None or self._rows_of_call is not None
-        return chosen or self.config.top_k_lora is not None
-
-    def _whole(self, scalings: Tensor) -> Float[Tensor, "batch seq layer expert"]:
-        if self.first_layer == 0:
-            return scalings
-        batch, seq, _, num_experts = scalings.shape
-        constant = scalings.new_full((batch, seq, self.first_layer, num_experts), self.config.constant_weight)
-        return torch.cat([constant, scalings], dim=2)
+        rows = self._rows
+        return not self.disabled and self.routings.fixed is None and (rows is None or not rows.none_gated)
 
     @property
     def _device(self) -> torch.device:
@@ -207,7 +185,7 @@ class Passes:
             return None
         arguments = self.backbone.named_arguments(args, kwargs)
         self.losses.begin(arguments, training=base.training and torch.is_grad_enabled() and self.gate_decides)
-        given = take_given_hidden(arguments, self.config, self.backbone)
+        precomputed = take_precomputed(arguments, self.config, self.backbone)
         if self.disabled:
             leave_scaling_behind(self.backbone.cache_of(arguments))
             return (), arguments
@@ -220,39 +198,31 @@ class Passes:
         if torch.is_grad_enabled():
             carry_through_checkpoints(base, self.carrier, self._gate_readers)
         self._begin_rows(arguments)
-        fixed, frozen = self._fixed_scalings(), self._frozen_means(arguments)
-        two_passes = given is None and frozen is None and fixed is None and self.config.gate_layer is None
+        fixed, frozen = self.routings.without_gate(), self._frozen_means(arguments)
+        two_passes = precomputed is None and frozen is None and fixed is None and self.config.gate_layer is None
         self.backbone.settle_cache(arguments, two_passes=two_passes)
         cache = self.backbone.cache_of(arguments)
-        self._rank_weights.begin_call(cache)
+        self.routings.decode_weights.begin_call(cache)
         if fixed is not None:
             leave_scaling_behind(cache)
-            self._follow(self._of_rows(fixed))
+            self._follow(self.routings.of_rows(fixed))
         elif self.config.gate_layer is not None:
             leave_scaling_behind(cache)
-            self.carrier.routing = self._constant()
+            self.carrier.routing = self.routings.constant(self._device)
             self._awaiting_gate = arguments
-        elif given is not None:
+        elif precomputed is not None:
             leave_scaling_behind(cache)
-            self._follow_gate(given, arguments)
+            self._follow_gate(precomputed, arguments)
         elif frozen is not None:
             leave_scaling_behind(cache)
-            self._follow(self._of_rows(self._mixed(frozen.mean())))
+            self._follow(self.routings.of_rows(self.routings.mixed(frozen.mean())))
         else:
             self._ask_gate(arguments, cache)
         return (), arguments
 
     def _begin_rows(self, arguments: dict[str, Any]) -> None:
-        self._rows_of_call = None if self._rows is None else self._rows.of_batch(self.backbone.batch_size(arguments))
-
-    def _fixed_scalings(self) -> Float[Tensor, "#batch #seq layer expert"] | None:
-        """The scalings that the layers follow whatever the text is; None where the gate is to be asked."""
-        rows = self._rows_of_call
-        return rows.constant() if rows is not None and rows.none_gated else self._fixed
-
-    def _mixed(self, scalings: Tensor) -> Tensor:
-        """The gate's scalings with those of the rows that do not follow it."""
-        return scalings if self._rows_of_call is None else self._rows_of_call.mixed_with(scalings)
+        rows = self._rows
+        self.routings.rows = None if rows is None else rows.of_batch(self.backbone.batch_size(arguments))
 
     def _frozen_means(self, arguments: dict[str, Any]) -> SequenceMeans | None:
         """The scalings that the layers go on with, where those of the call's cache are frozen."""
@@ -282,24 +252,23 @@ class Passes:
 
     def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> AbstractContextManager[None]:
         """In this block a call has its scaling pass behind it, which gave `hidden` for its tokens."""
-        return self._in_this_block("_ahead", hidden)
+        return self._in_this_block(self, "_ahead", hidden)
 
     @contextmanager
-    def as_base(self) -> Iterator[None]:
-        """In this block the layers do what they do in the scaling pass."""
-        with self.thread.held(), self.carrier.scaling_pass(self._scaling_routing()):
-            yield
+    def as_scaling_pass(self) -> Iterator[None]:
+        """In this block the layers do what they do in the scaling pass: every expert has one constant weight, or 0."""
+        with self.thread.held():
+            routing = None if self.config.constant_weight == 0 else self.routings.constant(self._device)
+            with self.carrier.scaling_pass(routing):
+                yield
 
-    def _scaling_routing(self) -> Routing | None:
-        return None if self.config.constant_weight == 0 else self._constant()
-
-    def check_freezing(self, after: int, generation: dict[str, Any]) -> None:
+    def check_frozen_scalings(self, after: int, generation: dict[str, Any]) -> None:
         """Raise where the scalings cannot be frozen after so many new tokens, in a generation with these options.
 
         Raises:
             ConfigError: all that is wrong.
         """
-        problems = freezing_problems(after, generation, gate_layer=self.config.gate_layer)
+        problems = frozen_scalings_problems(after, generation, gate_layer=self.config.gate_layer)
         if self.backbone.is_encoder_decoder:
             problems.append(
                 f"freeze_scalings_after ({after!r}) is not supported with an encoder-decoder "
@@ -308,15 +277,15 @@ class Passes:
         if problems:
             raise ConfigError("the scalings cannot be frozen:", problems)
 
-    def freezing_at(self, length: int) -> AbstractContextManager[None]:
+    def freeze_scalings_at(self, length: int) -> AbstractContextManager[None]:
         """Freeze each sequence's scalings, at their mean so far, once its cache has this many tokens."""
-        return self._in_this_block("_freeze_at", length)
+        return self._in_this_block(self, "_freeze_at", length)
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> Any:
         if self.thread.is_elsewhere or self.carrier.in_scaling_pass:
             return None
         self.carrier.clear()
-        self._awaiting_gate = self._rows_of_call = None
+        self._awaiting_gate = self.routings.rows = None
         output = self.losses.finish(output)
         self.thread.release()
         return output
@@ -334,7 +303,7 @@ class Passes:
         what learns.
         """
         layers = self.config.scaling_pass_layers
-        with torch.no_grad(), self.as_base():
+        with torch.no_grad(), self.as_scaling_pass():
             if layers is None:
                 return self.backbone.last_hidden_state(arguments, cache)
             return self._normalised(self.backbone.residual_stream(arguments, cache, layers))
@@ -343,51 +312,22 @@ class Passes:
         hidden = hidden.to(next(self.gate.parameters()).dtype)
         return F.rms_norm(hidden, hidden.shape[-1:])
 
-    def _constant(self) -> Routing:
-        # One position and one layer for all: every expert acts with the same weight everywhere.
-        shape = (1, 1, 1, self.config.num_experts)
-        constant = torch.full(shape, self.config.constant_weight, device=self._device)
-        return self._of_rows(self._mixed(constant))
-
-    def _of_rows(self, scalings: Tensor) -> Routing:
-        """One position for all tokens of a row."""
-        return Routing(scalings, self._ready(scalings), kinds=self.kinds, per_token=False, of_biases=self._of_biases())
-
-    def _of_biases(self) -> Tensor | None:
-        return None if self._rows_of_call is None else self._rows_of_call.of_biases()
-
     def _follow_gate(self, hidden: Tensor, arguments: dict[str, Any]) -> Float[Tensor, "batch seq layer expert"]:
         """Let the layers follow the gate's answer to `hidden` from here on; gives it, top-k applied."""
         scalings = self._latest = self.gate(hidden.to(self._device))
         if self.log.enabled:
-            self.log.record(self._whole(scalings))
+            self.log.record(self.routings.with_constant_layers(scalings))
         if not self.config.layerwise_scalings:
             scalings = scalings[:, :, :1]  # one computation for all layers
         padding = padding_of(self.backbone.base, arguments, scalings.shape[1], scalings.device)
-        kept, chosen = self._top_k(scalings)
+        kept, chosen = self.routings.top_k(scalings)
         self.losses.gate_answered(scalings, kept, chosen, padding)
         keep = arguments.get("logits_to_keep")
         if isinstance(keep, int):
             keep = slice(-keep, None) if keep else None
         elif isinstance(keep, Tensor):
             keep = keep.to(scalings.device)
-        followed = self._mixed(kept)
-        ready = None
-        if chosen is not None and self._rows_of_call is None:  # else it is not the gate alone that they follow
-            weight = self.config.global_scaling_weight
-            ready = self._rank_weights.of_chosen(chosen, self.config.num_experts, self.first_layer, weight)
-        self._follow(
-            Routing(
-                followed,
-                self._ready(followed, self.first_layer) if ready is None else ready,
-                first_layer=self.first_layer,
-                padding=padding,
-                kinds=self.kinds,
-                kept=keep,
-                of_biases=self._of_biases(),
-                some_left_out=self._some_left_out,
-            )
-        )
+        self._follow(self.routings.of_gate(kept, chosen, padding=padding, kept=keep))
         return kept
 
     def _follow(self, routing: Routing) -> None:

@@ -53,7 +53,7 @@ class SequenceMeans:
             self._sums, self._counts = change(self._sums), change(self._counts)
 
 
-def freezing_problems(after: Any, generation: dict[str, Any], *, gate_layer: int | None) -> list[str]:
+def frozen_scalings_problems(after: Any, generation: dict[str, Any], *, gate_layer: int | None) -> list[str]:
     """Why scalings cannot be frozen after so many new tokens, a sentence each.
 
     Args:

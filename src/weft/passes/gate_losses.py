@@ -60,7 +60,7 @@ class _Call:
     answers: list[_Answer] = dataclasses.field(default_factory=list)
 
 
-class AuxiliaryLosses:
+class GateLosses:
     """Adds the gate's losses to the loss of each training call.
 
     Args:

@@ -1,6 +1,6 @@
 """A call of the model that brings what its scaling pass would give, as the argument `scaling_pass_hidden`.
 
-The scaling pass of a frozen base depends on the tokens alone, so it can be computed ahead (see `scaling_cache.py`).
+The scaling pass of a frozen base depends on the tokens alone, so it can be computed ahead (`train/scaling_cache.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from weft.errors import ConfigError
 SCALING_PASS_HIDDEN = "scaling_pass_hidden"
 
 
-def given_hidden_problems(config: XLoraConfig, backbone: Backbone) -> list[str]:
+def precomputed_problems(config: XLoraConfig, backbone: Backbone) -> list[str]:
     """Why a scaling pass cannot be computed ahead of its call, a sentence each; empty where it can."""
     problems = []
     if config.gate_layer is not None:
@@ -34,7 +34,7 @@ def given_hidden_problems(config: XLoraConfig, backbone: Backbone) -> list[str]:
     return problems
 
 
-def take_given_hidden(arguments: dict[str, Any], config: XLoraConfig, backbone: Backbone) -> Tensor | None:
+def take_precomputed(arguments: dict[str, Any], config: XLoraConfig, backbone: Backbone) -> Tensor | None:
     """Take `scaling_pass_hidden` (`[batch, seq, hidden]`) out of the arguments of a call; None where it is not there.
 
     Raises:
@@ -44,7 +44,7 @@ def take_given_hidden(arguments: dict[str, Any], config: XLoraConfig, backbone: 
     hidden = arguments.pop(SCALING_PASS_HIDDEN, None)
     if hidden is None:
         return None
-    problems = given_hidden_problems(config, backbone)
+    problems = precomputed_problems(config, backbone)
     if problems:
         raise ConfigError(f"{SCALING_PASS_HIDDEN} cannot be used:", problems)
     tokens = arguments.get("input_ids")

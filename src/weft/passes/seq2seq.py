@@ -8,7 +8,7 @@ There is one gate. It reads
 
 A layer follows the scalings of the tokens it sees: the encoder's layers follow the source tokens', the decoder's the
 target tokens', and so does an LM head; but the keys and values of cross-attention are made of source tokens and follow
-those, else the cached ones would depend on later target tokens. Each of them has its own place in the layer axis, as
+those, else the cached ones would depend on later target tokens. Each of them has its own index in the layer axis, as
 every LoRA layer. Where encoder and decoder share a module, it follows the scalings of the one that runs.
 
 `generate` runs the encoder by itself, and so may a user, so hooks on the encoder and the decoder do this. What the
@@ -149,10 +149,10 @@ class Seq2SeqPasses(Passes):
             return
         before, arguments = self.carrier.routing, _by_name(encoder, args, kwargs)
         self._begin_rows(arguments)
-        fixed = self._fixed_scalings()
+        fixed = self.routings.without_gate()
         if fixed is not None:
             self._encoding = _Encoding(before, None)
-            self.carrier.routing = self._of_rows(fixed)
+            self.carrier.routing = self.routings.of_rows(fixed)
             return
         if torch.is_grad_enabled():
             carry_through_checkpoints(encoder, self.carrier)
@@ -162,7 +162,8 @@ class Seq2SeqPasses(Passes):
         if self._call is not None:
             self._call.hidden, self._call.scalings = hidden, scalings
         self._encoding = _Encoding(before, hidden)
-        self.carrier.routing = Routing(scalings, padding=padding, kinds=self.kinds, of_biases=self._of_biases())
+        kinds, of_biases = self.routings.kinds, self.routings.of_biases()
+        self.carrier.routing = Routing(scalings, padding=padding, kinds=kinds, of_biases=of_biases)
 
     def _after_encoder(self, encoder: nn.Module, args: Any, output: Any) -> None:
         if self.thread.is_elsewhere or self.carrier.in_scaling_pass:
@@ -220,14 +221,14 @@ class Seq2SeqPasses(Passes):
         """The gate's answer for source tokens, as the layers follow it."""
         scalings = self.latest_source_scalings = self.gate(hidden.to(self._device))
         scalings = scalings if self.config.layerwise_scalings else scalings[:, :, :1]
-        kept, chosen = self._top_k(scalings)
+        kept, chosen = self.routings.top_k(scalings)
         self.losses.gate_answered(scalings, kept, chosen, padding)
-        return self._mixed(kept)
+        return self.routings.mixed(kept)
 
     def _read(self, module: nn.Module, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
         """The last hidden state of a scaling pass of the encoder or the decoder."""
         arguments = {name: value for name, value in arguments.items() if name not in _OUTPUT_OPTIONS}
-        with torch.no_grad(), self.as_base():
+        with torch.no_grad(), self.as_scaling_pass():
             hidden = getattr(module(**{**arguments, "return_dict": True}), "last_hidden_state", None)
         if hidden is None:
             raise ValueError(

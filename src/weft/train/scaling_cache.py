@@ -35,7 +35,7 @@ from weft.base_model.backbone import in_evaluation_mode
 from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import digest_of_file
 from weft.files.writing import errors_of_writing, make_folder
-from weft.passes.precomputed import SCALING_PASS_HIDDEN, given_hidden_problems
+from weft.passes.precomputed import SCALING_PASS_HIDDEN, precomputed_problems
 from weft.screen.countdown import Countdown
 from weft.train.scaling_index import DTYPES, INDEX, damage_of, digest_of_index, read_index
 
@@ -224,7 +224,7 @@ def _texts(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Iterat
 def cache_problems(model: Any) -> list[str]:
     """Why this model's scaling pass cannot be computed once for all epochs, a sentence each."""
     passes = model.passes
-    problems = given_hidden_problems(passes.config, passes.backbone)
+    problems = precomputed_problems(passes.config, passes.backbone)
     base = passes.backbone.module
     trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad and not _is_lora(name)]
     if trainable:
