@@ -19,7 +19,7 @@ import weft
 from contenders import ROOT, quiet
 from harness import save, setting
 from weft.data.texts import read_tokens
-from weft.generation.speculation import NGramGuesses, Pace
+from weft.generation.speculation import DraftTimer, NGramDrafts
 
 DEMO = ROOT / ".demo-full"
 DOMAINS = ("python", "reference", "licences", "records")
@@ -89,9 +89,9 @@ def agreement(model: Any, some: list[torch.Tensor], new_tokens: int) -> float | 
     """
     if model.xlora_config.reads_inside:
         return None
-    plain = NGramGuesses.__call__, Pace.guess_now
-    NGramGuesses.__call__ = lambda self, limit: []  # type: ignore[method-assign]
-    Pace.guess_now = lambda self: True  # type: ignore[method-assign]
+    plain = NGramDrafts.__call__, DraftTimer.draft_now
+    NGramDrafts.__call__ = lambda self, limit: []  # type: ignore[method-assign]
+    DraftTimer.draft_now = lambda self: True  # type: ignore[method-assign]
     try:
         right = calls = 0
         for prompt in some:
@@ -100,7 +100,7 @@ def agreement(model: Any, some: list[torch.Tensor], new_tokens: int) -> float | 
             right, calls = right + len(text.tokens) - text.num_calls, calls + text.num_calls - 1
         return right / calls
     finally:
-        NGramGuesses.__call__, Pace.guess_now = plain  # type: ignore[method-assign]
+        NGramDrafts.__call__, DraftTimer.draft_now = plain  # type: ignore[method-assign]
 
 
 def table(result: dict[str, Any]) -> str:

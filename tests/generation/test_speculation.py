@@ -9,7 +9,7 @@ from transformers.cache_utils import StaticLayer
 import weft
 from models import VOCAB, tiny_llama, weft_model
 from weft.errors import ConfigError
-from weft.generation.speculation import LONGEST_PAUSE, NGramGuesses, Pace, Speculation, Width
+from weft.generation.speculation import LONGEST_PAUSE, DraftLength, DraftTimer, NGramDrafts, Speculation
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def prompt(seed=0, length=12):
 
 def always(monkeypatch):
     """Guess with the scaling pass whenever the n-grams do not."""
-    monkeypatch.setattr(Pace, "guess_now", lambda self: True)
+    monkeypatch.setattr(DraftTimer, "draft_now", lambda self: True)
 
 
 # -------------------------------------------------------------------------------------- the same text
@@ -52,7 +52,7 @@ def test_right_guesses_save_calls(model):
 
 def test_guesses_of_the_scaling_pass_save_calls_where_the_mixture_is_the_base(model, monkeypatch):
     always(monkeypatch)
-    monkeypatch.setattr(NGramGuesses, "__call__", lambda self, limit: [])
+    monkeypatch.setattr(NGramDrafts, "__call__", lambda self, limit: [])
     model.base_model.set_global_scaling_weight(0.0)  # then the base is always right
     found = weft.generate(model, prompt(), max_new_tokens=25, speculate=4)
     assert found.num_calls <= 9
@@ -125,7 +125,7 @@ def test_an_error_in_the_middle_empties_the_cache(model, monkeypatch):
     cache = model.base_model.backbone.empty_cache()
     steps = weft.stream(model, prompt(), max_new_tokens=30, past_key_values=cache, speculate=4)
     next(steps)
-    monkeypatch.setattr(NGramGuesses, "__call__", lambda self, limit: 1 / 0)
+    monkeypatch.setattr(NGramDrafts, "__call__", lambda self, limit: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(steps)
     assert cache.get_seq_length() == 0
@@ -170,7 +170,7 @@ def test_a_stream_freezes_as_generate_does(model):
 
 
 def test_ngrams_find_the_latest_of_the_longest_endings():
-    guesses = NGramGuesses([1, 2, 3, 9, 1, 2, 3, 7, 8, 5, 2, 3, 6, 1, 2, 3])
+    guesses = NGramDrafts([1, 2, 3, 9, 1, 2, 3, 7, 8, 5, 2, 3, 6, 1, 2, 3])
     assert guesses(2) == [7, 8]
     assert guesses(100) == [7, 8, 5, 2, 3, 6, 1, 2, 3]
     assert guesses(0) == []
@@ -181,40 +181,40 @@ def test_ngrams_find_the_latest_of_the_longest_endings():
 
 
 def test_short_texts_have_no_ngrams():
-    assert NGramGuesses([])(3) == []
-    assert NGramGuesses([1, 1])(3) == []
-    assert NGramGuesses([1, 1, 1])(3) == [1]
+    assert NGramDrafts([])(3) == []
+    assert NGramDrafts([1, 1])(3) == []
+    assert NGramDrafts([1, 1, 1])(3) == [1]
 
 
-def test_width_grows_with_hits_and_rests_after_misses():
-    width = Width(8)
-    seen = [width.now()]
+def test_draft_length_grows_with_hits_and_rests_after_misses():
+    length = DraftLength(8)
+    seen = [length.now()]
     for _ in range(3):
-        width.note(seen[-1], seen[-1])
-        seen.append(width.now())
+        length.note(seen[-1], seen[-1])
+        seen.append(length.now())
     assert seen == [2, 4, 8, 8]
-    width.note(3, 8)
-    assert width.now() == 4
-    width.note(0, 4)
-    assert [width.now() for _ in range(2)] == [0, 2]
+    length.note(3, 8)
+    assert length.now() == 4
+    length.note(0, 4)
+    assert [length.now() for _ in range(2)] == [0, 2]
     for _ in range(10):
-        width.note(0, 1)
-    assert [width.now() for _ in range(LONGEST_PAUSE + 1)] == [0] * LONGEST_PAUSE + [1]
-    width.note(1, 1)
-    assert width.now() == 2
+        length.note(0, 1)
+    assert [length.now() for _ in range(LONGEST_PAUSE + 1)] == [0] * LONGEST_PAUSE + [1]
+    length.note(1, 1)
+    assert length.now() == 2
 
 
-def test_pace_guesses_where_that_is_faster_and_tries_now_and_then():
-    pace = Pace()
-    assert not pace.guess_now()
-    pace.note(False, 1.0, 1)
-    tried = [pace.guess_now() for _ in range(5)]
+def test_timer_drafts_where_that_is_faster_and_tries_now_and_then():
+    timer = DraftTimer()
+    assert not timer.draft_now()
+    timer.note(False, 1.0, 1)
+    tried = [timer.draft_now() for _ in range(5)]
     assert tried == [False] * 4 + [True]
-    pace.note(True, 3.0, 2)  # slower
-    assert [pace.guess_now() for _ in range(LONGEST_PAUSE + 1)] == [False] * LONGEST_PAUSE + [True]
+    timer.note(True, 3.0, 2)  # slower
+    assert [timer.draft_now() for _ in range(LONGEST_PAUSE + 1)] == [False] * LONGEST_PAUSE + [True]
     for _ in range(10):
-        pace.note(True, 1.0, 3)
-    assert pace.guess_now()
+        timer.note(True, 1.0, 3)
+    assert timer.draft_now()
 
 
 def test_only_a_whole_scaling_pass_guesses(llama_adapters):

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import weft
 from models import VOCAB, tiny_llama, tiny_tokenizer, weft_model
 from weft.errors import CacheError, ConfigError
-from weft.generation.detokenizer import Detokeniser
+from weft.generation.detokenizer import Detokenizer
 from weft.generation.sampling import Sampler
 from weft.passes.cache import XLoraCache
 
@@ -212,8 +212,8 @@ def test_an_interrupted_step_empties_the_cache(model, reads, layer):
 
 
 def pieces(tokenizer, ids, context=()):
-    detokeniser = Detokeniser(tokenizer, context)
-    return [*(detokeniser.add(token) for token in ids), detokeniser.flush()]
+    detokenizer = Detokenizer(tokenizer, context)
+    return [*(detokenizer.add(token) for token in ids), detokenizer.flush()]
 
 
 def metaspace_tokenizer():

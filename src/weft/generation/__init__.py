@@ -3,7 +3,8 @@
 Knows no screen and no server.
 
     stream.py           weft.stream, weft.generate: reading and writing, a step per token
+    reader.py           a model reads a text into its cache: logits, shares of the experts
     sampling.py         logits -> the next token
     detokenizer.py      tokens, one at a time -> text that can be printed
-    speculation.py      guesses at the coming tokens, several of which one call checks
+    speculation.py      drafts of the coming tokens, several of which one call checks
 """

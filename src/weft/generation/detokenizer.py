@@ -15,7 +15,7 @@ _INCOMPLETE = "\ufffd"
 _CONTEXT, _WINDOW = 16, 64
 
 
-class Detokeniser:
+class Detokenizer:
     """Gives the text that each new token adds.
 
     The pieces together are what `tokenizer.decode` adds to the context's text when the new tokens come after it
@@ -26,8 +26,8 @@ class Detokeniser:
         context: the tokens before, whose text is not given again.
 
     Example:
-        >>> detokeniser = Detokeniser(tokenizer)
-        >>> [detokeniser.add(token) for token in tokenizer("naïve").input_ids]
+        >>> detokenizer = Detokenizer(tokenizer)
+        >>> [detokenizer.add(token) for token in tokenizer("naïve").input_ids]
         ['n', 'a', '', 'ï', 'v', 'e']
     """
 

@@ -1,12 +1,12 @@
-"""Guesses at the coming tokens, so that one call of the model can check several.
+"""Drafts of the coming tokens, so that one call of the model can check several.
 
 Two sources. The text's own n-grams cost nothing: what followed the last tokens the last time they occurred may follow
-again, as it does where code is edited or a text is quoted. The scaling pass costs a pass per guess, but one whose
-result is needed anyway if the guess is right: it is the base model reading the text, and with the LM head it says what
-the base model would write.
+again, as it does where code is edited or a text is quoted. The scaling pass costs a pass per drafted token, but one
+whose result is needed anyway if the token is right: it is the base model reading the text, and with the LM head it says
+what the base model would write.
 
-A guess is kept where it is the token that would have been chosen without it (see `streaming`), so guesses change the
-time alone. When they miss, they get fewer, and pause.
+A drafted token is kept where it is the token that would have been chosen without it (see `stream.py`), so drafts change
+the time alone. When they miss, they get shorter, and pause.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NGRAM_LENGTHS = (4, 3, 2)
 LONGEST_PAUSE = 64
 
 
-class NGramGuesses:
+class NGramDrafts:
     """The text goes on as it did after the latest earlier occurrence of its last tokens.
 
     Args:
@@ -34,30 +34,30 @@ class NGramGuesses:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens: list[int] = []
-        # n-gram -> the place after its latest occurrence, of those that something follows.
-        self._places: dict[tuple[int, ...], int] = {}
+        # n-gram -> the index after its latest occurrence, of those that something follows.
+        self._indices: dict[tuple[int, ...], int] = {}
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Tokens that follow the text."""
         for token in tokens:
-            place = len(self.tokens)
+            index = len(self.tokens)
             for length in NGRAM_LENGTHS:
-                if place >= length:
-                    self._places[tuple(self.tokens[place - length :])] = place
+                if index >= length:
+                    self._indices[tuple(self.tokens[index - length :])] = index
             self.tokens.append(token)
 
     def __call__(self, limit: int) -> list[int]:
         """At most so many tokens; none where the text's end is new."""
         for length in NGRAM_LENGTHS:
-            place = self._places.get(tuple(self.tokens[-length:]))
-            if place is not None and len(self.tokens) >= length:
-                return self.tokens[place : place + limit]
+            index = self._indices.get(tuple(self.tokens[-length:]))
+            if index is not None and len(self.tokens) >= length:
+                return self.tokens[index : index + limit]
         return []
 
 
-class Width:
-    """How many guesses a source may make: more while they hit, fewer when they miss, and none for a while after that.
+class DraftLength:
+    """How many tokens a source may draft: more while they are right, fewer when they are not, then none for a while.
 
     Args:
         largest: never more.
@@ -65,7 +65,7 @@ class Width:
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
-        self._width = min(2, largest)
+        self._length = min(2, largest)
         self._misses = 0
         self._pause = 0
 
@@ -74,31 +74,31 @@ class Width:
         if self._pause > 0:
             self._pause -= 1
             return 0
-        return self._width
+        return self._length
 
-    def note(self, right: int, guessed: int) -> None:
-        """How many of the guesses were right."""
-        if right == guessed:
-            self._width = min(self.largest, 2 * self._width)
+    def note(self, right: int, drafted: int) -> None:
+        """How many of the drafted tokens were right."""
+        if right == drafted:
+            self._length = min(self.largest, 2 * self._length)
         elif right == 0:
-            self._width = max(1, self._width // 2)
+            self._length = max(1, self._length // 2)
         else:
-            self._width = max(1, min(self._width, right + 1))
+            self._length = max(1, min(self._length, right + 1))
         self._misses = 0 if right > 0 else self._misses + 1
         self._pause = min(LONGEST_PAUSE, 2**self._misses - 1)
 
 
-class Pace:
-    """Whether guessing with the scaling pass is faster than not to guess, by the clock.
+class DraftTimer:
+    """Whether drafting with the scaling pass is faster than not to draft, by the clock.
 
     After a few plain tokens it is tried, and again now and then: the text may have become easier.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[bool, float] = {}  # guessing or not -> per token
+        self._seconds: dict[bool, float] = {}  # drafting or not -> per token
         self._until_next_try = 4
 
-    def guess_now(self) -> bool:
+    def draft_now(self) -> bool:
         """For the coming call."""
         if False not in self._seconds:
             return False
@@ -108,69 +108,69 @@ class Pace:
         self._until_next_try = LONGEST_PAUSE
         return True
 
-    def note(self, guessing: bool, seconds: float, tokens: int) -> None:
+    def note(self, drafting: bool, seconds: float, tokens: int) -> None:
         """What a call took, and how many tokens it brought."""
-        before = self._seconds.get(guessing)
+        before = self._seconds.get(drafting)
         now = seconds / tokens
-        self._seconds[guessing] = now if before is None else 0.8 * before + 0.2 * now
+        self._seconds[drafting] = now if before is None else 0.8 * before + 0.2 * now
 
 
 class Speculation:
-    """Guesses for one text, from both sources.
+    """Drafts for one text, from both sources.
 
     Args:
         tuner: the X-LoRA model.
         cache: the double cache that the text is read into.
         tokens: of the prompt.
-        largest: at most so many guesses per call.
-        with_base: also guess with the scaling pass, where there is a whole one.
+        largest: at most so many drafted tokens per call.
+        with_base: also draft with the scaling pass, where there is a whole one.
     """
 
     def __init__(self, tuner: Any, cache: Any, tokens: Sequence[int], largest: int, *, with_base: bool = True) -> None:
         self.tuner = tuner
         self.cache = cache
-        self.ngrams = NGramGuesses(tokens)
-        self._width = Width(largest)
-        self._depth = Width(min(largest, 3))
-        self._pace = Pace()
+        self.ngrams = NGramDrafts(tokens)
+        self._ngram_length = DraftLength(largest)
+        self._base_length = DraftLength(min(largest, 3))
+        self._timer = DraftTimer()
         config = tuner.xlora_config
         self._with_base = with_base and not config.reads_inside and tuner.passes.gate_decides
-        self._source: Width | None = None
+        self._source: DraftLength | None = None
         self._started = 0.0
 
     def __call__(self, unread: Tensor, limit: int) -> tuple[list[int], Float[Tensor, "1 seq hidden"] | None]:
-        """Guesses for the tokens after `unread`, and what the scaling pass read on the way, if it did the guessing.
+        """A draft of the tokens after `unread`, and what the scaling pass read on the way, if the draft is its own.
 
         Args:
             unread: `[1, seq]`, the tokens at the end of the text that the cache lacks.
             limit: at most so many.
         """
         self._started = time.perf_counter()
-        self._source, guesses = self._width, self.ngrams(min(limit, self._width.now()))
-        if guesses or unread.shape[1] > 1:
-            return guesses, None
+        self._source, drafted = self._ngram_length, self.ngrams(min(limit, self._ngram_length.now()))
+        if drafted or unread.shape[1] > 1:
+            return drafted, None
         self._source = None
-        if limit < 1 or not (self._with_base and self._pace.guess_now()):
+        if limit < 1 or not (self._with_base and self._timer.draft_now()):
             return [], None
-        self._source = self._depth
-        return self._by_base(unread, min(limit, max(1, self._depth.now())))
+        self._source = self._base_length
+        return self._by_base(unread, min(limit, max(1, self._base_length.now())))
 
-    def note(self, right: int, guessed: int, tokens: Sequence[int]) -> None:
-        """What became of the guesses, and the tokens that the call brought."""
+    def note(self, right: int, drafted: int, tokens: Sequence[int]) -> None:
+        """What became of the draft, and the tokens that the call brought."""
         self.ngrams.extend(tokens)
-        if self._source is not self._width:
-            self._pace.note(self._source is not None, time.perf_counter() - self._started, len(tokens))
-        if self._source is not None and guessed:
-            self._source.note(right, guessed)
+        if self._source is not self._ngram_length:
+            self._timer.note(self._source is not None, time.perf_counter() - self._started, len(tokens))
+        if self._source is not None and drafted:
+            self._source.note(right, drafted)
 
     def _by_base(self, token: Tensor, number: int) -> tuple[list[int], Tensor]:
         passes, head = self.tuner.passes, self.tuner.backbone.base.get_output_embeddings()
-        hidden, guesses = [], []
+        hidden, drafted = [], []
         for _ in range(number):
             hidden.append(passes.scaling_step(token, self.cache))
             with passes.as_scaling_pass():
                 token = head(hidden[-1]).argmax(-1)  # [1, 1]
-            guesses.append(int(token))
-        # The last guess is read too: where all are right, the call brings one token more.
+            drafted.append(int(token))
+        # The last token is read too: where all are right, the call brings one token more.
         hidden.append(passes.scaling_step(token, self.cache))
-        return guesses, torch.cat(hidden, 1)
+        return drafted, torch.cat(hidden, 1)

@@ -1,31 +1,31 @@
 """Generation token by token, with what the experts had to do with each.
 
-Three parts that know nothing of each other: `read` lets the model read tokens into its cache, a `Sampler` chooses, a
-`Detokeniser` makes text of it. `stream` puts them together.
+Three parts that know nothing of each other: a `Reader` lets the model read tokens into its cache, a `Sampler` chooses,
+a `Detokenizer` makes text of it. `stream` puts them together.
 
-With `speculate`, one call reads guesses too, and the sampler chooses at each of them as if it stood alone: as long as
-it chooses the guess, the next place counts as well. So the tokens (and their distribution, where they are sampled) are
-those of plain decoding, whatever is guessed; this is speculative sampling (arXiv 2211.17192) for guesses without
-probabilities of their own, which are accepted with the probability that the model gives them.
+With `speculate`, one call reads drafted tokens too, and the sampler chooses at each of them as if it stood alone: as
+long as it chooses the drafted token, the next position counts as well. So the tokens (and their distribution, where
+they are sampled) are those of plain decoding, whatever is drafted; this is speculative sampling (arXiv 2211.17192) for
+drafts without probabilities of their own, which are accepted with the probability that the model gives them.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache
 
 from weft.base_model.devices import execution_device
-from weft.base_model.versions import can_crop, forget, is_recurrent, keep_for_crop
+from weft.base_model.versions import can_crop, keep_for_crop
 from weft.data.texts import prompt_tokens
-from weft.errors import CacheError, ConfigError, ThreadError
-from weft.generation.detokenizer import Detokeniser
+from weft.errors import CacheError, ConfigError
+from weft.generation.detokenizer import Detokenizer
+from weft.generation.reader import Reader, tuner_of
 from weft.generation.sampling import Sampler, check_decoding
 from weft.generation.speculation import Speculation
 from weft.model.model import XLoraModel
@@ -140,7 +140,7 @@ def stream(
         Reader(model, cache, None if freeze_scalings_after is None else input_ids.shape[1] + freeze_scalings_after),
         input_ids,
         sampler=sampler,
-        detokeniser=None if tokenizer is None else Detokeniser(tokenizer, input_ids[0].tolist()),
+        detokenizer=None if tokenizer is None else Detokenizer(tokenizer, input_ids[0].tolist()),
         ends=end_tokens(defaults.eos_token_id if eos_token_id is None else eos_token_id),
         max_new_tokens=max_new_tokens,
         speculation=Speculation(tuner, cache, input_ids[0].tolist(), speculate) if speculate else None,
@@ -203,7 +203,7 @@ def _steps(
     input_ids: Int[Tensor, "1 seq"],
     *,
     sampler: Sampler,
-    detokeniser: Detokeniser | None,
+    detokenizer: Detokenizer | None,
     ends: frozenset[int],
     max_new_tokens: int,
     speculation: Speculation | None,
@@ -211,111 +211,29 @@ def _steps(
     number = 0
     finish_reason: Literal["stop", "length"] | None = None
     while finish_reason is None:
-        logits, guesses = reader.read(input_ids, speculation, max_new_tokens - number - 1)
+        logits, drafted = reader.read(input_ids, speculation, max_new_tokens - number - 1)
         steps: list[Step] = []
-        for place in range(len(guesses) + 1):
-            chosen = sampler(input_ids, logits[:, place])
+        for index in range(len(drafted) + 1):
+            chosen = sampler(input_ids, logits[:, index])
             input_ids = torch.cat([input_ids, chosen[None]], dim=1)
             token, number = int(chosen), number + 1
             finish_reason = "stop" if token in ends else "length" if number == max_new_tokens else None
-            text = "" if detokeniser is None else detokeniser.add(token)
-            if detokeniser is not None and finish_reason is not None:
-                text += detokeniser.flush()
-            steps.append(Step(token, text, reader.shares(place), place > 0, finish_reason))
-            if finish_reason is not None or guesses[place : place + 1] != [token]:
+            text = "" if detokenizer is None else detokenizer.add(token)
+            if detokenizer is not None and finish_reason is not None:
+                text += detokenizer.flush()
+            steps.append(Step(token, text, reader.shares(index), index > 0, finish_reason))
+            if finish_reason is not None or drafted[index : index + 1] != [token]:
                 break
         if speculation is not None:
-            reader.forget(len(guesses) - len(steps) + 1)
-            speculation.note(len(steps) - 1, len(guesses), [step.token for step in steps])
-        for place, step in enumerate(steps, 1):
+            reader.forget(len(drafted) - len(steps) + 1)
+            speculation.note(len(steps) - 1, len(drafted), [step.token for step in steps])
+        for given, step in enumerate(steps, 1):
             try:
                 yield step
             except GeneratorExit:
-                if place < len(steps):
-                    reader.forget(len(steps) - place)  # tokens that nobody has asked for
+                if given < len(steps):
+                    reader.forget(len(steps) - given)  # tokens that nobody has asked for
                 raise
-
-
-class Reader:
-    """Lets a model read a text into its cache.
-
-    Args:
-        model: a mixture.
-        cache: what it has read.
-        freeze_at: freeze the scalings at so many tokens; None never.
-    """
-
-    def __init__(self, model: Any, cache: Cache, freeze_at: int | None = None) -> None:
-        self.model = model
-        self.tuner = tuner_of(model)
-        self.cache = cache
-        self.freeze_at = freeze_at
-        self._number_read = tokens_in(cache)
-        self._shares: list[dict[str, float]] = []
-
-    def read(
-        self,
-        input_ids: Int[Tensor, "1 seq"],
-        speculation: Speculation | None = None,
-        limit: int = 0,
-        *,
-        every_place: bool = False,
-    ) -> tuple[Float[Tensor, "1 place vocab"], list[int]]:
-        """Read the tokens that the cache lacks, and guesses after them.
-
-        An exception on the way empties the cache: some layers may have the new tokens by then, and others not.
-
-        Args:
-            input_ids: the whole text.
-            speculation: what guesses, or None.
-            limit: at most so many guesses.
-            every_place: give the logits after each token that is read, not after the text's last one alone.
-
-        Returns:
-            The logits after the text and after each guess, and the guesses.
-        """
-        # A cache of recurrent states does not tell how many tokens it has read.
-        unread = input_ids[:, self._number_read if is_recurrent(self.cache) else tokens_in(self.cache) :]
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.tuner.passes.thread.held())
-                guesses, hidden = ([], None) if speculation is None else speculation(unread, limit)
-                places = len(guesses) + 1
-                # Not inference mode: what is in the cache then could not be used where gradients are wanted.
-                stack.enter_context(torch.no_grad())
-                if hidden is not None:
-                    stack.enter_context(self.tuner.passes.after_scaling_steps(hidden))
-                if self.freeze_at is not None:
-                    stack.enter_context(self.tuner.passes.freeze_scalings_at(self.freeze_at))
-                keep = self.tuner.backbone.takes("logits_to_keep") and not every_place
-                output = self.model(
-                    input_ids=torch.cat([unread, unread.new_tensor([guesses])], 1) if guesses else unread,
-                    **{str(self.tuner.backbone.cache_name): self.cache},
-                    use_cache=True,
-                    **({"logits_to_keep": places} if keep else {}),
-                )
-                self._note_shares(places)
-        except (CacheError, ThreadError):
-            raise  # refused before anything was read
-        except BaseException:
-            self.cache.reset()
-            self._number_read = 0
-            raise
-        self._number_read += unread.shape[1] + len(guesses)
-        return output.logits if every_place else output.logits[:, -places:], guesses
-
-    def forget(self, number: int) -> None:
-        """Take the last tokens out of the cache again."""
-        forget(self.cache, number)
-
-    def shares(self, place: int) -> dict[str, float]:
-        """Each expert's share after the text (0) or after a guess (1, 2, ...), as the mean over the layers."""
-        return self._shares[min(place, len(self._shares) - 1)]
-
-    def _note_shares(self, places: int) -> None:
-        names, scalings = self.tuner.xlora_config.expert_names or (), self.tuner.passes.followed()
-        rows = [] if scalings is None else scalings[0, -places:].mean(1).tolist()
-        self._shares = [dict(zip(names, row, strict=True)) for row in rows] or [{}]
 
 
 def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_scalings_after: int | None) -> None:
@@ -329,21 +247,6 @@ def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_sca
             f"speculate ({speculate}) needs a cache that can forget wrong guesses, which {type(cache).__name__} "
             "cannot: use a dynamic cache"
         )
-
-
-def tuner_of(model: Any) -> XLoraModel:
-    """The X-LoRA model itself, of what users have of it.
-
-    Raises:
-        ConfigError: there is none in it.
-    """
-    tuner = model if isinstance(model, XLoraModel) else getattr(model, "base_model", None)
-    if not isinstance(tuner, XLoraModel):
-        raise ConfigError(
-            f"model ({type(model).__name__}) must be a mixture: make one with weft.from_adapters, or load one with "
-            "weft.from_pretrained"
-        )
-    return tuner
 
 
 def _token_ids(prompt: str | Tensor, tokenizer: Any) -> Int[Tensor, "1 seq"]:

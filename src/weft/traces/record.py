@@ -19,8 +19,9 @@ from weft.data.chat_template import refuse_half_characters
 from weft.data.texts import check_length, prompt_tokens, read_tokens, text_tokens, token_sequences
 from weft.errors import ConfigError, DataError
 from weft.evaluate import padded_batches
-from weft.generation.detokenizer import Detokeniser
-from weft.generation.stream import stream, tuner_of
+from weft.generation.detokenizer import Detokenizer
+from weft.generation.reader import tuner_of
+from weft.generation.stream import stream
 from weft.model.model import XLoraModel
 from weft.traces.trace import Trace, TracedText
 
@@ -302,10 +303,10 @@ def _pieces(token_ids: list[int], tokenizer: Any) -> list[str]:
     """The text of each token: together the text, with special tokens by their names."""
     if tokenizer is None:
         return [f"#{token} " for token in token_ids]
-    detokeniser, special = Detokeniser(tokenizer), set(tokenizer.all_special_ids)
-    pieces = [detokeniser.add(token) for token in token_ids]
+    detokenizer, special = Detokenizer(tokenizer), set(tokenizer.all_special_ids)
+    pieces = [detokenizer.add(token) for token in token_ids]
     for place, token in enumerate(token_ids):
         if token in special and not pieces[place]:
             pieces[place] = str(tokenizer.convert_ids_to_tokens(token))
-    pieces[-1] += detokeniser.flush()
+    pieces[-1] += detokenizer.flush()
     return pieces

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from weft.base_model.devices import execution_device
-from weft.generation.stream import stream, tuner_of
+from weft.generation.reader import tuner_of
+from weft.generation.stream import stream
 from weft.serve.embedded.bodies import Prompt, Wanted
 from weft.serve.embedded.generating import Writing
 from weft.serve.embedded.metrics import Metrics

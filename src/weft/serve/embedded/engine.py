@@ -12,7 +12,7 @@ from torch import nn
 
 from weft.base_model.devices import execution_device
 from weft.errors import WeftError
-from weft.generation.stream import Reader, tuner_of
+from weft.generation.reader import Reader, tuner_of
 from weft.serve.embedded.batching import Batch
 from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.following import following
@@ -121,7 +121,7 @@ class Engine:
                     raise Stopped("the server is shutting down")
                 turn = nullcontext() if self.batch is None else self.batch.paused()
                 with turn, following(self.model, task.ticket.wanted.choice):
-                    logits, _ = reader.read(task.writing.ids, every_place=task.writing.wants_every_place)
+                    logits, _ = reader.read(task.writing.ids, every_position=task.writing.wants_every_place)
                 task.take(logits[0], reader.shares(0) or none)
         except Exception as err:  # of this request alone: the others go on
             task.ticket.fail(err)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from weft.generation.detokenizer import Detokeniser
+from weft.generation.detokenizer import Detokenizer
 from weft.generation.sampling import Sampler
 from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.stops import StopStrings
@@ -93,7 +93,7 @@ class Writing:
             repetition_penalty=penalty if wanted.repetition_penalty is None else wanted.repetition_penalty,
             seed=None if wanted.seed is None else (wanted.seed + sample) % 2**63,
         )
-        self._detokeniser = Detokeniser(tokenizer, self.prompt.tokens)
+        self._detokenizer = Detokenizer(tokenizer, self.prompt.tokens)
         self._stops = StopStrings(wanted.stop)
         self._length = len(self.prompt.text) if wanted.echo else 0  # of the text
         self._number = 0  # of new tokens
@@ -141,8 +141,8 @@ class Writing:
         told = Told(token, self._length, *score, shares)
         ended = token in self.wanted.ends
         last = ended or self._number == self.prompt.max_tokens
-        text = "" if ended else self._detokeniser.add(token)
-        text += self._detokeniser.flush() if last else ""
+        text = "" if ended else self._detokenizer.add(token)
+        text += self._detokenizer.flush() if last else ""
         self._length += len(text)
         let_out = self._stops.add(text)
         if self._stops.found:
@@ -157,10 +157,10 @@ class Writing:
         if self.wanted.logprobs is None:
             return tuple(Told(token) for token in tokens)
         scores: list[Score] = [(None, ()), *self._scores(logits[:-1], list(tokens[1:]))]
-        detokeniser, found, length = Detokeniser(self._tokenizer), [], 0
+        detokenizer, found, length = Detokenizer(self._tokenizer), [], 0
         for token, score in zip(tokens, scores, strict=True):
             found.append(Told(token, length, *score))
-            length += len(detokeniser.add(token))
+            length += len(detokenizer.add(token))
         return tuple(found)
 
     def _choose(self, logits: Float[Tensor, "1 vocab"]) -> Tensor:

@@ -12,7 +12,8 @@ import uvicorn
 from weft.checkpoint.adapters import local_folder
 from weft.errors import ConfigError
 from weft.files.reading import reason
-from weft.generation.stream import end_tokens, tuner_of
+from weft.generation.reader import tuner_of
+from weft.generation.stream import end_tokens
 from weft.model.loading import base_name, load_mixture
 from weft.options import ServeOptions
 from weft.screen.visible import say
