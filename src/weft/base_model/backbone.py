@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast, get_args
 
 import torch
@@ -79,7 +78,7 @@ class Backbone:
     def named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of the base model, by name; the cache by the base model's, whatever the caller's."""
         # Not by zip: torch.compile of torch 2.6 stumbles over it.
-        named = {name: args[place] for place, name in enumerate(self._positional[: len(args)])}
+        named = {name: args[index] for index, name in enumerate(self._positional[: len(args)])}
         return self.with_named_cache({**named, **kwargs})
 
     def with_named_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -333,36 +332,3 @@ def _may_give_last_hidden_state(module: nn.Module) -> bool:
     return not outputs or any(
         "last_hidden_state" in {field.name for field in dataclasses.fields(cast(Any, kind))} for kind in outputs
     )
-
-
-def input_gradient_hooks(base: Any) -> list[Any]:
-    """The hooks that make the embeddings' output require gradients.
-
-    peft adds one of its own when it wraps a base model that checkpoints its activations.
-    """
-    return list(getattr(base, "_require_grads_hooks", None) or [])
-
-
-def restore_input_gradient_hooks(base: Any, before: list[Any]) -> None:
-    """Remove the hooks that were added since."""
-    added = [hook for hook in input_gradient_hooks(base) if hook not in before]
-    for hook in added:
-        hook.remove()
-    if added:
-        base._require_grads_hooks = before
-        del base._require_grads_hook
-        if before:
-            base._require_grads_hook = before[0]
-
-
-@contextmanager
-def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """In this block nothing is dropped and nothing learns; afterwards each part has its own mode again."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

@@ -1,12 +1,15 @@
-"""What the quantised layers of a base model need to be part of a mixture.
+"""What a mixture changes in a base model for a time, and how it is put back: packed weights, hooks, modes.
 
 Nothing here imports a library of quantisation: layers are known by what they have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 # Whether a four-bit layer of bitsandbytes may repack its weights, on CPUs with bfloat16 instructions.
@@ -41,3 +44,36 @@ def let_repack(layers: list[nn.Module]) -> None:
     """Let these layers be as they were."""
     for layer in layers:
         setattr(layer, _MAY_REPACK, True)
+
+
+def input_gradient_hooks(base: Any) -> list[Any]:
+    """The hooks that make the embeddings' output require gradients.
+
+    peft adds one of its own when it wraps a base model that checkpoints its activations.
+    """
+    return list(getattr(base, "_require_grads_hooks", None) or [])
+
+
+def restore_input_gradient_hooks(base: Any, before: list[Any]) -> None:
+    """Remove the hooks that were added since."""
+    added = [hook for hook in input_gradient_hooks(base) if hook not in before]
+    for hook in added:
+        hook.remove()
+    if added:
+        base._require_grads_hooks = before
+        del base._require_grads_hook
+        if before:
+            base._require_grads_hook = before[0]
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """In this block nothing is dropped and nothing learns; afterwards each part has its own mode again."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

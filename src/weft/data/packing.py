@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.base_model.backbone import in_evaluation_mode
+from weft.base_model.state import in_evaluation_mode
 from weft.errors import ConfigError
 
 # Texts of so many tokens are tried: two different ones before the same one.

@@ -1,4 +1,4 @@
-"""A model reads a text into its cache, and what it says comes back: logits, and each expert's share."""
+"""A model reads a text into its cache and gives the logits and each expert's share."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Reader:
         *,
         every_position: bool = False,
     ) -> tuple[Float[Tensor, "1 position vocab"], list[int]]:
-        """Read the tokens that the cache lacks, and drafted after them.
+        """Read the tokens that the cache lacks, and drafted ones after them.
 
         An exception on the way empties the cache: some layers may have the new tokens by then, and others not.
 
         Args:
             input_ids: the whole text.
-            speculation: what drafted, or None.
-            limit: at most so many drafted.
+            speculation: drafts the coming tokens; or None.
+            limit: at most so many drafted tokens.
             every_position: give the logits after each token that is read, not after the text's last one alone.
 
         Returns:
-            The logits after the text and after each guess, and the drafted.
+            The logits after the text and after each drafted token, and the drafted tokens.
         """
         # A cache of recurrent states does not tell how many tokens it has read.
         unread = input_ids[:, self._number_read if is_recurrent(self.cache) else tokens_in(self.cache) :]
@@ -90,7 +90,7 @@ class Reader:
         forget(self.cache, number)
 
     def shares(self, index: int) -> dict[str, float]:
-        """Each expert's share after the text (0) or after a guess (1, 2, ...), as the mean over the layers."""
+        """Each expert's share after the text (0) or after a drafted token (1, 2, ...), as the mean over the layers."""
         return self._shares[min(index, len(self._shares) - 1)]
 
     def _note_shares(self, positions: int) -> None:

@@ -19,8 +19,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from weft.base_model.backbone import Backbone, in_evaluation_mode
+from weft.base_model.backbone import Backbone
 from weft.base_model.devices import execution_device
+from weft.base_model.state import in_evaluation_mode
 from weft.errors import AdapterError, ConfigError
 from weft.gate.routing import Sees
 

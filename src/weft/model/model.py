@@ -19,8 +19,8 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from weft.base_model.backbone import Backbone, input_gradient_hooks, restore_input_gradient_hooks
-from weft.base_model.state import keep_unpacked, let_repack
+from weft.base_model.backbone import Backbone
+from weft.base_model.state import input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
 from weft.checkpoint.licences import licensed_card
 from weft.config import XLoraConfig

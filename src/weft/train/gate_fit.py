@@ -34,8 +34,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from weft.base_model.backbone import in_evaluation_mode
 from weft.base_model.devices import execution_device, resident_device
+from weft.base_model.state import in_evaluation_mode
 from weft.data.texts import NO_LABEL
 from weft.distributed import process_number
 from weft.errors import ConfigError, DataError, TrainingError

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weft.base_model.backbone import in_evaluation_mode
+from weft.base_model.state import in_evaluation_mode
 from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import digest_of_file
 from weft.files.writing import errors_of_writing, make_folder
