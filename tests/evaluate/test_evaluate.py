@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models import VOCAB, tiny_llama
-from weft.evaluate import padded_batches, perplexity
+from weft.data.padded import padded_batches
+from weft.evaluate import perplexity
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import torch
 
 import weft
 from models import VOCAB, tiny_llama, tiny_tokenizer
+from weft.data.padded import padded_batches
 from weft.errors import DataError
-from weft.evaluate import padded_batches, perplexity
+from weft.evaluate import perplexity
 from weft.evaluate.data_sets import DataSet, Text, read_data_set, token_windows
 from weft.evaluate.intervals import interval, resampled_means
 from weft.evaluate.run import by_example

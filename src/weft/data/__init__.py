@@ -5,5 +5,6 @@ Knows no model, only its tokenizer.
     texts.py            rows from files, tokens from rows
     chat_template.py    conversations as a tokenizer's template renders them
     labelled.py         texts labelled by the expert that they belong to
+    padded.py           sequences as padded batches
     packing.py          several texts in one row, none of which sees another
 """

@@ -98,9 +98,14 @@ def check_length(length: int, model_config: Any) -> None:
     Raises:
         DataError: `length` is above the model's number of positions.
     """
-    most = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    most = num_positions(model_config)
     if most is not None and length > most:
         raise DataError(f"sequence_length ({length}) must be at most the model's number of positions ({most})")
+
+
+def num_positions(model_config: Any) -> int | None:
+    """How many tokens a model can read at once; None where its config sets no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def named_sources(values: list[str]) -> dict[str, str]:

@@ -15,6 +15,6 @@ Knows no way to train, and no way to save a mixture.
 """
 
 from weft.evaluate.run import evaluate
-from weft.evaluate.scoring import padded_batches, perplexity
+from weft.evaluate.scoring import perplexity
 
-__all__ = ["evaluate", "padded_batches", "perplexity"]
+__all__ = ["evaluate", "perplexity"]

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from weft.base_model.devices import execution_device
+from weft.base_model.likelihoods import negative_log_likelihoods
+from weft.data.padded import padded_batches
 from weft.evaluate.data_sets import DataSet
 from weft.generation.stream import end_tokens
 
@@ -165,18 +166,10 @@ def token_losses(runner: Runner, sequences: list[list[int]], advance: Advance = 
     for input_ids, attention_mask in padded_batches(sequences, runner.batch_size):
         with torch.no_grad():
             logits = runner.logits(input_ids.to(device), attention_mask.to(device))
-            losses = negative_log_likelihoods(logits, input_ids.to(logits.device)).cpu()
+            losses = negative_log_likelihoods(logits, input_ids).cpu()
         for row, length in zip(losses, attention_mask.sum(1).tolist(), strict=True):
             yield row[: length - 1]
         advance(len(input_ids))
-
-
-def negative_log_likelihoods(
-    logits: Float[Tensor, "batch seq vocab"], input_ids: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch predicted"]:
-    """Of every token but the first, in nats."""
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(input_ids), -1)
 
 
 def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freeze_after: int | None = None) -> float:
@@ -187,16 +180,3 @@ def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freez
     """
     losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), sequences))
     return _exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))
-
-
-def padded_batches(sequences: list[list[int]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input_ids, attention_mask), padded on the right."""
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        longest = max(len(sequence) for sequence in batch)
-        input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, sequence in enumerate(batch):
-            input_ids[row, : len(sequence)] = torch.tensor(sequence)
-            attention_mask[row, : len(sequence)] = 1
-        yield input_ids, attention_mask

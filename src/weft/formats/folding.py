@@ -34,8 +34,8 @@ from transformers.pytorch_utils import Conv1D
 from weft.base_model.devices import execution_device
 from weft.checkpoint.adapter_keys import KEY_PREFIX
 from weft.config import XLoraConfig
+from weft.data.padded import padded_batches
 from weft.errors import AdapterError, ConfigError, DataError
-from weft.evaluate import padded_batches
 from weft.files.ownership import refuse_used_folder
 from weft.files.tensors import not_finite
 from weft.files.writing import check_folder, replace_folder, settle

@@ -22,7 +22,7 @@ from transformers import Cache
 
 from weft.base_model.devices import execution_device
 from weft.base_model.versions import can_crop, keep_for_crop
-from weft.data.texts import prompt_tokens
+from weft.data.texts import num_positions, prompt_tokens
 from weft.errors import CacheError, ConfigError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.reader import Reader, tuner_of
@@ -273,7 +273,7 @@ def _that_fit(max_new_tokens: int, tuner: XLoraModel, input_ids: Tensor, cache: 
             f"past_key_values ({cached} tokens) must be shorter than the prompt ({length} tokens), which is the whole "
             "text, the cached beginning included: crop it, or start again with an empty cache"
         )
-    positions = getattr(tuner.backbone.base.config.get_text_config(), "max_position_embeddings", None)
+    positions = num_positions(tuner.backbone.base.config)
     if positions is None:
         return max_new_tokens
     if length > positions:

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from weft.gate.routing import present_positions
+from weft.gate.losses import token_weights
 
 
 class SequenceMeans:
@@ -32,11 +32,8 @@ class SequenceMeans:
         self, scalings: Float[Tensor, "batch seq layer expert"], padding: Shaped[Tensor, "batch total"] | None
     ) -> None:
         """Count tokens in; the last `seq` columns of the attention mask `padding` are theirs."""
-        batch, seq, _, _ = scalings.shape
-        self.length += seq
-        present = scalings.new_ones(batch, seq, 1, 1)
-        if padding is not None:
-            present = present_positions(padding, seq).to(scalings.dtype)[:, :, None, None]
+        self.length += scalings.shape[1]
+        present = token_weights(scalings, padding)[..., None, None]  # [batch, seq, 1, 1]
         sums, counts = (scalings * present).sum(1, keepdim=True), present.sum(1, keepdim=True)
         self._sums = sums if self._sums is None else self._sums + sums
         self._counts = counts if self._counts is None else self._counts + counts

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from weft.base_model.devices import execution_device
+from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.chat_template import refuse_half_characters
-from weft.data.texts import check_length, prompt_tokens, read_tokens, text_tokens, token_sequences
+from weft.data.padded import padded_batches
+from weft.data.texts import check_length, num_positions, prompt_tokens, read_tokens, text_tokens, token_sequences
 from weft.errors import ConfigError, DataError
-from weft.evaluate import padded_batches
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.reader import tuner_of
 from weft.generation.stream import stream
@@ -27,8 +27,6 @@ from weft.traces.trace import Trace, TracedText
 
 # With 210 layers and 16 experts 4,096 tokens are 28 MB.
 MAX_TOKENS = 4096
-# Positions whose logits are in float32 at one time: a vocabulary has 10^5 entries.
-_POSITIONS = 256
 
 
 def trace(
@@ -60,7 +58,7 @@ def trace(
     """
     tuner = _checked(model, max_tokens, title)
     token_ids = _token_ids(text, tokenizer)
-    length = _positions(tuner) or len(token_ids)
+    length = num_positions(tuner.backbone.base.config) or len(token_ids)
     texts = [("", token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
     return _record(tuner, texts, tokenizer, title=title, max_tokens=max_tokens, batch_size=1)
 
@@ -160,7 +158,8 @@ def trace_generation(
     prompt_ids = _token_ids(prompt, tokenizer, tokens_of=prompt_tokens)
     steps = stream(model, torch.tensor([prompt_ids]), tokenizer=tokenizer, **options)
     token_ids = prompt_ids + [step.token for step in steps]
-    length = _positions(tuner) or len(token_ids)  # a last token that nobody has read has no scalings
+    # A last token that nobody has read has no scalings.
+    length = num_positions(tuner.backbone.base.config) or len(token_ids)
     return _record(
         tuner,
         [("", token_ids[:length])],
@@ -206,10 +205,6 @@ def _token_ids(
     if not token_ids:
         raise ConfigError(f"text ({text!r}) has no tokens, expected at least one")
     return list(token_ids)
-
-
-def _positions(tuner: XLoraModel) -> int | None:
-    return getattr(tuner.backbone.base.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _first(sequences: Iterable[list[int]], limit: int) -> tuple[list[list[int]], int]:
@@ -291,11 +286,7 @@ def _log_probs(tuner: XLoraModel, output: Any, input_ids: Int[Tensor, "batch seq
     """ln p of each token after those before it; NaN for the first, and for all with a model that is not causal."""
     found = torch.full(input_ids.shape, torch.nan)
     if tuner.backbone.shifts_labels:
-        for start in range(0, input_ids.shape[1] - 1, _POSITIONS):
-            targets = input_ids[:, start + 1 : start + 1 + _POSITIONS]
-            logits = output.logits[:, start : start + targets.shape[1]].float().to(targets.device)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            found[:, start + 1 : start + 1 + targets.shape[1]] = -losses.view(targets.shape).cpu()
+        found[:, 1:] = -negative_log_likelihoods(output.logits, input_ids).cpu()
     return found
 
 
@@ -305,8 +296,8 @@ def _pieces(token_ids: list[int], tokenizer: Any) -> list[str]:
         return [f"#{token} " for token in token_ids]
     detokenizer, special = Detokenizer(tokenizer), set(tokenizer.all_special_ids)
     pieces = [detokenizer.add(token) for token in token_ids]
-    for place, token in enumerate(token_ids):
-        if token in special and not pieces[place]:
-            pieces[place] = str(tokenizer.convert_ids_to_tokens(token))
+    for index, token in enumerate(token_ids):
+        if token in special and not pieces[index]:
+            pieces[index] = str(tokenizer.convert_ids_to_tokens(token))
     pieces[-1] += detokenizer.flush()
     return pieces

@@ -35,7 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.base_model.devices import execution_device, resident_device
+from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.base_model.state import in_evaluation_mode
+from weft.data.padded import padded
 from weft.data.texts import NO_LABEL
 from weft.distributed import process_number
 from weft.errors import ConfigError, DataError, TrainingError
@@ -205,10 +207,7 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
     experts = list(model.xlora_config.expert_names)
     device = resident_device(model.internal_xlora_classifier)
     lengths = [len(example["input_ids"]) for example in examples]
-    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]], mask[row, : lengths[row]] = torch.as_tensor(example["input_ids"]), 1
+    ids, mask = padded([example["input_ids"] for example in examples])
     where = execution_device(model.passes.backbone.module)
     inputs = {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
     read = _what_the_gate_reads(model, inputs)
@@ -244,10 +243,8 @@ def _losses(
     losses = []
     for name in experts:
         with at_own_weight(model, {name: 1.0}):
-            logits = model(**inputs).logits[:, :-1].float()
-        following = inputs["input_ids"][:, 1:].to(logits.device)
-        losses.append(functional.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").cpu())
-    table = torch.stack(losses, -1).view(*inputs["input_ids"][:, 1:].shape, len(experts)).double()
+            losses.append(negative_log_likelihoods(model(**inputs).logits, inputs["input_ids"]).cpu())
+    table = torch.stack(losses, -1).double()
     return table.masked_fill(~counts[..., None], 0.0)  # which says nothing of who wrote
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weft.base_model.state import in_evaluation_mode
+from weft.data.padded import padded
 from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import digest_of_file
 from weft.files.writing import errors_of_writing, make_folder
@@ -355,10 +356,8 @@ def _hidden_states(
     by_length = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))  # so that little is padding
     for start in range(0, len(sequences), batch_size):
         places = by_length[start : start + batch_size]
-        rows = [torch.tensor(sequences[place]) for place in places]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
-        found = passes.scaling_pass_alone({"input_ids": ids, "attention_mask": mask})
+        ids, mask = padded([sequences[place] for place in places])
+        found = passes.scaling_pass_alone({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
         kept = found.to("cpu", dtype)
         if dtype == torch.float16 and not torch.equal(kept.isfinite(), found.isfinite().cpu()):
             raise ConfigError(

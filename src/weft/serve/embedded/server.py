@@ -10,6 +10,7 @@ import transformers
 import uvicorn
 
 from weft.checkpoint.adapters import local_folder
+from weft.data.texts import num_positions
 from weft.errors import ConfigError
 from weft.files.reading import reason
 from weft.generation.reader import tuner_of
@@ -88,8 +89,7 @@ def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
         )
     served = Served(options.name or folder.resolve().name, tuple(mixture.expert_names or ()))
     ends = end_tokens(backbone.base.generation_config.eos_token_id)
-    config = backbone.base.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = num_positions(backbone.base.config)
     reads = Reads(
         served,
         tokenizer,
