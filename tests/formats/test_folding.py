@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_conv2d import VISION
 from torch import nn
 
 import weft
 from models import VOCAB, folder_files, lora, make_architecture, quietly, save_adapter, tiny_llama, weft_model
+from unusual_models import VISION
 from weft.cli import main
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.formats.folding import _target_modules

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import weft
 from models import lora, quietly, randomise, save_adapter
+from unusual_models import VISION
 from weft import XLoraConfig
 from weft.layers import XLoraConv2dLayer
 
@@ -101,26 +101,6 @@ def test_active_dropout_equals_the_loop_with_the_same_masks():
     )
     torch.manual_seed(1)
     torch.testing.assert_close(layer.forward(x, scalings=scalings), expected, rtol=1e-5, atol=1e-5)
-
-
-def tiny_vit():
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=2
-    )
-    return transformers.ViTForImageClassification(config).eval()
-
-
-def tiny_convnext():
-    torch.manual_seed(0)
-    config = transformers.ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, image_size=32)
-    return transformers.ConvNextForImageClassification(config).eval()
-
-
-VISION = {
-    "vit": (tiny_vit, ["projection", "q_proj", "fc1"], 8, 17),
-    "convnext": (tiny_convnext, ["embeddings.patch_embeddings", "pwconv1", "downsampling_layer.1"], 32, 16),
-}
 
 
 @pytest.mark.parametrize("name", VISION)

@@ -203,3 +203,23 @@ def wav2vec2():
         **{"classifier_proj_size": 16, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
     )
     return build("Wav2Vec2ForSequenceClassification", config)
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=2
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def tiny_convnext():
+    torch.manual_seed(0)
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, image_size=32)
+    return transformers.ConvNextForImageClassification(config).eval()
+
+
+VISION = {
+    "vit": (tiny_vit, ["projection", "q_proj", "fc1"], 8, 17),
+    "convnext": (tiny_convnext, ["embeddings.patch_embeddings", "pwconv1", "downsampling_layer.1"], 32, 16),
+}

@@ -9,7 +9,6 @@ import torch
 
 import weft
 from models import VOCAB, tiny_llama, tiny_tokenizer
-from weft.data.padded import padded_batches
 from weft.errors import DataError
 from weft.evaluate import perplexity
 from weft.evaluate.data_sets import DataSet, Text, read_data_set, token_windows
@@ -191,4 +190,16 @@ def test_token_losses_leave_padding_out(tokens):
     )
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other)
-    assert [len(ids) for ids, _ in padded_batches(tokens, 3)] == [3, 1]
+
+
+def test_perplexity_is_the_same_for_every_batch_size():
+    sequences = [torch.randint(1, VOCAB, (length,)).tolist() for length in (3, 9, 2, 6)]
+    model = tiny_llama()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sequence in sequences:
+            ids = torch.tensor([sequence])
+            total += float(model(input_ids=ids, labels=ids).loss) * (len(sequence) - 1)
+            count += len(sequence) - 1
+    for batch_size in (1, 2, 4):
+        assert perplexity(model, sequences, batch_size) == pytest.approx(math.exp(total / count), rel=1e-5)
