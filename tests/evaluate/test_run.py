@@ -15,8 +15,9 @@ from models import let_the_gate_decide, lora, quietly, save_adapter
 from weft.cli import main
 from weft.errors import AdapterError, CheckpointError
 from weft.evaluate import evaluate, perplexity
-from weft.evaluate.cell_store import Cell, Cells
-from weft.evaluate.contestants import MERGES, Merge, Stage, adapters, arrow, merged, mixture
+from weft.evaluate.cell_store import Cell, CellStore
+from weft.evaluate.contestants import SharedBase, adapters, arrow, mixture
+from weft.evaluate.merges import MERGES, Merge, merged
 from weft.options import EvalOptions
 
 SENTENCES = ["the quick brown fox jumps", "over the lazy dog", "a mathematician proves it", "code that nobody reads"]
@@ -157,7 +158,7 @@ def with_cell(values):
 def test_lines_that_are_no_cells_are_passed_over(line, tmp_path):
     file = tmp_path / "a.cells.jsonl"
     file.write_bytes(line + b"\n" + json.dumps({**LINE, "digest": "1"}).encode() + b"\n")
-    cells = Cells(file)
+    cells = CellStore(file)
     assert "0" not in cells
     assert cells["1"].scores == [(1.0, 2)]
 
@@ -212,13 +213,13 @@ def test_experts_whose_parts_would_be_left_out_are_not_merged(base_folder, base_
     base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
     biased = save_adapter(base, lora(lora_bias=True), tmp_path / "biased", seed=5)
     paths = {"math": base_adapters["math"], "biased": biased}
-    stage = Stage(transformers.AutoModelForCausalLM.from_pretrained(base_folder))
+    shared = SharedBase(transformers.AutoModelForCausalLM.from_pretrained(base_folder))
     message = "expert 'biased' has lora_bias, which peft would leave out here"
-    side_by_side = quietly(stage.carry, adapters(paths))
+    side_by_side = quietly(shared.load, adapters(paths))
     with pytest.raises(AdapterError, match=message), merged(side_by_side, Merge("cat", 1.0), 0):
         pass
     with pytest.raises(AdapterError, match=message):
-        stage.carry(arrow(paths, 0))
+        shared.load(arrow(paths, 0))
 
 
 def test_the_base_and_the_mixture_are_the_same_after_every_opponent(base_folder, base_adapters, mixture_folder):
@@ -226,14 +227,14 @@ def test_the_base_and_the_mixture_are_the_same_after_every_opponent(base_folder,
     before = {name: value.clone() for name, value in base.state_dict().items()}
     modules = [type(module) for module in base.modules()]
     ids = torch.randint(0, 200, (2, 9))
-    stage = Stage(base)
-    first = stage.carry(mixture(mixture_folder))(ids).logits
+    shared = SharedBase(base)
+    first = shared.load(mixture(mixture_folder))(ids).logits
     for kind in MERGES:
-        with merged(stage.carry(adapters(base_adapters)), Merge.default(kind, 2), seed=0) as model:
+        with merged(shared.load(adapters(base_adapters)), Merge.default(kind, 2), seed=0) as model:
             assert not torch.equal(model(ids).logits, first)
-    stage.carry(arrow(base_adapters, 0))(ids)
-    assert torch.equal(stage.carry(mixture(mixture_folder))(ids).logits, first)
-    stage.clear()
+    shared.load(arrow(base_adapters, 0))(ids)
+    assert torch.equal(shared.load(mixture(mixture_folder))(ids).logits, first)
+    shared.clear()
     assert [type(module) for module in base.modules()] == modules
     assert all(parameter.requires_grad for parameter in base.parameters())
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
@@ -271,7 +272,7 @@ def test_the_table_is_written_in_three_formats(table, tmp_path, data):
 
 def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp_path):
     file, cell = tmp_path / "t.cells.jsonl", Cell([(1.0, 2.0)], 0.5, None)
-    cells = Cells(file)
+    cells = CellStore(file)
     with full_disk(size=200):
         cells.keep("a" * 64, "weft", "math", cell)
         with pytest.raises(CheckpointError) as raised:
@@ -280,9 +281,9 @@ def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp
         f"{file} cannot be written: [Errno 27] File too large (what was measured before is kept in it); free some "
         "space, and the same command goes on"
     )
-    again = Cells(file)
+    again = CellStore(file)
     again.keep("b" * 64, "weft", "code", cell)
-    assert [name * 64 in Cells(file) for name in "abc"] == [True, True, False]
+    assert [name * 64 in CellStore(file) for name in "abc"] == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import weft
 from models import VOCAB, lora, quietly, randomise, tiny_llama
 from weft.errors import AdapterError, CheckpointError, ConfigError
-from weft.evaluate.contestants import Stage, adapters
+from weft.evaluate.contestants import SharedBase, adapters
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NEW = VOCAB + 8
@@ -267,10 +267,10 @@ def test_evaluation_carries_what_single_adapters_bring(several, bases):
     before = logits(base, tokens_of(base))
     expected = quietly(peft.PeftModel.from_pretrained, resized(bases), several["a"]).eval()
     ids = tokens_of(expected.get_base_model())
-    stage = Stage(base)
-    carried = quietly(stage.carry, adapters({"a": several["a"]}))
-    torch.testing.assert_close(logits(carried, ids), logits(expected, ids), atol=1e-5, rtol=1e-5)
-    stage.clear()
+    shared = SharedBase(base)
+    loaded = quietly(shared.load, adapters({"a": several["a"]}))
+    torch.testing.assert_close(logits(loaded, ids), logits(expected, ids), atol=1e-5, rtol=1e-5)
+    shared.clear()
     assert torch.equal(logits(base, tokens_of(base)), before)
 
 

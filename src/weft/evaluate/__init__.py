@@ -6,8 +6,8 @@ Knows no way to train, and no way to save a mixture.
     scoring.py      one model on one data set: a score for every part of every example
     intervals.py    intervals by resampling examples
     usage.py        seconds and memory
-    contestants.py  one base model that carries what is compared, one after the other
-    merges.py       a static merge's best weights
+    contestants.py  what is compared, loaded onto one base model in turn
+    merges.py       static merges of the experts, and the search for the best weights of one
     rows.py         the rows: what is carried, and how it is run
     cell_store.py   finished cells, found again by a digest
     report.py       the table on screen, as JSON, Markdown and CSV

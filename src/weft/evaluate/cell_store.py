@@ -40,7 +40,7 @@ class Cell:
     note: str = ""
 
 
-class Cells:
+class CellStore:
     """Cells in a file of JSON lines; without a file they are only remembered.
 
     Args:

@@ -1,61 +1,53 @@
-"""One base model that carries one thing after the other: a mixture, single adapters, peft's merges, peft's Arrow.
+"""What is compared, loaded onto one base model in turn: a mixture, adapters side by side, peft's Arrow.
 
-Whatever is compared shares the base's weights, and takes its place in them by turns. After each turn the base is as it
-was, so that a mixture that comes back from its folder is the same, bit for bit.
+All contestants share the base's weights. After each turn the base is as it was, so that a mixture that comes back from
+its folder is the same, bit for bit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from peft import ArrowConfig
-from peft.tuners.lora import LoraModel
 from peft.tuners.lora.arrow import create_arrow_model
 
 from weft.checkpoint.adapters import local_folder, read_adapters
-from weft.errors import AdapterError
+from weft.evaluate.merges import refuse_unmergeable
 from weft.model.build import from_pretrained
 from weft.model.inject import inject_adapters, remove_adapters
 from weft.model.retrained import Retrained
 
-# What comes onto the base, and how it goes again.
-Carried = tuple[Any, Callable[[], Any]]
-MERGES = ("linear", "cat", "ties", "dare_ties", "dare_linear", "magnitude_prune")
-_MEANS = ("ties", "dare_ties")  # divide by the number of experts themselves
-_WHOLE = ("linear", "cat")  # prune nothing
-_MERGED = "weft_merged"
+# What loading a contestant gives: the model, and a function that lets the base be as it was.
+Loaded = tuple[Any, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
-class Load:
-    """Something that a base model can carry.
+class Contestant:
+    """Something that is compared.
 
     Args:
         key: what it is; equal keys need not be loaded twice in a row.
-        put: brings it onto the base.
+        load: loads it onto a base model.
     """
 
     key: str
-    put: Callable[[Any], Carried]
+    load: Callable[[Any], Loaded]
 
 
-class Stage:
-    """A base model and what it carries just now.
+class SharedBase:
+    """A base model and the contestant on it.
 
     Args:
         base: a causal language model without adapters.
 
     Example:
-        >>> stage = Stage(base)
-        >>> stage.carry(mixture("my-mixture"))(input_ids)
-        >>> stage.clear()  # the base as it was
+        >>> shared = SharedBase(base)
+        >>> shared.load(mixture("my-mixture"))(input_ids)
+        >>> shared.clear()  # the base as it was
     """
 
     def __init__(self, base: Any) -> None:
@@ -66,22 +58,22 @@ class Stage:
         self._model: Any = None
         self._leave: Callable[[], Any] = lambda: None
 
-    def carry(self, load: Load) -> Any:
-        """Bring it onto the base, in the place of what is there."""
-        if self._key != load.key:
+    def load(self, contestant: Contestant) -> Any:
+        """Load it onto the base, instead of the one that is there."""
+        if self._key != contestant.key:
             self.clear()
             try:
-                self._model, self._leave = load.put(self.base)
+                self._model, self._leave = contestant.load(self.base)
             except BaseException:
                 remove_adapters(self.base)
                 self.clear()
                 raise
-            self._key = load.key
+            self._key = contestant.key
             self.base.eval()
         return self._model
 
     def clear(self) -> None:
-        """Take what is there off the base."""
+        """Let the base be as it was."""
         self._leave()
         self._key, self._model, self._leave = None, None, lambda: None
         self.base.train(self._training)
@@ -89,25 +81,25 @@ class Stage:
             parameter.requires_grad_(self._requires_grad[name])
 
 
-def nothing() -> Load:
+def base_alone() -> Contestant:
     """The base model itself."""
-    return Load("base", lambda base: (base, lambda: None))
+    return Contestant("base", lambda base: (base, lambda: None))
 
 
-def mixture(folder: str) -> Load:
+def mixture(folder: str) -> Contestant:
     """A mixture from its folder."""
 
-    def put(base: Any) -> Carried:
+    def load(base: Any) -> Loaded:
         model: Any = from_pretrained(folder, base)
         return model, model.base_model.unload
 
-    return Load(f"mixture {folder}", put)
+    return Contestant(f"mixture {folder}", load)
 
 
-def adapters(paths: dict[str, str]) -> Load:
+def adapters(paths: dict[str, str]) -> Contestant:
     """Ordinary adapters side by side, as peft's `LoraModel`; the first one acts."""
 
-    def put(base: Any) -> Carried:
+    def load(base: Any) -> Loaded:
         read = read_adapters(paths, allow_dora=True, base_is_known=True)
         retrained = Retrained(base, read)
 
@@ -124,17 +116,17 @@ def adapters(paths: dict[str, str]) -> Load:
         lora_model.set_adapter(next(iter(paths)))
         return lora_model, leave
 
-    return Load(f"adapters {paths}", put)
+    return Contestant(f"adapters {paths}", load)
 
 
-def arrow(paths: dict[str, str], seed: int) -> Load:
+def arrow(paths: dict[str, str], seed: int) -> Contestant:
     """peft's Arrow (arXiv 2405.11157): each token goes to the experts whose prototypes it resembles; nothing learns.
 
-    Raises, when it is put on: what peft raises where the experts differ in rank or targets.
+    Loading it raises what peft raises where the experts differ in rank or targets.
     """
 
-    def put(base: Any) -> Carried:
-        _refuse_unlike(
+    def load(base: Any) -> Loaded:
+        refuse_unmergeable(
             {adapter.name: adapter.config for adapter in read_adapters(paths, allow_dora=True, base_is_known=True)}
         )
         folders = [str(local_folder(path, f"adapter {name!r}")) for name, path in paths.items()]
@@ -144,77 +136,4 @@ def arrow(paths: dict[str, str], seed: int) -> Load:
             model = create_arrow_model(base, folders, config)
         return model, partial(remove_adapters, base)
 
-    return Load(f"arrow {paths} {seed}", put)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """How experts are merged: peft's name of it, the weight of each, and the share of values that are kept.
-
-    By default TIES has weight 1, as it takes a mean itself, and the others, which are sums, 1/N.
-    """
-
-    kind: str
-    weight: float
-    density: float = 0.5
-
-    @classmethod
-    def default(cls, kind: str, num_experts: int) -> Merge:
-        """The equal weights of a mean."""
-        return cls(kind, 1.0 if kind in _MEANS else 1 / num_experts)
-
-    def variations(self) -> list[Merge]:
-        """This one, and others with equal weights and with other densities."""
-        densities = [self.density] if self.kind in _WHOLE else [self.density, 0.2, 0.8]
-        return [
-            Merge(self.kind, self.weight * factor, density) for factor in (1.0, 0.5, 2.0, 4.0) for density in densities
-        ]
-
-    def __str__(self) -> str:
-        density = "" if self.kind in _WHOLE else f", density {self.density:g}"
-        return f"weight {self.weight:.3g} each{density}"
-
-
-@contextmanager
-def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
-    """The base model with one static merge of all adapters, by peft's `add_weighted_adapter`.
-
-    Raises:
-        AdapterError: an adapter has what the merge would drop.
-        ValueError: peft cannot merge these adapters so.
-    """
-    names = list(lora_model.peft_config)
-    _refuse_unlike(lora_model.peft_config)
-    first: Any = lora_model.peft_config[names[0]]
-    rslora, kind = first.use_rslora, cast(Any, merge.kind)
-    try:
-        # peft copies the first adapter's options; with rank-stabilised scaling the merge would count sqrt(rank) times.
-        first.use_rslora = False
-        with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)  # dare drops values at random
-            lora_model.add_weighted_adapter(
-                names, [merge.weight] * len(names), _MERGED, combination_type=kind, density=merge.density
-            )
-        first.use_rslora = rslora
-        lora_model.set_adapter(_MERGED)
-        lora_model.model.eval()
-        yield lora_model.model
-    finally:
-        first.use_rslora = rslora
-        if _MERGED in lora_model.peft_config:
-            lora_model.set_adapter(names[0])
-            lora_model.delete_adapter(_MERGED)
-
-
-def _refuse_unlike(configs: dict[str, Any]) -> None:
-    """Raise where an adapter has what merges and Arrow would leave out without a word."""
-    for name, config in configs.items():
-        for option in ("use_dora", "lora_bias"):
-            if getattr(config, option, False):
-                raise AdapterError(f"expert {name!r} has {option}, which peft would leave out here")
-
-
-def folder_of(path: str) -> Path:
-    """Where the files of a mixture or an adapter are."""
-    return local_folder(path, "model")
+    return Contestant(f"arrow {paths} {seed}", load)

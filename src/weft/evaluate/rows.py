@@ -10,9 +10,11 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
+from weft.checkpoint.adapters import local_folder
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
-from weft.evaluate.contestants import MERGES, Load, Merge, adapters, arrow, folder_of, merged, mixture, nothing
+from weft.evaluate.contestants import Contestant, adapters, arrow, base_alone, mixture
+from weft.evaluate.merges import MERGES, Merge, merged
 from weft.files.reading import kind_shown, read_json
 from weft.model.own_weight import at_own_weight
 
@@ -29,7 +31,7 @@ class Row:
     Attributes:
         name: as it is shown.
         group: what `--rows` may choose it by.
-        load: what the base model carries for it.
+        contestant: what is loaded onto the base model for it.
         setting: gives the model to run, for a time.
         depends_on: which files its results depend on, beside the base: "experts", "mixture" or a folder.
         freeze_after: see `Runner`.
@@ -40,7 +42,7 @@ class Row:
 
     name: str
     group: str
-    load: Load
+    contestant: Contestant
     setting: Setting = nullcontext
     depends_on: str | None = None
     freeze_after: int | None = None
@@ -61,7 +63,7 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
     """Every row there is for a mixture, but the oracle, which is made from others."""
     paths = dict(config.adapters or {})
     own = mixture(folder)
-    rows = [Row("base", "base", nothing())]
+    rows = [Row("base", "base", base_alone())]
     rows += [Row(only(name), "experts", own, partial(_fixed, {name: 1.0}), "experts") for name in paths]
     equal = dict.fromkeys(paths, 1 / len(paths))
     rows.append(Row("uniform mix", "uniform", own, partial(_fixed, equal), "experts"))
@@ -105,7 +107,7 @@ def chosen(rows: list[Row], wanted: list[str]) -> tuple[list[Row], bool]:
 
 
 def _compared(name: str, path: str) -> Row:
-    kind = read_json(folder_of(path) / CONFIG_NAME).get("peft_type")
+    kind = read_json(local_folder(path, "model") / CONFIG_NAME).get("peft_type")
     if kind == "XLORA":
         return Row(name, "compare", mixture(path), depends_on=path)
     if kind == "LORA":

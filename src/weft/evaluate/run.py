@@ -15,8 +15,8 @@ from weft.checkpoint.adapters import parse_adapters
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
-from weft.evaluate.cell_store import Cell, Cells, base_digest, digest_of, folder_digest
-from weft.evaluate.contestants import Stage
+from weft.evaluate.cell_store import Cell, CellStore, base_digest, digest_of, folder_digest
+from weft.evaluate.contestants import SharedBase
 from weft.evaluate.data_sets import DataSet, read_data_set
 from weft.evaluate.intervals import interval, resampled_means
 from weft.evaluate.merges import best_merge
@@ -46,7 +46,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
     kept = outputs[0].with_suffix(".cells.jsonl") if outputs else None
     if kept is not None:
-        Cells.check(kept)
+        CellStore.check(kept)
     name = base_name(options.model, options.base)
     config = XLoraConfig.from_pretrained(options.model)
     compared = parse_adapters(options.compare, "compare", "name=FOLDER")
@@ -62,7 +62,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     if search is not None and search.metric != "perplexity":
         raise ConfigError(f"search_data ({options.search_data}) must be texts: merges are chosen by perplexity")
 
-    cells = Cells(kept)
+    cells = CellStore(kept)
     table = _Measuring(base, reader.tokenizer, config, options, cells, search)
     table.measure(_wanted(rows, data_sets, {row.name: row for row in everything} if with_oracle else None))
     report = _report(table, rows, data_sets, with_oracle, options)
@@ -124,9 +124,9 @@ class _Measuring:
     """
 
     def __init__(
-        self, base: Any, tokenizer: Any, config: Any, options: EvalOptions, cells: Cells, search: DataSet | None
+        self, base: Any, tokenizer: Any, config: Any, options: EvalOptions, cells: CellStore, search: DataSet | None
     ) -> None:
-        self.stage, self.tokenizer, self.config, self.options = Stage(base), tokenizer, config, options
+        self.shared, self.tokenizer, self.config, self.options = SharedBase(base), tokenizer, config, options
         self.cells, self.search = cells, search
         self.impossible: dict[str, str] = {}
         self._base_digest = base_digest(base)
@@ -161,27 +161,27 @@ class _Measuring:
         by_row: dict[str, tuple[Row, list[DataSet]]] = {}
         for row, data in missing:
             by_row.setdefault(row.name, (row, []))[1].append(data)
-        loads = list(dict.fromkeys(row.load.key for row, _ in missing))
+        order = list(dict.fromkeys(row.contestant.key for row, _ in missing))
         with Countdown(sum(data.steps for _, data in missing)) as countdown:
             try:
-                for row, data_sets in sorted(by_row.values(), key=lambda one: loads.index(one[0].load.key)):
+                for row, data_sets in sorted(by_row.values(), key=lambda one: order.index(one[0].contestant.key)):
                     self._row(row, data_sets, countdown)
             finally:
-                self.stage.clear()
+                self.shared.clear()
 
     def _row(self, row: Row, data_sets: list[DataSet], countdown: Countdown) -> None:
         before = countdown.done
         try:
             countdown.advance(0, row.name)
-            carried = self.stage.carry(row.load)
+            loaded = self.shared.load(row.contestant)
             note = ""
             if row.merge is not None:
                 merge = row.merge
                 if self.search is not None:
-                    merge = best_merge(carried, merge, self.search, self.tokenizer, self.options)
+                    merge = best_merge(loaded, merge, self.search, self.tokenizer, self.options)
                     row = row.with_merge(merge, self.options.seed)
                 note = str(merge)
-            with row.setting(carried) as model:
+            with row.setting(loaded) as model:
                 runner = Runner(model, self.tokenizer, self.options.batch_size, row.freeze_after)
                 for data in data_sets:
                     countdown.advance(0, f"{row.name}: {data.name}")
@@ -229,7 +229,7 @@ def _report(
         "sequences": {data.name: data.steps for data in data_sets},
         "sequence_length": options.sequence_length,
         "stride": options.stride,
-        "dtype": str(table.stage.base.dtype),
+        "dtype": str(table.shared.base.dtype),
         "seed": options.seed,
     }
     report = Report({data.name: data.metric for data in data_sets}, {}, table.impossible, settings)

@@ -37,7 +37,7 @@ class XLoraLayer(ABC):
         model: the X-LoRA model; its `carrier` brings the scalings of the pass in progress.
         target: peft's LoRA layer.
         target_forward: the layer's own forward, kept for reference.
-        layer_number: place of this layer in the layer axis of the scalings.
+        layer_number: index of this layer in the layer axis of the scalings.
         config: options; `top_k_lora`, `enable_softmax_topk` and `global_scaling_weight` are read at every forward.
 
     Dtypes: the input is cast to each expert's dtype, the two products run in it, the sum with the base layer's output

@@ -81,7 +81,7 @@ class Stack:
 
     Attributes:
         names: the active experts, in the order of their blocks.
-        columns: each one's place among the layer's active adapters, which is its column in the scalings.
+        columns: each one's index among the layer's active adapters, which is its column in the scalings.
         num_columns: how many active adapters the layer has.
         ranks: each one's rank.
         down: A, the rank first, then the input axes.

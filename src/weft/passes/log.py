@@ -37,12 +37,12 @@ class ScalingsLog:
         self._entries.clear()
 
     def by_sequence_length(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Sequence length -> (places in the log, scalings), so that each bucket can be stacked."""
+        """Sequence length -> (indices in the log, scalings), so that each bucket can be stacked."""
         buckets: dict[int, tuple[list[int], list[Tensor]]] = {}
-        for place, scalings in enumerate(self._entries):
+        for index, scalings in enumerate(self._entries):
             _, seq, _, _ = scalings.shape
-            places, tensors = buckets.setdefault(seq, ([], []))
-            places.append(place)
+            indices, tensors = buckets.setdefault(seq, ([], []))
+            indices.append(index)
             tensors.append(scalings)
         return buckets
 
@@ -65,7 +65,7 @@ class ScalingsLogMethods:
         return self.passes.log.entries()
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Sequence length -> (places in the log, scalings)."""
+        """Sequence length -> (indices in the log, scalings)."""
         return self.passes.log.by_sequence_length()
 
     def clear_scalings_log(self) -> None:

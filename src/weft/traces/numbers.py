@@ -112,7 +112,7 @@ class TraceNumbers:
         return {name: torch.cat(parts).mean(0) for name, parts in rows.items()}
 
     def starts(self) -> Iterator[tuple[TracedText, int]]:
-        """Each text, and the place of its first token."""
+        """Each text, and the index of its first token."""
         start = 0
         for text in self.texts:
             yield text, start

@@ -31,9 +31,9 @@ def _experts(trace: TraceNumbers) -> str:
     leads = torch.bincount(trace.leading(), minlength=len(means)) / len(trace)
     order = sorted(range(len(means)), key=lambda number: (-float(leads[number]), -float(means[number])))
     named = [
-        f"{shortened(trace.expert_names[number])} {'leads ' if place == 0 else ''}{leads[number]:.0%}"
-        f"{' of them' if place == 0 else ''} ({'mean share ' if place == 0 else ''}{means[number]:.2f})"
-        for place, number in enumerate(order[:_NAMED])
+        f"{shortened(trace.expert_names[number])} {'leads ' if index == 0 else ''}{leads[number]:.0%}"
+        f"{' of them' if index == 0 else ''} ({'mean share ' if index == 0 else ''}{means[number]:.2f})"
+        for index, number in enumerate(order[:_NAMED])
     ]
     rest = len(order) - len(named)
     if rest:

@@ -22,7 +22,7 @@ from weft.config import XLoraConfig
 from weft.data.labelled import training_rows
 from weft.data.texts import read_tokens
 from weft.errors import WeftError
-from weft.evaluate.cell_store import Cells
+from weft.evaluate.cell_store import CellStore
 from weft.evaluate.data_sets import read_data_set
 from weft.evaluate.report import check_outputs
 from weft.formats.card import card_text
@@ -199,7 +199,7 @@ def cells_file(case: Case, world: World) -> Action:
     file = case.inputs / "a.cells.jsonl"
     copy(world.at("data/a.cells.jsonl"), file)
     _mutate_lines(file, case)
-    return lambda case: Cells(file)
+    return lambda case: CellStore(file)
 
 
 def data_file(case: Case, world: World) -> Action:
