@@ -1,11 +1,13 @@
 """What a gate did with texts: recorded, kept in a file, and shown.
 
-record.py       a mixture reads texts, and what its layers followed is kept
-numbers.py      the numbers, and what follows from them
-trace.py        a trace: these, their file, their table
-summary.py      what a trace says, in a few sentences
-figures.py      for papers
-page/           one HTML file that shows traces
+Knows no training; only record.py knows models.
+
+    record.py       a mixture reads texts, and what its layers followed is kept
+    numbers.py      the numbers, and what follows from them: shares, entropy, perplexities
+    trace.py        a trace: these numbers, their file, their table, their cell in a notebook
+    summary.py      what a trace says, in a few sentences
+    figures.py      figures for papers
+    page/           one HTML file that shows traces
 """
 
 from __future__ import annotations
