@@ -158,7 +158,7 @@ class DecodeWeights:
             return None
         first_layer = 0 if num_layers == 1 else first_layer
         scales = table.scales[first_layer:]
-        kept, experts = (each.flatten(0, 1) for each in chosen)
+        kept, experts = chosen.kept.flatten(0, 1), chosen.experts.flatten(0, 1)
         experts = experts.expand(tokens, len(scales), top_k)
         weights = kept * scales.expand(tokens, -1, -1).gather(2, experts) * global_weight
         ranks = experts[..., None] * table.rank + torch.arange(table.rank, device=kept.device)
