@@ -1,4 +1,4 @@
-"""What a mixture answers to because peft's models and transformers' generation do: setters, names of rows, batches."""
+"""What a mixture answers to because peft and transformers ask for it: setters, the log, names of rows, batches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from weft.base_model.backbone import Backbone
 from weft.base_model.devices import resident_device
 from weft.config import XLoraConfig
 from weft.errors import CacheError, ConfigError
+from weft.gate.metrics import GateMetrics
 from weft.model.frozen_copies import (
     FrozenCopy,
     activate_experts,
@@ -25,11 +26,10 @@ from weft.model.frozen_copies import (
 )
 from weft.model.heads import switch_heads
 from weft.passes.base import Passes
-from weft.passes.log import ScalingsLogMethods
 from weft.passes.rows import rows_of_names
 
 
-class PeftMethods(ScalingsLogMethods):
+class PeftMethods:
     """The methods of `XLoraModel` that peft and transformers call, or that peft's own X-LoRA has."""
 
     xlora_config: XLoraConfig
@@ -77,6 +77,31 @@ class PeftMethods(ScalingsLogMethods):
         Of an encoder-decoder, those of the target tokens; `passes.latest_source_scalings` has the source tokens'.
         """
         return self.passes.latest_scalings
+
+    def enable_scalings_logging(self) -> None:
+        """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
+        self.passes.log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stop recording; what is recorded stays."""
+        self.passes.log.enabled = False
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
+        return self.passes.log.entries()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Sequence length -> (indices in the log, scalings)."""
+        return self.passes.log.by_sequence_length()
+
+    def clear_scalings_log(self) -> None:
+        """Forget the recorded scalings."""
+        self.passes.log.clear()
+
+    @property
+    def gate_metrics(self) -> GateMetrics:
+        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
+        return self.passes.losses.metrics
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching, for a mixture of one pass (`gate_layer`).

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-
-from weft.gate.metrics import GateMetrics
 
 
 class ScalingsLog:
@@ -45,34 +42,3 @@ class ScalingsLog:
             indices.append(index)
             tensors.append(scalings)
         return buckets
-
-
-class ScalingsLogMethods:
-    """The methods by which peft's X-LoRA shows its log, for the model whose `passes` keep one."""
-
-    passes: Any
-
-    def enable_scalings_logging(self) -> None:
-        """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
-        self.passes.log.enabled = True
-
-    def disable_scalings_logging(self) -> None:
-        """Stop recording; what is recorded stays."""
-        self.passes.log.enabled = False
-
-    def get_scalings_log(self) -> list[Tensor]:
-        """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
-        return self.passes.log.entries()
-
-    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Sequence length -> (indices in the log, scalings)."""
-        return self.passes.log.by_sequence_length()
-
-    def clear_scalings_log(self) -> None:
-        """Forget the recorded scalings."""
-        self.passes.log.clear()
-
-    @property
-    def gate_metrics(self) -> GateMetrics:
-        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
-        return self.passes.losses.metrics
