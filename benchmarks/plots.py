@@ -176,7 +176,7 @@ KINDS = [
     Plot(
         "demo",
         r"demo",
-        "The demo: is the mixture better?",
+        "The demo: the mixture and its experts",
         "`make demo`: four experts and a gate on SmolLM2-135M; perplexity on held-out texts of each domain and on "
         "texts that switch between them (mixed), with 95% bootstrap intervals. The oracle is told the domains.",
         eval_table,
@@ -185,51 +185,54 @@ KINDS = [
         "quality",
         r"quality-\d+-steps",
         "Quality of the cheaper schemes",
-        "The demo's data and experts, a gate for each scheme ([the schemes](generation.md#the-schemes)); a dot for "
+        "The demo's data and experts, one gate for each scheme ([the schemes](generation.md#the-schemes)). A dot for "
         "each seed.",
         quality,
     ),
     Plot(
         "ablation",
         r"ablation-\d+-steps",
-        "What makes the gate good",
-        "Variants of the demo's gate, one thing changed in each, beside static merges, Arrow and single LoRAs of the "
-        "gate's size; on texts that nothing was chosen by; a dot for each seed ([evaluate](evaluate.md#the-rows)).",
+        "What makes a good gate",
+        "Variants of the demo's gate with one change each, beside static merges, Arrow and single LoRAs of the gate's "
+        "size. Perplexity on texts that were not used to choose anything; a dot for each seed "
+        "([evaluate](evaluate.md#the-rows)).",
         ablation,
     ),
     Plot(
         "speed",
         r"speed",
         "Speed of a forward",
-        "SmolLM2-135M in float32, experts of rank 16 on all projections, all in turns in one process, medians.",
+        "SmolLM2-135M in float32, experts of rank 16 on all projections, all in turns in one process. Medians.",
         speed,
     ),
     Plot(
         "training",
         r"training",
         "A training step",
-        "The same model; only the gate learns. *cached*: the scaling pass was read from disk ([lean](lean.md)).",
+        "The same model; only the gate is trained. *cached*: the scaling pass was read from disk "
+        "([cheaper training](lean.md)).",
         training,
     ),
     Plot(
         "decode-eager",
         r"decode-eager",
         "Decoding",
-        "Greedy, after a prompt of 128 tokens, with a cache but for peft, which has none.",
+        "Greedy, after a prompt of 128 tokens, with a cache, except for peft, which has none.",
         decoding,
     ),
     Plot(
         "decode",
         r"decode",
         "Decoding, compiled, and mistral.rs",
-        "A run of its own: `torch.compile` and a static cache beside eager decoding, and mistral.rs.",
+        "A separate run: `torch.compile` with a static cache, eager decoding, and mistral.rs.",
         compiled,
     ),
     Plot(
         "speculation",
         r"speculation",
-        "Guessing ahead",
-        "The demo's mixture with and without `speculate=8` ([guessing ahead](generation.md#guessing-ahead)).",
+        "Speculative decoding",
+        "The demo's mixture with and without `speculate=8` "
+        "([speculative decoding](generation.md#speculative-decoding)).",
         speculation,
     ),
 ]
