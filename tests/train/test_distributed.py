@@ -18,7 +18,6 @@ from models import folder_files, lora, save_adapter
 from processes import ROOT, accelerate_launch, run, started, torchrun
 from weft.cli import main
 from weft.distributed import any_process
-from weft.train.trainer import FullBatches, RowsAndABlank
 
 CONFIGS = ROOT / "examples/accelerate"
 SHARDED = str(ROOT / "tests/on_cpu.py")
@@ -236,19 +235,6 @@ def test_a_users_own_trainer_trains_the_same_in_two_processes(llama_adapters, tm
     run([str(script), str(tmp_path / "one"), "1", *paths], **tests)
     run(torchrun(str(script), str(tmp_path / "two"), "2", *paths), **tests)
     assert_same_tensors(tmp_path / "one/final", tmp_path / "two/final")
-
-
-def test_batches_are_filled_with_rows_that_teach_nothing():
-    rows = RowsAndABlank([{"input_ids": [i, i, i], "labels": [i, i, i]} for i in range(5)])
-    sampler = FullBatches(len(rows), multiple=4, seed=7)
-    first, again = list(sampler), list(sampler)
-    assert first == again
-    assert len(first) == len(sampler) == 8
-    assert sorted(first) == [0, 1, 2, 3, 4, 5, 5, 5]
-    assert first[5:] == [5, 5, 5]
-    assert rows[5] == {"input_ids": [0, 0, 0], "labels": [-100, -100, -100]}
-    sampler.set_epoch(1)
-    assert list(sampler) != first
 
 
 def test_without_other_processes_nobody_has_to_agree():

@@ -7,6 +7,7 @@ Knows no screen but a line of progress, and no command.
     start.py                from a mixture, or with a gate that is fitted
     gate_fit.py             a gate fitted to say which expert fits each token
     arguments.py            options -> transformers' TrainingArguments
+    packing_check.py        whether a model keeps the texts of a packed row apart
     trainer.py              the Trainer: the batches of one process in several, one folder at the end
     finite.py               stops at a loss that is not finite
     callbacks.py            the gate in a Trainer's log

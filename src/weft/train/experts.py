@@ -16,12 +16,12 @@ from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME
-from transformers import DataCollatorForSeq2Seq, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from weft.checkpoint.adapters import parse_adapters, read_adapters
+from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.labelled import training_rows
-from weft.data.packing import check_packing
 from weft.data.texts import check_length
 from weft.distributed import by_the_first
 from weft.errors import AdapterError, CheckpointError, ConfigError
@@ -45,8 +45,9 @@ from weft.train.gate import (
     train,
     training_arguments,
 )
+from weft.train.packing_check import check_packing
 from weft.train.progress import trained_tokens
-from weft.train.trainer import EvenTrainer, RowsAndABlank
+from weft.train.trainer import EvenTrainer
 
 RECORD = "weft_expert.json"
 # What an expert's training depends on, beside its data.
@@ -345,7 +346,7 @@ def _train_expert(
             model,
             arguments,
             train_dataset=RowsAndABlank(rows),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            data_collator=RowCollator(tokenizer.pad_token_id),
             callbacks=[interrupt],
         )
         FiniteLoss(trainer, tokenizer)

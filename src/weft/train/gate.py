@@ -5,7 +5,6 @@ The Trainer brings logging, checkpoints, resuming, mixed precision and accelerat
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from weft.base_model.versions import checkpointing_arguments, length_grouping_arguments
 from weft.checkpoint.adapters import parse_adapters
 from weft.config import XLoraConfig
-from weft.data.labelled import LabelledCollator, training_rows
-from weft.data.packing import PackedCollator, check_packing, packed_rows
+from weft.data.batches import RowCollator, RowsAndABlank
+from weft.data.labelled import training_rows
+from weft.data.packing import packed_rows
 from weft.data.texts import check_length
 from weft.distributed import any_process, by_the_first, number_of_processes
 from weft.errors import CheckpointError, ConfigError, WeftError
@@ -34,10 +34,11 @@ from weft.options import TrainOptions
 from weft.train.arguments import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.train.checkpoints import BEGUN, Checkpoints, describe, find_checkpoints
 from weft.train.finite import FiniteLoss
+from weft.train.packing_check import check_packing
 from weft.train.progress import ProgressLine, TokenBudget, budget_in_steps, trained_tokens
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.train.start import continued, start_gate, start_problems
-from weft.train.trainer import EvenTrainer, RowsAndABlank
+from weft.train.trainer import EvenTrainer
 from weft.train.whole_checkpoints import go_on_from, how_to_go_on, keep_checkpoints_whole, make_room
 
 _CONFIG_OPTIONS = (
@@ -191,11 +192,7 @@ def _collator(
     options: TrainOptions, tokenizer: Any, model: Any, sequences: list[list[int]], arguments: TrainingArguments
 ) -> Callable[[list[Any]], Any]:
     """What makes batches of examples, with the scaling pass of each text where that is cached."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "right"  # positions are counted from the first token of a row
-    collator: Callable[[list[Any]], Any] = LabelledCollator(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
-    if options.packing:
-        collator = PackedCollator(tokenizer.pad_token_id, collator)
+    collator: Callable[[list[Any]], Any] = RowCollator(tokenizer.pad_token_id)
     if not options.cache_scaling_pass:
         return collator
     model.to(arguments.device)

@@ -1,4 +1,4 @@
-"""Training in several processes: the same batches as in one, agreement on when to stop, and one folder at the end.
+"""Training in several processes: agreement on when to stop, and one folder at the end.
 
 transformers' Trainer and accelerate start the processes' work and exchange the gradients (DDP, FSDP2). What they leave
 to the program is here.
@@ -6,7 +6,7 @@ to the program is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,87 +14,17 @@ import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from weft.base_model.versions import groups_by_length
 from weft.checkpoint.licences import keep_own_card
+from weft.data.batches import FullBatches, RowsAndABlank
 from weft.distributed import fail_together, is_sharded
 from weft.errors import CheckpointError
 from weft.files.tensors import read_tensors
 from weft.files.writing import replace_folder
-from weft.gate.losses import NO_EXPERT
 from weft.model.build import register_with_peft
 from weft.train.progress import CountingTrainer
-
-
-class RowsAndABlank(Dataset):
-    """The rows of a data set and, behind them, one without anything to learn, to fill batches up with.
-
-    The blank row is the shortest one without its labels, so that whatever makes batches of rows (packed or not, with a
-    scaling pass from a cache) takes it too.
-
-    Args:
-        rows: with `input_ids` and `labels` each.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-        shortest = min(rows, key=lambda row: len(row["input_ids"]))
-        without: dict[str, Any] = {"labels": [NO_EXPERT] * len(shortest["input_ids"])}
-        if "expert_labels" in shortest:
-            without["expert_labels"] = without["labels"]
-        self.blank = {**shortest, **without}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.rows[place] if place < len(self.rows) else self.blank
-
-
-class FullBatches(Sampler[int]):
-    """The places of all rows in an order that seed and epoch decide, and that of the blank row up to a whole batch.
-
-    With as many rows as all processes' batches need together, nobody has to repeat rows (as accelerate would), so the
-    gradients are those of one process.
-
-    Args:
-        num_rows: without the blank one, whose place is `num_rows`.
-        multiple: the number of places is one of this.
-        seed: of the order.
-        lengths: of the rows, to put those of similar length together; None for any order.
-        group_size: how many rows are used together, and should be alike.
-    """
-
-    def __init__(
-        self, num_rows: int, multiple: int, seed: int, *, lengths: list[int] | None = None, group_size: int = 1
-    ) -> None:
-        self.num_rows = num_rows
-        self.multiple = multiple
-        self.seed = seed
-        self.lengths = lengths
-        self.group_size = group_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is of."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.num_rows // self.multiple) * self.multiple
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.lengths is None:
-            yield from torch.randperm(self.num_rows, generator=generator).tolist()
-        else:
-            yield from get_length_grouped_indices(self.lengths, self.group_size, generator=generator)
-        yield from [self.num_rows] * (len(self) - self.num_rows)
 
 
 class EvenTrainer(CountingTrainer):
