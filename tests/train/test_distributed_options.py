@@ -14,7 +14,7 @@ from processes import ROOT, accelerate_launch, run, torchrun
 from weft.cli import main
 from weft.distributed import by_the_first, fail_together, from_all_processes
 from weft.errors import CheckpointError
-from weft.train.whole_checkpoints import last_checkpoint
+from weft.train.checkpoints import last_checkpoint
 
 SEVERAL = str(ROOT / "tests/several.py")
 GATE_LOSSES = ("balance", "entropy", "expert-label")

@@ -9,7 +9,8 @@ from test_cli import arguments, data, gate  # noqa: F401 - fixtures
 
 import weft
 from weft.cli import main
-from weft.train.progress import ProgressLine, budget_in_steps
+from weft.train.arguments import budget_in_steps
+from weft.train.progress import ProgressLine
 
 LINE = (
     r"step \d+/\d+  loss \d+\.\d{4}  learning_rate [\d.e-]+  math \d+%  code \d+%  [\d,]+ tokens/s  \d+:\d\d:\d\d left"
