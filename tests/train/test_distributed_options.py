@@ -6,17 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-from test_distributed import assert_same_mixture, data, options  # noqa: F401 - fixtures
 
 import weft
 from disk import contents
+from models import assert_same_mixture
 from processes import ROOT, accelerate_launch, run, torchrun
 from weft.cli import main
 from weft.distributed import by_the_first, fail_together, from_all_processes
 from weft.errors import CheckpointError
 from weft.train.checkpoints import last_checkpoint
 
-SEVERAL = str(ROOT / "tests/several.py")
+SEVERAL = str(ROOT / "tests/support/several.py")
 GATE_LOSSES = ("balance", "entropy", "expert-label")
 
 
@@ -28,7 +28,7 @@ LAUNCHERS = [
 
 def in_two(launcher, commands):
     """The output of these commands, one after the other, in two processes."""
-    tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")])}
     return run(launcher(SEVERAL, json.dumps(commands)), **tests)
 
 
@@ -66,7 +66,7 @@ def held_out(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, options, labelled, held_out, tmp_path):  # noqa: F811
+def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, options, labelled, held_out, tmp_path):
     weights = [part for name in GATE_LOSSES for part in (f"--{name}-loss-weight", "0.1")]
     watched = ["--eval-data", held_out, "--eval-steps", "1", "--early-stopping", "1", "--report-to", "tensorboard"]
     fitted = ["--gate-start", "losses"] if launcher is torchrun else []
@@ -110,7 +110,7 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):  # noqa: F811
+def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):
     texts = tmp_path / "z.jsonl"
     words = [*(f"the quick brown fox {i}" for i in range(31)), "Zebras"]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in words))
@@ -135,7 +135,7 @@ def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_witho
 
 
 @pytest.mark.slow
-def test_options_that_cannot_work_are_said_once(options):  # noqa: F811
+def test_options_that_cannot_work_are_said_once(options):
     with pytest.raises(AssertionError) as raised:
         run(torchrun("-m", "weft", *options("out", 2, "--warmup", "2")))
     assert str(raised.value).count("warmup (2.0) must be in [0, 1]") == 1
