@@ -174,7 +174,7 @@ def test_bad_input_is_an_error_without_a_traceback(arguments, change, message, c
 
 
 def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(arguments, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("weft.train.gate.os.access", lambda *args: False)
+    monkeypatch.setattr("weft.files.writing.os.access", lambda *args: False)
     arguments[arguments.index("--base") + 1] = "/nowhere"
     assert main(arguments) == 1
     message = f"output ({tmp_path / 'out'}) cannot be made: {tmp_path} is not yours to write in"

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import DataCollatorForSeq2Seq
 
 from models import tiny_tokenizer
-from weft.data.labelled import LabelledCollator, tokens_and_parts, training_rows
+from weft.data.labelled import tokens_and_parts, training_rows
 from weft.errors import DataError
 
 EXPERTS = ["math", "code"]
@@ -62,19 +60,6 @@ def test_a_special_token_behind_a_text_belongs_to_its_last_part():
     tokens, parts, names = tokens_and_parts(row, "here", tokenizer, None)
     assert tokens[0] == tokens[-1] == tokenizer.eos_token_id
     assert (parts[0], parts[-1], names) == (0, 1, ["math", "code"])
-
-
-def test_a_batch_pads_labels_with_none(write):
-    rows = training_rows(
-        [f"code={write({'text': 'seven return seven'}, {'text': 'seven return'})}"],
-        EXPERTS,
-        tiny_tokenizer(),
-        8,
-        labelled=True,
-    )
-    batch = LabelledCollator(DataCollatorForSeq2Seq(tiny_tokenizer(), label_pad_token_id=-100))(rows)
-    assert torch.equal(batch["expert_labels"] == 1, batch["labels"] != -100)
-    assert batch["expert_labels"].shape == batch["input_ids"].shape
 
 
 def test_data_without_labels_or_with_wrong_ones_is_an_error(write):

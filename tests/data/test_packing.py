@@ -3,14 +3,14 @@
 import hypothesis
 import pytest
 import torch
-import transformers
 from hypothesis import strategies
 from transformers import DataCollatorForSeq2Seq
 
 import weft
-from models import ARCHITECTURES, VOCAB, _common, adapters_of, lora, quietly, save_adapter, tiny_tokenizer, weft_model
-from weft.data.packing import PackedCollator, check_packing, pack, packed_rows
-from weft.errors import ConfigError
+from models import ARCHITECTURES, VOCAB, adapters_of, tiny_tokenizer, weft_model
+from weft.data.batches import RowCollator
+from weft.data.packing import pack, packed_rows
+from weft.train.packing_check import check_packing
 
 KEEP_APART = ["llama", "mistral", "qwen2", "gemma3", "gpt_neox", "gpt2"]
 
@@ -26,7 +26,7 @@ def sequences():
 
 
 def packed_batch(sequences, capacity=16):
-    return PackedCollator(0, DataCollatorForSeq2Seq(tiny_tokenizer()))(packed_rows(examples(sequences), capacity))
+    return RowCollator(0)(packed_rows(examples(sequences), capacity))
 
 
 def loss_and_gradients(model, batch):
@@ -66,7 +66,7 @@ def test_a_labelled_texts_tokens_have_its_label():
     labelled = [{"input_ids": [5, 6], "expert_labels": [1, 1]}, {"input_ids": [7, 8, 9], "expert_labels": [-100] * 3}]
     [row] = packed_rows(labelled, 5)
     assert row["expert_labels"] == [-100, -100, -100, 1, 1]
-    batch = PackedCollator(0, list)([row, {**row, "input_ids": [*row["input_ids"], 4]}])
+    batch = RowCollator(0)([row, {**row, "input_ids": [*row["input_ids"], 4]}])
     assert batch["expert_labels"].shape == (2, 6)
     assert batch["expert_labels"][0, 5] == -100
 
@@ -109,53 +109,12 @@ def test_packed_texts_take_their_scaling_passes_from_the_cache(tmp_path, sequenc
     cache = weft.ScalingCache.build(model, sequences, tmp_path / "cache", announce=lambda line: None)
     expected, expected_gradients = loss_and_gradients(model, packed_batch(sequences))
     monkeypatch.setattr(model.passes, "_scaling_pass", None)
-    collator = weft.ScalingCacheCollator(cache, PackedCollator(0, DataCollatorForSeq2Seq(tiny_tokenizer())))
+    collator = weft.ScalingCacheCollator(cache, RowCollator(0))
     batch = collator(packed_rows(examples(sequences), 16))
     found, found_gradients = loss_and_gradients(model, batch)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     for one, other in zip(found_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
-
-
-def test_examples_without_positions_are_padded(sequences):
-    collator = PackedCollator(0, DataCollatorForSeq2Seq(tiny_tokenizer()))
-    batch = collator([{"input_ids": sequence, "labels": sequence} for sequence in sequences[:2]])
-    assert batch["attention_mask"].sum() == 10
-
-
-def test_a_model_without_position_ids_is_refused(tmp_path):
-    model = model_of("bloom", tmp_path)
-    with pytest.raises(ConfigError, match=r"packing \(True\) needs a base model that takes position_ids.*Bloom"):
-        check_packing(model, 2)
-
-
-def recurrent():
-    torch.manual_seed(0)
-    options = _common(intermediate_size=48, num_key_value_heads=2)
-    linear = {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-        "head_dim": 8,
-    }
-    config = transformers.Qwen3NextConfig(**options, **linear, layer_types=["linear_attention", "full_attention"])
-    return transformers.Qwen3NextForCausalLM(config)
-
-
-def test_a_model_that_mixes_texts_up_in_spite_of_position_ids_is_refused(tmp_path):
-    path = save_adapter(recurrent(), lora(target_modules=["q_proj"]), tmp_path / "a", seed=1)
-    model = quietly(weft.from_adapters, recurrent(), {"a": path})
-    message = r"packing \(True\) does not keep texts apart in Qwen3NextForCausalLM with \w+ attention \(.* by \d+\.\d%"
-    for batch_size in (1, 2):
-        with pytest.raises(ConfigError, match=message):
-            check_packing(model, batch_size)
-    with pytest.raises(ConfigError, match=r"does not keep texts apart in OPTForCausalLM with sdpa attention"):
-        check_packing(model_of("opt", tmp_path), 2)
 
 
 def test_the_architectures_that_pack_are_among_those_tested():

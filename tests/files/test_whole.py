@@ -27,7 +27,7 @@ from weft.files.writing import (
     temporary_folder,
 )
 from weft.train.checkpoints import last_checkpoint
-from weft.train.whole_checkpoints import keep_checkpoints_whole
+from weft.train.trainer import WeftTrainer
 
 TOKENS = torch.arange(1, 19).view(2, 9)
 
@@ -423,30 +423,36 @@ def test_a_checkpoint_that_cannot_be_saved_is_named_and_leaves_nothing(train, tm
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["checkpoint-2"]
 
 
-def test_what_deepspeed_cannot_write_fails_alone_and_what_fails_before_it_in_all_processes(tmp_path):
+def test_what_deepspeed_cannot_write_fails_alone_and_what_fails_before_it_in_all_processes(tmp_path, monkeypatch):
     import transformers
 
     def fails(reason, *, if_):
-        def write():
+        def write(trainer, *args):
             written.append(reason)
             if if_:
                 raise RuntimeError(reason)
 
         return write
 
+    class Trainer(WeftTrainer):
+        is_deepspeed_enabled = True
+
+        def __init__(self):
+            self.args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"), should_save=True)
+            self.state = SimpleNamespace(global_step=3)
+
+    def save(trainer):
+        trainer._save("")
+        trainer._save_optimizer_and_scheduler("")
+
     for first in (False, True):
         written = []
-        trainer = object.__new__(transformers.Trainer)
-        trainer.is_deepspeed_enabled = True
-        trainer.args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"), should_save=True)
-        trainer.state = SimpleNamespace(global_step=3)
-        trainer._save = fails("of the model", if_=first)
-        trainer._save_optimizer_and_scheduler = fails("of DeepSpeed", if_=True)
-        trainer._save_checkpoint = lambda: (trainer._save(), trainer._save_optimizer_and_scheduler())  # noqa: B023
-        keep_checkpoints_whole(trainer)
+        monkeypatch.setattr(transformers.Trainer, "_save", fails("of the model", if_=first))
+        monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", fails("of DeepSpeed", if_=True))
+        monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", save)
         reason = "of the model" if first else "of DeepSpeed"
         with pytest.raises(CheckpointError, match=f"checkpoint-3 cannot be saved, with .*: {reason}") as raised:
-            trainer._save_checkpoint()
+            Trainer()._save_checkpoint()
         assert raised.value.in_all_processes == first
         assert written == ["of the model", "of DeepSpeed"][: 1 if first else 2]
 

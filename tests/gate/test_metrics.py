@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -206,6 +207,20 @@ def test_the_callback_refuses_other_models(tmp_path):
     made = trainer(tiny_llama(), tmp_path, train=rows(labelled=False), callbacks=[weft.GateCallback()])
     with pytest.raises(ConfigError, match=r"GateCallback cannot follow the model \(LlamaForCausalLM\)"):
         made.train()
+
+
+@pytest.mark.parametrize(
+    "wrap", [partial(torch.compile, backend="eager"), torch.nn.DataParallel], ids=["compiled", "parallel"]
+)
+def test_the_callback_follows_a_wrapped_model(llama_adapters, tmp_path, wrap):
+    model, callback, logs = mixture(llama_adapters, **ALL), weft.GateCallback(), {"loss": 1.0}
+    given = transformers.TrainingArguments(str(tmp_path)), transformers.TrainerState(), transformers.TrainerControl()
+    callback.on_train_begin(*given, model=wrap(model))
+    model(**next(batches()), expert_labels=torch.tensor([0, 1]))
+    callback.on_log(*given, model=wrap(model), logs=logs)
+    callback.on_train_end(*given, model=wrap(model))
+    assert logs.keys() >= {"gate/entropy", "gate/balance_loss", "gate/expert_label_loss"}
+    assert not model.gate_metrics.enabled
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 import weft
@@ -218,6 +219,30 @@ def mixture_by_loop(target, x, scalings, *, global_weight=1.0):
 
 def folder_files(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def tensors_of(folder):
+    return {file: load_file(Path(folder, file)) for file in folder_files(folder) if file.endswith(".safetensors")}
+
+
+def assert_same_mixture(one, other):
+    assert [file for file in folder_files(one) if not file.startswith("checkpoints")] == [
+        file for file in folder_files(other) if not file.startswith("checkpoints")
+    ]
+    expected, found = weft.from_pretrained(one).state_dict(), weft.from_pretrained(other).state_dict()
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=0, msg=key)
+    assert_same_tensors(one, other)
+
+
+def assert_same_tensors(one, other):
+    expected, found = tensors_of(one), tensors_of(other)
+    assert expected.keys() <= found.keys()
+    for file, values in expected.items():
+        torch.testing.assert_close(
+            found[file], values, atol=1e-4, rtol=0, msg=lambda text, file=file: f"{file}: {text}"
+        )
 
 
 def let_the_gate_decide(folder):

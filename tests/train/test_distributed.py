@@ -11,66 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import weft
-from models import folder_files, lora, save_adapter
+from models import assert_same_mixture, assert_same_tensors, lora, save_adapter, tensors_of
 from processes import ROOT, accelerate_launch, run, started, torchrun
 from weft.cli import main
 from weft.distributed import any_process
-from weft.train.trainer import FullBatches, RowsAndABlank
 
 CONFIGS = ROOT / "examples/accelerate"
-SHARDED = str(ROOT / "tests/on_cpu.py")
-
-
-@pytest.fixture
-def data(tmp_path):
-    # 21 sequences of at most 32 tokens: neither 4 nor 8 divide them.
-    rows = [{"text": f"the quick brown fox {i} " * (1 + i % 3)} for i in range(11)]
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return file
-
-
-@pytest.fixture
-def options(base_folder, base_adapters, data, tmp_path):
-    """`weft train` as a function of the output folder, the number of processes and further options."""
-
-    def build(name, processes, *more):
-        adapters = [f"{expert}={path}" for expert, path in base_adapters.items()]
-        return [
-            *("train", "--base", str(base_folder), "--adapters", *adapters, "--data", str(data)),
-            *("--output", str(tmp_path / name), "--batch-size", str(4 // processes), "--gradient-accumulation", "2"),
-            *("--epochs", "2", "--save-steps", "3", "--sequence-length", "32", "--learning-rate", "0.05"),
-            *("--gate-start", "random", *more),  # which shards are left with
-        ]
-
-    return build
-
-
-def tensors(folder):
-    return {file: load_file(Path(folder) / file) for file in folder_files(folder) if file.endswith(".safetensors")}
-
-
-def assert_same_mixture(one, other):
-    assert [file for file in folder_files(one) if not file.startswith("checkpoints")] == [
-        file for file in folder_files(other) if not file.startswith("checkpoints")
-    ]
-    expected, found = weft.from_pretrained(one).state_dict(), weft.from_pretrained(other).state_dict()
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=0, msg=key)
-    assert_same_tensors(one, other)
-
-
-def assert_same_tensors(one, other):
-    expected, found = tensors(one), tensors(other)
-    assert expected.keys() <= found.keys()
-    for file, values in expected.items():
-        torch.testing.assert_close(
-            found[file], values, atol=1e-4, rtol=0, msg=lambda text, file=file: f"{file}: {text}"
-        )
+SHARDED = str(ROOT / "tests/support/on_cpu.py")
 
 
 def losses(folder, step):
@@ -172,7 +121,7 @@ def test_checkpoints_of_two_processes_resume_in_one_and_the_other_way_round(opti
 def test_a_damaged_checkpoint_of_several_processes_is_passed_over_and_said_once(options, tmp_path):
     out = tmp_path / "out"
     run(torchrun("-m", "weft", *options("out", 2)))
-    expected, checkpoint = tensors(out), out / "checkpoints/checkpoint-6"
+    expected, checkpoint = tensors_of(out), out / "checkpoints/checkpoint-6"
     recorded = json.loads((checkpoint / "weft_checkpoint.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= recorded.keys()
     os.truncate(checkpoint / "rng_state_1.pth", 9)
@@ -184,7 +133,7 @@ def test_a_damaged_checkpoint_of_several_processes_is_passed_over_and_said_once(
     ]
     assert not (out / "checkpoints/checkpoint-7").exists()
     for file, values in expected.items():
-        torch.testing.assert_close(tensors(out)[file], values, atol=1e-6, rtol=0)
+        torch.testing.assert_close(tensors_of(out)[file], values, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
@@ -232,23 +181,10 @@ def test_a_users_own_trainer_trains_the_same_in_two_processes(llama_adapters, tm
     script = tmp_path / "own.py"
     script.write_text(OWN_TRAINER)
     paths = list(llama_adapters.values())
-    tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")])}
     run([str(script), str(tmp_path / "one"), "1", *paths], **tests)
     run(torchrun(str(script), str(tmp_path / "two"), "2", *paths), **tests)
     assert_same_tensors(tmp_path / "one/final", tmp_path / "two/final")
-
-
-def test_batches_are_filled_with_rows_that_teach_nothing():
-    rows = RowsAndABlank([{"input_ids": [i, i, i], "labels": [i, i, i]} for i in range(5)])
-    sampler = FullBatches(len(rows), multiple=4, seed=7)
-    first, again = list(sampler), list(sampler)
-    assert first == again
-    assert len(first) == len(sampler) == 8
-    assert sorted(first) == [0, 1, 2, 3, 4, 5, 5, 5]
-    assert first[5:] == [5, 5, 5]
-    assert rows[5] == {"input_ids": [0, 0, 0], "labels": [-100, -100, -100]}
-    sampler.set_epoch(1)
-    assert list(sampler) != first
 
 
 def test_without_other_processes_nobody_has_to_agree():

@@ -6,22 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
-from test_distributed import assert_same_mixture, data, options  # noqa: F401 - fixtures
 
 import weft
 from disk import contents
-from models import tiny_llama, tiny_tokenizer
+from models import assert_same_mixture
 from processes import ROOT, accelerate_launch, run, torchrun
 from weft.cli import main
-from weft.data.packing import PackedCollator, packed_rows
 from weft.distributed import by_the_first, fail_together, from_all_processes
 from weft.errors import CheckpointError
-from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
-from weft.train.trainer import FullBatches, RowsAndABlank
-from weft.train.whole_checkpoints import last_checkpoint
+from weft.train.checkpoints import last_checkpoint
 
-SEVERAL = str(ROOT / "tests/several.py")
+SEVERAL = str(ROOT / "tests/support/several.py")
 GATE_LOSSES = ("balance", "entropy", "expert-label")
 
 
@@ -33,7 +28,7 @@ LAUNCHERS = [
 
 def in_two(launcher, commands):
     """The output of these commands, one after the other, in two processes."""
-    tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    tests = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")])}
     return run(launcher(SEVERAL, json.dumps(commands)), **tests)
 
 
@@ -71,7 +66,7 @@ def held_out(tmp_path):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, options, labelled, held_out, tmp_path):  # noqa: F811
+def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, options, labelled, held_out, tmp_path):
     weights = [part for name in GATE_LOSSES for part in (f"--{name}-loss-weight", "0.1")]
     watched = ["--eval-data", held_out, "--eval-steps", "1", "--early-stopping", "1", "--report-to", "tensorboard"]
     fitted = ["--gate-start", "losses"] if launcher is torchrun else []
@@ -115,7 +110,7 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):  # noqa: F811
+def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):
     texts = tmp_path / "z.jsonl"
     words = [*(f"the quick brown fox {i}" for i in range(31)), "Zebras"]
     texts.write_text("\n".join(json.dumps({"text": text}) for text in words))
@@ -140,92 +135,10 @@ def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_witho
 
 
 @pytest.mark.slow
-def test_options_that_cannot_work_are_said_once(options):  # noqa: F811
+def test_options_that_cannot_work_are_said_once(options):
     with pytest.raises(AssertionError) as raised:
         run(torchrun("-m", "weft", *options("out", 2, "--warmup", "2")))
     assert str(raised.value).count("warmup (2.0) must be in [0, 1]") == 1
-
-
-# ---------------------------------------------------------------------- blank rows
-
-
-def rows_of(*lengths, label=None):
-    rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in lengths]
-    return rows if label is None else [{**row, "expert_labels": [label] * len(row["labels"])} for row in rows]
-
-
-def test_the_blank_row_is_the_shortest_without_its_labels():
-    rows = RowsAndABlank(rows_of(4, 2, 3, label=1))
-    assert rows[3] == {"input_ids": [1, 2], "labels": [-100, -100], "expert_labels": [-100, -100]}
-    assert list(rows) == rows.rows
-    packed = RowsAndABlank(packed_rows(rows_of(4, 3, 2, label=1), 5))
-    assert packed[len(packed)] == {
-        "input_ids": [1, 2, 3, 4],
-        "labels": [-100] * 4,
-        "position_ids": [0, 1, 2, 3],
-        "expert_labels": [-100] * 4,
-    }
-
-
-def test_the_blank_row_has_its_scaling_pass_in_the_cache(llama_adapters, tmp_path):
-    model = weft.from_adapters(tiny_llama(), llama_adapters)
-    examples = rows_of(4, 3, 2)
-    cache = ScalingCache.build(model, [row["input_ids"] for row in examples], tmp_path, announce=lambda line: None)
-    for rows in (RowsAndABlank(examples), RowsAndABlank(packed_rows(examples, 5))):
-        collator = PackedCollator(0, transformers.DataCollatorForSeq2Seq(tiny_tokenizer()))
-        batch = ScalingCacheCollator(cache, collator)([rows[0], rows[len(rows)]])
-        assert "scaling_pass_hidden" in batch
-
-
-def test_rows_of_similar_length_stand_together_in_whole_batches():
-    lengths = [1 + number % 7 for number in range(130)]
-    sampler = FullBatches(130, 4, seed=3, lengths=lengths, group_size=4)
-    places = list(sampler)
-    assert places == list(sampler)
-    assert sorted(places) == [*range(130), 130, 130]
-    assert len(sampler) == 132
-    batches = [[lengths[place] for place in places[start : start + 4]] for start in range(4, 124, 4)]
-    assert sum(max(batch) - min(batch) for batch in batches) < 2 * len(batches)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_row_that_teaches_nothing_does_not_count_for_the_gate(llama_adapters, masked):
-    weights = {"balance_loss_weight": 0.1, "entropy_loss_weight": 0.2, "expert_label_loss_weight": 0.3}
-    model = weft.from_adapters(tiny_llama(), llama_adapters, **weights).train()
-    model.gate_metrics.enabled = True
-    rows, blank = torch.randint(1, 30, (2, 7)), torch.randint(1, 30, (2, 7))
-    labels = torch.tensor([1, 0])
-
-    def outcome(*parts):
-        model.zero_grad()
-        for ids, learnt, experts in parts:
-            mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
-            model(input_ids=ids, labels=learnt, expert_labels=experts, num_items_in_batch=12, **mask).loss.backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        return model.gate_metrics.read(), gradients
-
-    nothing, nobody = torch.full_like(rows, -100), torch.full_like(labels, -100)
-    metrics, gradients = outcome((rows, rows, labels))
-    together = torch.cat([rows, blank]), torch.cat([rows, nothing]), torch.cat([labels, nobody])
-    for parts in ([together], [(rows, rows, labels), (blank, nothing, nobody)]):
-        found, same = outcome(*parts)
-        assert found == pytest.approx(metrics, abs=1e-6)
-        torch.testing.assert_close(same, gradients, atol=1e-6, rtol=0)
-
-
-def test_what_fills_packed_rows_up_does_not_count_for_the_gate(llama_adapters):
-    model = weft.from_adapters(tiny_llama(), llama_adapters, entropy_loss_weight=0.2).train()
-    model.gate_metrics.enabled = True
-    rows = packed_rows(rows_of(5, 4, 3, 2), 9)
-    assert [len(row["input_ids"]) for row in rows] == [9, 5]
-    collator = PackedCollator(0, list)
-    model(**collator(rows))
-    filled = model.gate_metrics.read()
-    for row in rows:
-        model(**collator([row]))
-    alone = model.gate_metrics.read()
-    shares = [name for name in alone if not name.endswith("loss")]  # a loss is a mean over calls
-    assert [filled[name] for name in shares] == pytest.approx([alone[name] for name in shares], abs=1e-6)
 
 
 # ---------------------------------------------------------------------- agreement

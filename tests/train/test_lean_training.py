@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from test_cli import arguments, data, gate  # noqa: F401 - fixtures
 
 import weft
 from weft.cli import main
-from weft.train.progress import ProgressLine, budget_in_steps
+from weft.train.arguments import budget_in_steps
+from weft.train.progress import ProgressLine
 
 LINE = (
     r"step \d+/\d+  loss \d+\.\d{4}  learning_rate [\d.e-]+  math \d+%  code \d+%  [\d,]+ tokens/s  \d+:\d\d:\d\d left"
@@ -17,7 +17,25 @@ LINE = (
 
 
 @pytest.fixture
-def run(arguments, tmp_path):  # noqa: F811
+def arguments(base_folder, base_adapters, tmp_path):
+    """`weft train` with few steps, as a list to add to."""
+    rows = [{"text": f"the quick brown fox {number} " * 4} for number in range(12)]
+    rows.append({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]})
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    adapters = [f"{name}={path}" for name, path in base_adapters.items()]
+    return [
+        *("train", "--base", str(base_folder), "--adapters", *adapters, "--data", str(data)),
+        *("--output", str(tmp_path / "out"), "--max-steps", "4", "--batch-size", "2", "--sequence-length", "16"),
+    ]
+
+
+def gate(folder):
+    return weft.from_pretrained(folder).internal_xlora_classifier.state_dict()
+
+
+@pytest.fixture
+def run(arguments, tmp_path):
     """Trains with more options; gives the gate and the last checkpoint's state."""
 
     def train(name, *options):
@@ -58,7 +76,7 @@ def test_training_from_the_cache_is_training_without(run, tmp_path, capsys, opti
 
 
 @pytest.mark.parametrize("options", [["--cache-scaling-pass"], ["--packing"], ["--group-by-length"]], ids=" ".join)
-def test_a_resumed_run_of_these_ends_where_an_unbroken_one_does(arguments, tmp_path, options):  # noqa: F811
+def test_a_resumed_run_of_these_ends_where_an_unbroken_one_does(arguments, tmp_path, options):
     import shutil
 
     arguments += ["--save-steps", "2", *options]
@@ -144,7 +162,7 @@ def test_on_a_terminal_a_bar_moves_below_the_lines(monkeypatch):
     ],
     ids=str,
 )
-def test_what_cannot_work_together_is_refused(arguments, options, message, capsys, tmp_path):  # noqa: F811
+def test_what_cannot_work_together_is_refused(arguments, options, message, capsys, tmp_path):
     assert main([*arguments, *options]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 import transformers
-from test_tools_around import arguments
 from transformers import DataCollatorForSeq2Seq
 
 import weft
@@ -113,9 +112,21 @@ def test_a_users_own_trainer_learns_the_same_from_the_cache_and_resumes(
         if cached:
             collator = weft.ScalingCacheCollator(quiet_build(model, sequences)[0], collator)
             refuse_scaling_passes(model, monkeypatch)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / f"run-{cached}"),
+            per_device_train_batch_size=2,
+            learning_rate=0.05,
+            save_steps=2,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            label_names=["labels"],
+            **options,
+        )
         trainer = transformers.Trainer(
             model,
-            arguments(tmp_path / f"run-{cached}", **options),
+            arguments,
             train_dataset=rows(sequences),
             data_collator=collator,
         )

@@ -176,7 +176,7 @@ def test_an_interrupted_expert_is_not_complete(arguments, tmp_path, capsys, monk
     stop = lambda self, args, state, control, **kwargs: (
         setattr(control, "should_training_stop", True) or setattr(self, "requested", True)
     )
-    monkeypatch.setattr("weft.train.gate.StopOnInterrupt.on_step_end", stop)
+    monkeypatch.setattr("weft.train.stopping.StopOnInterrupt.on_step_end", stop)
     assert main(arguments) == 130
     assert "stopped; complete experts are in" in capsys.readouterr().err
     assert not (tmp_path / "out-experts/fox").exists()

@@ -1,4 +1,4 @@
-"""From files to rows, from rows to tokens.
+"""From files to rows, from rows to tokens, from tokens to batches.
 
 Knows no model, only its tokenizer.
 
@@ -7,4 +7,5 @@ Knows no model, only its tokenizer.
     labelled.py         texts labelled by the expert that they belong to
     padded.py           sequences as padded batches
     packing.py          several texts in one row, none of which sees another
+    batches.py          rows -> batches: which stand together, and how they become tensors
 """

@@ -66,8 +66,8 @@ def assistant_mask(tokenizer: Any, messages: list[Any], **options: Any) -> list[
         return [bool(one) for one in encoded["assistant_masks"]]
     whole = _rendered(tokenizer, messages, **options)
     turns = [
-        _turn(tokenizer, messages, place, whole, options)
-        for place, message in enumerate(messages)
+        _turn(tokenizer, messages, index, whole, options)
+        for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
     offsets = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -75,36 +75,36 @@ def assistant_mask(tokenizer: Any, messages: list[Any], **options: Any) -> list[
     return [any(start < end and first < stop for first, end in turns) for start, stop in offsets]
 
 
-def _turn(tokenizer: Any, messages: list[Any], place: int, whole: str, options: dict[str, Any]) -> tuple[int, int]:
+def _turn(tokenizer: Any, messages: list[Any], index: int, whole: str, options: dict[str, Any]) -> tuple[int, int]:
     """From which character of the whole conversation to which a turn is the assistant's."""
     advice = (
         "put {% generation %} and {% endgeneration %} around what the assistant writes, in the base model's "
         "chat_template.jinja"
     )
-    if place == 0:
+    if index == 0:
         raise DataError(
             "assistant_only_loss (True) cannot tell which tokens are the assistant's where its turn is the first: "
             f"{advice}, or let another turn be the first"
         )
-    before = _rendered(tokenizer, messages[:place], add_generation_prompt=True, **options)
-    end = _end(tokenizer, messages, place, whole, options)
+    before = _rendered(tokenizer, messages[:index], add_generation_prompt=True, **options)
+    end = _end(tokenizer, messages, index, whole, options)
     if end is None or not whole[:end].startswith(before):
         raise DataError(
             "assistant_only_loss (True) cannot tell which tokens are the assistant's: the chat template changes "
-            f"message {place + 1}, or what stands before it, when the conversation goes on; {advice}"
+            f"message {index + 1}, or what stands before it, when the conversation goes on; {advice}"
         )
     return len(before), end
 
 
-def _end(tokenizer: Any, messages: list[Any], place: int, whole: str, options: dict[str, Any]) -> int | None:
+def _end(tokenizer: Any, messages: list[Any], index: int, whole: str, options: dict[str, Any]) -> int | None:
     """The character of the whole conversation before which a message ends; None where that cannot be told."""
-    until = _rendered(tokenizer, messages[: place + 1], **options)
+    until = _rendered(tokenizer, messages[: index + 1], **options)
     if whole.startswith(until):
         return len(until)
-    if not isinstance(messages[place].get("content"), str):
+    if not isinstance(messages[index].get("content"), str):
         return None
-    marked = [*messages[:place], {**messages[place], "content": _STAND_IN}, *messages[place + 1 :]]
-    _, is_last, ending = _rendered(tokenizer, marked[: place + 1], **options).partition(_STAND_IN)
+    marked = [*messages[:index], {**messages[index], "content": _STAND_IN}, *messages[index + 1 :]]
+    _, is_last, ending = _rendered(tokenizer, marked[: index + 1], **options).partition(_STAND_IN)
     _, is_there, rest = _rendered(tokenizer, marked, **options).partition(_STAND_IN)
     if not rest.startswith(ending):
         ending = ending.removesuffix(tokenizer.eos_token or "")  # of the conversation
@@ -138,18 +138,18 @@ def check_messages(tokenizer: Any, messages: list[Any], **options: Any) -> None:
                         "text only"
                     )
             probes[number - 1] = [
-                {"type": "text", "text": f"(part {place} of message {number})"} for place in range(1, len(content) + 1)
+                {"type": "text", "text": f"(part {part} of message {number})"} for part in range(1, len(content) + 1)
             ]
     if not probes:
         return
     tried = [
-        {**message, "content": probes[place]} if place in probes else message for place, message in enumerate(messages)
+        {**message, "content": probes[index]} if index in probes else message for index, message in enumerate(messages)
     ]
     rendered = _rendered(tokenizer, tried, **options)
-    for place, parts in probes.items():
+    for index, parts in probes.items():
         if any(part["text"] not in rendered or str(part) in rendered or json.dumps(part) in rendered for part in parts):
             raise DataError(
-                f'message {place + 1} has a list of parts as its "content", which the chat template does not know: '
+                f'message {index + 1} has a list of parts as its "content", which the chat template does not know: '
                 "give it as one string"
             )
 
@@ -162,10 +162,10 @@ def refuse_half_characters(value: Any) -> None:
     """
     if isinstance(value, str):
         if has_surrogate(value):
-            place = next(number for number, character in enumerate(value) if has_surrogate(character))
+            index = next(number for number, character in enumerate(value) if has_surrogate(character))
             raise DataError(
-                f"the text {shown(value[max(0, place - 20) : place + 20])} holds half of a character "
-                f"({ascii(value[place])[1:-1]}, a lone surrogate): expected whole ones"
+                f"the text {shown(value[max(0, index - 20) : index + 20])} holds half of a character "
+                f"({ascii(value[index])[1:-1]}, a lone surrogate): expected whole ones"
             )
     elif isinstance(value, dict):
         refuse_half_characters([*value, *value.values()])

@@ -1,4 +1,4 @@
-"""Texts labelled by the expert that they, or parts of them, belong to. It knows nothing of models.
+"""Texts labelled by the expert that they, or parts of them, belong to.
 
 A file that is named for an expert (math=a.jsonl) labels its texts; a row's "expert" labels that text, and its "experts"
 ([[start, name], ...], from which character on) the text's parts.
@@ -7,11 +7,9 @@ A file that is named for an expert (math=a.jsonl) labels its texts; a row's "exp
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
-
-import torch
 
 from weft.data.texts import NO_LABEL, assistant_labels, check_sequence_length, read_rows, row_tokens
 from weft.errors import DataError
@@ -76,7 +74,7 @@ def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tupl
 
     Raises:
         DataError: the row cannot be read, "experts" is no list of parts, or of a row without "text", or the tokenizer
-            does not know its tokens' places.
+            does not know which characters its tokens are.
     """
     tokens = row_tokens(row, place, tokenizer)
     spans = row.get("experts")
@@ -100,29 +98,6 @@ def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tupl
     # A special token behind the text says that it is at 0: it belongs to the part before it.
     parts = accumulate((bisect_right(starts, start) - 1 for start, _ in offsets), max)
     return tokens, list(parts), list(names)
-
-
-class LabelledCollator:
-    """Pads `expert_labels`, one for each token, on the right; another collator does the rest.
-
-    Args:
-        collator: for examples without them.
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: list[Any]) -> Any:
-        """The batch, `[row, longest]` each."""
-        if "expert_labels" not in examples[0]:
-            return self.collator(examples)
-        others = [{name: value for name, value in row.items() if name != "expert_labels"} for row in examples]
-        batch = self.collator(others)
-        labels = torch.full(batch["input_ids"].shape, NO_EXPERT)
-        for number, example in enumerate(examples):
-            labels[number, : len(example["expert_labels"])] = torch.tensor(example["expert_labels"])
-        batch["expert_labels"] = labels
-        return batch
 
 
 def _source_rows(

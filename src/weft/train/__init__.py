@@ -2,19 +2,22 @@
 
 Knows no screen but a line of progress, and no command.
 
-    gate.py                 `weft train`: the gate (and, if asked, the experts)
-    experts.py              two stages: the experts first, then the gate
-    start.py                from a mixture, or with a gate that is fitted
-    gate_fit.py             a gate fitted to say which expert fits each token
-    arguments.py            options -> transformers' TrainingArguments
-    trainer.py              the Trainer: the batches of one process in several, one folder at the end
-    finite.py               stops at a loss that is not finite
-    callbacks.py            the gate in a Trainer's log
-    progress.py             trained tokens, a budget of them, the line on the screen
-    checkpoints.py          which checkpoints are whole
-    whole_checkpoints.py    none is half-written
-    scaling_cache.py        the scaling pass of all texts, computed once
-    scaling_index.py        what its files hold
+    gate.py             `weft train`: the gate (and, if asked, the experts)
+    experts.py          two stages: the experts first, then the gate
+    checks.py           what is wrong with the options, before anything is loaded
+    packing_check.py    whether a model keeps the texts of a packed row apart
+    arguments.py        options -> transformers' TrainingArguments, steps, a mixture's options
+    start.py            from a mixture, with a fitted gate, or from a checkpoint
+    gate_fit.py         a gate fitted to say which expert fits each token
+    trainer.py          the Trainer: all that weft overrides of transformers' one
+    finite_loss.py      a loss that is not finite: the last good weights, and what to say
+    sharding.py         weights and the optimizer's state between shards and files
+    checkpoints.py      which checkpoints are whole, and which are kept
+    callbacks.py        the gate in a Trainer's log
+    stopping.py         what ends a training early: Ctrl-C, a budget of tokens
+    progress.py         what the screen shows
+    scaling_cache.py    the scaling pass of all texts, computed once
+    scaling_index.py    what its files hold
 """
 
 from __future__ import annotations

@@ -1,49 +1,108 @@
-"""What `weft train` does beside the steps: evaluation, the best checkpoint, an early stop, reports, gate metrics."""
+"""The options of a training -> transformers' `TrainingArguments`, steps, and a mixture's own options."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+import torch
+from transformers import TrainingArguments
 
+from weft.base_model.versions import checkpointing_arguments, length_grouping_arguments
+from weft.distributed import number_of_processes
 from weft.options import TrainOptions
-from weft.train.callbacks import GateCallback
+
+# What a mixture's config has too.
+MIXTURE_OPTIONS = (
+    "layerwise_scalings",
+    "xlora_depth",
+    "xlora_size",
+    "xlora_dropout_p",
+    "softmax_temperature",
+    "top_k_lora",
+    "global_scaling_weight",
+    "scaling_pass_value",
+    "scaling_pass_layers",
+    "gate_layer",
+    "use_trainable_adapters",
+    "allow_dora",
+    "balance_loss_weight",
+    "entropy_loss_weight",
+    "expert_label_loss_weight",
+)
 
 
-def monitoring_problems(options: TrainOptions) -> list[str]:
-    """Everything that is wrong with these options, a sentence each."""
-    problems = []
-    for name in ("eval_steps", "early_stopping"):
-        value = getattr(options, name)
-        if value < 0:
-            problems.append(f"{name} ({value}) must be at least 0")
-        elif value > 0 and not options.eval_data:
-            problems.append(f"{name} ({value}) needs eval_data: held-out texts")
-    return problems
+def mixture_options(options: TrainOptions) -> dict[str, Any]:
+    """The options of a new mixture, for its config."""
+    return {name: getattr(options, name) for name in MIXTURE_OPTIONS}
 
 
-def monitoring_arguments(options: TrainOptions) -> dict[str, Any]:
-    """Arguments for transformers' `TrainingArguments`."""
-    arguments: dict[str, Any] = {"report_to": options.report_to, "save_steps": options.save_steps}
-    if options.eval_data:
-        # A checkpoint for each evaluation, so that the best one is there to be loaded.
-        steps = options.eval_steps or options.save_steps
-        arguments |= {
-            "eval_strategy": "steps",
-            "eval_steps": steps,
-            "save_steps": steps,
-            "per_device_eval_batch_size": options.batch_size,
-            "prediction_loss_only": True,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
-        }
-    return arguments
+def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps as expected, and at most (0: `epochs` decides)."""
+    per_step = options.batch_size * options.gradient_accumulation * number_of_processes()
+    if options.max_tokens:
+        expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
+        limit = options.max_steps or most
+        return min(expected, limit), min(most, limit)
+    expected = options.max_steps or max(1, int(options.epochs * max(1, num_rows // per_step)))
+    return expected, options.max_steps
 
 
-def monitoring_callbacks(options: TrainOptions) -> list[TrainerCallback]:
-    """The gate's metrics in the log, and the early stop if it was asked for."""
-    callbacks: list[TrainerCallback] = [GateCallback()]
-    if options.early_stopping:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
-    return callbacks
+def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps that a budget of tokens takes: as expected, and at most."""
+    expected = -(-max_tokens * steps_per_epoch // tokens_per_epoch)
+    return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
+
+
+def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int, most_steps: int) -> TrainingArguments:
+    """The Trainer's options for a run, with checkpoints in `folder`.
+
+    Args:
+        options: of the run.
+        folder: for the checkpoints.
+        schedule_steps: optimizer steps over which the learning rate falls.
+        most_steps: at most so many; 0 where `epochs` decides.
+    """
+    return TrainingArguments(
+        output_dir=os.fspath(folder),
+        max_steps=most_steps or -1,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(options.warmup * schedule_steps),
+        weight_decay=0.0,
+        seed=options.seed,
+        logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,  # such a loss stops the run
+        report_to=options.report_to,
+        **checkpointing_arguments({"use_reentrant": False} if options.gradient_checkpointing else None),
+        bf16=options.bf16,
+        **length_grouping_arguments(options.group_by_length),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **_evaluation_arguments(options),
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _evaluation_arguments(options: TrainOptions) -> dict[str, Any]:
+    if not options.eval_data:
+        return {"save_steps": options.save_steps}
+    # A checkpoint for each evaluation, so that the best one is there to be loaded.
+    steps = options.eval_steps or options.save_steps
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": steps,
+        "save_steps": steps,
+        "per_device_eval_batch_size": options.batch_size,
+        "prediction_loss_only": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }

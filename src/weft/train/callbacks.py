@@ -6,6 +6,7 @@ import sys
 import warnings
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
@@ -33,24 +34,24 @@ class GateCallback(TrainerCallback):
     def __init__(self) -> None:
         self._metrics: GateMetrics | None = None
         self._was_enabled = False
+        self._config: Any = None
         self._warned: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to count."""
-        metrics = getattr(model, "gate_metrics", None)
+        mixture = extract_model_from_parallel(model, keep_torch_compile=False)
+        metrics = getattr(mixture, "gate_metrics", None)
         if not isinstance(metrics, GateMetrics):
             raise ConfigError(
-                f"GateCallback cannot follow the model ({type(model).__name__}): expected a mixture of weft's, from "
+                f"GateCallback cannot follow the model ({type(mixture).__name__}): expected a mixture of weft's, from "
                 "weft.from_adapters or weft.from_pretrained"
             )
         self._move_to_the_front()
-        self._metrics, self._was_enabled = metrics, metrics.enabled
+        self._metrics, self._was_enabled, self._config = metrics, metrics.enabled, mixture.xlora_config
         metrics.clear()
         metrics.enabled = True
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the means to a line of the training log; those of evaluations have none."""
         if self._metrics is None or logs is None or "loss" not in logs:
             return
@@ -59,7 +60,7 @@ class GateCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(means)
         if state.is_world_process_zero:
-            self._warn_of_losses_without_effect(model, means)
+            self._warn_of_losses_without_effect(means)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count no longer."""
@@ -79,8 +80,8 @@ class GateCallback(TrainerCallback):
                 return
             frame = frame.f_back  # type: ignore[assignment]
 
-    def _warn_of_losses_without_effect(self, model: Any, means: dict[str, float]) -> None:
-        for name, weight in model.xlora_config.gate_loss_weights.items():
+    def _warn_of_losses_without_effect(self, means: dict[str, float]) -> None:
+        for name, weight in self._config.gate_loss_weights.items():
             if f"gate/{name}" in means or name in self._warned:
                 continue
             self._warned.add(name)

@@ -1,4 +1,4 @@
-"""The checkpoints of a training: which of them are whole, and what is the matter with the others.
+"""The checkpoints of a training: which of them are whole, what is the matter with the others, and which are kept.
 
 transformers' Trainer writes a checkpoint file by file, from all processes, `trainer_state.json` last. When all have
 written, weft adds the digests of all its files (`weft_checkpoint.json`). So a checkpoint without either was not
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.checkpoint.manifest import MANIFEST_NAME, verify
-from weft.distributed import deepspeed_is_to_come
-from weft.errors import CheckpointError
+from weft.distributed import deepspeed_is_to_come, process_number
+from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import changes, digests
 from weft.files.reading import read_json
 from weft.files.writing import replace_file
@@ -28,6 +29,7 @@ RECORD = "weft_checkpoint.json"
 # In the folder of the checkpoints, of a run that has no whole one yet: what it has learned may be learned anew.
 BEGUN = ".begun"
 _FORMAT_VERSION = 1
+_KEPT = 2  # checkpoints of a run
 # Of DeepSpeed, which writes the optimizer into a folder of its own and its name into a file.
 _DEEPSPEED_FOLDERS, _DEEPSPEED_LATEST = "global_step*", "latest"
 _PICKLES = (".pt", ".pth", ".bin")
@@ -40,38 +42,43 @@ class Checkpoints:
     Attributes:
         last: the newest whole one.
         damaged: those that are newer, or all where none is whole, with what is the matter; the newest first.
-        half: those that were not completed, old and new.
+        incomplete: those that were not completed, old and new.
     """
 
     last: Path | None = None
     damaged: dict[Path, str] = field(default_factory=dict)
-    half: list[Path] = field(default_factory=list)
+    incomplete: list[Path] = field(default_factory=list)
 
     def passed_over(self) -> list[str]:
         """A line for each that is newer than the last whole one."""
         if self.last is None:
             return []
-        number = number_of(self.last)
-        half = {path: "it was not completed" for path in self.half if number_of(path) > number}
-        reasons = {**self.damaged, **half}
+        step = step_of(self.last)
+        incomplete = {path: "it was not completed" for path in self.incomplete if step_of(path) > step}
+        reasons = {**self.damaged, **incomplete}
         return [
             f"{path.name} is passed over: {reasons[path]}; going on from {self.last.name}"
-            for path in sorted(reasons, key=number_of, reverse=True)
+            for path in sorted(reasons, key=step_of, reverse=True)
         ]
+
+
+def checkpoints_folder(output: str) -> Path:
+    """Where a training with this output has its checkpoints."""
+    return Path(output) / "checkpoints"
 
 
 def find_checkpoints(folder: Path) -> Checkpoints:
     """Look at the checkpoints in a folder, from the newest to the first that is whole; all of its files are read."""
-    there = numbered(folder)
-    half = [path for path in there if is_half(path)]
+    there = _by_step(folder)
+    incomplete = [path for path in there if is_incomplete(path)]
     damaged: dict[Path, str] = {}
     for path in reversed(there):
-        if path not in half:
+        if path not in incomplete:
             problem = damage(path)
             if problem is None:
-                return Checkpoints(path, damaged, half)
+                return Checkpoints(path, damaged, incomplete)
             damaged[path] = problem
-    return Checkpoints(None, damaged, half)
+    return Checkpoints(None, damaged, incomplete)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -80,19 +87,21 @@ def last_checkpoint(folder: Path) -> str | None:
     return None if last is None else str(last)
 
 
-def numbered(folder: Path) -> list[Path]:
-    """What a training takes for its checkpoints in a folder, the oldest first."""
-    there = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if number_of(path) >= 0 and path.is_dir()]
-    return sorted(there, key=number_of)
+def how_to_resume(folder: Path) -> str:
+    """What to do after a training that could not save."""
+    last = last_checkpoint(folder)
+    if last is None:
+        return f"There is no checkpoint yet in {folder}: start anew with more space"
+    return f"{last} is whole: go on from it with --resume true"
 
 
-def number_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     """The step of a checkpoint, as its name says; -1 where it says none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() and number.isascii() else -1
 
 
-def is_half(checkpoint: Path) -> bool:
+def is_incomplete(checkpoint: Path) -> bool:
     """Whether a checkpoint was not completed."""
     if (checkpoint / RECORD).exists():
         return False
@@ -143,12 +152,70 @@ def remove_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def remove_old_checkpoints(newest: Path, best: str | None) -> None:
+    """Remove all but the newest ones, and the best.
+
+    transformers goes by dates, and would count those that were passed over.
+
+    Args:
+        newest: is whole.
+        best: the checkpoint with the lowest loss so far, if any.
+    """
+    before = [path for path in _by_step(newest.parent) if step_of(path) < step_of(newest)]
+    others = [path for path in before if best is None or path.name != Path(best).name]
+    kept = _KEPT - 1 - (len(before) - len(others))
+    with suppress(OSError):  # which is no reason to stop
+        for path in others[: len(others) - max(kept, 0)]:
+            remove_checkpoint(path)
+        (newest.parent / BEGUN).unlink(missing_ok=True)
+
+
+def prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:
+    """Make the folder for the checkpoints of a training, and remove those in it that were not completed.
+
+    Raises:
+        ConfigError: that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if process_number() == 0:
+            for incomplete in checkpoints.incomplete:
+                remove_checkpoint(incomplete)
+            if checkpoints.last is None:
+                (folder / BEGUN).touch()
+    except OSError as err:
+        raise ConfigError(f"output ({folder.parent}) cannot be made: {err}") from err
+
+
+def not_saved_error(checkpoint: Path, cause: Exception) -> CheckpointError:
+    """What to raise where a checkpoint could not be written, and is removed."""
+    free = ""
+    with suppress(OSError):
+        free = f", with {shutil.disk_usage(checkpoint.parent).free / 2**20:.1f} MiB free"
+    error = CheckpointError(
+        f"{checkpoint} cannot be saved{free}: {first_line(cause)}. {how_to_resume(checkpoint.parent)}"
+    )
+    error.__cause__ = cause
+    return error
+
+
 def best_before(checkpoint: Path) -> Path | None:
     """The checkpoint with the lowest loss so far, to which a training that goes on from another one may come back."""
     best = read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
     if not isinstance(best, str) or Path(best).name == checkpoint.name:
         return None
     return checkpoint.parent / Path(best).name
+
+
+def describe(damaged: dict[Path, str]) -> str:
+    """Damaged checkpoints with what is the matter, for a message."""
+    return ", ".join(f"{path.name} ({reason})" for path, reason in damaged.items())
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """What a training takes for its checkpoints in a folder, the oldest first."""
+    there = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(there, key=step_of)
 
 
 def _missing(checkpoint: Path) -> list[str]:
@@ -177,7 +244,7 @@ def _changed(checkpoint: Path) -> list[str]:
 def _unreadable(checkpoint: Path) -> list[str]:
     """What cannot be read of a checkpoint without digests."""
     state = read_json(checkpoint / TRAINER_STATE_NAME)
-    if state.get("global_step") != number_of(checkpoint):
+    if state.get("global_step") != step_of(checkpoint):
         return [f"{TRAINER_STATE_NAME} is of step {state.get('global_step')!r}"]
     verify(checkpoint, read_json(checkpoint / CONFIG_NAME))
     pickles = [file for file in sorted(checkpoint.rglob("*")) if file.suffix in _PICKLES and file.is_file()]
@@ -191,8 +258,3 @@ def _is_whole_zip(file: Path) -> bool:
             return opened.testzip() is None
     except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
         return False
-
-
-def describe(damaged: dict[Path, str]) -> str:
-    """Damaged checkpoints with what is the matter, for a message."""
-    return ", ".join(f"{path.name} ({reason})" for path, reason in damaged.items())

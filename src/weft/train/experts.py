@@ -16,12 +16,11 @@ from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME
-from transformers import DataCollatorForSeq2Seq, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from weft.checkpoint.adapters import parse_adapters, read_adapters
-from weft.data.labelled import training_rows
-from weft.data.packing import check_packing
+from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.texts import check_length
 from weft.distributed import by_the_first
 from weft.errors import AdapterError, CheckpointError, ConfigError
@@ -33,20 +32,13 @@ from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
 from weft.model.loading import load_base, load_tokenizer, loading_options
 from weft.options import TrainOptions
-from weft.train.checkpoints import last_checkpoint
-from weft.train.finite import FiniteLoss
-from weft.train.gate import (
-    StopOnInterrupt,
-    check,
-    new_mixture,
-    read_eval_rows,
-    read_training_rows,
-    steps_to_train,
-    train,
-    training_arguments,
-)
-from weft.train.progress import trained_tokens
-from weft.train.trainer import EvenTrainer, RowsAndABlank
+from weft.train.arguments import steps_to_train, training_arguments
+from weft.train.checkpoints import checkpoints_folder, last_checkpoint
+from weft.train.checks import check, check_experts
+from weft.train.gate import new_mixture, read_eval_rows, read_rows_of, read_training_rows, train
+from weft.train.packing_check import check_packing
+from weft.train.stopping import StopOnInterrupt
+from weft.train.trainer import WeftTrainer, trained_tokens
 
 RECORD = "weft_expert.json"
 # What an expert's training depends on, beside its data.
@@ -90,10 +82,10 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
     adapters = _all_adapters(options, folders)
-    resume = options.resume and last_checkpoint(Path(options.output) / "checkpoints") is not None
+    resume = options.resume and last_checkpoint(checkpoints_folder(options.output)) is not None
     data = options.data or [f"{name}={source}" for name, source in sources.items()]
     gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
-    _check(options)
+    check_experts(options)
     check(gate_options, adapters)
     read_adapters(parse_adapters(options.adapters), allow_dora=options.allow_dora, base_is_known=True)
     if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
@@ -120,7 +112,7 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> 
         WeftError: the options or data cannot work; found out before anything is trained.
         KeyboardInterrupt: after an interrupt; complete experts stay.
     """
-    _check(options)
+    check_experts(options)
     return _train_missing(options, say, gate_options=None)
 
 
@@ -139,17 +131,7 @@ def _train_missing(
     folders = {name: experts_folder(options) / name for name in sources}
     missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
     tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
-    rows = {
-        name: training_rows(
-            [source],
-            [],
-            tokenizer,
-            options.sequence_length,
-            labelled=False,
-            assistant_only_loss=options.assistant_only_loss,
-        )
-        for name, source in missing.items()
-    }
+    rows = {name: read_rows_of([source], [], tokenizer, options) for name, source in missing.items()}
     targets, base = _tried_targets(options, list(missing), gate_options, say) if missing else ([], None)
     for name in missing:
         say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")
@@ -174,29 +156,6 @@ def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, 
     if twice:
         raise ConfigError(f"adapters and experts_from both name {twice}: each expert has one origin")
     return {**{name: str(folder) for name, folder in folders.items()}, **given}
-
-
-def _check(options: TrainOptions) -> None:
-    problems = [
-        f"{name} ({getattr(options, name)}) must be at least 1"
-        for name in ("expert_rank", "expert_alpha")
-        if getattr(options, name) < 1
-    ]
-    if options.expert_steps < 0:
-        problems.append(f"expert_steps ({options.expert_steps}) must be at least 0")
-    if options.expert_steps == 0 and options.expert_epochs <= 0:
-        problems.append(f"expert_epochs ({options.expert_epochs}) must be above 0")
-    if options.expert_learning_rate <= 0:
-        problems.append(f"expert_learning_rate ({options.expert_learning_rate}) must be above 0")
-    if not options.expert_targets:
-        problems.append("expert_targets is empty: names of modules, or all-linear")
-    if options.start_from is not None:
-        problems.append(
-            f"experts_from ({options.experts_from}) and start_from ({options.start_from}) exclude each other: weft "
-            "add-expert adds an expert to a mixture"
-        )
-    if problems:
-        raise ConfigError("weft train cannot train experts:", problems)
 
 
 def _record(name: str, options: TrainOptions) -> dict[str, Any]:
@@ -341,14 +300,14 @@ def _train_expert(
         steps = steps_to_train(own, len(rows), sum(trained_tokens(row["labels"]) for row in rows))
         arguments = training_arguments(own, unused, *steps)
         arguments.save_strategy = SaveStrategy.NO  # an expert that is stopped starts anew
-        trainer = EvenTrainer(
+        trainer = WeftTrainer(
             model,
             arguments,
+            tokenizer=tokenizer,
             train_dataset=RowsAndABlank(rows),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            data_collator=RowCollator(tokenizer.pad_token_id),
             callbacks=[interrupt],
         )
-        FiniteLoss(trainer, tokenizer)
         try:
             trainer.train()
         finally:

@@ -146,20 +146,20 @@ def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list
     """Examples in random order, up to `MOST_TOKENS` tokens; those that have one that the fit can learn from."""
     chosen: list[dict[str, Any]] = []
     left, unlabelled = MOST_TOKENS, False
-    for place in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
+    for index in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
         if left < 2:
             break
-        given = examples[place]
+        given = examples[index]
         if not isinstance(given, Mapping) or "input_ids" not in given:
-            raise DataError(f"example {place} ({type(given).__name__}) must be a dict with input_ids")
+            raise DataError(f"example {index} ({type(given).__name__}) must be a dict with input_ids")
         example = {"input_ids": given["input_ids"][:left]}
         if len(example["input_ids"]) < 2:
             continue
         if by == "labels":
-            example["expert_labels"] = _labels(given, place, num_experts)[:left]
+            example["expert_labels"] = _labels(given, index, num_experts)[:left]
             has_one = bool((example["expert_labels"] != NO_EXPERT).any())
         else:
-            example["counts"] = _per_token(given, "labels", place, 0)[:left] != NO_LABEL
+            example["counts"] = _per_token(given, "labels", index, 0)[:left] != NO_LABEL
             has_one = bool(example["counts"][1:].any())
         if not has_one:
             unlabelled = True
@@ -176,25 +176,25 @@ def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list
     return chosen
 
 
-def _labels(example: Mapping[str, Any], place: int, num_experts: int) -> Tensor:
+def _labels(example: Mapping[str, Any], index: int, num_experts: int) -> Tensor:
     """The labels of an example's tokens, -100 for none."""
-    labels = _per_token(example, "expert_labels", place, NO_EXPERT)
+    labels = _per_token(example, "expert_labels", index, NO_EXPERT)
     wrong = labels[((labels < 0) | (labels >= num_experts)) & (labels != NO_EXPERT)]
     if len(wrong):
         raise DataError(
-            f"expert_labels of example {place} have {wrong[0].item()}, expected the number of an expert, 0 to "
+            f"expert_labels of example {index} have {wrong[0].item()}, expected the number of an expert, 0 to "
             f"{num_experts - 1}, or {NO_EXPERT} for none"
         )
     return labels
 
 
-def _per_token(example: Mapping[str, Any], name: str, place: int, otherwise: int) -> Tensor:
+def _per_token(example: Mapping[str, Any], name: str, index: int, otherwise: int) -> Tensor:
     """What an example has for each of its tokens; the same for all where it has nothing."""
     length = len(example["input_ids"])
     found = torch.as_tensor(example.get(name, [otherwise] * length))
     if tuple(found.shape) != (length,):
         raise DataError(
-            f"{name} of example {place} have shape {list(found.shape)}, expected [{length}]: one for each token"
+            f"{name} of example {index} have shape {list(found.shape)}, expected [{length}]: one for each token"
         )
     return found
 

@@ -1,16 +1,14 @@
-"""How far training is: trained tokens counted, a budget of them, and what the screen shows."""
+"""What the screen shows of a training: a line per log step, a bar, a summary."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from weft.data.texts import NO_LABEL
 from weft.screen.countdown import clock
 
 # Names of what the gate did, in the log.
@@ -18,71 +16,6 @@ _GATE, _SHARE = "gate/", "gate/share/"
 # Entries of a log line that say nothing new, or that the line says in words.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
-
-
-class CountingTrainer(Trainer):
-    """A Trainer that counts the tokens it has trained on, in `state.num_input_tokens_seen`; resuming goes on counting.
-
-    A token counts where it has a label that the loss compares with a prediction: padding, the first token of a text and
-    masked labels do not.
-
-    Attributes:
-        schedule_steps: steps over which the learning rate falls, where it is not the number of steps at most.
-    """
-
-    schedule_steps: int | None = None
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Forward and backward of one batch."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        trained = inputs["labels"][:, 1:].ne(NO_LABEL).sum().to(self.args.device)
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce(trained, "sum"))
-        return loss
-
-    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
-        # Nothing predicts the first token of a text, which transformers before 5.10 counts for the mean, too.
-        return super()._get_num_items_in_batch([_without_first_label(batch) for batch in batch_samples], device)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The schedule of the learning rate."""
-        return super().create_scheduler(self.schedule_steps or num_training_steps, optimizer)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: nobody reads it, and transformers would go through all parameters at every step."""
-        return 0
-
-
-def _without_first_label(batch: Any) -> dict[str, Any]:
-    labels = batch["labels"].clone()
-    labels[:, 0] = NO_LABEL
-    return {**batch, "labels": labels}
-
-
-class TokenBudget(TrainerCallback):
-    """Ends the training with the step that reaches so many trained tokens.
-
-    Args:
-        tokens: the budget; 0 is none.
-    """
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop here if they are spent."""
-        if self.tokens and state.num_input_tokens_seen >= self.tokens:
-            control.should_log = control.should_save = control.should_training_stop = True
-
-
-def trained_tokens(labels: Sequence[int]) -> int:
-    """How many tokens of a sequence `CountingTrainer` counts."""
-    return sum(label != NO_LABEL for label in labels[1:])
-
-
-def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps that a budget of tokens takes: as expected, and at most."""
-    expected = -(-max_tokens * steps_per_epoch // tokens_per_epoch)
-    return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
 
 
 class ProgressLine(TrainerCallback):

@@ -73,7 +73,7 @@ class ScalingCache:
         self._files: list[dict[str, Any]] = index["files"]
         self._first = [file["first"] for file in self._files]
         self._starts = [0, *itertools.accumulate(len(sequence) for sequence in sequences)]
-        self._places = {_digest_of_tokens(sequence): place for place, sequence in enumerate(sequences)}
+        self._indices = {_digest_of_tokens(sequence): index for index, sequence in enumerate(sequences)}
         self._open: dict[int, Any] = {}
 
     @classmethod
@@ -112,46 +112,46 @@ class ScalingCache:
         if problems:
             raise ConfigError("the scaling pass cannot be cached:", problems)
         key = cache_key(model, sequences, dtype)
-        place = Path(folder) / key
+        target = Path(folder) / key
         tokens, width = sum(len(sequence) for sequence in sequences), passes.config.hidden_size
         size = tokens * width * getattr(torch, dtype).itemsize
-        what = f"scaling pass: {tokens:,} tokens x {width} x {dtype} = {_in_words(size)} in {place}"
-        damage = damage_of(place)
+        what = f"scaling pass: {tokens:,} tokens x {width} x {dtype} = {_in_words(size)} in {target}"
+        damage = damage_of(target)
         if damage is None:
             announce(f"{what}, found")
         else:
             announce(f"{what}; computed anew: {damage}" if damage else what)
-            with errors_of_writing(place.parent, "no text was read yet", "free some space, or choose another folder"):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                free = shutil.disk_usage(place.parent).free
+            with errors_of_writing(target.parent, "no text was read yet", "free some space, or choose another folder"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(target.parent).free
             if free < size:
                 raise ConfigError(
                     f"the cache of the scaling pass takes {_in_words(size)}, but {folder} has {_in_words(free)} free: "
                     "choose another folder, or a smaller dtype"
                 )
             fill = partial(_compute, passes, sequences, dtype=getattr(torch, dtype), batch_size=batch_size)
-            make_folder(place, fill)
-        return cls(place, sequences)
+            make_folder(target, fill)
+        return cls(target, sequences)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, place: int) -> Float[Tensor, "seq hidden"]:
+    def __getitem__(self, index: int) -> Float[Tensor, "seq hidden"]:
         """What the gate reads for one sequence, read from disk.
 
         Raises:
             CheckpointError: the file was lost or damaged since the cache was made or found.
         """
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        file = bisect.bisect_right(self._first, place) - 1
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = bisect.bisect_right(self._first, index) - 1
         path = self.folder / self._files[file]["name"]
         offset = self._starts[self._first[file]]
         try:
             if file not in self._open:
                 self._open[file] = safe_open(path, framework="pt")
             rows = self._open[file].get_slice(_TENSOR)
-            return rows[self._starts[place] - offset : self._starts[place + 1] - offset]
+            return rows[self._starts[index] - offset : self._starts[index + 1] - offset]
         except (OSError, SafetensorError) as err:
             raise CheckpointError(
                 f"{path} (scaling pass) cannot be read: {first_line(err)}; start again, and it is computed anew"
@@ -159,8 +159,8 @@ class ScalingCache:
 
     def find(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"] | None:
         """What the gate reads for these tokens; None where the cache does not have them."""
-        place = self._places.get(_digest_of_tokens(tokens))
-        return None if place is None else self[place]
+        index = self._indices.get(_digest_of_tokens(tokens))
+        return None if index is None else self[index]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # another process maps the files itself
@@ -338,10 +338,10 @@ def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, b
 def _in_files(sequences: Tokens, bytes_per_token: int) -> Iterator[tuple[int, Tokens]]:
     """(number of its first sequence, its sequences) of each file."""
     first = size = 0
-    for place, sequence in enumerate(sequences):
+    for index, sequence in enumerate(sequences):
         if size >= _FILE_BYTES:
-            yield first, sequences[first:place]
-            first, size = place, 0
+            yield first, sequences[first:index]
+            first, size = index, 0
         size += len(sequence) * bytes_per_token
     yield first, sequences[first:]
 
@@ -353,10 +353,10 @@ def _hidden_states(
     device = next(passes.backbone.module.parameters()).device
     starts = [0, *itertools.accumulate(len(sequence) for sequence in sequences)]
     hidden = torch.empty(starts[-1], passes.config.hidden_size, dtype=dtype)
-    by_length = sorted(range(len(sequences)), key=lambda place: len(sequences[place]))  # so that little is padding
+    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))  # so that little is padding
     for start in range(0, len(sequences), batch_size):
-        places = by_length[start : start + batch_size]
-        ids, mask = padded([sequences[place] for place in places])
+        indices = by_length[start : start + batch_size]
+        ids, mask = padded([sequences[index] for index in indices])
         found = passes.scaling_pass_alone({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
         kept = found.to("cpu", dtype)
         if dtype == torch.float16 and not torch.equal(kept.isfinite(), found.isfinite().cpu()):
@@ -364,9 +364,9 @@ def _hidden_states(
                 f"dtype ('float16') cannot hold the base model's hidden states (up to {float(found.abs().max()):.3g}, "
                 "float16 ends at 65504): take bfloat16 or float32"
             )
-        for place, row in zip(places, kept, strict=True):
-            hidden[starts[place] : starts[place + 1]] = row[: len(sequences[place])]
-        advance(len(places))
+        for index, row in zip(indices, kept, strict=True):
+            hidden[starts[index] : starts[index + 1]] = row[: len(sequences[index])]
+        advance(len(indices))
     return hidden
 
 

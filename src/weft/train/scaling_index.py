@@ -16,18 +16,18 @@ INDEX = "index.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def damage_of(place: Path) -> str | None:
+def damage_of(folder: Path) -> str | None:
     """What is the matter with a cache; "" where there is none, None where all of it is as it was written."""
-    if not os.path.lexists(place):
+    if not os.path.lexists(folder):
         return ""
     try:
-        index = read_index(place)
+        index = read_index(folder)
         recorded = {file["name"]: {"bytes": file["bytes"], "digest": file["digest"]} for file in index["files"]}
         if index["index"] != digest_of_index(index):
             return f"{INDEX} was changed after it was saved"
     except (CheckpointError, KeyError):
         return f"{INDEX} is missing or damaged, or an earlier version wrote it"
-    return "; ".join(changes(place, recorded)) or None
+    return "; ".join(changes(folder, recorded)) or None
 
 
 def digest_of_index(index: dict[str, Any]) -> str:
@@ -36,13 +36,13 @@ def digest_of_index(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def read_index(place: Path) -> JsonTable:
+def read_index(folder: Path) -> JsonTable:
     """The index of a cache, all of whose values are of their types.
 
     Raises:
         CheckpointError: it is missing or broken.
     """
-    index = read_json(place / INDEX)
+    index = read_json(folder / INDEX)
     index.whole("hidden_size", least=1)
     if index.string("dtype") not in DTYPES:
         raise index.wrong("dtype", f"one of {', '.join(DTYPES)}")

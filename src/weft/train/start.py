@@ -1,27 +1,30 @@
-"""Where `weft train` starts: from a mixture, with its experts, gate and options, or with a gate that is fitted."""
+"""Where `weft train` starts: from a mixture, with a gate that is fitted, or from the last checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, TrainerCallback
 
 from weft.config import XLoraConfig
 from weft.distributed import by_the_first, in_distributed_training, sharding_is_to_come
 from weft.errors import ConfigError, WeftError
 from weft.options import TrainOptions
+from weft.train.arguments import MIXTURE_OPTIONS
+from weft.train.checkpoints import Checkpoints, best_before, damage, is_incomplete
 from weft.train.gate_fit import fit_gate, fit_problems
 
 
-def continued(options: TrainOptions, names: Iterable[str]) -> TrainOptions:
+def with_mixture_options(options: TrainOptions) -> TrainOptions:
     """The options with the base model, the experts and the gate's options of the mixture to start from.
 
     Args:
         options: as given; they come back as they are where `start_from` is None.
-        names: the options that are the mixture's.
 
     Raises:
         ConfigError: one of them is given and is another one than the mixture's.
@@ -31,7 +34,7 @@ def continued(options: TrainOptions, names: Iterable[str]) -> TrainOptions:
         return options
     config = XLoraConfig.from_pretrained(options.start_from)
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    own: dict[str, Any] = {name: getattr(config, name) for name in names}
+    own: dict[str, Any] = {name: getattr(config, name) for name in MIXTURE_OPTIONS}
     problems = [
         f"{name} ({getattr(options, name)!r}) must be what the mixture to start from has ({value!r}): leave it out"
         for name, value in own.items()
@@ -46,21 +49,6 @@ def continued(options: TrainOptions, names: Iterable[str]) -> TrainOptions:
         raise ConfigError("weft train cannot start:", problems)
     base = options.base or config.base_model_name_or_path
     return dataclasses.replace(options, base=base, adapters=dict(config.adapters or {}), **own)
-
-
-def start_problems(options: TrainOptions) -> list[str]:
-    """Why the gate cannot start as these options say, a sentence each."""
-    if options.gate_start in (None, "random"):
-        return []
-    what = f"gate_start ({options.gate_start})"
-    if options.start_from is not None:
-        return [f"{what} and start_from ({options.start_from}) exclude each other: that mixture's gate goes on"]
-    if sharding_is_to_come():
-        return [
-            f"{what} needs the whole model in each process, not shards: train without FSDP or DeepSpeed, or from a "
-            "mixture whose gate was fitted (weft.fit_gate), with start_from"
-        ]
-    return []
 
 
 def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
@@ -87,3 +75,41 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
             torch.distributed.broadcast(parameter.data, src=0)
     if not math.isnan(agreement):
         say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
+
+
+def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
+    """Say which checkpoints a training that goes on from the last whole one passes over.
+
+    Where the best one so far is not whole, the best is chosen from here on.
+
+    Args:
+        trainer: of the training.
+        checkpoints: of which there is a last one.
+        say: told that, a line at a time.
+    """
+    for line in checkpoints.passed_over():
+        say(line)
+    assert checkpoints.last is not None
+    best = best_before(checkpoints.last)
+    if best is None:
+        return
+    problem = "it was not completed" if is_incomplete(best) else damage(best)
+    if not best.is_dir():
+        problem = "it is missing"
+    if problem is not None:
+        start = checkpoints.last.name
+        say(f"{best.name}, the best so far, is passed over: {problem}; the best from {start} on is taken")
+    trainer.add_callback(_Best(best if problem is None else None))
+
+
+class _Best(TrainerCallback):
+    """Tells a training that goes on where the best checkpoint so far is; None where it is lost."""
+
+    def __init__(self, best: Path | None) -> None:
+        self._best = best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say it."""
+        if self._best is None:
+            state.best_metric = state.best_global_step = None
+        state.best_model_checkpoint = None if self._best is None else str(self._best)

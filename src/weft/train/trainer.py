@@ -1,12 +1,13 @@
-"""Training in several processes: the same batches as in one, agreement on when to stop, and one folder at the end.
+"""The Trainer of `weft train`: all that weft overrides of transformers' one, for experts and for mixtures.
 
 transformers' Trainer and accelerate start the processes' work and exchange the gradients (DDP, FSDP2). What they leave
-to the program is here.
+to the program is here: batches, counting, a loss that is not finite, checkpoints, and one folder at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,98 +15,259 @@ import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.base_model.versions import groups_by_length
 from weft.checkpoint.licences import keep_own_card
-from weft.distributed import fail_together, is_sharded
+from weft.data.batches import FullBatches, RowsAndABlank
+from weft.data.texts import NO_LABEL
+from weft.distributed import any_process, fail_together, from_all_processes
 from weft.errors import CheckpointError
 from weft.files.tensors import read_tensors
 from weft.files.writing import replace_folder
-from weft.gate.losses import NO_EXPERT
 from weft.model.build import register_with_peft
-from weft.train.progress import CountingTrainer
+from weft.train.checkpoints import (
+    RECORD,
+    not_saved_error,
+    remove_checkpoint,
+    remove_old_checkpoints,
+    write_record,
+)
+from weft.train.finite_loss import FiniteWeights, gradient_norm, not_finite_error, texts_of
+from weft.train.sharding import gathered_state, lay_out_as_parameters, load_gathered_state, load_weights
 
 
-class RowsAndABlank(Dataset):
-    """The rows of a data set and, behind them, one without anything to learn, to fill batches up with.
-
-    The blank row is the shortest one without its labels, so that whatever makes batches of rows (packed or not, with a
-    scaling pass from a cache) takes it too.
-
-    Args:
-        rows: with `input_ids` and `labels` each.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-        shortest = min(rows, key=lambda row: len(row["input_ids"]))
-        without: dict[str, Any] = {"labels": [NO_EXPERT] * len(shortest["input_ids"])}
-        if "expert_labels" in shortest:
-            without["expert_labels"] = without["labels"]
-        self.blank = {**shortest, **without}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        return self.rows[place] if place < len(self.rows) else self.blank
-
-
-class FullBatches(Sampler[int]):
-    """The places of all rows in an order that seed and epoch decide, and that of the blank row up to a whole batch.
-
-    With as many rows as all processes' batches need together, nobody has to repeat rows (as accelerate would), so the
-    gradients are those of one process.
-
-    Args:
-        num_rows: without the blank one, whose place is `num_rows`.
-        multiple: the number of places is one of this.
-        seed: of the order.
-        lengths: of the rows, to put those of similar length together; None for any order.
-        group_size: how many rows are used together, and should be alike.
-    """
-
-    def __init__(
-        self, num_rows: int, multiple: int, seed: int, *, lengths: list[int] | None = None, group_size: int = 1
-    ) -> None:
-        self.num_rows = num_rows
-        self.multiple = multiple
-        self.seed = seed
-        self.lengths = lengths
-        self.group_size = group_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is of."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.num_rows // self.multiple) * self.multiple
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.lengths is None:
-            yield from torch.randperm(self.num_rows, generator=generator).tolist()
-        else:
-            yield from get_length_grouped_indices(self.lengths, self.group_size, generator=generator)
-        yield from [self.num_rows] * (len(self) - self.num_rows)
-
-
-class EvenTrainer(CountingTrainer):
+class WeftTrainer(Trainer):
     """A Trainer that gives the same model with any number of processes of the same batch together.
 
     Its training data are `RowsAndABlank`. Where a model's loss does not count the tokens of all rows (its forward takes
     no `num_items_in_batch`), rows are repeated, as accelerate does.
+
+    - It counts the tokens it has trained on, in `state.num_input_tokens_seen`; resuming goes on counting. A token
+      counts where it has a label that the loss compares with a prediction: padding, the first token of a text and
+      masked labels do not.
+    - It raises `TrainingError` before the optimizer takes a step with a loss or a gradient that is not finite. Each
+      forward pass is checked, so also each of several that make one step. The model keeps the weights that gave the
+      last finite loss: where the first loss after a step is not finite, those from before the step. Of several
+      processes all stop, whichever had the loss.
+    - A checkpoint is complete, with the digests of its files (see `weft.train.checkpoints`), or it leaves no trace:
+      one that cannot be written (a full disk) is removed, and `CheckpointError` says which one to resume from. Of
+      several processes all raise it, whichever could not write.
+
+    Args:
+        model: of weft or of peft.
+        arguments: of the training.
+        tokenizer: turns a batch into texts again, for messages.
+        schedule_steps: over which the learning rate falls, where it is not the number of steps at most.
+        **options: of transformers' Trainer.
     """
 
     optimizer: Any
     lr_scheduler: Any
+    # What could not be written of the checkpoint that is being saved; None between checkpoints.
+    _failures: list[Exception] | None = None
+
+    def __init__(
+        self,
+        model: Any,
+        arguments: TrainingArguments,
+        *,
+        tokenizer: Any,
+        schedule_steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, arguments, **options)
+        self._tokenizer = tokenizer
+        self._schedule_steps = schedule_steps
+        self._finite_weights = FiniteWeights()
+        self._passes = 0  # forward passes since the last step
+        self.add_callback(_BeforeOptimizerStep(self._check_gradients))
+
+    # ------------------------------------------------------------------ batches and steps
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # Blank rows are blank in a loss that counts the tokens of all rows, which not every model's does.
+        if not self.model_accepts_loss_kwargs:
+            return super()._get_train_sampler(train_dataset)
+        args, rows = self.args, cast(RowsAndABlank, self.train_dataset)
+        together = args.train_batch_size * args.world_size
+        alike = groups_by_length(args)
+        return FullBatches(
+            len(rows),
+            together if args.world_size > 1 else 1,
+            args.seed,
+            lengths=[len(row["input_ids"]) for row in rows] if alike else None,
+            group_size=together * args.gradient_accumulation_steps,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
+        # Nothing predicts the first token of a text, which transformers before 5.10 counts for the mean, too.
+        return super()._get_num_items_in_batch([_without_first_label(batch) for batch in batch_samples], device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate."""
+        return super().create_scheduler(self._schedule_steps or num_training_steps, optimizer)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: nobody reads it, and transformers would go through all parameters at every step."""
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one batch.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self._passes += 1
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        trained = inputs["labels"][:, 1:].ne(NO_LABEL).sum().to(self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(trained, "sum"))
+        self._input_ids = inputs.get("input_ids")
+        finite = bool(torch.isfinite(loss))
+        if any_process(not finite, loss.device):
+            if self._passes == 1:
+                self._finite_weights.restore(self._trained_weights())
+            self._stop_not_finite(None if finite else f"the loss is {loss.item()}")
+        return loss
+
+    def _check_gradients(self) -> None:
+        """Check the gradients before a step, and keep the weights, whose losses were finite."""
+        weights = self._trained_weights()
+        # In float16 accelerate's scaler leaves such steps out itself.
+        if getattr(self.accelerator, "scaler", None) is None:
+            norm = gradient_norm(weights)
+            if not torch.isfinite(norm):
+                self._stop_not_finite(f"the gradient's norm is {norm.item()}")
+        self._finite_weights.keep(weights)
+        self._passes = 0
+
+    def _stop_not_finite(self, what: str | None) -> None:
+        """Raise in all processes, which all come here.
+
+        Args:
+            what: is wrong with this process's batch; None where another's is meant.
+        """
+        accumulated = self.args.gradient_accumulation_steps
+        which = f", forward pass {self._passes} of {accumulated}" if accumulated > 1 else ""
+        own = None if what is None else (what, texts_of(self._input_ids, self._tokenizer))
+        wrong = [each for each in from_all_processes(own) if each is not None]
+        texts = [text for _, texts in wrong for text in texts]
+        where = f"step {self.state.global_step + 1}{which}"
+        raise not_finite_error(wrong[0][0], where, texts, self.args.learning_rate)
+
+    def _trained_weights(self) -> list[Tensor]:
+        model: Any = self.model
+        return [weight for weight in model.parameters() if weight.requires_grad]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._failures = []
+        try:
+            self._in_first_process(remove_checkpoint)  # one of this step that was passed over
+            any_process(False, self.args.device)  # wait for it
+            super()._save_checkpoint(*args, **kwargs)
+            self._in_first_process(write_record)  # it has come here after all have written
+            best = self.state.best_model_checkpoint
+            self._in_first_process(lambda newest: remove_old_checkpoints(newest, best))
+            self._raise_failure()
+        except CheckpointError:
+            raise  # of `_raise_failure`, or DeepSpeed's
+        except Exception as err:
+            self._failures.append(err)
+            self._raise_failure()
+        except BaseException:
+            self._remove_incomplete()
+            raise
+        finally:
+            self._failures = None
+
+    # Between these some processes wait for others, so that an error must wait for the last one.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._write(super()._save, output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            # DeepSpeed's processes wait for each other on their way: one that fails there must end, for the others to
+            # end.
+            self._raise_failure()
+            try:
+                super()._save_optimizer_and_scheduler(output_dir)
+            except Exception as err:
+                raise not_saved_error(self._checkpoint, err) from err
+        elif self.is_fsdp_enabled:
+            self._write(self._save_gathered_optimizer, output_dir)
+        else:
+            self._write(super()._save_optimizer_and_scheduler, output_dir)
+
+    def _save_gathered_optimizer(self, output_dir: str) -> None:
+        state = gathered_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        self._write(super()._save_scaler, output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        self._write(super()._save_rng_state, output_dir)
+        self._raise_failure()
+
+    def _write(self, write: Callable[..., None], *args: Any) -> None:
+        try:
+            write(*args)
+        except Exception as err:
+            if self._failures is None:
+                raise
+            self._failures.append(err)
+
+    def _in_first_process(self, write: Callable[[Path], None]) -> None:
+        if self.args.should_save and not self._failures:
+            self._write(write, self._checkpoint)
+
+    def _raise_failure(self) -> None:
+        """Raise what went wrong in any process; all come here."""
+        if not any_process(bool(self._failures), self.args.device):
+            return
+        self._remove_incomplete()  # now that nobody writes any more
+        error = not_saved_error(self._checkpoint, self._failures[0]) if self._failures else None
+        fail_together(error, self.args.device)
+
+    def _remove_incomplete(self) -> None:
+        if self.args.should_save and not (self._checkpoint / RECORD).exists():
+            with suppress(OSError):
+                remove_checkpoint(self._checkpoint)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            load_weights(self.model_wrapped, read_tensors(Path(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME)))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            lay_out_as_parameters(self.optimizer)
+            return
+        load_gathered_state(
+            self.optimizer, torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        )
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    # ------------------------------------------------------------------ the model at the end
 
     @property
     def in_shards(self) -> bool:
@@ -162,88 +324,24 @@ class EvenTrainer(CountingTrainer):
             register_with_peft()  # whose saving then hands on the experts' gathered tensors
         return super()._wrap_model(*args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        # Blank rows are blank in a loss that counts the tokens of all rows, which not every model's does.
-        if not self.model_accepts_loss_kwargs:
-            return super()._get_train_sampler(train_dataset)
-        args, rows = self.args, cast(RowsAndABlank, self.train_dataset)
-        together = args.train_batch_size * args.world_size
-        alike = groups_by_length(args)
-        return FullBatches(
-            len(rows),
-            together if args.world_size > 1 else 1,
-            args.seed,
-            lengths=[len(row["input_ids"]) for row in rows] if alike else None,
-            group_size=together * args.gradient_accumulation_steps,
-        )
 
-    # Of FSDP's shards, transformers' Trainer would write checkpoints that FSDP alone can read.
+class _BeforeOptimizerStep(TrainerCallback):
+    """Calls a function before each step of the optimizer, for which a Trainer has no method."""
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = self.optimizer.state_dict()
-        state["state"] = {number: _gathered(entries) for number, entries in state["state"].items()}
-        if self.args.should_save:
-            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        tensors = read_tensors(Path(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME))
-        wrapped: Any = self.model_wrapped
-        of_heads = f".modules_to_save.{wrapped.active_adapter}."
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                saved = tensors.get(name.replace(of_heads, "."))
-                if saved is not None:
-                    parameter.copy_(_like(parameter, saved))
-
-    def _load_best_model(self) -> None:
-        if not self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            _lay_out_as_parameters(self.optimizer)
-            return
-        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        state["state"] = {
-            number: {name: _like(parameters[number], value) for name, value in entries.items()}
-            for number, entries in state["state"].items()
-        }
-        self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self._function()
 
 
-def _lay_out_as_parameters(optimizer: Any) -> None:
-    """Give the optimizer's tensors their parameters' strides: fused AdamW takes for granted that they have them.
-
-    Stacked experts lie transposed, those of FSDP's checkpoints do not.
-    """
-    for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def trained_tokens(labels: Sequence[int]) -> int:
+    """How many tokens of a sequence `WeftTrainer` counts."""
+    return sum(label != NO_LABEL for label in labels[1:])
 
 
-def _gathered(entries: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer keeps of one parameter, whole and on the CPU."""
-    return {name: value.full_tensor().cpu() if is_sharded(value) else value for name, value in entries.items()}
-
-
-def _like(parameter: Any, value: Any) -> Any:
-    """A tensor of a parameter's shape, in shards where the parameter is; anything else as it is."""
-    if not isinstance(value, Tensor) or not is_sharded(parameter) or value.shape != parameter.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh = parameter.device_mesh
-    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
+def _without_first_label(batch: Any) -> dict[str, Any]:
+    labels = batch["labels"].clone()
+    labels[:, 0] = NO_LABEL
+    return {**batch, "labels": labels}
