@@ -2,7 +2,7 @@
 
 Knows no LoRA and no gate.
 
-    loading.py          loaded by transformers, whole or refused in one sentence
+    loading.py          base models and tokenizers, loaded by transformers, whole or refused in one sentence
     backbone.py         its backbone, its last hidden state, its width
     first_layers.py     its first decoder layers, as a module that runs like the whole
     devices.py          where its parts compute

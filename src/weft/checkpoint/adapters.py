@@ -1,6 +1,6 @@
 """Reading LoRA adapters from folders or the Hub.
 
-Everything is read and checked before the base model is touched (`injection.py`). Only safetensors files are read,
+Everything is read and checked before the base model is touched (`model/inject.py`). Only safetensors files are read,
 nothing is unpickled.
 """
 

@@ -7,7 +7,7 @@
 
 The experts lie one level down because transformers' Trainer takes adapters right below a checkpoint for further
 adapters of the same model, and fails to resume. Folders that peft's X-LoRA wrote are read too: they have no manifest,
-and their experts lie wherever their config says. So are those of the original xlora library (`original.py`).
+and their experts lie wherever their config says. So are those of the original xlora library (`xlora_layout.py`).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def size_problems(config: Any, weights: dict[str, tuple[int, ...]], *, is_compos
     Args:
         config: the options.
         weights: the shapes by their keys, the first layer's first.
-        is_composed: the layers may be one linear map, which has depth 1 (see `original.py`).
+        is_composed: the layers may be one linear map, which has depth 1 (see `xlora_layout.py`).
     """
     odd = {key: shape for key, shape in weights.items() if len(shape) != 2}
     if odd:

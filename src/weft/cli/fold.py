@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from weft.base_model.loading import loading_options
 from weft.data.texts import check_length, read_tokens, token_sequences
 from weft.errors import ConfigError
 from weft.files.writing import check_folder
 from weft.formats.folding import check_output, fold, mean_scalings
-from weft.model.loading import load_mixture, loading_options
+from weft.model.build import load_mixture
 from weft.options import FoldOptions
 from weft.screen.countdown import Countdown
 from weft.screen.visible import say

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from weft.base_model.devices import execution_device
+from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
 from weft.checkpoint.adapters import parse_adapters
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
@@ -25,7 +26,7 @@ from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
 from weft.evaluate.usage import measured
 from weft.files.writing import NotWrittenError
-from weft.model.loading import base_name, load_placed_base, load_tokenizer, loading_options
+from weft.model.build import base_name
 from weft.options import EvalOptions
 from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown

@@ -32,6 +32,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weft.base_model.loading import base_model_of
 from weft.checkpoint.adapter_keys import KEY_PREFIX, brought_keys
 from weft.checkpoint.adapters import local_folder
 from weft.checkpoint.folder import GATE_KEY, is_expert_key, read_gate
@@ -42,7 +43,7 @@ from weft.files.ownership import used_folder_problem
 from weft.files.reading import naming_problem, own_files, path_shown
 from weft.files.tensors import preview, read_tensors
 from weft.files.writing import check_folder, replace_folder, settle
-from weft.model.build import base_model_of, from_adapters
+from weft.model.build import from_adapters
 from weft.model.saving import complete_folder, write_expert
 from weft.passes.gate_position import first_following_layer
 

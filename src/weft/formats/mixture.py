@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from weft.base_model.loading import base_errors
+from weft.base_model.loading import base_errors, model_class
 from weft.checkpoint.adapter_keys import KEY_PREFIX
 from weft.checkpoint.adapters import Adapter, local_folder, read_adapters
 from weft.checkpoint.folder import GATE_KEY, read_gate
@@ -33,7 +33,6 @@ from weft.files.names import name_problems
 from weft.files.reading import read_bytes, read_json, shown
 from weft.files.tensors import read_tensors
 from weft.files.writing import temporary_folder
-from weft.model.build import model_class
 
 ORDERING = "ordering.json"
 MIXTURE_NAME = "default"  # which peft gives to an adapter without a name

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weft.base_model.backbone import Backbone
+from weft.base_model.loading import uncompiled
 from weft.base_model.state import input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
 from weft.checkpoint.licences import licensed_card
@@ -34,7 +36,7 @@ from weft.layers.decode_weights import DecodeWeights
 from weft.layers.inputs import find_layer_inputs
 from weft.model.frozen_copies import refuse_loading_into_copy
 from weft.model.heads import add_heads, find_heads, refuse_task_of_peft
-from weft.model.inject import adapter_parameters, inject_adapters, remove_adapters, uncompiled, warn_of_different_bases
+from weft.model.inject import adapter_parameters, inject_adapters, remove_adapters, warn_of_different_bases
 from weft.model.inside_transformers import leave, settle_in
 from weft.model.peft_methods import PeftMethods
 from weft.model.peft_state import PeftStateMethods
@@ -334,3 +336,22 @@ def _take_out_earlier(base: nn.Module) -> None:
             stacklevel=2,
         )
         earlier.unload()
+
+
+@contextmanager
+def at_own_weight(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
+    """In this block a mixture follows these weights in all layers, at a `global_scaling_weight` of 1.
+
+    `fixed_scalings` alone takes the place of the gate, and the mixture's own weight multiplies what it gives.
+
+    Args:
+        model: a mixture.
+        weights: expert name -> weight; one expert at 1 is that adapter alone.
+    """
+    before = model.get_global_scaling_weight()
+    model.set_global_scaling_weight(1.0)
+    try:
+        with model.fixed_scalings(weights):
+            yield
+    finally:
+        model.set_global_scaling_weight(before)

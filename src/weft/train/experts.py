@@ -19,6 +19,7 @@ from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from weft.base_model.loading import load_base, load_tokenizer, loading_options
 from weft.checkpoint.adapters import parse_adapters, read_adapters
 from weft.data.labelled import training_rows
 from weft.data.packing import check_packing
@@ -31,7 +32,6 @@ from weft.files.reading import read_json, shown
 from weft.files.writing import settle, temporary_folder
 from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
-from weft.model.loading import load_base, load_tokenizer, loading_options
 from weft.options import TrainOptions
 from weft.train.checkpoints import last_checkpoint
 from weft.train.finite import FiniteLoss

@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
+from weft.base_model.loading import load_base, load_tokenizer, loading_options
 from weft.base_model.versions import checkpointing_arguments, length_grouping_arguments
 from weft.checkpoint.adapters import parse_adapters
 from weft.config import XLoraConfig
@@ -29,7 +30,6 @@ from weft.files.ownership import used_folder_problem
 from weft.files.reading import read_json
 from weft.files.writing import errors_of_writing, folder_problem, settle
 from weft.model.build import from_adapters, from_pretrained
-from weft.model.loading import load_base, load_tokenizer, loading_options
 from weft.options import TrainOptions
 from weft.train.arguments import monitoring_arguments, monitoring_callbacks, monitoring_problems
 from weft.train.checkpoints import BEGUN, Checkpoints, describe, find_checkpoints

@@ -25,7 +25,7 @@ from weft.errors import CheckpointError
 from weft.files.tensors import read_tensors
 from weft.files.writing import replace_folder
 from weft.gate.losses import NO_EXPERT
-from weft.model.build import register_with_peft
+from weft.model.registration import register_with_peft
 from weft.train.progress import CountingTrainer
 
 

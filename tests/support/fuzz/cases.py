@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import weft
+from weft.base_model.loading import load_base, load_tokenizer
 from weft.checkpoint.adapters import read_adapters
 from weft.cli import main
 from weft.config import XLoraConfig
@@ -27,7 +28,6 @@ from weft.evaluate.data_sets import read_data_set
 from weft.evaluate.report import check_outputs
 from weft.formats.card import card_text
 from weft.formats.mixture import opened
-from weft.model.loading import load_base, load_tokenizer
 from weft.traces.figures import write_figure
 from weft.traces.page import write_page
 from weft.traces.trace import Trace
