@@ -9,5 +9,6 @@ Knows no live model; making a model of a folder, and a folder of a model, is `mo
     manifest.py         what was saved, so that anything lost or altered since is named
     gate_sizes.py       a saved gate's sizes against its options
     xlora_layout.py     the original xlora library's layout
+    mistralrs_layout.py that of mistral.rs
     licences.py         what model cards declare
 """
