@@ -2,7 +2,7 @@
 
 Knows no live model; making a model of a folder, and a folder of a model, is `model`'s.
 
-    folder.py           a mixture's folder: what lies where; its options and its gate
+    folder.py           a mixture's folder: what lies where; opened, read once and verified, as values
     adapters.py         LoRA adapters, from folders or the Hub
     adapter_keys.py     the names of their tensors, without what tools have put into them
     adapter_options.py  their options, by type and range

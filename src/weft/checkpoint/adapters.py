@@ -20,8 +20,9 @@ from torch import Tensor
 from weft.checkpoint.adapter_keys import KEY_PREFIX, own_keys
 from weft.checkpoint.adapter_options import option_problems, rank_problems
 from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
+from weft.files.names import name_problems
 from weft.files.reading import kind_shown, path_shown, read_json, shown
-from weft.files.tensors import read_tensors
+from weft.files.tensors import Opened, taken
 from weft.files.writing import settle
 
 _MOST_REASON = 400  # characters of what another library says
@@ -62,7 +63,12 @@ _BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def read_adapters(
-    paths: dict[str, str], *, allow_dora: bool = False, heads: Sequence[str] = (), base_is_known: bool = False
+    paths: dict[str, str],
+    *,
+    allow_dora: bool = False,
+    heads: Sequence[str] = (),
+    base_is_known: bool = False,
+    opened: Opened | None = None,
 ) -> list[Adapter]:
     """Read the adapters of one base model.
 
@@ -73,6 +79,7 @@ def read_adapters(
             not act.
         base_is_known: there is a base model, whose layers will show whether they fit; else the names that they have
             recorded for theirs must be one.
+        opened: files that have been read already, from which their tensors are taken.
 
     Raises:
         AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
@@ -82,7 +89,7 @@ def read_adapters(
     problems: list[str] = []
     for name, path in paths.items():
         try:
-            adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads))
+            adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads, opened=opened))
         except AdapterError as err:
             problems.append(str(err))
     named = None if base_is_known else different_bases(adapters)
@@ -94,6 +101,27 @@ def read_adapters(
     if problems:
         raise AdapterError(f"the adapters cannot be experts of one model:{bullet_list(problems)}")
     return adapters
+
+
+def table_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
+    """What is wrong with {name: path} of a mixture's experts, and with their names in order, a sentence each."""
+    if not adapters or not isinstance(adapters, dict):
+        return [f"adapters ({shown(adapters)}) must name at least one expert: {{name: folder or Hub id}}"]
+    problems = []
+    for name, path in adapters.items():
+        if not path or not isinstance(path, (str, os.PathLike)):
+            problems.append(f"adapters ({shown(path)} for {shown(name)}) must be a folder or Hub id")
+    problems += name_problems(adapters)
+    folded = [str(name).lower() for name in adapters]
+    if len(set(folded)) < len(folded):
+        problems.append(
+            f"adapters ({shown(list(adapters))}) must have names that differ in more than upper and lower case"
+        )
+    if expert_names is not None and (
+        not isinstance(expert_names, list) or sorted(map(repr, expert_names)) != sorted(map(repr, adapters))
+    ):
+        problems.append(f"expert_names ({shown(expert_names)}) must be the names in adapters ({shown(list(adapters))})")
+    return problems
 
 
 def parse_adapters(
@@ -162,7 +190,7 @@ def local_folder(
         raise CheckpointError(message) from err
 
 
-def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str]) -> Adapter:
+def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str], opened: Opened | None) -> Adapter:
     try:
         folder = local_folder(path, f"adapter {name!r}")
     except CheckpointError as err:
@@ -174,7 +202,7 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
                 f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
                 "save it again with peft, which writes safetensors"
             )
-        weights = own_keys(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
+        weights = own_keys(taken(folder / SAFETENSORS_WEIGHTS_NAME, opened))
     except CheckpointError as err:
         # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
         unfetched = not os.path.isdir(path) and not _is_there(folder / SAFETENSORS_WEIGHTS_NAME)

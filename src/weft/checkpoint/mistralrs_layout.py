@@ -1,9 +1,9 @@
 """mistral.rs's layout, which is the original xlora library's laid flat, with a file that numbers the LoRA layers.
 
-    xlora_config.json                           the options
-    xlora_classifier.safetensors                the gate
-    ordering.json                               the experts and the LoRA layers in the order of the gate's outputs
-    NAME_config.json, NAME_model.safetensors    each expert
+xlora_config.json                           the options
+xlora_classifier.safetensors                the gate
+ordering.json                               the experts and the LoRA layers in the order of the gate's outputs
+NAME_config.json, NAME_model.safetensors    each expert
 """
 
 from __future__ import annotations
@@ -110,5 +110,3 @@ def _errors_in_flat_names(flat: Path, folder: Path) -> Iterator[None]:
             text = text.replace(f"{folder / name / CONFIG_NAME}", f"{flat / name}_config.json")
             text = text.replace(f"{folder / name / SAFETENSORS_WEIGHTS_NAME}", f"{flat / name}_model.safetensors")
         raise type(err)(text.replace(str(folder), str(flat))) from err
-
-

@@ -13,6 +13,7 @@ from rich.console import Console
 from weft.base_model.devices import execution_device
 from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
 from weft.checkpoint.adapters import parse_adapters
+from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
@@ -49,7 +50,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     if kept is not None:
         CellStore.check(kept)
     name = base_name(options.model, options.base)
-    config = XLoraConfig.from_pretrained(options.model)
+    config = XLoraConfig.of_saved(open_mixture(options.model, keep_experts=False))
     compared = parse_adapters(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
     rows, with_oracle = chosen(everything, options.rows)

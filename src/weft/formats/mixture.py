@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from weft.base_model.loading import base_errors, model_class
 from weft.checkpoint.adapter_keys import KEY_PREFIX
 from weft.checkpoint.adapters import Adapter, local_folder, read_adapters
-from weft.checkpoint.folder import GATE_KEY, read_gate
+from weft.checkpoint.folder import GATE_KEY, open_mixture
 from weft.checkpoint.mistralrs_layout import ORDERING, is_flat, unfolded
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
@@ -112,7 +112,8 @@ def opened(
         layer_names = None
         if is_flat(folder):
             folder, layer_names = stack.enter_context(unfolded(folder))
-        config = XLoraConfig.from_pretrained(folder, adapters=adapters)
+        saved = open_mixture(folder, adapters=adapters)
+        config = XLoraConfig.of_saved(saved)
         names = _renamed(config, rename or {})
         config = dataclasses.replace(
             config,
@@ -127,8 +128,9 @@ def opened(
             heads=heads,
             # A mixture that weft saved has been on one.
             base_is_known=base_is_given or (config.layer_names or config.base_model_name_or_path) is not None,
+            opened=saved.tensors,
         )
-        tensors = {key: value for key, value in read_gate(folder).items() if ".lora_" not in key}
+        tensors = {key: value for key, value in saved.gate().items() if ".lora_" not in key}
         layers = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for e in experts for key in e.weights} - {""}
         if layer_names is not None and set(layer_names) != layers:
             idle, unknown = sorted(set(layer_names) - layers), sorted(layers - set(layer_names))

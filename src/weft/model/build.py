@@ -12,7 +12,7 @@ from torch import nn
 
 from weft.base_model.loading import base_model_of, load_placed_base, load_tokenizer, task_type_of
 from weft.checkpoint.adapters import local_folder
-from weft.checkpoint.folder import saved_base
+from weft.checkpoint.folder import open_mixture, saved_base
 from weft.checkpoint.xlora_layout import is_original
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
@@ -105,8 +105,8 @@ def from_pretrained(
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
     path, base = _in_order(path, base)
-    folder = local_folder(path, "the X-LoRA model", revision=revision, token=token)
-    options = XLoraConfig.from_pretrained(folder, adapters=adapters)
+    saved = open_mixture(path, adapters=adapters, revision=revision, token=token)
+    options = XLoraConfig.of_saved(saved)
     options.inference_mode = not is_trainable
     if token is not None:
         options.adapters = _fetched(options.adapters, token)
@@ -115,9 +115,9 @@ def from_pretrained(
     if options.task_type is None:
         options.task_type = task_type_of(model)
     was_training = model.training
-    peft_model = peft_model_of(model, options)
+    peft_model = peft_model_of(model, options.carry(saved))
     try:
-        load_gate(peft_model, folder)
+        load_gate(peft_model, saved)
     except BaseException:
         tuner: Any = peft_model.base_model
         tuner.unload()
@@ -137,8 +137,7 @@ def load_mixture(
     """
     name = base_name(path, base)
     placed = load_placed_base(name, dtype, quantization, trust_remote_code=trust_remote_code)
-    model = from_pretrained(local_folder(path, "model"), placed)
-    return model, load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return from_pretrained(path, placed), load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def base_name(path: str, base: str | None) -> str:

@@ -24,6 +24,7 @@ from weft.base_model.backbone import Backbone
 from weft.base_model.loading import uncompiled
 from weft.base_model.state import input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
+from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licences import licensed_card
 from weft.config import XLoraConfig
 from weft.distributed import others_have_parameters
@@ -92,7 +93,8 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         # A copy: one config may serve several models, and each writes its own layers and options into it.
         given = config[adapter_name] if isinstance(config, dict) else config
         refuse_task_of_peft(given)
-        options = copy.deepcopy(XLoraConfig.from_peft(given))
+        given = XLoraConfig.from_peft(given)
+        saved, options = given.let_go(), copy.deepcopy(given)
         options.peft_type = PeftType.XLORA
         _take_out_earlier(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -107,7 +109,13 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
         heads = find_heads(model, self.backbone.module, options.heads)
-        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads, base_is_known=True)
+        adapters = read_adapters(
+            options.adapters or {},
+            allow_dora=options.allow_dora,
+            heads=heads,
+            base_is_known=True,
+            opened=saved.tensors if saved else None,
+        )
         self.retrained = Retrained(model, adapters, self.backbone.module)
         self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
         self.expert_cards = {adapter.name: licensed_card(adapter.folder) for adapter in adapters}
@@ -132,7 +140,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
             if not isinstance(config, dict) and options.folder is not None:
-                settle_in(model, self, options.folder)
+                settle_in(model, self, saved or open_mixture(options.folder))
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
