@@ -11,6 +11,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from weft.base_model.loading import base_model_of, load_placed_base, load_tokenizer, task_type_of
+from weft.base_model.state import Flags
 from weft.checkpoint.adapters import local_folder
 from weft.checkpoint.folder import open_mixture, saved_base
 from weft.checkpoint.xlora_layout import is_original
@@ -114,14 +115,14 @@ def from_pretrained(
     model = base_model_of(base, options, trust_remote_code=trust_remote_code, **loading)
     if options.task_type is None:
         options.task_type = task_type_of(model)
-    was_training = model.training
+    flags = Flags(model)
     peft_model = peft_model_of(model, options.carry(saved))
     try:
         load_gate(peft_model, saved)
     except BaseException:
         tuner: Any = peft_model.base_model
         tuner.unload()
-        model.train(was_training)
+        flags.restore(model)
         raise
     return peft_model if is_trainable else peft_model.eval()
 

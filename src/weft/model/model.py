@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from weft.base_model.backbone import Backbone
 from weft.base_model.loading import uncompiled
-from weft.base_model.state import input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
+from weft.base_model.state import Flags, input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
 from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licences import licensed_card
@@ -128,7 +128,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.register_load_state_dict_pre_hook(refuse_loading_into_copy)
         self.given_experts: dict[str, Tensor] = {}
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
-        self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._base_flags = Flags(model)
         self._input_gradient_hooks = input_gradient_hooks(model)
         self._kept_unpacked = keep_unpacked(model)
         base_peft_config = getattr(model, "peft_config", None)
@@ -148,7 +148,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self.retrained.use(False)
-            self._restore_requires_grad(model)
+            self._base_flags.restore_requires_grad(model)
             let_repack(self._kept_unpacked)
             raise
 
@@ -290,15 +290,11 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         remove_adapters(model)
         leave(model)
         self.retrained.use(False)
-        self._restore_requires_grad(model)
+        self._base_flags.restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
         let_repack(self._kept_unpacked)
         self.xlora_config.bind_model(None)
         return model
-
-    def _restore_requires_grad(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._base_requires_grad.get(name, parameter.requires_grad))
 
     def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: a mixture cannot be merged into the base weights."""
