@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weft.checkpoint.adapter_keys import KEY_PREFIX, own_keys
 from weft.checkpoint.adapter_options import option_problems, rank_problems
-from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
+from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
 from weft.files.names import name_problems
 from weft.files.reading import kind_shown, path_shown, read_json, shown
 from weft.files.tensors import Opened, taken
@@ -122,27 +122,6 @@ def table_problems(adapters: dict[str, str] | None, expert_names: list[str] | No
     ):
         problems.append(f"expert_names ({shown(expert_names)}) must be the names in adapters ({shown(list(adapters))})")
     return problems
-
-
-def parse_adapters(
-    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
-) -> dict[str, str]:
-    """["math=DIR", ...] as {name: folder}.
-
-    Raises:
-        ConfigError: an entry is not as expected, or a name stands twice.
-    """
-    if isinstance(values, dict):
-        return values
-    adapters: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
-        if name in adapters:
-            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
-        adapters[name] = path
-    return adapters
 
 
 def local_folder(

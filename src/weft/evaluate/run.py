@@ -12,7 +12,6 @@ from rich.console import Console
 
 from weft.base_model.devices import execution_device
 from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
-from weft.checkpoint.adapters import parse_adapters
 from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
@@ -26,6 +25,7 @@ from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, no
 from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
 from weft.evaluate.usage import measured
+from weft.files.names import by_name
 from weft.files.writing import NotWrittenError
 from weft.model.build import base_name
 from weft.options import EvalOptions
@@ -51,7 +51,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
         CellStore.check(kept)
     name = base_name(options.model, options.base)
     config = XLoraConfig.of_saved(open_mixture(options.model, keep_experts=False))
-    compared = parse_adapters(options.compare, "compare", "name=FOLDER")
+    compared = by_name(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
     rows, with_oracle = chosen(everything, options.rows)
     base = load_placed_base(name, **loading_options(options))

@@ -19,13 +19,13 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallbac
 
 from weft.base_model.loading import load_base, load_tokenizer, loading_options
 from weft.base_model.versions import checkpointing_arguments, length_grouping_arguments
-from weft.checkpoint.adapters import parse_adapters
 from weft.config import XLoraConfig
 from weft.data.labelled import LabelledCollator, training_rows
 from weft.data.packing import PackedCollator, check_packing, packed_rows
 from weft.data.texts import check_length
 from weft.distributed import any_process, by_the_first, number_of_processes
 from weft.errors import CheckpointError, ConfigError, WeftError
+from weft.files.names import by_name
 from weft.files.ownership import used_folder_problem
 from weft.files.reading import read_json
 from weft.files.writing import errors_of_writing, folder_problem, settle
@@ -72,7 +72,7 @@ def train(options: TrainOptions) -> Path:
         KeyboardInterrupt: after an interrupt, when the mixture so far and a checkpoint to resume from are saved.
     """
     options = continued(options, _CONFIG_OPTIONS)
-    adapters = parse_adapters(options.adapters)
+    adapters = by_name(options.adapters, "adapters")
     checkpoints = check(options, adapters)
     resumed = checkpoints.last if options.resume else None
     assert options.base is not None
