@@ -24,7 +24,7 @@ from harness import save, setting, slug
 from remembered import remember_losses
 from weft.data.texts import read_tokens, token_sequences
 from weft.evaluate import perplexity
-from weft.model.own_weight import at_own_weight
+from weft.model.model import at_own_weight
 from weft.options import TrainOptions
 from weft.train.gate import train
 

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from weft.generation.stream import stream as stream
     from weft.model.build import from_adapters as from_adapters
     from weft.model.build import from_pretrained as from_pretrained
-    from weft.model.build import register_with_peft as register_with_peft
-    from weft.model.build import unregister_from_peft as unregister_from_peft
     from weft.model.model import XLoraModel as XLoraModel
+    from weft.model.registration import register_with_peft as register_with_peft
+    from weft.model.registration import unregister_from_peft as unregister_from_peft
     from weft.traces.record import trace as trace
     from weft.traces.record import trace_data as trace_data
     from weft.traces.record import trace_generation as trace_generation
@@ -72,12 +72,12 @@ _HOMES = {
     "mean_scalings": "weft.formats.folding",
     "pull": "weft.formats.hub",
     "push": "weft.formats.hub",
-    "register_with_peft": "weft.model.build",
+    "register_with_peft": "weft.model.registration",
     "stream": "weft.generation.stream",
     "trace": "weft.traces.record",
     "trace_data": "weft.traces.record",
     "trace_generation": "weft.traces.record",
-    "unregister_from_peft": "weft.model.build",
+    "unregister_from_peft": "weft.model.registration",
     "write_card": "weft.formats.card",
 }
 

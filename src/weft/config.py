@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, TaskType
 from torch import nn
 
-from weft.checkpoint.folder import read_options, write_options
+from weft.checkpoint.adapters import table_problems
+from weft.checkpoint.folder import SavedMixture, open_mixture, write_options
 from weft.checkpoint.gate_sizes import refuse_other_sizes
 from weft.errors import ConfigError
-from weft.files.names import name_problems
 from weft.files.reading import is_list_of_strings, is_number, is_whole, kind_shown, shown
 from weft.files.writing import errors_of_writing
 
@@ -136,7 +137,7 @@ class XLoraConfig(PeftConfig):
     def problems(self) -> list[str]:
         """Everything that is wrong with the present values, a sentence each."""
         return [
-            *_adapter_problems(self.adapters, self.expert_names),
+            *table_problems(self.adapters, self.expert_names),
             *_range_problems(self),
             *_type_problems(self),
             *_routing_problems(self),
@@ -183,20 +184,28 @@ class XLoraConfig(PeftConfig):
         """Read the config of a saved X-LoRA folder or Hub id, and verify the folder's files.
 
         Relative adapter paths become paths inside that folder. `adapters={name: path}` replaces the saved paths (for a
-        checkpoint of peft's, which holds paths only).
+        checkpoint of peft's, which holds paths only). Where peft builds weft's models (`weft.register_with_peft`), the
+        config carries the opened folder to the next model that is built with it.
 
         Raises:
             CheckpointError: a file is missing or was altered after it was saved.
             ConfigError: the saved options cannot work.
         """
-        saved = read_options(pretrained_model_name_or_path, subfolder, kwargs.pop("adapters", None))
+        carries, adapters = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] is cls, kwargs.pop("adapters", None)
+        saved = open_mixture(pretrained_model_name_or_path, subfolder, adapters, keep_experts=carries)
+        config = cls.of_saved(saved, **kwargs)
+        return config.carry(saved) if carries else config
+
+    @classmethod
+    def of_saved(cls, saved: SavedMixture, **replaced: Any) -> XLoraConfig:
+        """The options of a folder that was opened; it raises what `from_pretrained` does."""
         values = saved.values
-        values |= {name: value for name, value in kwargs.items() if name not in _FETCHING and name in values}
+        values = values | {name: value for name, value in replaced.items() if name not in _FETCHING and name in values}
         try:
             config = cls(**values)
         except ConfigError as err:
             raise ConfigError(f"{saved.file} cannot be read:", err.problems) from err
-        refuse_other_sizes(config, saved.file, saved.gate_file)
+        refuse_other_sizes(config, saved)
         return config.read_from(saved.folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -235,8 +244,17 @@ class XLoraConfig(PeftConfig):
         self._folder = folder
         return self
 
+    def carry(self, saved: SavedMixture) -> XLoraConfig:
+        """Bring the opened folder to the model that is built with these options next; the options themselves."""
+        self._saved = saved
+        return self
+
+    def let_go(self) -> SavedMixture | None:
+        """The opened folder, which is carried no longer."""
+        return self.__dict__.pop("_saved", None)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_model"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_model", "_saved")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> XLoraConfig:
         # A copy belongs to the copy of the model where that is being copied too, else to none: copying options must
@@ -291,26 +309,6 @@ def _inherited_problems(config: XLoraConfig) -> list[str]:
         problems.append(f"auto_mapping ({shown(config.auto_mapping)}) must be a table, or None")
     if not isinstance(config.inference_mode, bool):
         problems.append(f"inference_mode ({shown(config.inference_mode)}) must be True or False")
-    return problems
-
-
-def _adapter_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
-    if not adapters or not isinstance(adapters, dict):
-        return [f"adapters ({shown(adapters)}) must name at least one expert: {{name: folder or Hub id}}"]
-    problems = []
-    for name, path in adapters.items():
-        if not path or not isinstance(path, (str, os.PathLike)):
-            problems.append(f"adapters ({shown(path)} for {shown(name)}) must be a folder or Hub id")
-    problems += name_problems(adapters)
-    folded = [str(name).lower() for name in adapters]
-    if len(set(folded)) < len(folded):
-        problems.append(
-            f"adapters ({shown(list(adapters))}) must have names that differ in more than upper and lower case"
-        )
-    if expert_names is not None and (
-        not isinstance(expert_names, list) or sorted(map(repr, expert_names)) != sorted(map(repr, adapters))
-    ):
-        problems.append(f"expert_names ({shown(expert_names)}) must be the names in adapters ({shown(list(adapters))})")
     return problems
 
 

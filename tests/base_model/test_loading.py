@@ -9,9 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import weft
+from weft.base_model.loading import load_base, load_tokenizer
 from weft.cli import main
 from weft.errors import CheckpointError
-from weft.model.loading import load_base, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-import weft.model.loading
+import weft.base_model.loading
 from models import lora, save_adapter, tiny_tokenizer
 from quantised import wide_llama
+from weft.base_model.loading import load_base
 from weft.cli import main
 from weft.errors import CheckpointError, ConfigError
-from weft.model.loading import load_base, load_mixture
+from weft.model.build import load_mixture
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -71,7 +72,7 @@ def test_four_bit_layers_compute_in_the_dtype_of_the_base(folder, dtype, expecte
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_without_the_library_it_says_what_to_install(folder, monkeypatch, kind):
-    monkeypatch.setattr(weft.model.loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(weft.base_model.loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"quantization \('{kind}'\) needs the package bitsandbytes.*pip install"):
         load_base(str(folder), "auto", kind)
     assert type(load_base(str(folder), "auto").model.layers[0].mlp.up_proj) is torch.nn.Linear

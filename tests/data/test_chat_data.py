@@ -23,7 +23,7 @@ from weft.data.texts import prompt_tokens, read_tokens, row_tokens
 from weft.errors import ConfigError, DataError
 from weft.evaluate.data_sets import read_data_set
 from weft.evaluate.scoring import Runner, score
-from weft.model.own_weight import at_own_weight
+from weft.model.model import at_own_weight
 from weft.options import ChatOptions, TrainOptions
 from weft.train.experts import train_experts
 from weft.train.gate import read_eval_rows, read_training_rows, train

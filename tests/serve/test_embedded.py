@@ -9,7 +9,7 @@ import torch
 from embedded_server import BATCHES, NAMES, make_mixture, serving
 from models import lora
 from weft.generation.stream import stream
-from weft.model.own_weight import at_own_weight
+from weft.model.model import at_own_weight
 
 PROMPT = "the law of code"
 TWO_PASSES = "a scaling pass, then the adapted pass"

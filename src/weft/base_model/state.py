@@ -1,4 +1,4 @@
-"""What a mixture changes in a base model for a time, and how it is put back: packed weights, hooks, modes.
+"""What a mixture changes in a base model for a time, and how it is put back: flags, packed weights, hooks, modes.
 
 Nothing here imports a library of quantisation: layers are known by what they have.
 """
@@ -14,6 +14,28 @@ from torch import nn
 
 # Whether a four-bit layer of bitsandbytes may repack its weights, on CPUs with bfloat16 instructions.
 _MAY_REPACK = "support_avx512bf16_for_cpu"
+
+
+class Flags:
+    """Which parameters of a model have gradients, and which modules are in training mode: as now, for later.
+
+    What comes into the model after that keeps its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._training = {name: module.training for name, module in model.named_modules()}
+
+    def restore(self, model: nn.Module) -> None:
+        """Put both back."""
+        self.restore_requires_grad(model)
+        for name, module in model.named_modules():
+            module.training = self._training.get(name, module.training)
+
+    def restore_requires_grad(self, model: nn.Module) -> None:
+        """Put those of the parameters back."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
 
 def keep_unpacked(base: nn.Module) -> list[nn.Module]:

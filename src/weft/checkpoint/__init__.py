@@ -2,12 +2,13 @@
 
 Knows no live model; making a model of a folder, and a folder of a model, is `model`'s.
 
-    folder.py           a mixture's folder: what lies where; its options and its gate
+    folder.py           a mixture's folder: what lies where; opened, read once and verified, as values
     adapters.py         LoRA adapters, from folders or the Hub
     adapter_keys.py     the names of their tensors, without what tools have put into them
     adapter_options.py  their options, by type and range
     manifest.py         what was saved, so that anything lost or altered since is named
     gate_sizes.py       a saved gate's sizes against its options
     xlora_layout.py     the original xlora library's layout
+    mistralrs_layout.py that of mistral.rs
     licences.py         what model cards declare
 """

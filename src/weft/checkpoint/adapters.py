@@ -1,6 +1,6 @@
 """Reading LoRA adapters from folders or the Hub.
 
-Everything is read and checked before the base model is touched (`injection.py`). Only safetensors files are read,
+Everything is read and checked before the base model is touched (`model/inject.py`). Only safetensors files are read,
 nothing is unpickled.
 """
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from weft.checkpoint.adapter_keys import KEY_PREFIX, own_keys
 from weft.checkpoint.adapter_options import option_problems, rank_problems
-from weft.errors import AdapterError, CheckpointError, ConfigError, bullet_list, first_line
+from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
+from weft.files.names import name_problems
 from weft.files.reading import kind_shown, path_shown, read_json, shown
-from weft.files.tensors import read_tensors
+from weft.files.tensors import Opened, taken
 from weft.files.writing import settle
 
 _MOST_REASON = 400  # characters of what another library says
@@ -62,7 +63,12 @@ _BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def read_adapters(
-    paths: dict[str, str], *, allow_dora: bool = False, heads: Sequence[str] = (), base_is_known: bool = False
+    paths: dict[str, str],
+    *,
+    allow_dora: bool = False,
+    heads: Sequence[str] = (),
+    base_is_known: bool = False,
+    opened: Opened | None = None,
 ) -> list[Adapter]:
     """Read the adapters of one base model.
 
@@ -73,6 +79,7 @@ def read_adapters(
             not act.
         base_is_known: there is a base model, whose layers will show whether they fit; else the names that they have
             recorded for theirs must be one.
+        opened: files that have been read already, from which their tensors are taken.
 
     Raises:
         AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
@@ -82,7 +89,7 @@ def read_adapters(
     problems: list[str] = []
     for name, path in paths.items():
         try:
-            adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads))
+            adapters.append(_read_adapter(name, path, allow_dora=allow_dora, heads=heads, opened=opened))
         except AdapterError as err:
             problems.append(str(err))
     named = None if base_is_known else different_bases(adapters)
@@ -96,25 +103,25 @@ def read_adapters(
     return adapters
 
 
-def parse_adapters(
-    values: list[str] | dict[str, str], option: str = "adapters", expected: str = "name=FOLDER or name=HUB_ID"
-) -> dict[str, str]:
-    """["math=DIR", ...] as {name: folder}.
-
-    Raises:
-        ConfigError: an entry is not as expected, or a name stands twice.
-    """
-    if isinstance(values, dict):
-        return values
-    adapters: dict[str, str] = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals or not name or not path:
-            raise ConfigError(f"{option} has the entry {value!r}, expected {expected}")
-        if name in adapters:
-            raise ConfigError(f"{option} has the name {name!r} twice ({adapters[name]} and {path})")
-        adapters[name] = path
-    return adapters
+def table_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
+    """What is wrong with {name: path} of a mixture's experts, and with their names in order, a sentence each."""
+    if not adapters or not isinstance(adapters, dict):
+        return [f"adapters ({shown(adapters)}) must name at least one expert: {{name: folder or Hub id}}"]
+    problems = []
+    for name, path in adapters.items():
+        if not path or not isinstance(path, (str, os.PathLike)):
+            problems.append(f"adapters ({shown(path)} for {shown(name)}) must be a folder or Hub id")
+    problems += name_problems(adapters)
+    folded = [str(name).lower() for name in adapters]
+    if len(set(folded)) < len(folded):
+        problems.append(
+            f"adapters ({shown(list(adapters))}) must have names that differ in more than upper and lower case"
+        )
+    if expert_names is not None and (
+        not isinstance(expert_names, list) or sorted(map(repr, expert_names)) != sorted(map(repr, adapters))
+    ):
+        problems.append(f"expert_names ({shown(expert_names)}) must be the names in adapters ({shown(list(adapters))})")
+    return problems
 
 
 def local_folder(
@@ -162,7 +169,7 @@ def local_folder(
         raise CheckpointError(message) from err
 
 
-def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str]) -> Adapter:
+def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str], opened: Opened | None) -> Adapter:
     try:
         folder = local_folder(path, f"adapter {name!r}")
     except CheckpointError as err:
@@ -174,7 +181,7 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
                 f"adapter {name!r} ({path}) is saved as a pickle (adapter_model.bin), which weft does not open: "
                 "save it again with peft, which writes safetensors"
             )
-        weights = own_keys(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
+        weights = own_keys(taken(folder / SAFETENSORS_WEIGHTS_NAME, opened))
     except CheckpointError as err:
         # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
         unfetched = not os.path.isdir(path) and not _is_there(folder / SAFETENSORS_WEIGHTS_NAME)

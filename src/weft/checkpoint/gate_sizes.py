@@ -1,35 +1,32 @@
-"""The sizes of a saved gate, as its file's header has them, against the options: before a gate is built by these."""
+"""The sizes of a saved gate against its options: before a gate is built by these."""
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 from weft.checkpoint.adapter_keys import without_wrappers
+from weft.checkpoint.folder import SavedMixture
 from weft.errors import CheckpointError, bullet_list
-from weft.files.tensors import preview, tensor_shapes
+from weft.files.tensors import preview
 
 # The weights of the gate's linear layers, in peft's layout and in the original library's.
 _LINEAR = re.compile(r"(?:.*internal_xlora_classifier\.layers|inner)\.(\d+)\.weight")
 _LAST = "last.weight"
 
 
-def refuse_other_sizes(config: Any, file: Path, gate_file: Path) -> None:
+def refuse_other_sizes(config: Any, saved: SavedMixture) -> None:
     """Raise where the options are not those that a saved gate was made with; where no gate is saved there is nothing.
 
     Args:
         config: the options.
-        file: that holds them, for messages.
-        gate_file: with the gate's tensors.
+        saved: that they were read from.
 
     Raises:
-        CheckpointError: the gate has other sizes, all of which are named; or its file is broken.
+        CheckpointError: the gate has other sizes, all of which are named.
     """
-    if not os.path.isfile(gate_file):
-        return
-    shapes = {without_wrappers(key): shape for key, shape in tensor_shapes(gate_file).items()}
+    gate = saved.tensors.get(saved.gate_file, {})
+    shapes = {without_wrappers(key): tuple(value.shape) for key, value in gate.items()}
     numbers = {key: match[1] for key in shapes if (match := _LINEAR.fullmatch(key))}
     keys = sorted(numbers, key=lambda key: (len(numbers[key]), numbers[key])) + [key for key in shapes if key == _LAST]
     weights = {key: shapes[key] for key in keys}
@@ -37,7 +34,7 @@ def refuse_other_sizes(config: Any, file: Path, gate_file: Path) -> None:
         return
     problems = size_problems(config, weights, is_composed=_LAST in keys)
     if problems:
-        raise CheckpointError(f"{file} does not fit the gate in {gate_file}:{bullet_list(problems)}")
+        raise CheckpointError(f"{saved.file} does not fit the gate in {saved.gate_file}:{bullet_list(problems)}")
 
 
 def size_problems(config: Any, weights: dict[str, tuple[int, ...]], *, is_composed: bool = False) -> list[str]:
@@ -46,7 +43,7 @@ def size_problems(config: Any, weights: dict[str, tuple[int, ...]], *, is_compos
     Args:
         config: the options.
         weights: the shapes by their keys, the first layer's first.
-        is_composed: the layers may be one linear map, which has depth 1 (see `original.py`).
+        is_composed: the layers may be one linear map, which has depth 1 (see `xlora_layout.py`).
     """
     odd = {key: shape for key, shape in weights.items() if len(shape) != 2}
     if odd:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ MANIFEST_NAME = "weft_manifest.json"
 EXPERTS_FOLDER = "experts"
 FORMAT_VERSION = 1
 _ORDERS = ("expert_names", "layer_names")
+Keep = Callable[[Path, dict[str, Tensor]], None]
 _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
@@ -79,13 +81,14 @@ def refuse_strangers_folder(folder: Path, what: str = "save_directory") -> None:
             )
 
 
-def verify(folder: Path, config: JsonTable, *, with_experts: bool = True) -> None:
+def verify(folder: Path, config: JsonTable, *, with_experts: bool = True, keep: Keep | None = None) -> None:
     """Compare a saved folder with its manifest.
 
     Args:
         folder: the saved folder.
         config: its `adapter_config.json`.
         with_experts: also compare the experts; False where they come from elsewhere.
+        keep: is called with each file and its tensors, so that whoever needs them reads them once.
 
     Raises:
         CheckpointError: files or tensors are missing, unexpected or changed; all of them are named.
@@ -107,7 +110,7 @@ def verify(folder: Path, config: JsonTable, *, with_experts: bool = True) -> Non
         try:
             problems += [
                 f"{file}: {problem}"
-                for problem in _tensor_problems(manifest["tensors"].get(file, {}), _tensor_digests(folder / file))
+                for problem in _tensor_problems(manifest["tensors"].get(file, {}), _tensor_digests(folder / file, keep))
             ]
         except CheckpointError as err:
             problems.append(str(err))
@@ -156,8 +159,11 @@ def options_digest(values: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _tensor_digests(file: Path) -> dict[str, str]:
-    return {key: _digest(tensor) for key, tensor in sorted(read_tensors(file).items())}
+def _tensor_digests(file: Path, keep: Keep | None = None) -> dict[str, str]:
+    tensors = read_tensors(file)
+    if keep is not None:
+        keep(file, tensors)
+    return {key: _digest(tensor) for key, tensor in sorted(tensors.items())}
 
 
 def _digest(tensor: Tensor) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 from weft.errors import CheckpointError, ConfigError
 from weft.files.names import name_problems
 from weft.files.reading import JsonTable, is_number, read_json
-from weft.files.tensors import read_tensors
+from weft.files.tensors import Opened, taken
 
 ORIGINAL_CONFIG = "xlora_config.json"
 ORIGINAL_GATE = "xlora_classifier.safetensors"
@@ -105,8 +105,12 @@ def original_base(folder: Path) -> str | None:
     return read_json(folder / ORIGINAL_CONFIG).string("base_model_id", None) or None
 
 
-def read_original_gate(folder: Path) -> dict[str, Tensor]:
+def read_original_gate(folder: Path, opened: Opened | None = None) -> dict[str, Tensor]:
     """The gate's tensors under the names that peft and weft have for them, in float32 or wider.
+
+    Args:
+        folder: of the mixture.
+        opened: what has been read of it; the gate is taken out.
 
     Raises:
         CheckpointError: the file is missing, broken, a pickle, or of another gate than the options say.
@@ -121,21 +125,23 @@ def read_original_gate(folder: Path) -> dict[str, Tensor]:
     has_relu, dropout = _has_relu(saved), saved.get("xlora_dropout_p", 0.2)
     if not is_number(dropout):
         raise saved.wrong("xlora_dropout_p", "a finite number")
-    weights, biases = _linear_layers(file, saved.whole("xlora_depth", 1, least=1), 3 if has_relu else 1)
+    tensors = taken(file, opened)
+    weights, biases = _linear_layers(file, tensors, saved.whole("xlora_depth", 1, least=1), 3 if has_relu else 1)
     if not has_relu:
         weights, biases = _composed(weights, biases)
     # As in peft's nn.Sequential: Linear, ReLU and, if there is any, Dropout.
     step = 3 if dropout > 0 else 2
-    tensors = {}
+    gate = {}
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        tensors[f"{PEFT_GATE}.{number * step}.weight"] = weight
-        tensors[f"{PEFT_GATE}.{number * step}.bias"] = bias
-    return tensors
+        gate[f"{PEFT_GATE}.{number * step}.weight"] = weight
+        gate[f"{PEFT_GATE}.{number * step}.bias"] = bias
+    return gate
 
 
-def _linear_layers(file: Path, depth: int, stride: int) -> tuple[list[Tensor], list[Tensor]]:
+def _linear_layers(
+    file: Path, tensors: dict[str, Tensor], depth: int, stride: int
+) -> tuple[list[Tensor], list[Tensor]]:
     """(weights, biases) of all linear layers in order; a bias that the gate has not is zero."""
-    tensors = read_tensors(file)
     # A depth beyond what is there lacks more than can be named.
     names = [f"inner.{number * stride}" for number in range(min(depth, len(tensors) + 1) - 1)] + ["last"]
     expected = {f"{name}.{part}" for name in names for part in ("weight", "bias")}

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from weft.base_model.loading import loading_options
 from weft.base_model.versions import can_crop, is_recurrent
 from weft.cli.terminal import StepPrinter
 from weft.data.chat_template import conversation_tokens
 from weft.errors import ConfigError, WeftError, first_line
 from weft.generation.sampling import check_decoding
 from weft.generation.stream import Step, end_tokens, stream
-from weft.model.loading import load_mixture, loading_options
+from weft.model.build import load_mixture
 from weft.options import ChatOptions, decoding
 from weft.passes.cache import tokens_in
 from weft.screen.visible import say

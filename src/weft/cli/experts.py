@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from weft.errors import ConfigError
+from weft.files.names import split_name
 from weft.formats.experts import add_expert, drop_expert
 from weft.options import AddExpertOptions, DropExpertOptions
 from weft.screen.visible import say
@@ -14,8 +15,8 @@ def add(options: AddExpertOptions) -> None:
     Raises:
         WeftError: the mixture, the adapter or the output cannot work.
     """
-    name, equals, path = options.expert.partition("=")
-    if not equals or not name or not path:
+    name, path = split_name(options.expert)
+    if not name or not path:
         raise ConfigError(f"expert ({options.expert!r}) must be name=FOLDER or name=HUB_ID")
     output = add_expert(
         options.model, name, path, options.output, base=options.base, trust_remote_code=options.trust_remote_code

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from weft.base_model.loading import loading_options
 from weft.data.texts import check_length, read_tokens, token_sequences
 from weft.errors import ConfigError
+from weft.files.names import by_name
 from weft.files.writing import check_folder
 from weft.formats.folding import check_output, fold, mean_scalings
-from weft.model.loading import load_mixture, loading_options
+from weft.model.build import load_mixture
 from weft.options import FoldOptions
 from weft.screen.countdown import Countdown
 from weft.screen.visible import say
@@ -24,7 +26,7 @@ def fold_mixture(options: FoldOptions) -> None:
     Raises:
         WeftError: the model, the options or the data cannot work.
     """
-    weights = parse_weights(options.weights)
+    weights = by_name(options.weights, "weights", "name=NUMBER", float)
     _check(options)
     assert options.output is not None
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
@@ -32,26 +34,6 @@ def fold_mixture(options: FoldOptions) -> None:
     config = fold(model, options.output, weights or _mean_over_data(model, tokenizer, options))
     say(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")
     say(f"  peft.PeftModel.from_pretrained(base, {options.output!r})")
-
-
-def parse_weights(values: list[str] | dict[str, float]) -> dict[str, float]:
-    """["math=0.5", ...] as {name: weight}.
-
-    Raises:
-        ConfigError: an entry is no name=NUMBER, or a name stands twice.
-    """
-    if isinstance(values, dict):
-        return values
-    weights: dict[str, float] = {}
-    for value in values:
-        name, _, number = value.partition("=")
-        if name in weights:
-            raise ConfigError(f"weights has the name {name!r} twice ({weights[name]} and {number})")
-        try:
-            weights[name] = float(number)
-        except ValueError as err:
-            raise ConfigError(f"weights has the entry {value!r}, expected name=NUMBER") from err
-    return weights
 
 
 def _check(options: FoldOptions) -> None:

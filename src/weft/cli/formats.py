@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weft.checkpoint.adapters import parse_adapters
 from weft.checkpoint.licences import is_own
 from weft.errors import ConfigError
+from weft.files.names import by_name
 from weft.files.writing import settle
 from weft.formats.card import write_card
 from weft.formats.convert import convert_mixture, left_out
@@ -28,8 +28,8 @@ def convert(options: ConvertOptions) -> None:
     Raises:
         WeftError: the source cannot be read, or the layout cannot hold it.
     """
-    adapters = parse_adapters(options.adapters) or None
-    rename = parse_adapters(options.rename, "rename", "OLD=NEW")
+    adapters = by_name(options.adapters, "adapters") or None
+    rename = by_name(options.rename, "rename", "OLD=NEW")
     output = options.output or f"{Path(options.source).name}-{options.to}"
     folder = convert_mixture(
         options.source,

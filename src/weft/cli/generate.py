@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from weft.base_model.loading import loading_options
 from weft.cli.terminal import StepPrinter
 from weft.errors import ConfigError
 from weft.generation.sampling import check_decoding
 from weft.generation.stream import stream
-from weft.model.loading import load_mixture, loading_options
+from weft.model.build import load_mixture
 from weft.options import GenerateOptions, decoding
 
 

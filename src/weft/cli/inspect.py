@@ -13,13 +13,14 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from weft.base_model.loading import loading_options
 from weft.cli.terminal import StepPrinter
 from weft.data.texts import named_sources
 from weft.errors import ConfigError
 from weft.files.writing import check_file
 from weft.generation.sampling import check_decoding
 from weft.generation.stream import Step
-from weft.model.loading import load_mixture, loading_options
+from weft.model.build import load_mixture
 from weft.options import InspectOptions
 from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown

@@ -13,6 +13,7 @@ from typing import Any
 
 from weft.data.texts import NO_LABEL, assistant_labels, check_sequence_length, read_rows, row_tokens
 from weft.errors import DataError
+from weft.files.names import split_name
 from weft.files.reading import shown
 from weft.gate.losses import NO_EXPERT
 
@@ -22,8 +23,8 @@ def labelled_source(value: str, expert_names: Sequence[str]) -> tuple[str, str |
 
     A name is only an expert's, so that other paths may hold an "=".
     """
-    name, equals, source = value.partition("=")
-    return (source, name) if equals and name in expert_names else (value, None)
+    name, source = split_name(value)
+    return (source, name) if name in expert_names else (value, None)
 
 
 def training_rows(

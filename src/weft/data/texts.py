@@ -13,6 +13,7 @@ from typing import Any
 
 from weft.data.chat_template import assistant_mask, check_messages, conversation_tokens, refuse_half_characters
 from weft.errors import DataError, first_line
+from weft.files.names import split_name
 from weft.files.reading import parse_json, path_shown, read_text, shown
 
 _LINES = {".jsonl", ".json", ".ndjson"}
@@ -116,8 +117,8 @@ def named_sources(values: list[str]) -> dict[str, str]:
     """
     sources: dict[str, str] = {}
     for value in values:
-        name, equals, source = value.partition("=")
-        if not equals or "/" in name:  # the "=" of a path is none of ours
+        name, source = split_name(value)
+        if name is None or "/" in name:  # the "=" of a path is none of ours
             name, source = Path(value).stem, value
         if not name or not source:
             raise DataError(f"data ({value}) must be name=FILE or FILE")

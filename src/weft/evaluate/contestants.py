@@ -15,6 +15,7 @@ from typing import Any
 from peft import ArrowConfig
 from peft.tuners.lora.arrow import create_arrow_model
 
+from weft.base_model.state import Flags
 from weft.checkpoint.adapters import local_folder, read_adapters
 from weft.evaluate.merges import refuse_unmergeable
 from weft.model.build import from_pretrained
@@ -52,8 +53,7 @@ class SharedBase:
 
     def __init__(self, base: Any) -> None:
         self.base = base
-        self._requires_grad = {name: p.requires_grad for name, p in base.named_parameters()}
-        self._training = base.training
+        self._flags = Flags(base)
         self._key: str | None = None
         self._model: Any = None
         self._leave: Callable[[], Any] = lambda: None
@@ -76,9 +76,7 @@ class SharedBase:
         """Let the base be as it was."""
         self._leave()
         self._key, self._model, self._leave = None, None, lambda: None
-        self.base.train(self._training)
-        for name, parameter in self.base.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+        self._flags.restore(self.base)
 
 
 def base_alone() -> Contestant:

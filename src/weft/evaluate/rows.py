@@ -16,7 +16,7 @@ from weft.errors import ConfigError
 from weft.evaluate.contestants import Contestant, adapters, arrow, base_alone, mixture
 from weft.evaluate.merges import MERGES, Merge, merged
 from weft.files.reading import kind_shown, read_json
-from weft.model.own_weight import at_own_weight
+from weft.model.model import at_own_weight
 
 GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
 ORACLE = "oracle"

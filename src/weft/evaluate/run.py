@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from weft.base_model.devices import execution_device
-from weft.checkpoint.adapters import parse_adapters
+from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
+from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line
@@ -24,8 +25,9 @@ from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, no
 from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
 from weft.evaluate.usage import measured
+from weft.files.names import by_name
 from weft.files.writing import NotWrittenError
-from weft.model.loading import base_name, load_placed_base, load_tokenizer, loading_options
+from weft.model.build import base_name
 from weft.options import EvalOptions
 from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown
@@ -48,8 +50,8 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     if kept is not None:
         CellStore.check(kept)
     name = base_name(options.model, options.base)
-    config = XLoraConfig.from_pretrained(options.model)
-    compared = parse_adapters(options.compare, "compare", "name=FOLDER")
+    config = XLoraConfig.of_saved(open_mixture(options.model, keep_experts=False))
+    compared = by_name(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
     rows, with_oracle = chosen(everything, options.rows)
     base = load_placed_base(name, **loading_options(options))

@@ -7,5 +7,5 @@ Knows no format of weft's: what a mixture's folder holds is `checkpoint`'s.
     writing.py      files and folders replaced whole, also when the disk is full or the process is killed
     ownership.py    what may be written over: nothing that weft did not write
     digests.py      sizes and digests, by which a change after saving is found
-    names.py        which names experts, and so folders, can have
+    names.py        which names experts, and so folders, can have; name=VALUE
 """

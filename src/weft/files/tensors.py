@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read whole, or named as broken."""
+"""Tensors in safetensors files: read whole, once, or named as broken."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from weft.files.reading import reason, require_file
 # As peft names the two files of a saved adapter.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 SHOWN = 8  # keys in one message
+# What has been read, by file, until it is used.
+Opened = dict[Path, dict[str, Tensor]]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -40,6 +42,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def taken(file: Path, opened: Opened | None) -> dict[str, Tensor]:
+    """All tensors of a safetensors file: taken out of what has been read already, or else read now.
+
+    Raises:
+        CheckpointError: as `read_tensors`.
+    """
+    return opened.pop(file) if opened and file in opened else read_tensors(file)
+
+
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Which of these tensors hold NaN or infinity, as words for a message; None where none does."""
     kinds = [
@@ -60,19 +71,3 @@ def preview(keys: Sequence[str]) -> str:
     """The first of these, and how many more there are."""
     shown = ", ".join(keys[:SHOWN])
     return shown if len(keys) <= SHOWN else f"{shown}, and {len(keys) - SHOWN} more"
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a safetensors file, of which no more than the header is read.
-
-    Raises:
-        CheckpointError: there is no such file, or it is truncated or no safetensors file.
-    """
-    require_file(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-    except PermissionError as err:
-        raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
-    except (SafetensorError, OSError, ValueError) as err:
-        raise CheckpointError(f"{file} is no whole safetensors file ({first_line(err)}): copy it again") from err

@@ -1,9 +1,13 @@
 """A saved mixture in another form: another library's layout, one ordinary adapter, other experts, the Hub.
 
-Knows no live model but where it folds one.
+Knows no live model but where it folds one or adds an expert.
 
     mixture.py          a saved mixture of any layout, read without its base model
-    convert.py          written in another library's layout
+    convert.py          `weft convert`: written in another layout
+    layout.py           what the other libraries' layouts have in common
+    peft.py             that of peft's X-LoRA
+    xlora.py            that of the original xlora library
+    mistralrs.py        that of mistral.rs
     folding.py          a constant mixture as one LoRA adapter
     experts.py          an expert added to or removed from a saved mixture
     card.py             its model card

@@ -9,15 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TaskType
+from peft.utils import CONFIG_NAME, TaskType
 
-from weft.checkpoint.folder import GATE_KEY
+from weft.checkpoint.folder import GATE_KEY, SavedMixture, open_mixture
 from weft.checkpoint.licences import CARD, WEFTS_MARK, declared_licence
 from weft.checkpoint.manifest import EXPERTS_FOLDER
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
 from weft.files.reading import read_json
-from weft.files.tensors import read_tensors
 from weft.files.writing import replace_file
 
 EVAL_FILE = "eval.json"
@@ -55,13 +54,15 @@ def write_card(
         >>> weft.write_card("my-mixture", base="HuggingFaceTB/SmolLM2-135M", licence="apache-2.0")
     """
     file = Path(folder) / CARD
-    text = card_text(Path(folder), name=name, base=base, licence=licence, evaluation=evaluation)
+    text = card_text(
+        open_mixture(folder, keep_experts=False), name=name, base=base, licence=licence, evaluation=evaluation
+    )
     replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
     return file
 
 
 def card_text(
-    folder: Path,
+    saved: SavedMixture,
     *,
     name: str | None = None,
     base: str | None = None,
@@ -69,7 +70,7 @@ def card_text(
     evaluation: str | os.PathLike[str] | None = None,
 ) -> str:
     """The card as text (see `write_card`)."""
-    config = XLoraConfig.from_pretrained(folder)
+    config, folder = XLoraConfig.of_saved(saved), saved.folder
     if config.format_version is None:
         raise CheckpointError(
             f"{folder} was not saved by weft, so its experts may lie elsewhere: write it anew, with  weft convert "
@@ -85,7 +86,7 @@ def card_text(
         "and layer by layer (X-LoRA, [arXiv 2402.07148](https://arxiv.org/abs/2402.07148)), with weft on `torch`, "
         "`transformers` and `peft`.",
         _experts_section(folder, config, base),
-        _gate_section(folder, config),
+        _gate_section(saved, config),
         _results_section(
             folder / EVAL_FILE if evaluation is None else Path(evaluation), required=evaluation is not None
         ),
@@ -143,8 +144,8 @@ def _base_licence(base: str) -> str | None:
         return None
 
 
-def _gate_section(folder: Path, config: XLoraConfig) -> str:
-    gate = [value for key, value in read_tensors(folder / SAFETENSORS_WEIGHTS_NAME).items() if GATE_KEY in key]
+def _gate_section(saved: SavedMixture, config: XLoraConfig) -> str:
+    gate = [value for key, value in saved.tensors[saved.gate_file].items() if GATE_KEY in key]
     layers = f"each of {len(config.layer_names or [])} LoRA layers" if config.layerwise_scalings else "all LoRA layers"
     kept = f"each token keeps {config.top_k_lora}" if config.top_k_lora else "each token takes all experts"
     place = "the base model's last hidden state (a scaling pass before the adapted one)"
@@ -156,7 +157,7 @@ def _gate_section(folder: Path, config: XLoraConfig) -> str:
         f"## Gate\n\n{sum(value.numel() for value in gate):,} parameters in {config.xlora_depth} linear layers; "
         f"weights for {layers}, {kept}. It reads {place}."
     )
-    pictures = [name for name in PICTURES if os.path.isfile(folder / name)]
+    pictures = [name for name in PICTURES if os.path.isfile(saved.folder / name)]
     return "\n\n".join([text, *(f"![The experts' shares, as `weft inspect` drew them]({name})" for name in pictures)])
 
 

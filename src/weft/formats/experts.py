@@ -32,25 +32,23 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weft.base_model.loading import base_model_of
 from weft.checkpoint.adapter_keys import KEY_PREFIX, brought_keys
-from weft.checkpoint.adapters import local_folder
-from weft.checkpoint.folder import GATE_KEY, is_expert_key, read_gate
+from weft.checkpoint.folder import GATE_KEY, SavedMixture, is_expert_key, open_mixture
 from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
 from weft.files.ownership import used_folder_problem
 from weft.files.reading import naming_problem, own_files, path_shown
-from weft.files.tensors import preview, read_tensors
+from weft.files.tensors import preview, taken
 from weft.files.writing import check_folder, replace_folder, settle
-from weft.model.build import base_model_of, from_adapters
+from weft.model.registration import peft_model_of
 from weft.model.saving import complete_folder, write_expert
 from weft.passes.gate_position import first_following_layer
 
 _TRAINING_STATE = "trainer_state.json"
 _NOT_CARRIED = {".bin", ".pt", ".pth", ".part"}  # pickles, and what a process that was killed has left of a file
 _WEFTS_OWN = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME}
-# What a config has from the folder and the base model, rather than from its user.
-_NO_OPTIONS = {"adapters", "expert_names", "layer_names", "format_version", "peft_type", "inference_mode"}
 
 
 @torch.no_grad()
@@ -91,31 +89,25 @@ def add_expert(
         >>> model = weft.from_pretrained("my-mixture-with-chem", is_trainable=True)
         >>> model.xlora_config.expert_names  # ["math", "code", "chem"]
     """
-    folder, config = _read(model)
+    saved, config = _open(model)
     assert config.adapters is not None
     if name in config.adapters:
         raise ConfigError(f"name ({name!r}) must not be one of the mixture's experts: it has {list(config.adapters)}")
     adapters = {**config.adapters, name: os.fspath(adapter)}
     new = _changed(config, adapters)
-    target = _target(model, folder, output, f"with-{name}")
-    options = {
-        field.name: getattr(new, field.name)
-        for field in dataclasses.fields(new)
-        if field.init and field.name not in _NO_OPTIONS
-    }
+    target = _target(model, saved.folder, output, f"with-{name}")
     loaded = base_model_of(base, config, trust_remote_code=trust_remote_code)
-    mixture = from_adapters(loaded, adapters, **options)
-    tuner: Any = mixture.base_model
+    tuner: Any = peft_model_of(loaded, new.carry(saved)).base_model
     try:
         new.layer_names = tuner.xlora_config.layer_names
         following = new.layer_names[first_following_layer(tuner.backbone, new) :]
-        gate, heads = _read_gate(folder)
+        gate, heads = _take_gate(saved)
         before = _followers(gate, config)
         _map_head(gate, config, lambda rows: _with_expert(rows, before, following, config))
 
         def write(part: Path) -> None:
             write_expert(tuner, name, part / EXPERTS_FOLDER / name)
-            _write(part, folder, new, {**gate, **heads})
+            _write(part, saved.folder, new, {**gate, **heads})
 
         replace_folder(target, write, CONFIG_NAME)
     finally:
@@ -149,7 +141,7 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
         >>> weft.drop_expert("my-mixture", "chem")
         >>> weft.from_pretrained("my-mixture-without-chem").xlora_config.expert_names  # ["math", "code"]
     """
-    folder, config = _read(model)
+    saved, config = _open(model)
     assert config.adapters is not None
     names = list(config.adapters)
     if name not in names:
@@ -161,18 +153,19 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
             f"top_k_lora ({config.top_k_lora}) must be at most the number of experts that are left ({len(names) - 1}): "
             f"lower it first, with model.set_topk_lora({len(names) - 1}) and model.save_pretrained(...)"
         )
-    keys = {other: set(brought_keys(_expert_keys(folder, other), config.heads or ())) for other in names}
-    alone = keys.pop(name).difference(*keys.values())
+    keys = {other: list(taken(_tensor_file(saved, other), saved.tensors)) for other in names}
+    brought = {other: set(brought_keys(keys[other], config.heads or ())) for other in names}
+    alone = brought.pop(name).difference(*brought.values())
     if alone:
         raise ConfigError(
             f"name ({name!r}) is the only expert that brings {preview(sorted(alone))} along, with which the gate and "
             "the others run: make a new mixture of the others, with weft.from_adapters, and train its gate"
         )
-    target = _target(model, folder, output, f"without-{name}")
+    target = _target(model, saved.folder, output, f"without-{name}")
     new = _changed(config, {other: path for other, path in config.adapters.items() if other != name})
-    adapted = {layer for other in new.adapters or {} for layer in _adapted_layers(folder, other)}
+    adapted = {layer for other in new.adapters or {} for layer in _adapted_layers(keys[other])}
     new.layer_names = [layer for layer in config.layer_names or [] if layer in adapted]
-    gate, heads = _read_gate(folder)
+    gate, heads = _take_gate(saved)
     before = _followers(gate, config)
     kept = [number for number, layer in enumerate(before) if layer in adapted]
     if not kept:
@@ -185,19 +178,19 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
         _map_head(gate, config, lambda rows: rows[kept][:, columns])
     else:
         _map_head(gate, config, lambda rows: rows[:, columns])
-    replace_folder(target, lambda part: _write(part, folder, new, {**gate, **heads}), CONFIG_NAME)
+    replace_folder(target, lambda part: _write(part, saved.folder, new, {**gate, **heads}), CONFIG_NAME)
     return target
 
 
-def _read(model: str | os.PathLike[str]) -> tuple[Path, XLoraConfig]:
-    folder = local_folder(model, "the X-LoRA model")
-    config = XLoraConfig.from_pretrained(folder)
+def _open(model: str | os.PathLike[str]) -> tuple[SavedMixture, XLoraConfig]:
+    saved = open_mixture(model)
+    config = XLoraConfig.of_saved(saved)
     if config.layer_names is None or config.format_version is None:
         raise CheckpointError(
-            f"{folder} was not saved by weft, so its experts lie elsewhere: save it first, with "
+            f"{saved.folder} was not saved by weft, so its experts lie elsewhere: save it first, with "
             "weft.from_pretrained(...).save_pretrained(...)"
         )
-    return folder, config
+    return saved, config
 
 
 def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLike[str] | None, what: str) -> Path:
@@ -233,9 +226,9 @@ def _changed(config: XLoraConfig, adapters: dict[str, str]) -> XLoraConfig:
     )
 
 
-def _read_gate(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _take_gate(saved: SavedMixture) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The gate, and the heads beside it; without copies of trained experts."""
-    tensors = read_gate(folder)
+    tensors = saved.gate()
     gate = {key: value for key, value in tensors.items() if GATE_KEY in key}
     return gate, {key: value for key, value in tensors.items() if key not in gate and not is_expert_key(key)}
 
@@ -276,12 +269,12 @@ def _with_expert(rows: Tensor, before: list[str], after: list[str], config: XLor
     return torch.cat([rows, new], dim=1)
 
 
-def _adapted_layers(folder: Path, name: str) -> set[str]:
-    return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in _expert_keys(folder, name)}
+def _adapted_layers(keys: list[str]) -> set[str]:
+    return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in keys}
 
 
-def _expert_keys(folder: Path, name: str) -> list[str]:
-    return list(read_tensors(folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME))
+def _tensor_file(saved: SavedMixture, name: str) -> Path:
+    return saved.folder / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME
 
 
 def _copy_expert(folder: Path, new: Path) -> None:

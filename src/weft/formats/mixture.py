@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,28 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from weft.base_model.loading import base_errors
+from weft.base_model.loading import base_errors, model_class
 from weft.checkpoint.adapter_keys import KEY_PREFIX
 from weft.checkpoint.adapters import Adapter, local_folder, read_adapters
-from weft.checkpoint.folder import GATE_KEY, read_gate
-from weft.checkpoint.xlora_layout import ORIGINAL_CONFIG, ORIGINAL_GATE, is_original
+from weft.checkpoint.folder import GATE_KEY, open_mixture
+from weft.checkpoint.mistralrs_layout import ORDERING, is_flat, unfolded
 from weft.config import XLoraConfig
-from weft.errors import CheckpointError, WeftError, bullet_list
-from weft.files.names import name_problems
-from weft.files.reading import read_bytes, read_json, shown
-from weft.files.tensors import read_tensors
-from weft.files.writing import temporary_folder
-from weft.model.build import model_class
+from weft.errors import CheckpointError
 
-ORDERING = "ordering.json"
 MIXTURE_NAME = "default"  # which peft gives to an adapter without a name
 _LINEAR = re.compile(r"layers\.(\d{1,9})\.(?:weight|bias)")
-_INNER = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -121,11 +111,9 @@ def opened(
     with contextlib.ExitStack() as stack:
         layer_names = None
         if is_flat(folder):
-            flat = folder
-            folder = stack.enter_context(temporary_folder(lambda part: _unfold(flat, part)))
-            stack.enter_context(_errors_in_flat_names(flat, folder))
-            layer_names = _layers_in_order(flat)
-        config = XLoraConfig.from_pretrained(folder, adapters=adapters)
+            folder, layer_names = stack.enter_context(unfolded(folder))
+        saved = open_mixture(folder, adapters=adapters)
+        config = XLoraConfig.of_saved(saved)
         names = _renamed(config, rename or {})
         config = dataclasses.replace(
             config,
@@ -140,8 +128,9 @@ def opened(
             heads=heads,
             # A mixture that weft saved has been on one.
             base_is_known=base_is_given or (config.layer_names or config.base_model_name_or_path) is not None,
+            opened=saved.tensors,
         )
-        tensors = {key: value for key, value in read_gate(folder).items() if ".lora_" not in key}
+        tensors = {key: value for key, value in saved.gate().items() if ".lora_" not in key}
         layers = {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for e in experts for key in e.weights} - {""}
         if layer_names is not None and set(layer_names) != layers:
             idle, unknown = sorted(set(layer_names) - layers), sorted(layers - set(layer_names))
@@ -152,75 +141,6 @@ def opened(
         files = MixtureFiles(folder, config, tensors, experts, layers, config.layer_names)
         _check_gate(files)
         yield files
-
-
-def is_flat(folder: Path) -> bool:
-    """Whether a folder is in mistral.rs's layout, with NAME_config.json and NAME_model.safetensors side by side."""
-    if not is_original(folder) or not os.path.isfile(folder / ORDERING):
-        return False
-    names = _order(folder)
-    return bool(names) and all(os.path.isfile(folder / f"{name}_config.json") for name in names)
-
-
-def _layers_in_order(flat: Path) -> list[str] | None:
-    """A flat folder's layers in the order of the gate's outputs, if it says so."""
-    table = read_json(flat / ORDERING).table("layers", None)
-    layers = {layer: table.whole(layer) for layer in table or {}}
-    if sorted(layers.values()) != list(range(len(layers))):
-        raise CheckpointError(
-            f"{flat / ORDERING}: layers ({shown(layers)}) must number the LoRA layers from 0 to {len(layers) - 1}"
-        )
-    return sorted(layers, key=lambda layer: layers[layer]) or None
-
-
-def _order(flat: Path) -> list[str]:
-    """The experts in a flat folder's order.
-
-    Raises:
-        CheckpointError: they are no names that experts can have.
-    """
-    ordering = read_json(flat / ORDERING)
-    names = ordering.strings("order", None) or []
-    problems = name_problems(names)  # before they are used as folders
-    if len({name.lower() for name in names}) < len(names):
-        problems.append(f"order ({shown(names)}) must have names that differ in more than upper and lower case")
-    if problems:
-        raise CheckpointError(f"{flat / ORDERING} cannot be read:{bullet_list(problems)}")
-    return names
-
-
-def _unfold(flat: Path, folder: Path) -> None:
-    """Write a flat folder anew in the original library's layout, when all of it is read and checked."""
-    _layers_in_order(flat)
-    names = _order(flat)
-    config = read_json(flat / ORIGINAL_CONFIG) | {"adapters": names}
-    # Its engine counts the gate's linear layers alone, whatever is between them.
-    stride = 3 if config.get("enable_relu_and_dropout") else 1
-    tensors = {}
-    for key, value in read_tensors(flat / ORIGINAL_GATE).items():
-        inner = _INNER.fullmatch(key)
-        tensors[f"inner.{int(inner[1]) * stride}.{inner[2]}" if inner else key] = value
-    files = {Path(ORIGINAL_CONFIG): json.dumps(config).encode()}
-    for name in names:
-        files[Path(name, CONFIG_NAME)] = read_bytes(flat / f"{name}_config.json")
-        files[Path(name, SAFETENSORS_WEIGHTS_NAME)] = read_bytes(flat / f"{name}_model.safetensors", most=None)
-    save_file(tensors, folder / ORIGINAL_GATE)
-    for file, content in files.items():
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_bytes(content)
-
-
-@contextlib.contextmanager
-def _errors_in_flat_names(flat: Path, folder: Path) -> Iterator[None]:
-    """Name the files of the flat folder in errors, rather than those that were made of them."""
-    try:
-        yield
-    except WeftError as err:
-        text = str(err)
-        for name in _order(flat):
-            text = text.replace(f"{folder / name / CONFIG_NAME}", f"{flat / name}_config.json")
-            text = text.replace(f"{folder / name / SAFETENSORS_WEIGHTS_NAME}", f"{flat / name}_model.safetensors")
-        raise type(err)(text.replace(str(folder), str(flat))) from err
 
 
 def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licences import CARD, declared_licence, is_own
 from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME, options_digest
 from weft.config import XLoraConfig
@@ -87,13 +88,13 @@ def publication(
     """
     if not folder.is_dir():
         raise ConfigError(f"folder ({folder}) must be a saved mixture's folder here")
-    config = XLoraConfig.from_pretrained(folder)  # verifies
-    names = list(_wanted(folder, config.expert_names or []))
+    saved = open_mixture(folder, keep_experts=False)
+    names = list(_wanted(folder, XLoraConfig.of_saved(saved).expert_names or []))
     _refuse_links(folder, names)
     found = Publication(folder, names)
     local = _rewrite_origins(found, base)
     if not is_own(folder):
-        found.texts[CARD] = card_text(folder, name=name, base=base, licence=licence, evaluation=evaluation)
+        found.texts[CARD] = card_text(saved, name=name, base=base, licence=licence, evaluation=evaluation)
     found.names = sorted({*names, *found.texts})
     _refuse_paths(found, local)
     return found

@@ -2,18 +2,17 @@
 
 Knows no command, no training loop and no way to generate of its own.
 
-    build.py                from_adapters, from_pretrained, register_with_peft
-    model.py                XLoraModel
+    build.py                from_adapters, from_pretrained, and a mixture as the command line names it
+    registration.py         register_with_peft: weft's classes in peft's tables
+    model.py                XLoraModel, and its experts as they were trained (`at_own_weight`)
     peft_methods.py         what it answers to because peft's models do
     peft_state.py           what peft asks when it casts, saves and loads
     inject.py               adapters put in as experts, and taken out
     retrained.py            base weights that adapters bring: embeddings of new tokens
     heads.py                modules that are trained and saved with the gate
-    own_weight.py           experts as they were trained, beside the mixture's own weight
     frozen_copies.py        frozen copies beside a mixture, for preference training
     inside_transformers.py  a mixture that transformers puts into a base model
     saving.py               the self-contained folder of a mixture
-    loading.py              base models, tokenizers and mixtures as the command line names them
 """
 
 from __future__ import annotations

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from weft.base_model.devices import execution_device, is_offloaded
 from weft.base_model.versions import in_todays_names
@@ -23,29 +21,6 @@ from weft.checkpoint.adapter_keys import KEY_PREFIX, fitted
 from weft.checkpoint.adapters import Adapter, different_bases, model_name
 from weft.errors import AdapterError, bullet_list
 from weft.files.tensors import SHOWN, not_finite, preview
-
-
-def uncompiled(base: Any) -> Any:
-    """The model inside of what `torch.compile(base)` gave, whose attribute would be in the names of all layers.
-
-    What `base.compile()` compiled stays that: it is traced again with the experts in it.
-
-    Raises:
-        AdapterError: only parts of the model are compiled, or it is wrapped for several processes.
-    """
-    while "_orig_mod" in base._modules:
-        base = base._orig_mod
-    if isinstance(base, (DataParallel, DistributedDataParallel)):
-        raise AdapterError(
-            f"the base model is wrapped as {type(base).__name__}: pass the model itself (.module), and wrap the mixture"
-        )
-    parts = [path for path, module in base.named_modules() if "_orig_mod" in module._modules]
-    if parts:
-        raise AdapterError(
-            f"parts of the base model are compiled ({preview(parts)}): pass it uncompiled, and compile them in the "
-            "mixture"
-        )
-    return base
 
 
 def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from weft.base_model.versions import with_none_missing
+from weft.checkpoint.folder import SavedMixture
 from weft.errors import CheckpointError
 from weft.model.saving import load_gate
 
@@ -20,28 +21,28 @@ _GATE = "internal_xlora_classifier"
 _METHODS = ("_load_pretrained_model", "disable_adapters", "enable_adapters", "save_pretrained")
 
 
-def settle_in(base: Any, tuner: Any, folder: Path) -> None:
+def settle_in(base: Any, tuner: Any, saved: SavedMixture) -> None:
     """Load the rest of a saved mixture, whose experts are in the base model, and let this answer for it.
 
     Args:
         base: a model of transformers.
         tuner: the `XLoraModel` around it.
-        folder: of the mixture.
+        saved: its folder.
 
     Raises:
         CheckpointError: the gate is missing, broken, or of another mixture.
     """
     outer = nn.Module()  # in the place of a PeftModel, whose names the file has
     outer.base_model = tuner
-    load_gate(outer, folder)
+    load_gate(outer, saved)
     base.add_module(_GATE, tuner.internal_xlora_classifier)
     if not base.training:
         base.eval()  # what was put in as well, which transformers before 5.4 left in training mode
     base.disable_adapters, base.enable_adapters = tuner.disable_adapter_layers, tuner.enable_adapter_layers
-    base.save_pretrained = functools.partial(_refuse_saving, str(folder))
+    base.save_pretrained = functools.partial(_refuse_saving, str(saved.folder))
     load = getattr(base, "_load_pretrained_model", None)
     if load is not None:
-        base._load_pretrained_model = functools.partial(_load_others, load, folder)
+        base._load_pretrained_model = functools.partial(_load_others, load, saved.folder)
 
 
 def leave(base: nn.Module) -> None:

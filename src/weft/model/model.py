@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weft.base_model.backbone import Backbone
-from weft.base_model.state import input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
+from weft.base_model.loading import uncompiled
+from weft.base_model.state import Flags, input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
+from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licences import licensed_card
 from weft.config import XLoraConfig
 from weft.distributed import others_have_parameters
@@ -34,7 +37,7 @@ from weft.layers.decode_weights import DecodeWeights
 from weft.layers.inputs import find_layer_inputs
 from weft.model.frozen_copies import refuse_loading_into_copy
 from weft.model.heads import add_heads, find_heads, refuse_task_of_peft
-from weft.model.inject import adapter_parameters, inject_adapters, remove_adapters, uncompiled, warn_of_different_bases
+from weft.model.inject import adapter_parameters, inject_adapters, remove_adapters, warn_of_different_bases
 from weft.model.inside_transformers import leave, settle_in
 from weft.model.peft_methods import PeftMethods
 from weft.model.peft_state import PeftStateMethods
@@ -90,7 +93,8 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         # A copy: one config may serve several models, and each writes its own layers and options into it.
         given = config[adapter_name] if isinstance(config, dict) else config
         refuse_task_of_peft(given)
-        options = copy.deepcopy(XLoraConfig.from_peft(given))
+        given = XLoraConfig.from_peft(given)
+        saved, options = given.let_go(), copy.deepcopy(given)
         options.peft_type = PeftType.XLORA
         _take_out_earlier(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -105,7 +109,13 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
         heads = find_heads(model, self.backbone.module, options.heads)
-        adapters = read_adapters(options.adapters or {}, allow_dora=options.allow_dora, heads=heads, base_is_known=True)
+        adapters = read_adapters(
+            options.adapters or {},
+            allow_dora=options.allow_dora,
+            heads=heads,
+            base_is_known=True,
+            opened=saved.tensors if saved else None,
+        )
         self.retrained = Retrained(model, adapters, self.backbone.module)
         self.expert_heads = {adapter.name: adapter.heads for adapter in adapters}
         self.expert_cards = {adapter.name: licensed_card(adapter.folder) for adapter in adapters}
@@ -118,7 +128,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.register_load_state_dict_pre_hook(refuse_loading_into_copy)
         self.given_experts: dict[str, Tensor] = {}
         # peft freezes the base model when it adds adapters; `unload` gives the flags back.
-        self._base_requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._base_flags = Flags(model)
         self._input_gradient_hooks = input_gradient_hooks(model)
         self._kept_unpacked = keep_unpacked(model)
         base_peft_config = getattr(model, "peft_config", None)
@@ -130,7 +140,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
             if not isinstance(config, dict) and options.folder is not None:
-                settle_in(model, self, options.folder)
+                settle_in(model, self, saved or open_mixture(options.folder))
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
@@ -138,7 +148,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self.retrained.use(False)
-            self._restore_requires_grad(model)
+            self._base_flags.restore_requires_grad(model)
             let_repack(self._kept_unpacked)
             raise
 
@@ -280,15 +290,11 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         remove_adapters(model)
         leave(model)
         self.retrained.use(False)
-        self._restore_requires_grad(model)
+        self._base_flags.restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
         let_repack(self._kept_unpacked)
         self.xlora_config.bind_model(None)
         return model
-
-    def _restore_requires_grad(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._base_requires_grad.get(name, parameter.requires_grad))
 
     def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
         """Raises: a mixture cannot be merged into the base weights."""
@@ -334,3 +340,22 @@ def _take_out_earlier(base: nn.Module) -> None:
             stacklevel=2,
         )
         earlier.unload()
+
+
+@contextmanager
+def at_own_weight(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
+    """In this block a mixture follows these weights in all layers, at a `global_scaling_weight` of 1.
+
+    `fixed_scalings` alone takes the place of the gate, and the mixture's own weight multiplies what it gives.
+
+    Args:
+        model: a mixture.
+        weights: expert name -> weight; one expert at 1 is that adapter alone.
+    """
+    before = model.get_global_scaling_weight()
+    model.set_global_scaling_weight(1.0)
+    try:
+        with model.fixed_scalings(weights):
+            yield
+    finally:
+        model.set_global_scaling_weight(before)

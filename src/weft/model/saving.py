@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.checkpoint.adapter_keys import without_wrappers
-from weft.checkpoint.folder import GATE_KEY, expert_of_key, is_expert_key, read_gate, write_options
+from weft.checkpoint.folder import GATE_KEY, SavedMixture, expert_of_key, is_expert_key, write_options
 from weft.checkpoint.licences import CARD, keep_own_card
 from weft.checkpoint.manifest import (
     EXPERTS_FOLDER,
@@ -24,10 +24,6 @@ from weft.checkpoint.manifest import (
     MANIFEST_NAME,
     manifest_of,
     refuse_strangers_folder,
-)
-from weft.checkpoint.xlora_layout import (
-    ORIGINAL_GATE,
-    is_original,
 )
 from weft.config import XLoraConfig, config_json
 from weft.distributed import is_sharded
@@ -127,17 +123,16 @@ def complete_folder(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
     write_options(folder, config_json(config, **replaced))
 
 
-def load_gate(model: torch.nn.Module, folder: Path) -> None:
+def load_gate(model: torch.nn.Module, saved: SavedMixture) -> None:
     """Load the gate's tensors into a PeftModel, all of them or none.
 
     Raises:
         CheckpointError: the file is missing, broken, or of another gate.
     """
-    weights = read_gate(folder)
+    weights = saved.gate()
     problems = gate_problems(model, weights)
     if problems:
-        file = folder / (ORIGINAL_GATE if is_original(folder) else SAFETENSORS_WEIGHTS_NAME)
-        raise CheckpointError(f"{file} does not fit this model:{bullet_list(problems)}")
+        raise CheckpointError(f"{saved.gate_file} does not fit this model:{bullet_list(problems)}")
     with torch.no_grad():
         for key, value in _mixture_tensors(model).items():
             value.copy_(weights[key])

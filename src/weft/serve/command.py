@@ -18,7 +18,7 @@ from typing import Any
 from weft.checkpoint.adapters import local_folder
 from weft.checkpoint.manifest import MANIFEST_NAME
 from weft.errors import ConfigError
-from weft.model.loading import base_name
+from weft.model.build import base_name
 from weft.options import ServeOptions
 from weft.screen.visible import say
 from weft.serve.mixture import ServedMixture, read_mixture

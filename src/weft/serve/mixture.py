@@ -19,7 +19,7 @@ from torch import Tensor
 from weft.checkpoint.manifest import EXPERTS_FOLDER, verify
 from weft.errors import CheckpointError, ConfigError
 from weft.files.reading import read_json
-from weft.files.tensors import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, read_tensors
+from weft.files.tensors import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, Opened
 
 _GATE_KEY = "internal_xlora_classifier.layers."
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(weight|bias)")
@@ -115,19 +115,20 @@ def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
             f"model ({path}) is no mixture that weft saved: write it anew, with  weft convert {path} --to weft "
             "--output FOLDER"
         )
-    verify(path, options)
+    opened: Opened = {}
+    verify(path, options, keep=opened.__setitem__)
     experts, layers = tuple(options["expert_names"]), tuple(options["layer_names"])
     adapters = {name: read_json(path / EXPERTS_FOLDER / name / CONFIG_NAME) for name in experts}
     problems = _problems(options, adapters)
     if problems:
         raise ConfigError(f"model ({path}) cannot be served:", problems)
-    tensors = {name: read_tensors(path / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME) for name in experts}
+    tensors = {name: opened[path / EXPERTS_FOLDER / name / SAFETENSORS_WEIGHTS_NAME] for name in experts}
     found = {name: _factors(path, name, tensors[name], adapters[name]) for name in experts}
     factors = {layer: tuple(found[name].get(layer) for name in experts) for layer in layers}
     left = sorted({layer for of in found.values() for layer in of} - set(layers))
     if left:
         raise CheckpointError(f"{path}: experts adapt {left[:5]}, which the gate was not saved for")
-    return ServedMixture(path, options, experts, layers, _gate(path), factors)
+    return ServedMixture(path, options, experts, layers, _gate(opened[path / SAFETENSORS_WEIGHTS_NAME]), factors)
 
 
 def _problems(options: dict[str, Any], adapters: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -180,12 +181,8 @@ def _of_pattern(patterns: dict[str, Any], layer: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _gate(folder: Path) -> tuple[tuple[Tensor, Tensor], ...]:
-    tensors = {
-        key.partition(_GATE_KEY)[2]: value.float()
-        for key, value in read_tensors(folder / SAFETENSORS_WEIGHTS_NAME).items()
-        if _GATE_KEY in key
-    }
+def _gate(saved: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+    tensors = {key.partition(_GATE_KEY)[2]: value.float() for key, value in saved.items() if _GATE_KEY in key}
     numbers = sorted({int(key.split(".")[0]) for key in tensors})
     return tuple((tensors[f"{number}.weight"], tensors[f"{number}.bias"]) for number in numbers)
 

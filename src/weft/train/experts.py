@@ -19,18 +19,19 @@ from peft.utils import CONFIG_NAME
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from weft.checkpoint.adapters import parse_adapters, read_adapters
+from weft.base_model.loading import load_base, load_tokenizer, loading_options
+from weft.checkpoint.adapters import read_adapters
 from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.texts import check_length
 from weft.distributed import by_the_first
 from weft.errors import AdapterError, CheckpointError, ConfigError
 from weft.files.digests import changes, digests
+from weft.files.names import by_name
 from weft.files.ownership import refuse_used_folder
 from weft.files.reading import read_json, shown
 from weft.files.writing import settle, temporary_folder
 from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
-from weft.model.loading import load_base, load_tokenizer, loading_options
 from weft.options import TrainOptions
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
@@ -87,7 +88,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
     check_experts(options)
     check(gate_options, adapters)
-    read_adapters(parse_adapters(options.adapters), allow_dora=options.allow_dora, base_is_known=True)
+    read_adapters(by_name(options.adapters, "adapters"), allow_dora=options.allow_dora, base_is_known=True)
     if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
         assert options.base is not None
         tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
@@ -146,12 +147,12 @@ def experts_folder(options: TrainOptions) -> Path:
 
 
 def _sources(options: TrainOptions) -> dict[str, str]:
-    return parse_adapters(options.experts_from, "experts_from", "name=DATA")
+    return by_name(options.experts_from, "experts_from", "name=DATA")
 
 
 def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, str]:
     """The experts to be trained first, then those that are there already."""
-    given = parse_adapters(options.adapters)
+    given = by_name(options.adapters, "adapters")
     twice = sorted(given.keys() & folders.keys())
     if twice:
         raise ConfigError(f"adapters and experts_from both name {twice}: each expert has one origin")
@@ -224,7 +225,7 @@ def _tried_targets(
         if gate_options is None:
             mixture: Any = from_adapters(base, adapters)
         else:
-            all_adapters = parse_adapters(gate_options.adapters)
+            all_adapters = by_name(gate_options.adapters, "adapters")
             paths = {name: adapters.get(name, path) for name, path in all_adapters.items()}
             mixture = new_mixture(base, paths, gate_options)
             if gate_options.packing:

@@ -13,16 +13,16 @@ import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from weft.checkpoint.adapters import parse_adapters
+from weft.base_model.loading import load_base, load_tokenizer, loading_options
 from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.labelled import training_rows
 from weft.data.packing import packed_rows
 from weft.data.texts import check_length
 from weft.distributed import by_the_first
 from weft.errors import CheckpointError, WeftError
+from weft.files.names import by_name
 from weft.files.writing import errors_of_writing
 from weft.model.build import from_adapters, from_pretrained
-from weft.model.loading import load_base, load_tokenizer, loading_options
 from weft.options import TrainOptions
 from weft.train.arguments import mixture_options, steps_to_train, training_arguments
 from weft.train.callbacks import GateCallback
@@ -49,7 +49,7 @@ def train(options: TrainOptions) -> Path:
         KeyboardInterrupt: after an interrupt, when the mixture so far and a checkpoint to resume from are saved.
     """
     options = with_mixture_options(options)
-    adapters = parse_adapters(options.adapters)
+    adapters = by_name(options.adapters, "adapters")
     checkpoints = check(options, adapters)
     assert options.base is not None
     set_seed(options.seed)

@@ -42,7 +42,7 @@ from weft.data.texts import NO_LABEL
 from weft.distributed import process_number
 from weft.errors import ConfigError, DataError, TrainingError
 from weft.gate.losses import NO_EXPERT
-from weft.model.own_weight import at_own_weight
+from weft.model.model import at_own_weight
 from weft.screen.countdown import Countdown
 
 MOST_TOKENS = 32_768  # that are read; 64 sequences of 512

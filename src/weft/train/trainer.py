@@ -27,7 +27,7 @@ from weft.distributed import any_process, fail_together, from_all_processes
 from weft.errors import CheckpointError
 from weft.files.tensors import read_tensors
 from weft.files.writing import replace_folder
-from weft.model.build import register_with_peft
+from weft.model.registration import register_with_peft
 from weft.train.checkpoints import (
     RECORD,
     not_saved_error,

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 import weft
+from weft.base_model.loading import load_base, load_tokenizer
 from weft.checkpoint.adapters import read_adapters
+from weft.checkpoint.folder import open_mixture
 from weft.cli import main
 from weft.config import XLoraConfig
 from weft.data.labelled import training_rows
@@ -27,7 +29,6 @@ from weft.evaluate.data_sets import read_data_set
 from weft.evaluate.report import check_outputs
 from weft.formats.card import card_text
 from weft.formats.mixture import opened
-from weft.model.loading import load_base, load_tokenizer
 from weft.traces.figures import write_figure
 from weft.traces.page import write_page
 from weft.traces.trace import Trace
@@ -116,7 +117,7 @@ def changed(case: Case, world: World) -> Action:
     folder = _mutated(case, world, "weft")
     if case.rng.random() < 0.5:
         return lambda case: weft.drop_expert(folder, "math", case.output / "new")
-    return lambda case: card_text(folder)
+    return lambda case: card_text(open_mixture(folder))
 
 
 def written(case: Case, world: World) -> Action:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from weft.model.own_weight import at_own_weight
+from weft.model.model import at_own_weight
 from weft.serve.requests import Choice
 
 

@@ -15,7 +15,7 @@ from weft.errors import ConfigError
 from weft.files.reading import reason
 from weft.generation.reader import tuner_of
 from weft.generation.stream import end_tokens
-from weft.model.loading import base_name, load_mixture
+from weft.model.build import base_name, load_mixture
 from weft.options import ServeOptions
 from weft.screen.visible import say
 from weft.serve.embedded.app import About, make_app

@@ -1,0 +1,103 @@
+"""How weft's model gets into peft's `PeftModel`.
+
+peft finds the class of a model in a table by its type. `register_with_peft` puts weft's classes there for X-LoRA;
+without it, peft's table stays as it is, and `peft_model_of` builds the same object.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+from torch import nn
+
+from weft.base_model.loading import WITH_HEADS
+from weft.config import XLoraConfig
+from weft.files.writing import settle
+from weft.model.model import XLoraModel
+from weft.model.saving import save_whole
+
+_peft_own: dict[str, Any] = {}
+
+
+def register_with_peft() -> None:
+    """Let peft's `get_peft_model` and `PeftModel.from_pretrained` build weft's X-LoRA, also from peft's `XLoraConfig`.
+
+    So do transformers' own functions that take an adapter's folder: `AutoModelForCausalLM.from_pretrained`, `pipeline`.
+    Idempotent; `unregister_from_peft` undoes it. Models that exist already stay what they are.
+
+    Example:
+        >>> weft.register_with_peft()
+        >>> model = peft.get_peft_model(base, peft.XLoraConfig(...))  # an existing script, as it was
+    """
+    if not _peft_own:
+        _peft_own["from_pretrained"] = PeftConfigMixin.__dict__["from_pretrained"]
+        PeftConfigMixin.from_pretrained = classmethod(_config_of_folder)  # type: ignore[assignment]
+        _peft_own["type_of"] = PeftConfigMixin.__dict__["_get_peft_type"]
+        PeftConfigMixin._get_peft_type = classmethod(_type_of_folder)  # type: ignore[assignment]
+        _peft_own["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA]
+        _peft_own["model"] = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA]
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = XLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = XLoraModel
+
+
+def unregister_from_peft() -> None:
+    """Give peft its own X-LoRA back. Idempotent."""
+    if _peft_own:
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = _peft_own["config"]
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = _peft_own["model"]
+        PeftConfigMixin.from_pretrained = _peft_own["from_pretrained"]  # type: ignore[method-assign]
+        PeftConfigMixin._get_peft_type = _peft_own["type_of"]  # type: ignore[method-assign]
+        _peft_own.clear()
+
+
+def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+    """peft's `from_pretrained` of configs, after which a mixture's knows its folder, by whatever class it was read.
+
+    transformers reads it by `PeftConfig`, which looks for the experts in the present directory.
+    """
+    settle(Path(path, subfolder or ""))
+    config = _peft_own["from_pretrained"].__get__(None, cls)(path, subfolder=subfolder, **kwargs)
+    return XLoraConfig.from_pretrained(path, subfolder=subfolder) if isinstance(config, XLoraConfig) else config
+
+
+def _type_of_folder(cls: type, model_id: Any, **kwargs: Any) -> Any:
+    """peft's look at an adapter's folder, before which its old files are put back where a writer was killed."""
+    settle(Path(model_id, kwargs.get("subfolder") or ""))
+    return _peft_own["type_of"].__get__(None, cls)(model_id, **kwargs)
+
+
+def peft_model_of(model: nn.Module, options: XLoraConfig) -> PeftModel:
+    """peft's model class for the task, with weft's X-LoRA in it whether or not weft is registered."""
+    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(options.task_type or "", PeftModel)
+    if options.task_type in WITH_HEADS:
+        # peft's own classes would take the gate for a head, by the end of its name; the mixture adds its heads itself.
+        wrapper = PeftModel
+    with _private_type(options):
+        peft_model = wrapper(model, options)
+    peft_model.peft_type = PeftType.XLORA
+    # peft writes file by file, over those of the model that was saved there before.
+    peft_model.save_pretrained = partial(save_whole, peft_model)  # type: ignore[method-assign]
+    return peft_model
+
+
+@contextmanager
+def _private_type(options: XLoraConfig) -> Iterator[None]:
+    """Give the config a type of its own in peft's table, so that no other user of peft's X-LoRA sees weft's."""
+    own_type: Any = f"WEFT_{uuid.uuid4().hex}"
+    PEFT_TYPE_TO_TUNER_MAPPING[own_type] = XLoraModel
+    options.peft_type = own_type
+    try:
+        yield
+    finally:
+        options.peft_type = PeftType.XLORA
+        del PEFT_TYPE_TO_TUNER_MAPPING[own_type]
