@@ -31,7 +31,7 @@ ABOVE = {"__init__", "__main__", "lazy", "moved"}
 # The paths that were documented before there were rooms, and what was found there.
 DOCUMENTED = {
     "weft.errors": ["WeftError", "ConfigError", "AdapterError", "CheckpointError", "DataError", "ThreadError"],
-    "weft.evaluate": ["evaluate", "perplexity"],
+    "weft.evaluate": ["evaluate", "padded_batches", "perplexity"],
     "weft.figures": ["write_figure"],
     "weft.format_options": ["CardOptions", "ConvertOptions", "PullOptions", "PushOptions", "ServeOptions"],
     "weft.gate_metrics": ["GateMetrics"],

@@ -14,7 +14,8 @@ Knows no way to train, and no way to save a mixture.
     run.py          all of it
 """
 
+from weft.data.padded import padded_batches
 from weft.evaluate.run import evaluate
 from weft.evaluate.scoring import perplexity
 
-__all__ = ["evaluate", "perplexity"]
+__all__ = ["evaluate", "padded_batches", "perplexity"]
