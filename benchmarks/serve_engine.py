@@ -110,7 +110,7 @@ class Generate:
 
         torch.set_num_threads(2)
         self.model: Any = (
-            weft.from_pretrained(asked["mixture"], base_model=asked["model"])
+            weft.from_pretrained(asked["mixture"], asked["model"])
             if asked.get("mixture")
             else transformers.AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32)
         ).eval()
