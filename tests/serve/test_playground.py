@@ -17,7 +17,7 @@ HOSTILE = "<img src=x onerror='window.hacked = 1'>"
 def test_tokens_come_in_the_colour_of_their_leading_expert_as_strong_as_its_share(visit, expect):
     more = threading.Event()
     opened, scripted = visit([[event("def", CODE), event(" the", LAW), more, event(" end", CODE), END, DONE]])
-    assert opened.title() == "my-mixture · weft"
+    expect(opened).to_have_title("my-mixture · weft")
     expect(opened.locator("#runs")).to_have_text("one pass, the gate at decoder layer 4vLLM 0.32.0org/base")
     assert opened.locator("#of").inner_text() == "Experts"
     assert bars(opened) == ["", ""]
