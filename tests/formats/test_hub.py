@@ -49,7 +49,7 @@ def metadata(card):
 
 
 def test_pushed_and_pulled_it_is_the_same_mixture(hub, folder, tmp_path):
-    address = weft.push(folder, "user/mixture", private=True, base=BASE, licence="apache-2.0")
+    address = weft.push(folder, "user/mixture", private=True, base=BASE, license="apache-2.0")
     assert "/user/mixture/commit/" in address
     wanted = json.loads((hub / "user" / "visibility").read_text())
     assert wanted.get("visibility") == "private" or wanted["private"]  # of older clients
@@ -266,7 +266,7 @@ def test_the_card_says_what_the_mixture_is(folder, tmp_path):
     (folder / "eval.json").write_text(
         json.dumps({"perplexity": {"base": {"a|b": 9.5}, "weft": {"a|b": 8.25, "<i>": 7}}, "sequences": {"a|b": 3}})
     )
-    card = weft.write_card(folder, base=BASE, licence="mit", name="user/mixture")
+    card = weft.write_card(folder, base=BASE, license="mit", name="user/mixture")
     text = card.read_text()
     assert metadata(card) == {
         "base_model": BASE,
@@ -322,6 +322,14 @@ def test_the_card_says_how_the_gate_works(options, sentence, licensed, tmp_path)
     model = weft.from_adapters(tiny_llama(), licensed, **options)
     quietly(model.save_pretrained, tmp_path / "mixture")
     assert sentence in weft.write_card(tmp_path / "mixture").read_text()
+
+
+def test_the_earlier_spelling_of_license_is_taken(folder):
+    with pytest.warns(FutureWarning, match="licence is called license now"):
+        card = weft.write_card(folder, licence="mit")
+    assert metadata(card)["license"] == "mit"
+    with pytest.warns(FutureWarning, match="licence is called license now"):
+        assert "README.md" in weft.push(folder, "user/mixture", licence="mit", dry_run=True)
 
 
 def test_licences_stay_with_the_experts_wherever_they_go(folder, licensed, tmp_path):

@@ -10,5 +10,5 @@ Knows no live model; making a model of a folder, and a folder of a model, is `mo
     gate_sizes.py       a saved gate's sizes against its options
     xlora_layout.py     the original xlora library's layout
     mistralrs_layout.py that of mistral.rs
-    licences.py         what model cards declare
+    licenses.py         what model cards declare
 """

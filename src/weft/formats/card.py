@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, TaskType
 
 from weft.checkpoint.folder import GATE_KEY, SavedMixture, open_mixture
-from weft.checkpoint.licences import CARD, WEFTS_MARK, declared_licence
+from weft.checkpoint.licenses import CARD, WEFTS_MARK, declared_license
 from weft.checkpoint.manifest import EXPERTS_FOLDER
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
@@ -30,8 +31,9 @@ def write_card(
     *,
     name: str | None = None,
     base: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
+    licence: str | None = None,
 ) -> Path:
     """Write a saved mixture's model card, its README.md, in the place of peft's blank one.
 
@@ -41,8 +43,9 @@ def write_card(
         folder: of a mixture that weft saved.
         name: the mixture's name or Hub id; None takes the folder's.
         base: the base model's Hub id; None takes what the mixture says.
-        licence: of the mixture itself, as the Hub writes it (apache-2.0, mit, ...); None declares none.
+        license: of the mixture itself, as the Hub writes it (apache-2.0, mit, ...); None declares none.
         evaluation: what `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
+        licence: the earlier spelling of `license`, until 0.2.
 
     Returns:
         The card's file.
@@ -51,14 +54,26 @@ def write_card(
         CheckpointError: the folder is no whole mixture of weft's, or the evaluation cannot be read.
 
     Example:
-        >>> weft.write_card("my-mixture", base="HuggingFaceTB/SmolLM2-135M", licence="apache-2.0")
+        >>> weft.write_card("my-mixture", base="HuggingFaceTB/SmolLM2-135M", license="apache-2.0")
     """
-    file = Path(folder) / CARD
+    file, license = Path(folder) / CARD, todays_license(license, licence)
     text = card_text(
-        open_mixture(folder, keep_experts=False), name=name, base=base, licence=licence, evaluation=evaluation
+        open_mixture(folder, keep_experts=False), name=name, base=base, license=license, evaluation=evaluation
     )
     replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
     return file
+
+
+def todays_license(license: str | None, licence: str | None) -> str | None:
+    """The value of a public function's argument `license`, or of its earlier spelling.
+
+    Warns:
+        FutureWarning: it is the earlier one.
+    """
+    if licence is None:
+        return license
+    warnings.warn("the argument licence is called license now", FutureWarning, stacklevel=3)
+    return licence
 
 
 def card_text(
@@ -66,7 +81,7 @@ def card_text(
     *,
     name: str | None = None,
     base: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
 ) -> str:
     """The card as text (see `write_card`)."""
@@ -79,7 +94,7 @@ def card_text(
     base = base or config.base_model_name_or_path or "the base model"
     name = name or folder.resolve().name
     sections = [
-        _front_matter(config, base, licence),
+        _front_matter(config, base, license),
         WEFTS_MARK,
         f"# {name}",
         f"{config.num_experts} LoRA experts of {_code(_shown(base))} as one model: a gate weighs them token by token "
@@ -95,7 +110,7 @@ def card_text(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(config: XLoraConfig, base: str, licence: str | None) -> str:
+def _front_matter(config: XLoraConfig, base: str, license: str | None) -> str:
     import yaml  # of huggingface_hub
 
     values: dict[str, Any] = {"library_name": "weft", "tags": ["weft", "x-lora", "lora", "mixture-of-experts"]}
@@ -103,8 +118,8 @@ def _front_matter(config: XLoraConfig, base: str, licence: str | None) -> str:
         values["pipeline_tag"] = "text-generation"
     if is_hub_id(base):
         values["base_model"] = base
-    if licence is not None:
-        values["license"] = licence
+    if license is not None:
+        values["license"] = license
     return f"---\n{yaml.safe_dump(values, sort_keys=True)}---"
 
 
@@ -119,27 +134,27 @@ def _shown(base: str) -> str:
 
 
 def _experts_section(folder: Path, config: XLoraConfig, base: str) -> str:
-    rows = [[f"base: {_code(_shown(base))}", "", "", _base_licence(base) or _UNDECLARED]]
+    rows = [[f"base: {_code(_shown(base))}", "", "", _base_license(base) or _UNDECLARED]]
     for name in config.expert_names or []:
         expert = folder / EXPERTS_FOLDER / name
         options = read_json(expert / CONFIG_NAME)
         targets = options.get("target_modules")
         shown = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
         kind = f"{options.get('r')}{' (DoRA)' if options.get('use_dora') else ''}"
-        rows.append([_code(name), kind, shown, declared_licence(expert / CARD) or _UNDECLARED])
+        rows.append([_code(name), kind, shown, declared_license(expert / CARD) or _UNDECLARED])
     table = _table(["", "rank", "adapted modules", "licence, as declared"], rows)
     return f"## Experts\n\n{table}"
 
 
-def _base_licence(base: str) -> str | None:
+def _base_license(base: str) -> str | None:
     """As its card declares it: in its folder, on the Hub, or in the Hub's cache."""
     if os.path.isdir(base) or not is_hub_id(base):
-        return declared_licence(Path(base) / CARD)
+        return declared_license(Path(base) / CARD)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return declared_licence(Path(hf_hub_download(base, CARD)))
+        return declared_license(Path(hf_hub_download(base, CARD)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
 

@@ -19,11 +19,11 @@ from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError, HubError, first_line
 from weft.files.ownership import refuse_used_folder
 from weft.files.writing import replace_folder
-from weft.formats.card import is_hub_id
+from weft.formats.card import is_hub_id, todays_license
 from weft.formats.publication import publication
 
 _SUFFIXES = {".json", ".jinja", ".md", ".model", ".png", ".safetensors", ".svg", ".txt"}
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+_LICENSES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def push(
@@ -32,10 +32,11 @@ def push(
     *,
     private: bool = False,
     base: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
     message: str = "A mixture of LoRA experts, saved by weft",
     dry_run: bool = False,
+    licence: str | None = None,
 ) -> str:
     """Put a saved mixture on the Hub, with a model card, in one commit.
 
@@ -48,10 +49,11 @@ def push(
         repo_id: user/name; made if it is not there.
         private: of a repository that is made; one that exists stays as it is.
         base: the base model's Hub id, where the mixture names a folder; written to the card and the config there.
-        licence: of the mixture itself; None declares none.
+        license: of the mixture itself; None declares none.
         evaluation: what `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
         message: of the commit.
         dry_run: send nothing; return what would be sent.
+        licence: the earlier spelling of `license`, until 0.2.
 
     Returns:
         The commit's address; in a dry run a line for each file, and for what would be changed in them.
@@ -63,14 +65,15 @@ def push(
         HubError: no token, no right to write, or no Hub in reach. What could not be committed changes nothing.
 
     Example:
-        >>> weft.push("my-mixture", "me/my-mixture", base="HuggingFaceTB/SmolLM2-135M", licence="apache-2.0")
+        >>> weft.push("my-mixture", "me/my-mixture", base="HuggingFaceTB/SmolLM2-135M", license="apache-2.0")
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     _check_id(repo_id)
     if base is not None and not is_hub_id(base):
         raise ConfigError(f"base ({base!r}) must be a Hub id, user/name, which others can load")
-    found = publication(Path(folder).expanduser(), name=repo_id, base=base, licence=licence, evaluation=evaluation)
+    license = todays_license(license, licence)
+    found = publication(Path(folder).expanduser(), name=repo_id, base=base, license=license, evaluation=evaluation)
     if dry_run:
         return found.listing()
     operations = [CommitOperationAdd(name, found.content(name)) for name in found.names]
@@ -109,7 +112,7 @@ def pull(repo_id: str, output: str | os.PathLike[str] | None = None, *, revision
     _check_id(repo_id)
     target = Path(output if output is not None else repo_id.partition("/")[2]).expanduser()
     refuse_used_folder(target)
-    patterns = [f"*{suffix}" for suffix in sorted(_SUFFIXES)] + [f"*{name}*" for name in _LICENCES]
+    patterns = [f"*{suffix}" for suffix in sorted(_SUFFIXES)] + [f"*{name}*" for name in _LICENSES]
     with _errors_of(f"repo_id ({repo_id}) cannot be read"):
         snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     last = CONFIG_NAME if (snapshot / CONFIG_NAME).exists() else ORIGINAL_CONFIG

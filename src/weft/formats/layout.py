@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weft.checkpoint.adapter_keys import KEY_PREFIX, brought_keys
 from weft.checkpoint.adapters import Adapter
-from weft.checkpoint.licences import CARD, licensed_card
+from weft.checkpoint.licenses import CARD, licensed_card
 from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.checkpoint.mistralrs_layout import ORDERING
 from weft.checkpoint.xlora_layout import ORIGINAL_CONFIG, ORIGINAL_GATE

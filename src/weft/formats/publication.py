@@ -19,7 +19,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from weft.checkpoint.folder import open_mixture
-from weft.checkpoint.licences import CARD, declared_licence, is_own
+from weft.checkpoint.licenses import CARD, declared_license, is_own
 from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME, options_digest
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError, bullet_list
@@ -34,7 +34,7 @@ _TOKENIZER = (
     *("target.spm", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
 )
 _TEMPLATES = "additional_chat_templates"
-_LICENCE = re.compile(r"(LICEN[SC]E|NOTICE)(\.md|\.txt)?")
+_LICENSE = re.compile(r"(LICEN[SC]E|NOTICE)(\.md|\.txt)?")
 _TEXTS = {".json", ".jinja", ".md", ".txt", ""}
 _VOCABULARIES = {"merges.txt", "tokenizer.json", "vocab.json", "vocab.txt"}  # any piece of a path may be a token
 # Options that name where a model or tokenizer came from.
@@ -71,7 +71,7 @@ class Publication:
 
 
 def publication(
-    folder: Path, *, name: str, base: str | None, licence: str | None, evaluation: str | os.PathLike[str] | None
+    folder: Path, *, name: str, base: str | None, license: str | None, evaluation: str | os.PathLike[str] | None
 ) -> Publication:
     """What is to be sent of a mixture, verified.
 
@@ -79,7 +79,7 @@ def publication(
         folder: of the mixture.
         name: its Hub id.
         base: the base model's Hub id; None takes what the mixture says, where that is one.
-        licence: of the mixture, for its card.
+        license: of the mixture, for its card.
         evaluation: what `weft eval --output` wrote, for its card.
 
     Raises:
@@ -94,7 +94,7 @@ def publication(
     found = Publication(folder, names)
     local = _rewrite_origins(found, base)
     if not is_own(folder):
-        found.texts[CARD] = card_text(saved, name=name, base=base, licence=licence, evaluation=evaluation)
+        found.texts[CARD] = card_text(saved, name=name, base=base, license=license, evaluation=evaluation)
     found.names = sorted({*names, *found.texts})
     _refuse_paths(found, local)
     return found
@@ -106,7 +106,7 @@ def _wanted(folder: Path, experts: list[str]) -> Iterator[str]:
     for name in (*_ADAPTER, MANIFEST_NAME, CARD, *PICTURES, *_TOKENIZER):
         if name in entries:
             yield name
-    yield from filter(_LICENCE.fullmatch, entries)
+    yield from filter(_LICENSE.fullmatch, entries)
     if has_results(folder / EVAL_FILE):
         yield EVAL_FILE
     if _TEMPLATES in entries and (folder / _TEMPLATES).is_dir():
@@ -114,9 +114,9 @@ def _wanted(folder: Path, experts: list[str]) -> Iterator[str]:
     for expert in experts:
         inside = folder / EXPERTS_FOLDER / expert
         yield from (f"{EXPERTS_FOLDER}/{expert}/{name}" for name in _ADAPTER if (inside / name).exists())
-        licences = sorted(file.name for file in inside.iterdir() if _LICENCE.fullmatch(file.name))
-        cards = [CARD] if declared_licence(inside / CARD) is not None else []
-        yield from (f"{EXPERTS_FOLDER}/{expert}/{name}" for name in [*cards, *licences])
+        licenses = sorted(file.name for file in inside.iterdir() if _LICENSE.fullmatch(file.name))
+        cards = [CARD] if declared_license(inside / CARD) is not None else []
+        yield from (f"{EXPERTS_FOLDER}/{expert}/{name}" for name in [*cards, *licenses])
 
 
 def _refuse_links(folder: Path, names: list[str]) -> None:

@@ -25,7 +25,7 @@ from weft.base_model.loading import uncompiled
 from weft.base_model.state import Flags, input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
 from weft.checkpoint.folder import open_mixture
-from weft.checkpoint.licences import licensed_card
+from weft.checkpoint.licenses import licensed_card
 from weft.config import XLoraConfig
 from weft.distributed import others_have_parameters
 from weft.errors import AdapterError, CheckpointError, ConfigError

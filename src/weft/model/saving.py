@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.checkpoint.adapter_keys import without_wrappers
 from weft.checkpoint.folder import GATE_KEY, SavedMixture, expert_of_key, is_expert_key, write_options
-from weft.checkpoint.licences import CARD, keep_own_card
+from weft.checkpoint.licenses import CARD, keep_own_card
 from weft.checkpoint.manifest import (
     EXPERTS_FOLDER,
     FORMAT_VERSION,

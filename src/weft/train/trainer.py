@@ -20,7 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from weft.base_model.versions import groups_by_length
-from weft.checkpoint.licences import keep_own_card
+from weft.checkpoint.licenses import keep_own_card
 from weft.data.batches import FullBatches, RowsAndABlank
 from weft.data.texts import NO_LABEL
 from weft.distributed import any_process, fail_together, from_all_processes

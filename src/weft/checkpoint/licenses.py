@@ -11,7 +11,7 @@ CARD = "README.md"
 WEFTS_MARK = "<!-- written by `weft card`: remove this line to keep the card as you change it -->"
 
 
-def declared_licence(card: Path) -> str | None:
+def declared_license(card: Path) -> str | None:
     """The licence that a model card declares; None where there is no card, or it declares none."""
     if not os.path.isfile(card):
         return None
@@ -21,18 +21,18 @@ def declared_licence(card: Path) -> str | None:
         values: Any = metadata_load(card) or {}
     except Exception:  # somebody else's card, in YAML of any sort: it declares nothing that can be read
         return None
-    licence = values.get("license")
-    if licence == "other" and values.get("license_name"):
-        licence = values["license_name"]
-    if isinstance(licence, list):
-        licence = ", ".join(str(part) for part in licence)
-    return str(licence) if licence else None
+    license = values.get("license")
+    if license == "other" and values.get("license_name"):
+        license = values["license_name"]
+    if isinstance(license, list):
+        license = ", ".join(str(part) for part in license)
+    return str(license) if license else None
 
 
 def licensed_card(folder: Path) -> str | None:
     """The text of a folder's model card where it declares a licence: such a card must stay with what it is of."""
     card = folder / CARD
-    return card.read_text(encoding="utf-8") if declared_licence(card) is not None else None
+    return card.read_text(encoding="utf-8") if declared_license(card) is not None else None
 
 
 def is_own(folder: Path) -> bool:
