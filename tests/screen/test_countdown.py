@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from weft import countdown
+from weft.screen import countdown
 from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown, clock
 
