@@ -66,7 +66,7 @@ def train_gate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> Non
             *(word for name, value in recipe.gate.items() for word in (f"--{name}", value)),
             *("--xlora-depth", "2", "--xlora-size", "256"),
             *("--max-steps", str(recipe.gate_steps), "--learning-rate", "5e-3"),
-            *("--batch-size", "2", "--sequence-length", "256", "--log-steps", str(max(1, recipe.gate_steps // 10))),
+            *("--batch-size", "2", "--sequence-length", "256", "--logging-steps", str(max(1, recipe.gate_steps // 10))),
             *(("--dtype", "bfloat16", "--bf16", "true") if bfloat16 else ()),
         )
     print(f"moved to {results / 'mixture'}")
