@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from recipes import ExpertRecipe
 from stage import building
@@ -130,7 +129,6 @@ def ensure_experts(
     missing = [domain for domain in domains if not (folder / domain).exists()]
     if not missing:
         return
-    disable_progress_bar()  # which would tear the display below
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     with Countdown(len(missing) * recipe.steps, "experts") as countdown:
         for domain in missing:

@@ -5,12 +5,10 @@ Every stage is skipped if its result already exists, so a stopped demo goes on w
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from recipes import FULL, QUICK, SHORT, Recipe
@@ -68,7 +66,7 @@ def train_gate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> Non
             *(word for name, value in recipe.gate.items() for word in (f"--{name}", value)),
             *("--xlora-depth", "2", "--xlora-size", "256"),
             *("--max-steps", str(recipe.gate_steps), "--learning-rate", "5e-3"),
-            *("--batch-size", "2", "--sequence-length", "256", "--log-steps", str(max(1, recipe.gate_steps // 10))),
+            *("--batch-size", "2", "--sequence-length", "256", "--logging-steps", str(max(1, recipe.gate_steps // 10))),
             *(("--dtype", "bfloat16", "--bf16", "true") if bfloat16 else ()),
         )
     print(f"moved to {results / 'mixture'}")
@@ -134,12 +132,11 @@ def main() -> None:
         print(f"  {name:<8}  {STAGES[name]}", flush=True)
     # Set before the Hugging Face libraries are imported: nothing is downloaded.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    from weft.screen.libraries import libraries_hushed  # before peft: weft hides what its import makes others say
+
     # Set before torch is: its threads sleep while they wait for each other. Where something else runs on the machine,
     # those that spin take the time of those that they wait for, and a step of training takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which peft imports where they are installed
-        logging.getLogger(library).setLevel(logging.ERROR)
     import torch
 
     from domains import ensure_domains
@@ -165,11 +162,12 @@ def main() -> None:
     number_format = "bfloat16, at which this processor is fast" if bfloat16 else "float32"
     print(f"\nIt computes in {number_format}.")
     began = time.monotonic()
-    for number, name in enumerate(stages, start=1):
-        print(f"\n[{number}/{len(STAGES)}] {name}: {STAGES[name]}", flush=True)
-        started = time.monotonic()
-        actions[name]()
-        print(f"[{number}/{len(STAGES)}] {name}: {time.monotonic() - started:.0f} s", flush=True)
+    with libraries_hushed("demo"):
+        for number, name in enumerate(stages, start=1):
+            print(f"\n[{number}/{len(STAGES)}] {name}: {STAGES[name]}", flush=True)
+            started = time.monotonic()
+            actions[name]()
+            print(f"[{number}/{len(STAGES)}] {name}: {time.monotonic() - started:.0f} s", flush=True)
     print(f"\nThe demo took {(time.monotonic() - began) / 60:.1f} minutes; its results are in {results}.")
 
 

@@ -10,6 +10,8 @@ import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import weft  # before peft, whose libraries it hushes
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -117,8 +119,6 @@ def base_adapters(base_folder, tmp_path_factory):
 @pytest.fixture
 def mixture(base_folder, base_adapters, tmp_path):
     """The folder of a mixture of the adapters in `base_adapters`."""
-    import weft
-
     folder = tmp_path / "mixture"
     weft.from_adapters(str(base_folder), base_adapters).save_pretrained(folder)
     return str(folder)
@@ -143,8 +143,6 @@ def without_type_checks(monkeypatch):
 @pytest.fixture
 def peft_xlora_restored():
     """Whatever a test registers with peft is undone."""
-    import weft
-
     yield peft
     weft.unregister_from_peft()
 

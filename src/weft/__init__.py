@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from weft.lazy import lazily
 from weft.moved import find_moved_modules
+from weft.screen.libraries import hide_notices
 
 if TYPE_CHECKING:
     from weft.config import XLoraConfig as XLoraConfig
@@ -84,3 +85,4 @@ _HOMES = {
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 __getattr__, __dir__ = lazily(__name__, _HOMES)
 find_moved_modules()
+hide_notices()

@@ -65,7 +65,7 @@ def test_train_then_eval_then_generate(arguments, data, tmp_path, capsys):
 
 
 def test_training_lowers_the_loss_and_is_repeatable(arguments, tmp_path):
-    arguments += ["--learning-rate", "0.05", "--max-steps", "12", "--log-steps", "1"]
+    arguments += ["--learning-rate", "0.05", "--max-steps", "12", "--logging-steps", "1"]
     assert main(arguments) == 0
     first = gate(tmp_path / "out")
     state = json.loads((tmp_path / "out/checkpoints/checkpoint-12/trainer_state.json").read_text())
@@ -277,7 +277,7 @@ def test_training_evaluates_reports_and_saves_the_best(arguments, data, tmp_path
         "tensorboard",
         "--learning-rate",
         "20",
-        "--log-steps",
+        "--logging-steps",
         "1",
         "--balance-loss-weight",
         "0.1",
@@ -302,7 +302,7 @@ def test_training_learns_which_file_belongs_to_which_expert(arguments, tmp_path)
     start = arguments.index("--data")
     files = [f"{name}={tmp_path / name}.jsonl" for name in ("math", "code")]
     arguments[start + 1 : start + 2] = [*files, arguments[start + 1]]
-    arguments += ["--expert-label-loss-weight", "5", "--learning-rate", "0.05", "--log-steps", "30"]
+    arguments += ["--expert-label-loss-weight", "5", "--learning-rate", "0.05", "--logging-steps", "30"]
     arguments[arguments.index("--max-steps") + 1] = "30"
     assert main(arguments) == 0
     model, tokenizer = weft.from_pretrained(tmp_path / "out"), tiny_tokenizer()

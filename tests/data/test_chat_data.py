@@ -131,7 +131,7 @@ def options(folders, tmp_path, write):
         data=[write({"messages": CHAT}, {"messages": CALL[2:] + CHAT[:2]}, {"messages": SYSTEM})],
         output=str(tmp_path / "out"),
         max_steps=1,
-        log_steps=1,
+        logging_steps=1,
         learning_rate=1e-9,
         gate_start="random",
     )
@@ -527,7 +527,7 @@ def log_of(folder):
         {"sequence_length": 24, "batch_size": 64},
         {"packing": True},
         {"packing": True, "sequence_length": 300},
-        {"batch_size": 1, "gradient_accumulation": 3},
+        {"batch_size": 1, "gradient_accumulation_steps": 3},
         {"cache_scaling_pass": True},
         {"gate_start": "losses"},
     ],

@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 
 import weft
-from weft.cli.entry import _COMMANDS
+from weft.cli.commands import COMMANDS
+from weft.options.described import options_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-spec = importlib.util.spec_from_file_location("links", ROOT / "docs_site/links.py")
-links = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(links)
+
+
+def hook(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs_site/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+links = hook("links")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -46,7 +54,11 @@ def test_the_reference_has_every_public_name():
     assert set(re.findall(r"^::: weft\.(\w+)$", reference, flags=re.M)) - {"errors"} == set(weft.__all__)
 
 
-def test_the_reference_has_every_command():
-    text = (ROOT / "docs/reference/command_line.md").read_text()
-    shown = dict(re.findall(r"^## weft ([\w-]+)\n\n::: ([\w.]+)$", text, flags=re.M))
-    assert shown == {name: f"weft.options.{options.__name__}" for name, (_, options) in _COMMANDS.items()}
+def test_the_reference_has_every_option_of_every_command():
+    text = hook("commands").on_page_markdown((ROOT / "docs/reference/command_line.md").read_text(), None, None, None)
+    sections = dict(re.findall(r"^## weft ([\w-]+)\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
+    assert list(sections) == list(COMMANDS)
+    for name, command in COMMANDS.items():
+        for option in options_of(command.options):
+            typed = option.flag.replace("--", "--[no-]") if option.kind == "switch" else option.flag
+            assert re.search(rf"^\| `{re.escape(typed)}[ `]", sections[name], flags=re.M), (name, option.name)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import weft
 from models import lora, quietly, save_adapter, tiny_llama
-from weft.cli.entry import _without_engines_own, main
+from weft.cli import main
+from weft.cli.parser import parse
 from weft.errors import CheckpointError, ConfigError
 from weft.serve.mixture import padded_rank, read_mixture
 
@@ -104,11 +105,24 @@ def test_what_was_altered_is_refused(saved):
 
 
 def test_flags_of_vllm_are_handed_on():
-    argv = ["serve", "mix", "--port", "1", "--max-model-len", "64", "--enforce-eager", "--host=0.0.0.0", "--dtype=auto"]
-    own, engines = _without_engines_own(argv)
-    assert own == ["serve", "mix", "--port", "1", "--host=0.0.0.0"]
-    assert engines == ["--max-model-len", "64", "--enforce-eager", "--dtype=auto"]
-    assert _without_engines_own(["eval", "mix", "--dtype", "auto"]) == (["eval", "mix", "--dtype", "auto"], [])
+    given = parse(
+        "serve",
+        [
+            "mix",
+            "--port",
+            "1",
+            "--max-model-len",
+            "64",
+            "--enforce-eager",
+            "--host=0.0.0.0",
+            "--dtype=auto",
+            "-tp",
+            "2",
+        ],
+    )
+    assert given.values == {"model": "mix", "port": 1, "host": "0.0.0.0"}
+    assert given.handed_on == ["--max-model-len", "64", "--enforce-eager", "--dtype=auto", "-tp", "2"]
+    assert parse("serve", ["mix", "--api_key=x"]).values == {"model": "mix", "api_key": "x"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")

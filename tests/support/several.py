@@ -8,12 +8,12 @@ import os
 import sys
 from contextlib import nullcontext
 
-import weft.cli.entry
+import weft.cli.errors
 from disk import full_disk
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     import on_cpu  # noqa: F401 - patches accelerate
-weft.cli.entry._WAIT_FOR_THE_FIRST = 0  # no launcher ends a process here whose command has failed
+weft.cli.errors.WAIT_FOR_THE_FIRST = 0  # no launcher ends a process here whose command has failed
 
 if __name__ == "__main__":
     for number, command in enumerate(json.loads(sys.argv[1])):

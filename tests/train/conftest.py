@@ -22,7 +22,8 @@ def options(base_folder, base_adapters, data, tmp_path):
         adapters = [f"{expert}={path}" for expert, path in base_adapters.items()]
         return [
             *("train", "--base", str(base_folder), "--adapters", *adapters, "--data", str(data)),
-            *("--output", str(tmp_path / name), "--batch-size", str(4 // processes), "--gradient-accumulation", "2"),
+            *("--output", str(tmp_path / name), "--batch-size", str(4 // processes)),
+            *("--gradient-accumulation-steps", "2"),
             *("--epochs", "2", "--save-steps", "3", "--sequence-length", "32", "--learning-rate", "0.05"),
             *("--gate-start", "random", *more),  # which shards are left with
         ]

@@ -28,8 +28,8 @@ def losses(folder, step):
 
 
 def test_two_processes_train_what_one_does(options, tmp_path):
-    assert main(options("one", 1, "--log-steps", "1")) == 0
-    output = run(torchrun("-m", "weft", *options("two", 2, "--log-steps", "1")))
+    assert main(options("one", 1, "--logging-steps", "1")) == 0
+    output = run(torchrun("-m", "weft", *options("two", 2, "--logging-steps", "1")))
     assert output.count("saved to") == 1
     assert_same_mixture(tmp_path / "one", tmp_path / "two")
     assert losses(tmp_path / "two", 6) == pytest.approx(losses(tmp_path / "one", 6), abs=1e-4)

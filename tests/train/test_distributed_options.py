@@ -78,12 +78,12 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
         # The gate's losses are means over a batch, which has to be of as many rows.
         "labelled": ["--data", *labelled, *weights, "--top-k-lora", "1"],
         "labelled-packed": ["--data", *labelled, *weights, "--packing"],
-        "watched": [*watched, "--learning-rate", "5", "--warmup", "0", "--max-steps", "12"],
+        "watched": [*watched, "--learning-rate", "5", "--warmup-ratio", "0", "--max-steps", "12"],
         "in-stages": ["--experts-from", *labelled, "--expert-steps", "2", "--expert-rank", "2"],
     }
 
     def command(name, processes, *more):
-        built = options(f"{name}-{processes}", processes, "--log-steps", "1", *more)
+        built = options(f"{name}-{processes}", processes, "--logging-steps", "1", *more)
         if name == "in-stages":
             start = built.index("--adapters")
             del built[start : start + 3]
@@ -95,7 +95,7 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
     assert output.count("training expert 'math'") == 1
     assert output.count("scaling pass: ") == 2
     for name, more in cases.items():
-        alike = ["--batch-size", "2", "--gradient-accumulation", "4"] if "labelled" in name else []
+        alike = ["--batch-size", "2", "--gradient-accumulation-steps", "4"] if "labelled" in name else []
         assert main(command(name, 1, *more, *alike)) == 0
         one, two = tmp_path / f"{name}-1", tmp_path / f"{name}-2"
         assert_same_mixture(one, two)
@@ -137,8 +137,8 @@ def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_witho
 @pytest.mark.slow
 def test_options_that_cannot_work_are_said_once(options):
     with pytest.raises(AssertionError) as raised:
-        run(torchrun("-m", "weft", *options("out", 2, "--warmup", "2")))
-    assert str(raised.value).count("warmup (2.0) must be in [0, 1]") == 1
+        run(torchrun("-m", "weft", *options("out", 2, "--warmup-ratio", "2")))
+    assert str(raised.value).count("warmup_ratio (2.0) must be in [0, 1]") == 1
 
 
 # ---------------------------------------------------------------------- agreement

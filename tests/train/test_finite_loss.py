@@ -55,7 +55,7 @@ def gate(folder):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_step_and_the_texts_are_named_and_the_last_good_weights_saved(accumulation, train, tmp_path):
     texts = [f"the quick brown fox {number:2} " * 4 for number in range(15)] + ["Zebras are striped"]
-    error = train(texts, "--gradient-accumulation", str(accumulation), "--epochs", "2")
+    error = train(texts, "--gradient-accumulation-steps", str(accumulation), "--epochs", "2")
     found = re.search(
         r"training stopped: the loss is nan at step (\d+)(?:, forward pass (\d) of 2)?, with these", error
     )
@@ -75,7 +75,7 @@ def test_the_step_and_the_texts_are_named_and_the_last_good_weights_saved(accumu
 
 
 def test_a_learning_rate_that_breaks_the_gate_leaves_the_weights_from_before(train, tmp_path):
-    error = train(["the quick brown fox"] * 8, "--learning-rate", "3e37", "--warmup", "0", "--max-steps", "4")
+    error = train(["the quick brown fox"] * 8, "--learning-rate", "3e37", "--warmup-ratio", "0", "--max-steps", "4")
     assert "the loss is nan at step 2, with these texts in the batch:" in error
     assert "or lower learning_rate (3e+37)" in error
     saved = gate(tmp_path / "out")

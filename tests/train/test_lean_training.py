@@ -44,7 +44,7 @@ def run(arguments, tmp_path):
         steps = command.index("--max-steps")
         if "--max-tokens" in options:
             del command[steps : steps + 2]
-        assert main([*command, "--log-steps", "1", *options]) == 0
+        assert main([*command, "--logging-steps", "1", *options]) == 0
         checkpoints = list((tmp_path / name / "checkpoints").glob("checkpoint-*/trainer_state.json"))
         last = max(checkpoints, key=lambda path: int(path.parent.name.rpartition("-")[2]))
         return gate(tmp_path / name), json.loads(last.read_text())
@@ -59,7 +59,7 @@ def losses(state):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--gradient-accumulation", "2", "--max-steps", "8"],
+        ["--gradient-accumulation-steps", "2", "--max-steps", "8"],
         ["--packing", "--sequence-length", "64", "--gradient-checkpointing"],
         ["--group-by-length", "--scaling-pass-layers", "1", "--use-trainable-adapters"],
     ],

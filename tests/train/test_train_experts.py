@@ -145,6 +145,11 @@ def test_complete_experts_are_not_trained_again(arguments, tmp_path, capsys, mon
     assert "training expert 'fox'" not in shown
     assert "training expert 'law'" in shown
     assert same(tensors(tmp_path / "out-experts/fox"), before)
+    record = tmp_path / "out-experts/fox/weft_expert.json"  # as earlier versions wrote it
+    earlier = {"warmup_ratio": "warmup", "gradient_accumulation_steps": "gradient_accumulation"}
+    saved = json.loads(record.read_text())
+    assert set(earlier) <= set(saved)
+    record.write_text(json.dumps({earlier.get(name, name): value for name, value in saved.items()}))
     assert main([*changed(arguments, max_steps="4"), "--resume"]) == 0  # and now from the gate's checkpoint
     assert "training expert" not in capsys.readouterr().out
 

@@ -2,10 +2,16 @@
 
 Knows how nothing is done.
 
-    entry.py        the commands, what they share, and their errors
+    entry.py        from what was typed to an exit code
+    commands.py     the table of commands
+    parser.py       a command line, and the files it names, as options
+    values.py       one value of an option
     option_files.py the YAML of --config, read with limits
+    help.py         `weft --help`, `weft COMMAND --help`
+    errors.py       what went wrong, in a line
     terminal.py     generated text in the experts' colours
-    chat.py, experts.py, fold.py, formats.py, generate.py, inspect.py: one command or a few
+    environment.py  `weft env`, `weft --version`
+    chat.py, evaluate.py, experts.py, fold.py, formats.py, generate.py, inspect.py, train.py: one command or a few
 """
 
 from weft.cli.entry import main

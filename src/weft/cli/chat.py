@@ -20,7 +20,7 @@ from weft.generation.stream import Step, end_tokens, stream
 from weft.model.build import load_mixture
 from weft.options import ChatOptions, decoding
 from weft.passes.cache import tokens_in
-from weft.screen.visible import say
+from weft.screen.visible import notice, say
 
 
 class Conversation:
@@ -138,7 +138,7 @@ def chat(options: ChatOptions) -> None:
     printer = StepPrinter(model.xlora_config.expert_names, options.show_experts)
     interactive = sys.stdin.isatty()
     if interactive:
-        say("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
+        notice("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
     printer.legend()
     while (text := _line("> " if interactive else "")) not in (None, "/exit"):
         if text == "/reset":

@@ -1,4 +1,4 @@
-"""`weft add-expert`, `weft drop-expert`: one expert more or less in a trained mixture."""
+"""`weft add-expert`, `weft drop-expert`: adding or removing one expert of a trained mixture."""
 
 from __future__ import annotations
 

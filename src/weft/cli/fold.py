@@ -37,11 +37,7 @@ def fold_mixture(options: FoldOptions) -> None:
 
 
 def _check(options: FoldOptions) -> None:
-    problems = []
-    if options.output is None:
-        problems.append("output is missing: a folder for the adapter")
-    if not options.weights and not options.data:
-        problems.append("weights and data are missing: give name=NUMBER for each expert, or texts for the gate to read")
+    problems = options.missing()
     if options.weights and options.data:
         problems.append(
             f"weights ({options.weights}) and data ({options.data}) exclude each other: the data would give the "

@@ -61,9 +61,10 @@ def _check(options: InspectOptions) -> None:
     problems = []
     if is_trace and given:
         problems.append(f"model ({options.model}) is a trace already: leave {' and '.join(given)} out")
-    elif not is_trace and len(given) != 1:
-        found = f"{' and '.join(given)} are both given" if given else "text, data and generate are missing"
-        problems.append(f"{found}: give one of them, a text, data files or a prompt to continue")
+    elif not is_trace and len(given) > 1:
+        problems.append(
+            f"{' and '.join(given)} are both given: give one of them, a text, data files or a prompt to continue"
+        )
     if options.max_tokens < 1 or options.batch_size < 1:
         problems.append(
             f"max_tokens ({options.max_tokens}) and batch_size ({options.batch_size}) must be at least 1 each"

@@ -6,42 +6,94 @@ it, but whatever walks over the result sees all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from weft.errors import ConfigError
+from weft.cli.errors import UsageError
+from weft.errors import ConfigError, first_line
 from weft.files.reading import read_text
+from weft.options.described import options_of
 
-PARSER_MODE = "weft-yaml"
 _MOST_BYTES = 2**20
 _MOST_VALUES = 100_000
 _MOST_LEVELS = 32
+# YAML 1.2's numbers: with PyYAML's own, 1e-3 is a text.
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
 
 
-def add_loader() -> None:
-    """Let jsonargparse's parsers of `PARSER_MODE` read YAML by `load`."""
+def read_options(file: str) -> dict[Any, Any]:
+    """The options in a file of `--config`, or in YAML in the place of its name.
+
+    Raises:
+        ConfigError: the file is missing, a folder, not readable, too large or no UTF-8.
+        UsageError: it is no table in YAML.
+    """
+    if file.lstrip().startswith("{"):
+        text, name = file, "config"
+    else:
+        text = read_text(file, error=lambda message: ConfigError(f"config: {message}"), most=_MOST_BYTES)
+        name = f"config ({file})"
+    values = structured(name, text)
+    if not isinstance(values, dict | None):
+        raise UsageError([f"{name} must be a table of options, a line `name: value` each"])
+    return values or {}
+
+
+def structured(name: str, text: str) -> Any:
+    """What an option's value in YAML says.
+
+    Raises:
+        UsageError: it is none, or larger than options can be.
+    """
     import yaml
-    from jsonargparse import set_loader
 
-    set_loader(PARSER_MODE, load, (yaml.YAMLError,))
+    try:
+        return load(text)
+    except yaml.YAMLError as err:
+        where = getattr(err, "problem_mark", None)
+        line = f", line {min(where.line, text.count(chr(10))) + 1}" if where is not None else ""
+        raise UsageError(
+            [f"{name} is no YAML that can be read{line}: {getattr(err, 'problem', None) or first_line(err)}"]
+        ) from err
 
 
 def load(text: str) -> Any:
-    """What a YAML text says, as jsonargparse reads it.
+    """What a YAML text says.
 
     Raises:
         yaml.YAMLError: it is none, or larger than options can be.
     """
     import yaml
-    from jsonargparse import get_loader
 
     if len(text) > _MOST_BYTES:
         raise yaml.YAMLError(f"{len(text):,} characters, expected at most {_MOST_BYTES:,}")
     try:
         refuse_large(text)
-        return get_loader("yaml")(text)
+        return yaml.load(text, _loader())
     except (ValueError, OverflowError, RecursionError) as err:  # of numbers and dates that are none
         raise yaml.YAMLError(f"a value that cannot be read ({err})") from err
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader, which makes texts of dates and numbers of 1e-3."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        """Has resolvers of its own."""
+
+    left_out = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in left_out]
+        for first, resolvers in Loader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+    return Loader
 
 
 def refuse_large(text: str) -> None:
@@ -84,16 +136,30 @@ def refuse_large(text: str) -> None:
             raise yaml.YAMLError(f"more than {_MOST_VALUES:,} values with its aliases written out")
 
 
-def check_files(argv: Sequence[str]) -> None:
-    """Raise where a file of `--config` cannot be read as text.
+def as_yaml(options_class: Any, values: Mapping[str, Any], how: str = "") -> str:
+    """All options of a command as a file for `--config`.
+
+    Args:
+        options_class: of the command.
+        values: those that are given.
+        how: comments, skip_default, skip_null, with commas between them.
 
     Raises:
-        ConfigError: it is missing, a folder, not readable, too large or no UTF-8.
+        UsageError: there is no such way.
     """
-    for number, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            following = argv[number + 1 : number + 2]
-            for file in [value] if equals else following:
-                if not file.lstrip().startswith("{"):  # YAML in the place of a file's name
-                    read_text(file, error=lambda message: ConfigError(f"config: {message}"), most=_MOST_BYTES)
+    import yaml
+
+    ways = set(how.split(",")) - {""}
+    unknown = ways - {"comments", "skip_default", "skip_null"}
+    if unknown:
+        raise UsageError([f"--print-config ({how!r}) must be comments, skip_default or skip_null, or some of them"])
+    text = ""
+    for option in options_of(options_class):
+        value = values.get(option.name, option.default)
+        missing = option.positional and value is None
+        is_default = "skip_default" in ways and value == option.default
+        if missing or is_default or ("skip_null" in ways and value is None):
+            continue
+        text += f"# {option.sentence}\n" * ("comments" in ways)
+        text += yaml.safe_dump({option.name: value}, allow_unicode=True, sort_keys=False, default_flow_style=False)
+    return text

@@ -78,9 +78,8 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
 
 
 def _check(options: EvalOptions) -> None:
-    if not options.data:
-        raise ConfigError("data is missing: one or more name=FILE")
-    problems = [
+    problems = options.missing()
+    problems += [
         f"{name} ({getattr(options, name)}) must be at least {least}"
         for name, least in (("batch_size", 1), ("max_sequences", 0), ("freeze_after", 1), ("max_new_tokens", 1))
         if getattr(options, name) < least

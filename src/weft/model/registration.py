@@ -25,6 +25,7 @@ from weft.config import XLoraConfig
 from weft.files.writing import settle
 from weft.model.model import XLoraModel
 from weft.model.saving import save_whole
+from weft.screen.libraries import deprecations_of_peft_hidden
 
 _peft_own: dict[str, Any] = {}
 
@@ -82,7 +83,7 @@ def peft_model_of(model: nn.Module, options: XLoraConfig) -> PeftModel:
     if options.task_type in WITH_HEADS:
         # peft's own classes would take the gate for a head, by the end of its name; the mixture adds its heads itself.
         wrapper = PeftModel
-    with _private_type(options):
+    with _private_type(options), deprecations_of_peft_hidden():
         peft_model = wrapper(model, options)
     peft_model.peft_type = PeftType.XLORA
     # peft writes file by file, over those of the model that was saved there before.

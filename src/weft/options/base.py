@@ -1,12 +1,15 @@
-"""What the dataclasses of the commands' options have in common: `~` in a path is the home folder.
+"""What the dataclasses of the commands' options have in common: paths with `~`, other spellings, shared options.
 
-A shell replaces it at the start of a word only: not in name=~/folder, and nobody does in a YAML file or in Python.
+A shell replaces `~` at the start of a word only: not in name=~/folder, and nobody does in a YAML file or in Python.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from weft.options.spellings import in_todays_spelling
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
@@ -18,13 +21,62 @@ _PATHS = (
 )
 
 
-class CommandOptions:
+class _TakesOtherSpellings(type):
+    """Makes options of earlier names, and of transformers', too."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **in_todays_spelling(cls, kwargs))
+
+
+class CommandOptions(metaclass=_TakesOtherSpellings):
     """What each of those dataclasses begins with."""
 
     def __post_init__(self) -> None:
         for name in _PATHS:
             if hasattr(self, name):
                 setattr(self, name, _expanded(getattr(self, name)))
+
+    def missing(self) -> list[str]:
+        """What must be given and is not, a sentence each; nothing is loaded to find out."""
+        return []
+
+
+@dataclass
+class MixtureOptions(CommandOptions):
+    """Options of a command that takes a mixture.
+
+    Args:
+        model: Folder or Hub id of a trained mixture.
+    """
+
+    model: str
+
+
+@dataclass(kw_only=True)
+class BaseModelOptions(CommandOptions):
+    """Options of a command that reads the base model of a mixture.
+
+    Args: Advanced
+        base (MODEL): Folder or Hub id of the base model. Default: the one that the mixture names.
+        trust_remote_code: Run the Python code that comes with the base model. Without it, a base model that needs such
+            code is refused.
+    """
+
+    base: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class LoadingOptions(BaseModelOptions):
+    """Options of a command that computes with the base model.
+
+    Args: Advanced
+        dtype: Number format of the base model; auto takes the one it is saved in.
+        quantization: Quantise the base model while it is loaded, with bitsandbytes. Default: none.
+    """
+
+    dtype: Dtype = "auto"
+    quantization: Quantization | None = None
 
 
 def _expanded(value: Any) -> Any:

@@ -4,54 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from weft.options.base import CommandOptions, Dtype, Quantization
+from weft.options.base import LoadingOptions, MixtureOptions
 
 
 @dataclass
-class EvalOptions(CommandOptions):
-    """Compare the mixture with the base, every expert, static merges, Arrow and the oracle, on your own data.
+class EvalOptions(MixtureOptions, LoadingOptions):
+    """Compare a mixture with its base model, experts and static merges; with Arrow and the oracle too, on your data.
 
-    Args:
-        model: Folder or Hub id of a trained mixture.
-        data: Data sets as name=FILE (or FILE), one or more, separated by spaces; files as for `weft train`: perplexity.
-            .jsonl with "question", "choices" and "answer" gives accuracy, with "prompt" (a text, or messages) and
-            "answer" exact match. A data set with an expert's name, or rows with "expert", are what the oracle needs.
-        rows: What to compare, separated by spaces: base, experts, uniform, merges, arrow, weft, topk, frozen, compare,
-            oracle, or the name of a row; all by default.
-        compare: More mixtures or LoRA adapters of the same base, as name=FOLDER, separated by spaces: a row for each.
-        search_data: Texts by which peft's merges choose their equal weights and density, the ones with the lowest
-            perplexity; neither trained on nor in `data`. null takes a mean and a density of 0.5.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        sequence_length: Tokens that are read at once; longer texts are read in several windows, longer questions lose
-            their beginning.
-        stride: Tokens by which a window moves on in a long text, each scored once and after at least sequence_length -
-            stride others; 0 reads windows side by side, each without the one before.
+    Args: Data
+        data (NAME=FILE ...): Data sets in the formats of `weft train`; required. Texts give perplexity, .jsonl with
+            "question", "choices" and "answer" accuracy, .jsonl with "prompt" (a text, or messages) and "answer" exact
+            match. The oracle needs data sets with an expert's name, or rows with "expert".
+        max_sequences: Maximum number of windows or questions per data set, from its beginning; 0 takes all.
+        sequence_length: Tokens that the model reads at once. Longer texts are read in several windows, longer questions
+            lose their beginning.
+        stride: Tokens between the starts of two windows of a long text; 0 puts windows side by side. Each token is
+            scored once, after at least sequence_length - stride others; side by side, the first of a window after none.
+
+    Args: Comparison
+        rows (ROW ...): Rows of the table: base, experts, uniform, merges, arrow, weft, topk, frozen, compare, oracle.
+            The name of one row works too. Default: all.
+        compare (NAME=FOLDER ...): More mixtures or LoRA adapters of the same base model, a row for each.
+        search_data (FILE): Texts on which peft's merges choose weight and density by perplexity. They should be neither
+            trained on nor in `data`. Default: none, weights are the mean and density is 0.5.
+        freeze_after: Number of tokens after which the row "weft frozen" freezes the scalings.
+
+    Args: Output
+        output (FILE ...): Write the table (.json, .md, .csv). Finished cells are kept beside the first file
+            (.cells.jsonl), and the same command continues from them.
+
+    Args: Advanced
         batch_size: Sequences per forward pass.
-        max_sequences: At most so many windows or questions per data set, the first ones; 0 takes all.
-        freeze_after: Tokens after which the row "weft frozen" freezes the scalings.
-        max_new_tokens: At most so many tokens per answer.
-        seed: For what is drawn: bootstrap samples, what dare drops, Arrow's start vectors.
-        dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
-        output: Files for the table, one or more, separated by spaces: .json, .md, .csv. Finished cells are kept beside
-            the first (.cells.jsonl), and the same command goes on from them. null writes none.
+        max_new_tokens: Maximum number of new tokens per answer.
+        seed: Random seed for bootstrap samples, dare and Arrow.
     """
 
-    model: str
     data: list[str] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     compare: list[str] | dict[str, str] = field(default_factory=list)
     search_data: str | None = None
-    base: str | None = None
-    sequence_length: int = 512
-    stride: int = 0
-    batch_size: int = 4
-    max_sequences: int = 0
-    freeze_after: int = 32
-    max_new_tokens: int = 32
-    seed: int = 0
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
-    output: list[str] | str | None = None
+    sequence_length: int = field(default=512, kw_only=True)
+    stride: int = field(default=0, kw_only=True)
+    batch_size: int = field(default=4, kw_only=True)
+    max_sequences: int = field(default=0, kw_only=True)
+    freeze_after: int = field(default=32, kw_only=True)
+    max_new_tokens: int = field(default=32, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    output: list[str] | str | None = field(default=None, kw_only=True)
+
+    def missing(self) -> list[str]:
+        """The data, where they are missing."""
+        return [] if self.data else ["data is missing: one or more name=FILE"]

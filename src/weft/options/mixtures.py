@@ -5,156 +5,173 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from weft.options.base import CommandOptions, Dtype, Quantization
+from weft.options.base import BaseModelOptions, CommandOptions, LoadingOptions, MixtureOptions
 
 
 @dataclass
-class FoldOptions(CommandOptions):
-    """Write a constant mix as one ordinary LoRA adapter, which peft, vLLM and LoRAX load.
+class FoldOptions(MixtureOptions, LoadingOptions):
+    """Write a constant mixture as one ordinary LoRA adapter; peft, vLLM and LoRAX load it.
 
-    Give either `weights` or `data`. Folding a trained gate (`data`) keeps how much of each expert it takes in each
-    layer on average, and loses what it decides from token to token.
+    Give either `weights` or `data`. Folding a trained gate (`data`) keeps the average weight of each expert in each
+    layer, and loses what the gate decides from token to token.
 
-    Args:
-        model: Folder or Hub id of a mixture.
-        output: Folder for the adapter: a new or empty one, or an earlier adapter's, which is replaced.
-        weights: The experts' weights in all layers, as name=NUMBER, separated by spaces; experts left out have 0.
-        data: Texts over which the gate's weights are averaged, layer by layer; files as for `weft train`.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        sequence_length: Tokens per sequence of the data; longer texts are cut into several.
+    Args: Experts' weights
+        weights (NAME=NUMBER ...): Weight of each expert, in all layers; experts that are left out get 0.
+        data (FILE ...): Texts over which the gate's weights are averaged, in the formats of `weft train`.
+        max_sequences: Maximum number of sequences per data file, from its beginning; 0 takes all.
+        sequence_length: Tokens per sequence of `data`; longer texts are cut into several.
+
+    Args: Output
+        output (FOLDER): Folder for the adapter; required. It must be new, empty, or an earlier folded adapter, which is
+            replaced.
+
+    Args: Advanced
         batch_size: Sequences per forward pass.
-        max_sequences: At most so many sequences per data file, the first ones; 0 takes all.
-        dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
     """
 
-    model: str
     output: str | None = None
     weights: list[str] | dict[str, float] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
-    base: str | None = None
-    sequence_length: int = 512
-    batch_size: int = 4
-    max_sequences: int = 0
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
+    sequence_length: int = field(default=512, kw_only=True)
+    batch_size: int = field(default=4, kw_only=True)
+    max_sequences: int = field(default=0, kw_only=True)
+
+    def missing(self) -> list[str]:
+        """The output, and weights or data, where they are missing."""
+        needed = {
+            "output is missing: a folder for the adapter": self.output,
+            "weights and data are missing: give name=NUMBER for each expert, or texts for the gate to read": (
+                self.weights or self.data
+            ),
+        }
+        return [sentence for sentence, given in needed.items() if not given]
 
 
 @dataclass
-class AddExpertOptions(CommandOptions):
-    """Add an expert to a trained mixture. What the gate has learned of the others stays; the new one starts neutral.
+class AddExpertOptions(MixtureOptions, BaseModelOptions):
+    """Add an expert to a trained mixture; the gate keeps what it has learned about the others.
 
-    Train the gate further afterwards: `weft train --start-from` (docs/experts.md).
-
-    Args:
-        model: Folder or Hub id of a trained mixture.
-        expert: The new expert, as name=FOLDER (or name=HUB_ID): a LoRA adapter of the same base model.
-        output: Folder for the new mixture, or the model's own, which is then replaced; null takes MODEL-with-NAME.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
-    """
-
-    model: str
-    expert: str
-    output: str | None = None
-    base: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass
-class DropExpertOptions(CommandOptions):
-    """Drop an expert from a trained mixture. The others keep the ratios that the gate gives them.
+    The new expert starts neutral. Train the gate further afterwards, with `weft train --start-from`.
 
     Args:
-        model: Folder or Hub id of a trained mixture.
-        expert: The name of the expert.
-        output: Folder for the new mixture, or the model's own, which is then replaced; null takes MODEL-without-NAME.
+        expert (NAME=FOLDER): The new expert: a LoRA adapter of the same base model, as a folder or Hub id.
+
+    Args: Output
+        output (FOLDER): Folder for the new mixture; the folder of the model itself is replaced. Default:
+            MODEL-with-NAME.
     """
 
-    model: str
     expert: str
     output: str | None = None
 
 
 @dataclass
-class ConvertOptions(CommandOptions):
-    """Write a saved mixture in another layout, with the same logits; what the layout cannot hold is named.
+class DropExpertOptions(MixtureOptions):
+    """Remove an expert from a trained mixture; the others keep the ratios that the gate gives them.
 
     Args:
-        source: Folder or Hub id of a mixture: of weft, of peft's X-LoRA, of the original xlora library, or in
-            mistral.rs's flat layout.
-        to: The layout to write.
-        output: Folder for it, new or empty; null takes SOURCE-LAYOUT.
-        base: Folder or Hub id of the base model, of which only the config is read; for mistralrs the name by which the
-            engine will load it. null takes the one the mixture names.
-        adapters: Where the experts are, as name=FOLDER (or name=HUB_ID), if not where the source says.
-        rename: New names of experts, as OLD=NEW, separated by spaces; peft takes 0, 1, ... only.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
+        expert (NAME): Name of the expert.
+
+    Args: Output
+        output (FOLDER): Folder for the new mixture; the folder of the model itself is replaced. Default:
+            MODEL-without-NAME.
+    """
+
+    expert: str
+    output: str | None = None
+
+
+@dataclass
+class ConvertOptions(BaseModelOptions):
+    """Write a mixture in the layout of another library; the logits are the same.
+
+    What that layout cannot hold is named.
+
+    Args:
+        source: Folder or Hub id of a mixture of weft, peft, xlora or mistral.rs.
+
+    Args: Output
+        to: Layout to write.
+        output (FOLDER): Folder for it, new or empty. Default: SOURCE-LAYOUT.
+
+    Args: Experts
+        adapters (NAME=FOLDER ...): Folders or Hub ids of the experts, if they are not where the source says.
+        rename (OLD=NEW ...): New names of experts; peft takes numbers from 0 on only.
+
+    Args: Advanced
+        base (MODEL): Folder or Hub id of the base model, of which only the config is read. For mistralrs, the name by
+            which the engine will load it. Default: the one that the mixture names.
     """
 
     source: str
     to: Literal["weft", "peft", "xlora", "mistralrs"] = "weft"
     output: str | None = None
-    base: str | None = None
     adapters: list[str] | dict[str, str] = field(default_factory=list)
     rename: list[str] | dict[str, str] = field(default_factory=list)
-    trust_remote_code: bool = False
 
 
-@dataclass
-class CardOptions(CommandOptions):
-    """Write the model card (README.md) of a saved mixture: its experts, their licences, results, and how to load it.
+@dataclass(kw_only=True)
+class PublicationOptions(CommandOptions):
+    """Options of `card` and `push`.
 
-    A gate.png or gate.svg in the folder (of weft inspect --figure) is shown in it.
-
-    Args:
-        model: Folder of a trained mixture.
-        base: Hub id of the base model, where the mixture names a folder; null takes what the mixture says.
-        licence: The mixture's own, as the Hub writes it (apache-2.0, mit, ...); null declares none.
-        evaluation: What `weft eval --output` wrote; null takes eval.json in the folder, if there is one.
-        overwrite: Replace a card that a person wrote too.
+    Args: Card
+        base (HUB_ID): Hub id of the base model, for the card. Default: what the mixture says.
+        licence (NAME): Licence of the mixture, as the Hub writes it (apache-2.0, mit, ...). Default: none is declared.
+        evaluation (FILE): Results that `weft eval --output` wrote, for the card. Default: eval.json in the folder.
     """
 
-    model: str
     base: str | None = None
     licence: str | None = None
     evaluation: str | None = None
+
+
+@dataclass
+class CardOptions(MixtureOptions, PublicationOptions):
+    """Write the model card (README.md) of a saved mixture.
+
+    It lists the experts, their licences and the results, and says how to load the mixture. A gate.png or gate.svg in
+    the folder (from `weft inspect --figure`) is shown in it.
+
+    Args:
+        model: Folder of a trained mixture.
+
+    Args: Card
+        overwrite: Replace a card that a person wrote too.
+    """
+
     overwrite: bool = False
 
 
 @dataclass
-class PushOptions(CommandOptions):
-    """Put a saved mixture on the Hugging Face Hub, with a model card. Needs a token (hf auth login, or HF_TOKEN).
+class PushOptions(MixtureOptions, PublicationOptions):
+    """Upload a mixture to the Hugging Face Hub, with a model card.
+
+    This needs a token (`hf auth login`, or HF_TOKEN).
 
     Args:
         model: Folder of a trained mixture.
-        repo_id: Where to, as user/name; made if it is not there.
-        private: Make the repository a private one.
-        base: Hub id of the base model, where the mixture names a folder, which nobody else has.
-        licence: The mixture's own, as the Hub writes it (apache-2.0, mit, ...); null declares none.
-        evaluation: What `weft eval --output` wrote; null takes eval.json in the folder, if there is one.
+        repo_id: Repository, as user/name; it is made if it does not exist.
+
+    Args: Output
+        private: Make the repository private.
         dry_run: Send nothing; list what would be sent.
     """
 
-    model: str
     repo_id: str
     private: bool = False
-    base: str | None = None
-    licence: str | None = None
-    evaluation: str | None = None
     dry_run: bool = False
 
 
 @dataclass
 class PullOptions(CommandOptions):
-    """Get a mixture from the Hugging Face Hub into a folder, whole and verified.
+    """Download a mixture from the Hugging Face Hub into a folder; it is complete and verified.
 
     Args:
-        repo_id: user/name of the mixture.
-        output: Folder for it, new or empty; null takes one of the repository's name here.
-        revision: Branch, tag or commit; null takes the main branch.
+        repo_id: Repository, as user/name.
+
+    Args: Output
+        output (FOLDER): Folder for it, new or empty. Default: a folder of the repository's name here.
+        revision (NAME): Branch, tag or commit. Default: the main branch.
     """
 
     repo_id: str

@@ -5,25 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from weft.options.base import CommandOptions
+from weft.options.base import MixtureOptions
 
 
 @dataclass
-class ServeOptions(CommandOptions):
-    """Serve a trained mixture as an OpenAI server. Flags that are not below are vLLM's own and are handed on.
+class ServeOptions(MixtureOptions):
+    """Serve a trained mixture with an OpenAI-compatible API.
 
-    Args:
-        model: Folder or Hub id of a trained mixture.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        name: What clients call the model; null takes the folder's name.
-        host: Address to listen on; others than this machine's own can be reached by others.
+    Options that are not listed here are vLLM's own and are handed on to it.
+
+    Args: Model
+        base (MODEL): Folder or Hub id of the base model. Default: the one that the mixture names.
+        name (NAME): Model name that clients use. Default: the folder's name.
+
+    Args: Server
+        host (ADDRESS): Address to listen on. Other machines reach the server only at an address of this one's other
+            than 127.0.0.1.
         port: Port to listen on.
-        api_key: What clients must send as their key; null asks for none.
-        engine: What runs the mixture: vllm, or embedded, which needs nothing but transformers and is for trying
-            things; auto takes vLLM where it is installed.
+        api_key (KEY): Key that clients must send. Default: none is asked for.
+        engine: Engine that runs the mixture; auto takes vllm where it is installed, else embedded. The embedded engine
+            needs transformers only, and is for trying things.
     """
 
-    model: str
     base: str | None = None
     name: str | None = None
     host: str = "127.0.0.1"

@@ -2,85 +2,85 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.options.base import CommandOptions, Dtype, Quantization
+from weft.options.base import LoadingOptions, MixtureOptions
 
 
-@dataclass
-class GenerateOptions(CommandOptions):
-    """Let a trained mixture continue a text.
+@dataclass(kw_only=True)
+class SamplingOptions(LoadingOptions):
+    """Options of a command that samples tokens.
 
-    Args:
-        model: Folder or Hub id of a trained mixture.
-        prompt: The text to continue.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        max_new_tokens: At most so many tokens.
-        temperature: 0 always takes the likeliest token; above 0 samples, the higher the freer.
-        top_k: Sample from so many of the likeliest tokens only; null samples from all.
-        top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
-        seed: For sampling.
-        dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
-        speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
-            itself or the prompt; 0 does not.
-        freeze_scalings_after: Ask the gate for the prompt and so many new tokens only, then keep their mean scalings:
-            one pass per token; null never does. Excludes `speculate`.
-        show_experts: Colour each token by the expert with the largest share in it, with a legend.
+    Args: Text
+        max_new_tokens: Maximum number of new tokens.
+
+    Args: Sampling
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        seed: Random seed for sampling.
     """
 
-    model: str
-    prompt: str = ""
-    base: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class DecodingOptions(LoadingOptions):
+    """Options of a command that generates with all ways of decoding.
+
+    Args: Sampling
+        top_k: Sample from this number of most likely tokens only. Default: all.
+        top_p: Sample from the most likely tokens that together have this probability. Default: all.
+
+    Args: Output
+        show_experts: Colour each token by the expert with the largest share in it, with a legend.
+
+    Args: Advanced
+        speculate: Maximum number of tokens to draft and check at once; 0 drafts none. The text is the same, and comes
+            sooner where it repeats itself or the prompt.
+    """
+
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
     speculate: int = 0
-    freeze_scalings_after: int | None = None
     show_experts: bool = False
 
 
 @dataclass
-class ChatOptions(CommandOptions):
-    """Talk with a trained mixture, line by line; /reset forgets the conversation, /exit ends it.
+class GenerateOptions(MixtureOptions, SamplingOptions, DecodingOptions):
+    """Continue a text with a trained mixture.
 
-    Args:
-        model: Folder or Hub id of a trained mixture, on a base model with a chat template.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        system: The message of the system role at the start of the conversation; null has none.
-        max_new_tokens: At most so many tokens per answer.
-        temperature: 0 always takes the likeliest token; above 0 samples, the higher the freer.
-        top_k: Sample from so many of the likeliest tokens only; null samples from all.
-        top_p: Sample from the likeliest tokens that have this probability together; null samples from all.
-        seed: For sampling.
-        dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
-        speculate: Guess up to so many tokens ahead and check them together: the same text, sooner where it repeats
-            itself or the prompt; 0 does not.
-        show_experts: Colour each token by the expert with the largest share in it, with a legend.
+    Args: Text
+        prompt (TEXT): The text to continue; required.
+
+    Args: Advanced
+        freeze_scalings_after: Number of new tokens after which the scalings are frozen at their mean. From there on
+            there is one pass per token. Excludes `speculate`. Default: never.
     """
 
-    model: str
-    base: str | None = None
-    system: str | None = None
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
-    speculate: int = 0
-    show_experts: bool = False
+    prompt: str = ""
+    freeze_scalings_after: int | None = field(default=None, kw_only=True)
+
+    def missing(self) -> list[str]:
+        """The prompt, where it is missing."""
+        return [] if self.prompt else ["prompt is missing: the text to continue"]
+
+
+@dataclass
+class ChatOptions(MixtureOptions, SamplingOptions, DecodingOptions):
+    """Chat with a trained mixture in the terminal; the base model must have a chat template.
+
+    The conversation is read from the standard input, line by line: /reset forgets it, /exit ends it.
+
+    Args: Text
+        system (TEXT): Message of the system role at the start of the conversation. Default: none.
+        max_new_tokens: Maximum number of new tokens per answer.
+    """
+
+    system: str | None = field(default=None, kw_only=True)
+    max_new_tokens: int = field(default=512, kw_only=True)
 
 
 def decoding(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
@@ -89,34 +89,34 @@ def decoding(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
 
 
 @dataclass
-class InspectOptions(CommandOptions):
-    """Show what the gate does with a text: which expert acts where, and what the mixture gains by it.
+class InspectOptions(MixtureOptions, SamplingOptions):
+    """Show which expert the gate uses for which token and layer; and what the mixture gains by it.
 
     Give one of `text`, `data` and `generate`, or a trace file in the place of the model.
 
     Args:
-        model: Folder or Hub id of a trained mixture, or a trace file, written with `output`.
-        text: A text for the gate to read.
-        data: Data sets as name=FILE (or FILE), one or more, separated by spaces; files as for `weft train`.
-        generate: A text for the mixture to continue; what it writes is shown too.
-        compare: Trace files to show beside this one, separated by spaces.
-        html: File for a page that shows all of it and opens without a network; null writes none.
-        output: File for the trace; null writes none.
-        figure: File for a figure, .pdf, .png or .svg, drawn with matplotlib; null writes none.
-        title: What the trace is called; null takes the model's name.
-        max_tokens: The trace has at most so many tokens, the first ones; data sets have equal parts of it.
-        max_new_tokens: At most so many generated tokens.
-        temperature: Of `generate`: 0 always takes the likeliest token; above 0 samples, the higher the freer.
-        seed: For sampling.
-        base: Folder or Hub id of the base model; null takes the one the mixture names.
-        sequence_length: Tokens per sequence of the data; longer texts are cut into several.
-        batch_size: Sequences of the data per forward pass.
-        dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
+        model: Folder or Hub id of a trained mixture, or a trace file that `output` wrote.
+
+    Args: Input
+        text (TEXT): A text for the gate to read.
+        data (NAME=FILE ...): Data sets for the gate to read, in the formats of `weft train`. A file without a name has
+            its own.
+        generate (TEXT): A prompt for the mixture to continue; the new text is shown too.
+        compare (TRACE ...): Trace files to show beside this one.
+        max_tokens: Maximum number of tokens in the trace. Data sets get equal parts of it.
+        max_new_tokens: Maximum number of tokens that `generate` adds.
+        sequence_length: Tokens per sequence of `data`; longer texts are cut into several.
+
+    Args: Output
+        html (FILE): Write a page with all of it, which opens without a network.
+        output (FILE): Write the trace, to be shown again later.
+        figure (FILE): Write a figure (.pdf, .png or .svg) with matplotlib.
+        title (TEXT): Title of the trace. Default: the model's name.
+
+    Args: Advanced
+        batch_size: Sequences of `data` per forward pass.
     """
 
-    model: str
     text: str = ""
     data: list[str] = field(default_factory=list)
     generate: str = ""
@@ -126,12 +126,11 @@ class InspectOptions(CommandOptions):
     figure: str | None = None
     title: str | None = None
     max_tokens: int = 4096
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-    base: str | None = None
-    sequence_length: int = 512
-    batch_size: int = 4
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
+    sequence_length: int = field(default=512, kw_only=True)
+    batch_size: int = field(default=4, kw_only=True)
+
+    def missing(self) -> list[str]:
+        """What the gate is to read, where nothing is given."""
+        if self.text or self.data or self.generate or os.path.isfile(self.model):
+            return []
+        return ["text, data and generate are missing: give one of them, a text, data files or a prompt to continue"]

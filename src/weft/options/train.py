@@ -5,85 +5,96 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from weft.options.base import CacheDtype, CommandOptions, Dtype, Quantization
+from weft.options.base import CacheDtype, LoadingOptions
 
 
 @dataclass
-class TrainOptions(CommandOptions):
-    """Train the gate that mixes several LoRA adapters of one base model. Base and adapters stay as they are.
+class TrainOptions(LoadingOptions):
+    """Train the gate that mixes several LoRA adapters of a base model.
 
-    Args:
-        base: Folder or Hub id of the base model (a causal language model).
-        adapters: The experts, as name=FOLDER (or name=HUB_ID), two or more, separated by spaces.
-        data: Training texts: .jsonl with "text" or "messages", .parquet with such a column, plain text files, or the
-            name of a data set of the `datasets` library; one or more, separated by spaces. EXPERT=FILE, or a row's
-            "expert" or "experts" ([[start, name], ...]), labels texts for expert_label_loss_weight.
-        experts_from: Experts to train first, as name=DATA (files as for `data`), each on its data; they go to
-            OUTPUT-experts/NAME, and those that are complete there are not trained again. Without `data` the gate learns
-            on the data of all of them.
-        expert_rank: Rank of the experts that are trained.
-        expert_alpha: Their lora_alpha; what an expert adds is multiplied by lora_alpha / rank.
-        expert_targets: Names of the modules that they adapt, separated by spaces; all-linear adapts all linear layers
-            but the output layer.
-        expert_steps: Optimizer steps of each expert; 0 trains for `expert_epochs` instead.
-        expert_epochs: Passes over an expert's data when expert_steps is 0.
-        expert_learning_rate: Peak learning rate of the experts.
-        start_from: A trained mixture, folder or Hub id, to go on from: its experts, its gate and its options, in the
-            place of `adapters` and a new gate; null starts anew.
-        gate_start: Fit the gate, before it is trained, to say whose each token is: by the "losses" that each expert has
-            on it, or by the "labels" of the data (see `data`); "random" trains it from nothing. null takes losses where
-            that can be done.
-        output: Folder for the trained mixture; checkpoints go into its folder "checkpoints".
+    The base model and the adapters stay as they are.
+
+    Args: Model and experts
+        base (MODEL): Folder or Hub id of the base model, a causal language model.
+        adapters (NAME=FOLDER ...): The experts: LoRA adapters of the base model, two or more, as folders or Hub ids.
+        experts_from (NAME=DATA ...): Experts to train first, each on its own data, given like `data`. They go to
+            OUTPUT-experts/NAME, and complete ones are not trained again. Without `data` the gate learns on the data of
+            all of them.
+        start_from (MIXTURE): A trained mixture to train further, as a folder or Hub id. Its experts, gate and options
+            take the place of `adapters` and a new gate. Default: a new gate.
+
+    Args: Data
+        data (FILE ...): Training texts: files (.jsonl, .parquet, text) or names of data sets. Lines of .jsonl and rows
+            of .parquet have "text" or "messages"; the names are those of the `datasets` library. EXPERT=FILE, or a
+            row's "expert" or "experts" ([[start, name], ...]), labels texts for `expert_label_loss_weight`.
+        eval_data (FILE ...): Held-out texts; the mixture with the lowest loss on them is saved.
+        sequence_length: Tokens per sequence; longer texts are cut into several.
+        assistant_only_loss: Train on the assistant's turns only; all rows must have "messages". This is TRL's option of
+            the same name; it holds for the experts and for the loss on `eval_data` too.
+        packing: Put several short texts into one sequence, where none sees another, instead of padding.
+        group_by_length: Put texts of similar length into a batch, to save padding; excludes `packing`.
+
+    Args: Training
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
-        epochs: Passes over the data when max_steps and max_tokens are 0.
-        max_tokens: Stop with the step that reaches so many trained tokens, padding not counted, going over the data as
-            often as that takes; 0 is no budget. With max_steps, whichever comes first.
-        batch_size: Sequences per device and forward pass.
-        gradient_accumulation: Forward passes per optimizer step.
-        sequence_length: Tokens per sequence; longer texts are cut into several sequences.
-        assistant_only_loss: Count only the assistant's turns in the loss, the experts' and the one on eval_data too, as
-            TRL's option of this name; all rows must have "messages".
-        packing: Several short texts in one sequence, none of which sees another, in the place of padding.
-        group_by_length: Batches of texts of about the same length, so that little is padding. Excludes packing.
-        cache_scaling_pass: Compute the scaling pass of each text once, keep it on disk and read it in every epoch; for
-            a frozen base model without dropout.
-        cache_dtype: The cache's number format: float32 is exact, bfloat16 and float16 take half the space.
-        cache_folder: Folder for such caches, which training runs on the same base and data share; null takes the folder
-            "scaling-cache" in the output folder.
+        epochs: Number of passes over the data, if `max_steps` and `max_tokens` are 0. The Trainer's
+            num_train_epochs.
+        max_tokens: Stop after this number of trained tokens, without padding; 0 sets no limit. The data is repeated as
+            often as that takes. With `max_steps`, whichever comes first.
+        batch_size: Sequences per device and forward pass. The Trainer's per_device_train_batch_size.
+        gradient_accumulation_steps: Forward passes per optimizer step.
         learning_rate: Peak learning rate of AdamW.
-        warmup: Share of the steps in which the learning rate rises, 0 to 1; after them it falls to 0 (cosine).
-        seed: For the gate's start values, the order of the data and dropout.
+        warmup_ratio: Share of the steps, 0 to 1, in which the learning rate rises. After them it falls to 0 (cosine).
+        seed: Random seed for the gate's start values, the order of the data and dropout.
+        eval_steps: Steps between two evaluations on `eval_data`; 0 takes `save_steps`. Each comes with a checkpoint.
+        early_stopping: Stop after this number of evaluations without a lower loss; 0 never stops early. The Trainer's
+            early_stopping_patience.
+
+    Args: Gate
+        gate_start: Fit the gate, before training, to the data's labels or to each expert's loss per token. With
+            random it is not fitted. Labels are those of `data`. Default: losses, where they can be computed.
+        layerwise_scalings: Predict weights for each LoRA layer, instead of one set for all layers.
+        xlora_depth: Number of linear layers of the gate, 1 or more.
+        xlora_size: Width of the gate's hidden layers, if `xlora_depth` is 2 or more.
+        xlora_dropout_p: Dropout between the gate's layers, if `xlora_depth` is 2 or more.
+        top_k_lora: Number of experts that each token keeps. Default: all.
+        softmax_temperature: Divisor of the gate's logits; lower values give sharper weights.
+        global_scaling_weight: Factor on the whole mixture, beside the gate's weights. Above 1 where the experts are
+            trained too little: try 2.
+        gate_layer: Run one pass only, in which the gate reads the input of this decoder layer. The layers from there on
+            follow the gate. Default: none, a scaling pass comes first.
+        scaling_pass_layers: Number of decoder layers that the scaling pass runs. Default: all.
+        scaling_pass_value: Weight of the experts in the scaling pass; 0 leaves them out. Default: 0, or 1 / number
+            of experts with `gate_layer`.
+        balance_loss_weight: Weight of a loss that is lowest if all experts are used equally; try 0.01.
+        entropy_loss_weight: Weight of the entropy of the gate's shares; above 0 makes the gate sharper, below 0 softer.
+        expert_label_loss_weight: Weight of the gate's cross entropy against the labels of `data`; try 0.1.
+
+    Args: Experts that are trained first
+        expert_rank: Rank of the experts.
+        expert_alpha: The experts' lora_alpha: what an expert adds is multiplied by lora_alpha / rank.
+        expert_targets (MODULE ...): Modules that the experts adapt; all-linear means all linear layers but the output
+            layer.
+        expert_steps: Optimizer steps per expert; 0 trains for `expert_epochs` instead.
+        expert_epochs: Number of passes over an expert's data, if `expert_steps` is 0.
+        expert_learning_rate: Peak learning rate of the experts.
+
+    Args: Output
+        output (FOLDER): Folder for the trained mixture; checkpoints go into its folder "checkpoints".
         save_steps: Steps between two checkpoints.
-        log_steps: Steps between two lines of loss.
+        logging_steps: Steps between two lines of the log.
         resume: Continue from the last checkpoint in the output folder.
-        eval_data: Held-out texts, files as for data; the mixture with the lowest loss on them is the one that is saved.
-        eval_steps: Steps between two evaluations, each with a checkpoint; 0 evaluates every save_steps.
-        early_stopping: Stop after so many evaluations in a row without a lower loss; 0 never does.
-        report_to: Where the log goes beside the screen; tensorboard writes into the folder of the checkpoints.
+        report_to: Send the log to this tool too. Files of TensorBoard go into the folder of the checkpoints.
+
+    Args: Advanced
+        bf16: Train in mixed precision with bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        dtype: The base model's number format; auto takes what it is saved in.
-        quantization: Quantise the base model while it is loaded, with bitsandbytes, to nf4 (4 bits) or int8.
-        trust_remote_code: Run the code that the base model brings along; off, a base that needs such code is refused.
-        bf16: Mixed precision training in bfloat16.
-        layerwise_scalings: Weights per LoRA layer rather than one set for all layers.
-        xlora_depth: Linear layers of the gate, 1 or more.
-        xlora_size: Width of the gate's hidden layers (from depth 2 on).
-        xlora_dropout_p: Dropout between the gate's layers (from depth 2 on).
-        softmax_temperature: Divides the gate's logits; lower is sharper.
-        top_k_lora: How many experts each token keeps; null keeps all.
-        global_scaling_weight: Weight of the whole mixture, beside the gate's; above 1 where the experts are trained
-            too little: try 2.
-        scaling_pass_value: Weight of the experts while the gate's input is computed; 0 leaves them out; null means 0,
-            or 1 / number of experts with gate_layer.
-        scaling_pass_layers: End the scaling pass after so many decoder layers; null runs all of them.
-        gate_layer: No scaling pass: the gate reads what enters this decoder layer in the only pass, and the layers from
-            there on follow it; null for a scaling pass.
-        use_trainable_adapters: Train the experts too.
-        allow_dora: Take adapters with DoRA too.
-        balance_loss_weight: Adds so much of a loss that is lowest where all experts are used alike; try 0.01.
-        entropy_loss_weight: Adds so much of the shares' entropy: above 0 the gate becomes sharper, below 0 softer.
-        expert_label_loss_weight: Adds so much of the cross entropy of the gate against the experts that files
-            (EXPERT=FILE) or rows ("expert", "experts") of the data are labelled with; try 0.1.
+        cache_scaling_pass: Compute the scaling pass of each text once and read it from disk in every epoch. For a
+            frozen base model without dropout.
+        cache_dtype: Number format of that cache; float32 is exact, the others take half the space.
+        cache_folder (FOLDER): Folder for caches, which runs on the same base model and data share. Default: the
+            folder "scaling-cache" in the output folder.
+        use_trainable_adapters: Train the experts together with the gate.
+        allow_dora: Accept adapters with DoRA.
     """
 
     base: str | None = None
@@ -103,7 +114,7 @@ class TrainOptions(CommandOptions):
     epochs: float = 1.0
     max_tokens: int = 0
     batch_size: int = 4
-    gradient_accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     sequence_length: int = 512
     assistant_only_loss: bool = False
     packing: bool = False
@@ -112,19 +123,16 @@ class TrainOptions(CommandOptions):
     cache_dtype: CacheDtype = "float32"
     cache_folder: str | None = None
     learning_rate: float = 1e-3
-    warmup: float = 0.1
+    warmup_ratio: float = 0.1
     seed: int = 0
     save_steps: int = 100
-    log_steps: int = 5
+    logging_steps: int = 5
     resume: bool = False
     eval_data: list[str] = field(default_factory=list)
     eval_steps: int = 0
     early_stopping: int = 0
     report_to: Literal["none", "tensorboard"] = "none"
     gradient_checkpointing: bool = False
-    dtype: Dtype = "auto"
-    quantization: Quantization | None = None
-    trust_remote_code: bool = False
     bf16: bool = False
     layerwise_scalings: bool = True
     xlora_depth: int = 1
@@ -141,3 +149,14 @@ class TrainOptions(CommandOptions):
     balance_loss_weight: float = 0.0
     entropy_loss_weight: float = 0.0
     expert_label_loss_weight: float = 0.0
+
+    def missing(self) -> list[str]:
+        """Base model, experts and data, where nothing brings them along."""
+        needed = {
+            "base is missing: the folder or Hub id of the base model": self.base or self.start_from,
+            "adapters is missing: the experts, as name=FOLDER (or experts_from, as name=DATA)": self.adapters
+            or self.experts_from
+            or self.start_from,
+            "data is missing: one or more files of training text": self.data or self.experts_from,
+        }
+        return [sentence for sentence, given in needed.items() if not given]

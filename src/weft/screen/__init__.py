@@ -3,6 +3,8 @@
 Knows no model and no file of weft's: texts and numbers in, texts out.
 
     visible.py      names and messages that cannot steer a terminal
+    loudness.py     how much a person wants to see
+    libraries.py    what other libraries say that nobody can act on, hidden
     console.py      rich's console, for texts that others wrote
     countdown.py    what is done and how long the rest takes
     palette.py      the experts' colours: the same in the terminal, on pages and in figures

@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from weft.screen.console import VisibleConsole
+from weft.screen.loudness import is_quiet
 
 EVERY = 10.0  # seconds between two lines, where there is no terminal
 
@@ -29,7 +30,7 @@ class Countdown:
     """
 
     def __init__(self, total: int | None, what: str = "", *, hidden: bool = False) -> None:
-        self.total, self.what, self.hidden = total, what, hidden
+        self.total, self.what, self.hidden = total, what, hidden or is_quiet()
         self.done = 0
         self._console = VisibleConsole(soft_wrap=True)
         self._bar: Progress | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from weft.screen.loudness import is_quiet
+
 # Control characters are shown as their pictures.
 PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
 PICTURES |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
@@ -27,3 +29,9 @@ def shortened(name: str) -> str:
 def say(text: str, file: Any = None) -> None:
     """Print a message with names in it."""
     print(visible(text), file=file or sys.stdout, flush=True)
+
+
+def notice(text: str, file: Any = None) -> None:
+    """Print what is good to know while something runs, unless only results are wanted."""
+    if not is_quiet():
+        say(text, file)

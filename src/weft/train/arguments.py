@@ -40,7 +40,7 @@ def mixture_options(options: TrainOptions) -> dict[str, Any]:
 
 def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps as expected, and at most (0: `epochs` decides)."""
-    per_step = options.batch_size * options.gradient_accumulation * number_of_processes()
+    per_step = options.batch_size * options.gradient_accumulation_steps * number_of_processes()
     if options.max_tokens:
         expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
         limit = options.max_steps or most
@@ -69,13 +69,13 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         max_steps=most_steps or -1,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(options.warmup * schedule_steps),
+        warmup_steps=int(options.warmup_ratio * schedule_steps),
         weight_decay=0.0,
         seed=options.seed,
-        logging_steps=options.log_steps,
+        logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # such a loss stops the run
         report_to=options.report_to,
         **checkpointing_arguments({"use_reentrant": False} if options.gradient_checkpointing else None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,18 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
     Raises:
         ConfigError: with all that is wrong.
     """
-    problems = []
-    if options.base is None:
-        problems.append("base is missing: the folder or Hub id of the base model")
-    if not adapters:
-        problems.append("adapters is missing: the experts, as name=FOLDER (or experts_from, as name=DATA)")
+    problems = replace(options, start_from=None, experts_from=[]).missing()  # which have been looked into
     if options.experts_from:
         problems.append(f"experts_from ({options.experts_from}) needs weft.train.experts.train_in_stages")
-    if not options.data:
-        problems.append("data is missing: one or more files of training text")
-    for name in ("batch_size", "gradient_accumulation", "save_steps", "log_steps"):
+    for name in ("batch_size", "gradient_accumulation_steps", "save_steps", "logging_steps"):
         if getattr(options, name) < 1:
             problems.append(f"{name} ({getattr(options, name)}) must be at least 1")
     if options.max_steps < 0:
         problems.append(f"max_steps ({options.max_steps}) must be at least 0")
     if options.learning_rate <= 0:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
-    if not 0 <= options.warmup <= 1:
-        problems.append(f"warmup ({options.warmup}) must be in [0, 1]")
+    if not 0 <= options.warmup_ratio <= 1:
+        problems.append(f"warmup_ratio ({options.warmup_ratio}) must be in [0, 1]")
     problems += _start_problems(options)
     problems += _evaluation_problems(options)
     problems += _amount_problems(options)

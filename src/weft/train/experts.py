@@ -33,6 +33,8 @@ from weft.files.writing import settle, temporary_folder
 from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
 from weft.options import TrainOptions
+from weft.options.spellings import EARLIER
+from weft.screen.visible import notice
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
 from weft.train.checks import check, check_experts
@@ -52,15 +54,15 @@ _RECORDED = (
     "expert_epochs",
     "expert_learning_rate",
     "batch_size",
-    "gradient_accumulation",
+    "gradient_accumulation_steps",
     "sequence_length",
     "assistant_only_loss",
-    "warmup",
+    "warmup_ratio",
     "seed",
 )
 
 
-def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -> Path:
+def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) -> Path:
     """Train the experts of `experts_from` that are not there yet, each on its data, and then the gate.
 
     Experts go to OUTPUT-experts/NAME, ordinary adapters. The gate learns on `data`, or without it on the data of all
@@ -99,7 +101,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = print) -
     return train(gate_options)
 
 
-def train_experts(options: TrainOptions, say: Callable[[str], None] = print) -> dict[str, Path]:
+def train_experts(options: TrainOptions, say: Callable[[str], None] = notice) -> dict[str, Path]:
     """Train the experts of `experts_from` that are not there yet, and no gate: each an ordinary LoRA adapter.
 
     Args:
@@ -178,8 +180,9 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
         raise ConfigError(
             f"{folder} holds an adapter that weft did not train: give it with --adapters, or move it away"
         )
+    saved = {EARLIER.get(option, option): value for option, value in read_json(folder / RECORD).items()}
     # Earlier versions knew no such option, and recorded none.
-    saved, wanted = {"assistant_only_loss": False, **read_json(folder / RECORD)}, _record(name, options)
+    saved, wanted = {"assistant_only_loss": False, **saved}, _record(name, options)
     damage = changes(folder, saved.get("files", {}))
     if damage:
         raise CheckpointError(

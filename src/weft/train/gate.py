@@ -24,6 +24,7 @@ from weft.files.names import by_name
 from weft.files.writing import errors_of_writing
 from weft.model.build import from_adapters, from_pretrained
 from weft.options import TrainOptions
+from weft.screen.visible import notice
 from weft.train.arguments import mixture_options, steps_to_train, training_arguments
 from weft.train.callbacks import GateCallback
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resume, prepare_folder
@@ -174,7 +175,7 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     if options.resume:
-        resume_from(trainer, checkpoints, by_the_first(print))
+        resume_from(trainer, checkpoints, by_the_first(notice))
     return trainer
 
 
@@ -194,7 +195,7 @@ def _scaling_cache(
             folder,
             dtype=options.cache_dtype,
             batch_size=options.batch_size,
-            announce=by_the_first(print),
+            announce=by_the_first(notice),
         )
 
 

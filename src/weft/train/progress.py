@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback
 
 from weft.screen.countdown import clock
+from weft.screen.loudness import is_quiet
 
 # Names of what the gate did, in the log.
 _GATE, _SHARE = "gate/", "gate/share/"
@@ -36,7 +37,7 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and the bar."""
         self._start = self._last = self._now(state)
-        if state.is_world_process_zero and self.console.is_terminal:
+        if state.is_world_process_zero and self.console.is_terminal and not is_quiet():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("training", total=1.0, left="")
@@ -88,7 +89,8 @@ class ProgressLine(TrainerCallback):
             self._bar = None
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False)
+        if not is_quiet():
+            self.console.print(line, markup=False, highlight=False)
 
     def _share(self, state: Any) -> float:
         """How much of the training is done, 0 to 1."""

@@ -15,6 +15,7 @@ from weft.config import XLoraConfig
 from weft.distributed import by_the_first, in_distributed_training, sharding_is_to_come
 from weft.errors import ConfigError, WeftError
 from weft.options import TrainOptions
+from weft.screen.visible import notice
 from weft.train.arguments import MIXTURE_OPTIONS
 from weft.train.checkpoints import Checkpoints, best_before, damage, is_incomplete
 from weft.train.gate_fit import fit_gate, fit_problems
@@ -56,7 +57,7 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
 
     Where the options leave it open, by the losses, and where that cannot be done, not at all.
     """
-    by, say = options.gate_start or "losses", by_the_first(print)
+    by, say = options.gate_start or "losses", by_the_first(notice)
     left_open = options.gate_start is None
     if by == "random" or (left_open and (options.start_from or sharding_is_to_come() or fit_problems(model, by))):
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -14,7 +13,6 @@ import transformers
 from safetensors import safe_open
 
 import weft
-import weft.cli.entry
 from models import lora, quietly, save_adapter, tiny_llama, tiny_tokenizer
 from weft.cli import main
 from weft.errors import WeftError
@@ -49,13 +47,9 @@ class Scenario:
     in_parts: bool = False
 
 
-_parser = functools.cache(weft.cli.entry._parser)
-
-
 def command(*arguments):
     """Run weft's command line; an error of weft's is raised, with what it says."""
     errors = io.StringIO()
-    weft.cli.entry._parser = _parser  # half a second each time
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         code = main([str(argument) for argument in arguments])
     if code:

@@ -1,0 +1,247 @@
+"""A command line, and the YAML files that it names, as a command's options: what is wrong is said all at once.
+
+Names take dashes or underscores; a list takes values up to the next option; a switch takes --no- or a value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.cli.commands import COMMANDS, Command
+from weft.cli.errors import UsageError
+from weft.cli.option_files import read_options, structured
+from weft.cli.values import SWITCH, from_words, from_yaml
+from weft.options.described import Option, options_of
+from weft.options.spellings import EARLIER, TRAINERS, todays_name
+
+# What every command takes beside its own options.
+COMMON = {
+    "config": "Read options from a YAML file; options after it on the command line win.",
+    "print-config": "Print the options as such a file, and do nothing else.",
+    "quiet": "Print results and errors only.",
+    "verbose": "Print what the libraries say, too.",
+    "help": "Show this help.",
+}
+
+
+@dataclass
+class Given:
+    """What a command line says.
+
+    Attributes:
+        values: of options, by the names of the fields.
+        asked: which of `COMMON` are there: help, quiet, verbose, print-config (with what follows its =).
+        handed_on: arguments for the program that the command starts.
+        renamed: earlier names of options that are used.
+        problems: what is wrong, a sentence each.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+    handed_on: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def command_named(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name in COMMANDS:
+        return COMMANDS[name]
+    kind = "option" if name.startswith("-") else "command"
+    names = ["--help", "--version", "--quiet", "--verbose"] if kind == "option" else list(COMMANDS)
+    raise UsageError([f"{name!r} is no {kind}{did_you_mean(name, names)} (weft --help lists them)"])
+
+
+def parse(name: str, arguments: Sequence[str]) -> Given:
+    """The arguments that follow a command's name.
+
+    Raises:
+        ConfigError: a file of --config cannot be read.
+        UsageError: with all that is wrong, unless help is asked for.
+    """
+    reader = _Reader(name)
+    reader.read(arguments)
+    given = reader.given
+    if not reader.skipped_words and not {"help", "print-config"} & set(given.asked):
+        given.problems += [
+            f"{option.metavar} is missing: {_lower(option.sentence)}"
+            for option in reader.options.values()
+            if option.positional and option.name not in given.values
+        ]
+    if given.problems and "help" not in given.asked:
+        raise UsageError(given.problems)
+    return given
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """': did you mean NAME?', or nothing where none is near; what a name begins with is near."""
+    names = list(names)
+    begun = [one for one in names if one.startswith(name)]
+    near = begun if 0 < len(begun) <= 3 else difflib.get_close_matches(name[:80].lower(), names, 1)
+    return f": did you mean {' or '.join(near)}?" if near else ""
+
+
+class _Reader:
+    """Goes over the arguments from left to right."""
+
+    def __init__(self, command: str) -> None:
+        self.given = Given()
+        self._command = command
+        self.options = {option.name: option for option in options_of(COMMANDS[command].options)}
+        self._free = [option for option in self.options.values() if option.positional]
+        self._rest: list[str] = []
+        self.skipped_words = False
+
+    def read(self, arguments: Sequence[str]) -> None:
+        """All of them."""
+        self._rest = list(arguments)
+        while self._rest:
+            word = self._rest.pop(0)
+            if word == "--":
+                for rest in self._rest:
+                    self._place(rest)
+                return
+            if not _is_flag(word):
+                self._place(word)
+                continue
+            name, equals, value = ("--help" if word == "-h" else word).partition("=")
+            self._flag(name, value if equals else None)
+
+    def _place(self, word: str) -> None:
+        """An argument without a name."""
+        if self._free:
+            self._set(self._free.pop(0), word, from_words)
+        else:
+            self.given.problems.append(f"{word!r} belongs to no option: put a value that has spaces into quotes")
+
+    def _flag(self, name: str, value: str | None) -> None:
+        """An option, and the values after it."""
+        plain = name.lstrip("-").replace("_", "-")
+        option = self._option(plain)
+        if name.startswith("--") and plain in COMMON:
+            self._common(plain, value)
+        elif name.startswith("--") and option is not None and not option.positional:
+            if option.kind == "switch":
+                self._switch(option, plain, value)
+            elif option.kind == "list":
+                self._list(option, value)
+            elif (text := self._value(option.flag, value)) is not None:
+                self._set(option, text, from_words)
+        elif COMMANDS[self._command].hands_on:
+            self.given.handed_on.append(name if value is None else f"{name}={value}")
+            while value is None and self._rest and not self._rest[0].startswith("-"):
+                self.given.handed_on.append(self._rest.pop(0))
+        elif option is not None and option.positional:
+            self._unknown(name, f": give {option.metavar} without a name")
+        else:
+            self._unknown(name, self._near(plain))
+
+    def _option(self, plain: str) -> Option | None:
+        """The option of a name with dashes; a switch's with no- too."""
+        name = plain.replace("-", "_")
+        today = todays_name(name, self.options)
+        self._note_earlier(name, today)
+        option = self.options.get(today)
+        if option is None and plain.startswith("no-"):
+            option = self.options.get(name.removeprefix("no_"))
+            return option if option is not None and option.kind == "switch" else None
+        return option
+
+    def _note_earlier(self, name: str, today: str) -> None:
+        if name in EARLIER and today in self.options:
+            self.given.renamed.append(f"{name} is called {today} now")
+
+    def _common(self, plain: str, value: str | None) -> None:
+        if plain == "config":
+            file = self._value("--config", value)
+            if file is not None:
+                self._config(file)
+        elif value is not None and plain != "print-config":
+            self.given.problems.append(f"--{plain} takes no value ({value!r})")
+        else:
+            self.given.asked[plain] = value or ""
+
+    def _config(self, file: str) -> None:
+        """The options in a YAML file; names of either kind."""
+        for name, value in read_options(file).items():
+            name = str(name).replace("-", "_")
+            today = todays_name(name, self.options)
+            if today in self.options:
+                self._note_earlier(name, today)
+                self._set(self.options[today], value, from_yaml)
+                self._free = [option for option in self._free if option.name != today]
+            else:
+                names = [*self.options, *TRAINERS]
+                self.given.problems.append(f"config has {name!r}, which is no option{did_you_mean(name, names)}")
+
+    def _switch(self, option: Option, plain: str, value: str | None) -> None:
+        if plain.startswith("no-") and option.flag != f"--{plain}":
+            if value is not None:
+                self.given.problems.append(f"--{plain} takes no value ({value!r})")
+            self.given.values[option.name] = False
+        elif value is None and not (self._rest and self._rest[0].lower() in SWITCH):
+            self.given.values[option.name] = True
+        else:
+            self._set(option, self._rest.pop(0) if value is None else value, from_words)
+
+    def _list(self, option: Option, value: str | None) -> None:
+        values = [] if value is None else [value]
+        while value is None and self._rest and not _ends_values(self._rest[0]):
+            values.append(self._rest.pop(0))
+        if not values:
+            self.given.problems.append(f"{option.flag} needs a value: {option.metavar}")
+        elif len(values) == 1 and values[0].lstrip().startswith(("[", "{")):
+            self._set(option, structured(option.name, values[0]), from_yaml)
+        else:
+            self._set(option, values, from_words)
+
+    def _value(self, flag: str, value: str | None) -> str | None:
+        """The value of an option that has one."""
+        if value is not None:
+            return value
+        if self._rest and not _ends_values(self._rest[0]):
+            return self._rest.pop(0)
+        self.given.problems.append(f"{flag} needs a value")
+        return None
+
+    def _set(self, option: Option, value: Any, read: Callable[[Option, Any], Any]) -> None:
+        try:
+            self.given.values[option.name] = read(option, value)
+        except ValueError as err:
+            self.given.problems.append(str(err))
+
+    def _near(self, plain: str) -> str:
+        flags = [option.flag for option in self.options.values() if not option.positional]
+        flags += [f"--no-{option.flag[2:]}" for option in self.options.values() if option.kind == "switch"]
+        flags += [f"--{name.replace('_', '-')}" for name, today in TRAINERS.items() if today in self.options]
+        near = did_you_mean(f"--{plain}", [*flags, *(f"--{name}" for name in COMMON)])
+        return near or f" (weft {self._command} --help lists them)"
+
+    def _unknown(self, name: str, near: str) -> None:
+        self.given.problems.append(f"{name} is no option{near}")
+        while self._rest and not _is_flag(self._rest[0]):
+            self._rest.pop(0)  # its values, and perhaps more
+            self.skipped_words = True
+
+
+def _is_flag(word: str) -> bool:
+    """Whether an argument names an option; -2 is a number."""
+    return re.fullmatch(r"--?[^\W\d]\S*", word.partition("=")[0]) is not None
+
+
+def _ends_values(word: str) -> bool:
+    """Whether an argument is none of the values of an option before it; `-- so` is a text."""
+    return word in ("--", "-h") or re.fullmatch(r"--\S+", word.partition("=")[0]) is not None
+
+
+def _lower(sentence: str) -> str:
+    first = sentence.partition(" ")[0]
+    return (sentence if first.isupper() else sentence[:1].lower() + sentence[1:]).removesuffix(".")

@@ -1,0 +1,42 @@
+"""`weft train`: a gate, or experts and then a gate, and what an interrupt leaves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from weft.cli.errors import speaks
+from weft.options import TrainOptions
+from weft.screen.visible import say
+from weft.train.checkpoints import last_checkpoint
+from weft.train.experts import experts_folder, train_in_stages
+
+
+def train(options: TrainOptions) -> None:
+    """Train, and say where the mixture is.
+
+    Raises:
+        WeftError: the options, adapters or data cannot work.
+        KeyboardInterrupt: after an interrupt; how to go on has been said.
+    """
+    try:
+        output = train_in_stages(options)
+    except KeyboardInterrupt:
+        if speaks():
+            _say_how_to_go_on(options)
+        raise
+    if speaks():
+        say(f"saved to {output}: try  weft generate {output} --prompt '...'")
+
+
+def _say_how_to_go_on(options: TrainOptions) -> None:
+    if last_checkpoint(Path(options.output) / "checkpoints") is not None:
+        say(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
+    elif (Path(options.output) / "adapter_config.json").exists():
+        say(
+            f"stopped before the first checkpoint; what was learned is in {options.output}: --start-from "
+            f"{options.output} goes on from it, into another folder",
+            file=sys.stderr,
+        )
+    elif options.experts_from:
+        say(f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr)

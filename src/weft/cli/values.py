@@ -1,0 +1,82 @@
+"""One value of an option, typed or from a YAML file, as the option's type has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from weft.files.reading import is_list_of_strings, is_number, shown
+from weft.options.described import Option
+
+# What a switch may be followed by, as in YAML 1.1.
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_EXPECTED = {"whole": "a whole number", "number": "a number", "switch": "true or false", "text": "a text"}
+
+
+def from_words(option: Option, value: str | list[str]) -> Any:
+    """What was typed: one word, or those of a list.
+
+    Raises:
+        ValueError: it is no value of this option; the message says of which.
+    """
+    if isinstance(value, list):
+        return value
+    if option.optional and value == "null":
+        return None
+    readers: dict[str, Callable[[str], Any]] = {"whole": int, "number": float, "switch": _switch}
+    try:
+        found = readers.get(option.kind, str)(value)
+    except (ValueError, KeyError):
+        raise _error(option, value, option.flag) from None
+    if option.kind == "choice" and found not in option.choices:
+        raise _error(option, value, option.flag)
+    return found
+
+
+def from_yaml(option: Option, value: Any) -> Any:
+    """What a YAML file says, or a list or table that was typed in YAML.
+
+    Raises:
+        ValueError: it is no value of this option; the message says of which.
+    """
+    if value is None and option.optional:
+        return None
+    if option.kind == "list":
+        return _list(option, value)
+    if option.kind == "number" and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise _error(option, value) from None
+    if isinstance(value, str):  # perhaps a number in quotes
+        return value if option.kind == "text" else from_words(option, value)
+    if type(value) is {"whole": int, "number": float, "switch": bool}.get(option.kind):
+        return value
+    raise _error(option, value)
+
+
+def _switch(text: str) -> bool:
+    return SWITCH[text.lower()]
+
+
+def _list(option: Option, value: Any) -> Any:
+    if isinstance(value, str):
+        return [value]
+    if is_list_of_strings(value):
+        return value
+    if isinstance(value, dict) and option.table is not None and all(isinstance(name, str) for name in value):
+        if all(isinstance(one, str) for one in value.values()) and option.table is str:
+            return value
+        if option.table is float and all(is_number(one) for one in value.values()):
+            return {name: float(one) for name, one in value.items()}
+    raise _error(option, value)
+
+
+def _error(option: Option, value: Any, name: str | None = None) -> ValueError:
+    expected = _EXPECTED.get(option.kind) or f"one of {', '.join(option.choices)}"
+    if option.kind == "list":
+        item = option.metavar.removesuffix(" ...")
+        expected = f"a list of texts, {item} each" + (", or a table {name: value}" if option.table else "")
+    elif option.kind == "text" and not isinstance(value, str):
+        expected = "a text: put it into quotes"
+    return ValueError(f"{name or option.name} ({shown(value)}) must be {expected}")

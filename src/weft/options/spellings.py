@@ -1,0 +1,45 @@
+"""Other spellings of options: those of transformers' Trainer where weft has a shorter one, and those before 0.1.0."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# weft's options with a short form of the Trainer's name.
+TRAINERS = {
+    "per_device_train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "early_stopping_patience": "early_stopping",
+}
+# Taken until 0.2.
+EARLIER = {
+    "log_steps": "logging_steps",
+    "warmup": "warmup_ratio",
+    "gradient_accumulation": "gradient_accumulation_steps",
+}
+
+
+def todays_name(name: str, names: Collection[str]) -> str:
+    """The name that an option has today, among the names of a command's options."""
+    today = {**TRAINERS, **EARLIER}.get(name, name)
+    return today if today in names else name
+
+
+def in_todays_spelling(options_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of such a dataclass, by the names of its fields.
+
+    Raises:
+        TypeError: an option is given in two spellings.
+    """
+    names = {field.name for field in dataclasses.fields(options_class)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        today = todays_name(name, names)
+        if today in values or (today != name and today in given):
+            raise TypeError(f"{options_class.__name__} has {today} twice, once as {name}: give it once")
+        if name in EARLIER and today != name:
+            warnings.warn(f"the option {name} is called {today} now", FutureWarning, stacklevel=3)
+        values[today] = value
+    return values

@@ -1,0 +1,106 @@
+"""What other libraries say that nobody can act on is hidden, unless it is asked for; what else they say is not."""
+
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import weft
+from models import tiny_llama
+from weft.cli import main
+from weft.screen.libraries import libraries_hushed
+from weft.screen.loudness import NORMAL, QUIET, VERBOSE, is_quiet, is_verbose, loudness
+from weft.screen.visible import notice
+
+LINES = {
+    "torchao": ("Failed to load /x/_C.so: no such symbol", "Skipping import of cpp extensions due to a torch"),
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward from kernels-community: none",),
+    "torch.utils._pytree": ("%s is an Enum subclass and is now natively supported by torch.compile",),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_their_notices_are_hidden_and_nothing_else(name, caplog):
+    logger = logging.getLogger(name)
+    for line in LINES[name]:
+        logger.warning(line)
+        with loudness(VERBOSE):
+            logger.warning(line)
+    logger.warning("something else")
+    assert [record.msg for record in caplog.records] == [*LINES[name], "something else"]
+
+
+def test_loudness_is_the_last_one_that_was_asked_for(capsys):
+    with loudness(VERBOSE):
+        with loudness(QUIET):
+            assert is_quiet()
+            notice("left out")
+        assert is_verbose()
+        assert not is_quiet()
+        notice("said")
+    assert capsys.readouterr().out == "said\n"
+
+
+def test_making_a_mixture_warns_of_nothing(llama_adapters):
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        warnings.simplefilter("error")
+        weft.from_adapters(tiny_llama(), llama_adapters)
+
+
+def test_wefts_own_warnings_are_lines_of_the_command(capsys):
+    with loudness(NORMAL), libraries_hushed("weft train"):
+        warnings.simplefilter("always", UserWarning)
+        warnings.warn("no expert acts", stacklevel=1)
+    assert capsys.readouterr().err == "weft train: warning: no expert acts\n"
+    with loudness(QUIET), libraries_hushed("weft train"):
+        warnings.warn("no expert acts", stacklevel=1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def command(base_folder, base_adapters, tmp_path):
+    """`weft train` of one step."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "the quick brown fox"}\n' * 4)
+    adapters = [f"{name}={path}" for name, path in base_adapters.items()]
+    return [
+        *("train", "--base", str(base_folder), "--adapters", *adapters, "--data", str(data), "--max-steps", "1"),
+        *("--output", str(tmp_path / "out"), "--xlora-size", "8"),
+    ]
+
+
+def test_quiet_leaves_results_and_errors(command, tmp_path, capfd):
+    assert main(["--quiet", *command]) == 0
+    out = tmp_path / "out"
+    assert capfd.readouterr() == (f"saved to {out}: try  weft generate {out} --prompt '...'\n", "")
+    assert main([*command, "--quiet"]) == 1
+    found = capfd.readouterr()
+    assert found.out == ""
+    assert found.err.startswith("weft train: error: weft train cannot start:")
+
+
+def test_verbose_lets_through_what_libraries_say(command, capfd):
+    assert main(command) == 0
+    assert "Loading weights" not in capfd.readouterr().err
+    command[command.index("--output") + 1] += "-again"
+    assert main([*command, "--verbose"]) == 0
+    found = capfd.readouterr()
+    assert "Loading weights" in found.err
+    assert "trained to step 1" in found.out
+
+
+@pytest.mark.slow
+def test_the_screen_has_only_what_weft_says(command, tmp_path):
+    ran = subprocess.run([sys.executable, "-m", "weft", *command], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
+    assert "saved to" in ran.stdout
+
+
+def test_importing_peft_after_weft_says_nothing():
+    ran = subprocess.run(
+        [sys.executable, "-c", "import weft, peft.tuners.lora"], capture_output=True, text=True, check=True
+    )
+    assert (ran.stdout, ran.stderr) == ("", "")
