@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weft import gate_start
+from weft.train import gate_fit
 
 
 def remember_losses(folder: Path) -> None:
@@ -18,7 +18,7 @@ def remember_losses(folder: Path) -> None:
     The losses are what they would be: which gate asks, and with which seed, makes no difference to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    compute = gate_start._losses
+    compute = gate_fit._losses
 
     def losses(model: Any, inputs: dict[str, torch.Tensor], experts: Sequence[str]) -> torch.Tensor:
         lengths = inputs["attention_mask"].sum(-1).tolist()
@@ -34,4 +34,4 @@ def remember_losses(folder: Path) -> None:
             row[: length - 1] = torch.load(file)
         return table
 
-    gate_start._losses = losses
+    gate_fit._losses = losses
