@@ -10,9 +10,9 @@ from transformers import DataCollatorForSeq2Seq
 
 import weft
 from models import VOCAB, make_architecture, quietly, tiny_llama, tiny_tokenizer, weft_model
-from weft.train import scaling_cache
 from weft.base_model.versions import checkpointing_arguments
 from weft.errors import CheckpointError, ConfigError
+from weft.train import scaling_cache
 
 
 def mixture(adapters, base=None, **options):
