@@ -95,6 +95,13 @@ def test_earlier_names_are_taken_and_said(earlier, today, value, tmp_path, capsy
     assert f"weft train: {earlier.replace('-', '_')} is called {today} now\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["card", "push"])
+def test_licence_is_taken_for_license(command):
+    given = parse(command, ["my-mixture", *(["user/mixture"] if command == "push" else []), "--licence", "mit"])
+    assert given.values["license"] == "mit"
+    assert given.renamed == ["licence is called license now"]
+
+
 def test_the_trainers_own_names_are_taken():
     line = "--per-device-train-batch-size 2 --num_train_epochs 3 --early-stopping-patience 4"
     assert values(line) == {"batch_size": 2, "epochs": 3.0, "early_stopping": 4}

@@ -82,7 +82,7 @@ def test_checkpoints_and_pickles_stay_here(hub, folder):
 
 def test_push_and_pull_by_command(hub, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "adapters")
-    assert main(["push", str(folder), "user/mixture", "--base", BASE, "--licence", "mit", "--private"]) == 0
+    assert main(["push", str(folder), "user/mixture", "--base", BASE, "--license", "mit", "--private"]) == 0
     assert "pushed: http" in capsys.readouterr().out
     assert main(["pull", "user/mixture"]) == 0
     assert "saved to mixture: try  weft generate mixture" in capsys.readouterr().out

@@ -76,7 +76,7 @@ COMMANDS = {
     "convert": Command(
         ConvertOptions, "weft.cli.formats:convert", "weft convert my-mixture --to peft --output for-peft"
     ),
-    "card": Command(CardOptions, "weft.cli.formats:card", "weft card my-mixture --licence apache-2.0"),
+    "card": Command(CardOptions, "weft.cli.formats:card", "weft card my-mixture --license apache-2.0"),
     "push": Command(
         PushOptions,
         "weft.cli.formats:push_mixture",

@@ -57,7 +57,7 @@ def card(options: CardOptions) -> None:
         raise ConfigError(
             f"model ({options.model}) has a README.md that somebody wrote: --overwrite replaces it, or move it away"
         )
-    file = write_card(options.model, base=options.base, license=options.licence, evaluation=options.evaluation)
+    file = write_card(options.model, base=options.base, license=options.license, evaluation=options.evaluation)
     say(f"saved to {file}")
 
 
@@ -67,8 +67,8 @@ def push_mixture(options: PushOptions) -> None:
     Raises:
         WeftError: the mixture cannot be read, or the Hub does not take it.
     """
-    given = {name: getattr(options, name) for name in ("private", "base", "evaluation", "dry_run")}
-    done = push(options.model, options.repo_id, license=options.licence, **given)
+    given = {name: getattr(options, name) for name in ("private", "base", "license", "evaluation", "dry_run")}
+    done = push(options.model, options.repo_id, **given)
     say(f"would be sent to {options.repo_id}:\n{done}" if options.dry_run else f"pushed: {done}")
 
 

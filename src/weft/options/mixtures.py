@@ -116,12 +116,12 @@ class PublicationOptions(CommandOptions):
 
     Args: Card
         base (HUB_ID): Hub id of the base model, for the card. Default: what the mixture says.
-        licence (NAME): Licence of the mixture, as the Hub writes it (apache-2.0, mit, ...). Default: none is declared.
+        license (NAME): Licence of the mixture, as the Hub writes it (apache-2.0, mit, ...). Default: none is declared.
         evaluation (FILE): Results that `weft eval --output` wrote, for the card. Default: eval.json in the folder.
     """
 
     base: str | None = None
-    licence: str | None = None
+    license: str | None = None
     evaluation: str | None = None
 
 

@@ -18,6 +18,7 @@ EARLIER = {
     "log_steps": "logging_steps",
     "warmup": "warmup_ratio",
     "gradient_accumulation": "gradient_accumulation_steps",
+    "licence": "license",
 }
 
 

@@ -373,7 +373,7 @@ _COMMANDS: dict[str, list[str]] = {
 }
 _OPTIONS = ["prompt", "base", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "dtype", "speculate", "output"]
 _OPTIONS += ["text", "data", "title", "html", "figure", "compare", "system", "weights", "sequence_length", "batch_size"]
-_OPTIONS += ["max_sequences", "rows", "stride", "freeze_after", "search_data", "adapters", "rename", "to", "licence"]
+_OPTIONS += ["max_sequences", "rows", "stride", "freeze_after", "search_data", "adapters", "rename", "to", "license"]
 _OPTIONS += ["max_steps", "epochs", "learning_rate", "warmup_ratio", "xlora_depth", "xlora_size", "top_k_lora"]
 _OPTIONS += [
     "gate_layer",
