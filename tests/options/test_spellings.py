@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from weft.cli.commands import COMMANDS
 from weft.options import GenerateOptions, TrainOptions
 from weft.options.spellings import EARLIER, TRAINERS, todays_name
 
@@ -13,7 +14,8 @@ def test_the_trainers_names_are_options_of_the_trainer():
 
     names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     assert set(TRAINERS) - {"early_stopping_patience"} <= names  # which is EarlyStoppingCallback's
-    own = {field.name for field in dataclasses.fields(TrainOptions)}
+    commands = (command.options for command in COMMANDS.values())
+    own = {field.name for options in commands for field in dataclasses.fields(options)}
     assert set(TRAINERS.values()) | set(EARLIER.values()) <= own
     assert not own & (set(TRAINERS) | set(EARLIER))
 
