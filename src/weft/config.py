@@ -192,7 +192,8 @@ class XLoraConfig(PeftConfig):
             ConfigError: the saved options cannot work.
         """
         carries, adapters = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] is cls, kwargs.pop("adapters", None)
-        saved = open_mixture(pretrained_model_name_or_path, subfolder, adapters, keep_experts=carries)
+        fetching = {name: kwargs.get(name) for name in ("revision", "token")}
+        saved = open_mixture(pretrained_model_name_or_path, subfolder, adapters, keep_experts=carries, **fetching)
         config = cls.of_saved(saved, **kwargs)
         return config.carry(saved) if carries else config
 

@@ -224,6 +224,8 @@ def test_revision_and_token_reach_the_hub(hub, mixture, base_folder, monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
     weft.from_pretrained("user/mix", base, revision="main", token="hf_right")
     assert asked == [("user/mix", "main", "hf_right")]
+    weft.XLoraConfig.from_pretrained("user/mix", revision="main", token="hf_right")  # as peft calls it
+    assert asked == [("user/mix", "main", "hf_right")] * 2
 
 
 def test_the_default_is_scalings_for_each_layer_and_pefts_configs_keep_theirs(llama_adapters, numbered, registered):
