@@ -7,9 +7,9 @@ other languages, as translators wrote it. There are three tasks:
     words, German      the German text, and nothing around it
     form, German       the German text in the form: the test
 
-The form's expert learns the first, of half of the items; a language's expert learns the second, of all items, since a
-translation is a fact that cannot be guessed. Of the items of the test, the form's expert saw none, and no one saw the
-form with another language than English. Answers are compared letter by letter.
+The form's expert learns the first, of half of the items. A language's expert learns the second, of all items, since it
+has to know each translation. Of the items of the test, the form's expert saw none, and nobody saw the form with another
+language than English. Answers are compared letter by letter.
 """
 
 from __future__ import annotations

@@ -60,9 +60,10 @@ ENTRY = r"\n(?=\S)"  # in dictionaries, the word stands at a line's start and th
 
 def translated(language: str, *manuals: str, reference: str = "", width: int = 2000, name: str) -> Domain:
     """A natural language: the pages of LibreOffice's help, man pages, and the Debian Reference where there is one."""
+    manuals_licence = "the original pages'" if language in ("ja", "zh-cn") else "GPL-3+"
     sources = [
         Source(f"libreoffice-help-{language}", ("*/text/*.html",), "MPL-2.0", page),
-        *(Source(package, ("usr/share/man/*.gz",), "GPL-3+ and others", manual) for package in manuals),
+        *(Source(package, ("usr/share/man/*.gz",), manuals_licence, manual) for package in manuals),
     ]
     if reference:
         files = (f"usr/share/debian-reference/debian-reference.{reference}.txt.gz",)
@@ -83,7 +84,7 @@ DOMAINS = (
         "webster",
         "style",
         "Webster's dictionary of 1913, as GCIDE has it",
-        (Source("dict-gcide", ("*/gcide.dict.dz",), "GPL-3+", grouped(ENTRY, skip=r"(?m)^ *\[1913 Webster\]\n")),),
+        (Source("dict-gcide", ("*/gcide.dict.dz",), "GPL-2+", grouped(ENTRY, skip=r"(?m)^ *\[1913 Webster\]\n")),),
     ),
     Domain(
         "json",
@@ -156,7 +157,7 @@ DOMAINS = (
             Source("dracut-core", ("usr/lib/dracut/*", "usr/bin/*"), "GPL-2+"),
             Source("bash-completion", ("usr/share/bash-completion/*",), "GPL-2+", but_not=("*.py",)),
             Source("live-build", ("usr/lib/live/build/*", "usr/share/live/build/*.sh"), "GPL-3+"),
-            Source("lynis", ("usr/share/lynis/include/*",), "GPL-3"),
+            Source("lynis", ("usr/share/lynis/include/*",), "GPL-3+"),
         ),
     ),
     Domain(
@@ -256,7 +257,7 @@ DOMAINS = (
         "CSV: airports, and owners of network addresses",
         (
             Source("airportsdata==20260905", ("*/airports.csv",), "MIT", grouped(r"\n", 4000)),
-            Source("ieee-data", ("*.csv",), "a list of facts by the IEEE", grouped(r"\n", 4000)),
+            Source("ieee-data", ("*.csv",), "public domain", grouped(r"\n", 4000)),
         ),
     ),
     Domain(
@@ -281,7 +282,7 @@ DOMAINS = (
         "dictionaries of computing and its folklore, and the Devil's",
         (
             Source("dict-jargon", ("*.dict.dz",), "public domain", grouped(ENTRY)),
-            Source("dict-foldoc", ("*.dict.dz",), "GFDL-1.3", grouped(ENTRY)),
+            Source("dict-foldoc", ("*.dict.dz",), "GFDL-1.1+", grouped(ENTRY)),
             Source("dict-devil", ("*.dict.dz",), "public domain", grouped(r"\n\n(?=[A-Z'-]+, )")),
         ),
     ),

@@ -1,0 +1,241 @@
+"""The bench's domains: documents are read, cut, dealt and mixed as they say, on made-up documents."""
+
+import importlib
+import json
+import random
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = [ROOT / "demo", ROOT / "benchmarks/domains"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of the bench."""
+    known = set(sys.modules)
+    for folder in FOLDERS:
+        monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for name in set(sys.modules) - known:
+        if any((folder / f"{name}.py").exists() for folder in FOLDERS):
+            del sys.modules[name]
+
+
+def sentences(seed, number):
+    """Lines of words that occur nowhere else, in paragraphs of three."""
+    lines = [" ".join(f"w{seed}x{line}x{word}" for word in range(9)) for line in range(number)]
+    return "\n\n".join("\n".join(lines[start : start + 3]) for start in range(0, number, 3))
+
+
+def test_pieces_are_the_text_and_end_at_lines(bench):
+    cut = bench("splits").cut
+    text = sentences(0, 60)
+    pieces = cut(text, (500, 500), random.Random(0))
+    assert "".join(pieces).replace("\n", "") in text.replace("\n", "")
+    assert all(250 <= len(piece) <= 500 for piece in pieces)
+    assert {line for piece in pieces for line in piece.split("\n")} <= set(text.split("\n"))
+
+
+def test_a_line_without_end_is_cut_at_spaces_or_anywhere(bench):
+    cut = bench("splits").cut
+    assert cut("word " * 100, (100, 100), random.Random(0))[0].endswith("word")
+    assert cut("x" * 250, (100, 100), random.Random(0)) == ["x" * 100, "x" * 100, "x" * 50]
+
+
+def test_a_documents_texts_are_in_one_split(bench):
+    documents = {f"d{number}": sentences(number, 40) for number in range(30)}
+    wanted = {"test": 10, "select": 10, "train": 30}
+    splits = bench("splits").deal(documents, 500, wanted, random.Random(0))
+    names = [{name for name, _ in texts} for texts in splits.values()]
+    assert not names[0] & names[1] | names[0] & names[2] | names[1] & names[2]
+    assert len(splits["test"]) == len(splits["select"]) == 10
+    assert len(names[0]) == 10
+    few = bench("splits").deal(documents, 500, {**wanted, "train": 1000}, random.Random(0))
+    assert len(few["train"]) > 150
+    assert len({name for name, _ in few["test"]}) == 3
+    assert all(text in documents[name].replace("\n\n\n", "\n\n") for texts in splits.values() for name, text in texts)
+    assert splits == bench("splits").deal(documents, 500, wanted, random.Random(0))
+
+
+def test_where_there_is_little_each_split_has_some(bench):
+    documents = {f"d{number}": sentences(number, 6) for number in range(12)}
+    splits = bench("splits").deal(documents, 500, {"test": 64, "select": 64, "train": 1500}, random.Random(0))
+    assert [len(texts) for texts in splits.values()] == [2, 2, 8]
+
+
+def test_no_near_copy_is_left_in_two_documents(bench):
+    splits = bench("splits")
+    header = "Licensed to whom it may concern, under terms that are the same in every single file of this package."
+    documents = {f"d{number}": f"{header}\n\n{sentences(number, 9)}" for number in range(4)}
+    documents["copy"] = documents["d0"] + "\n\n" + sentences(4, 9)
+    documents["only a copy"] = documents["d1"].replace("w1x0x0", "changed")
+    left = splits.without_near_copies(documents)
+    assert sum(header in text for text in left.values()) == 1
+    for number in range(5):
+        assert sum(f"w{number}x5x" in text for text in left.values()) == 1
+    assert "only a copy" not in left or "d1" not in left
+
+
+def test_a_text_that_was_seen_in_parts_is_left_out_of_what_is_held_out(bench):
+    lines = sentences(0, 8).replace("\n\n", "\n").split("\n")
+    train = [("a", "\n".join(lines[:3])), ("b", "\n".join(lines[3:6]))]
+    test = [("c", "\n".join(lines[:6])), ("d", "\n".join(lines[5:])), ("e", "short")]
+    left = bench("splits").without_seen({"test": test, "train": train})
+    assert left == {"test": test[1:], "train": train}
+
+
+def test_japanese_is_compared_by_character_and_comes_back_as_it_was(bench):
+    letters = [chr(number) for number in range(0x4E00, 0x9000)]
+    first, second = (("".join(random.Random(seed).sample(letters, 300))) for seed in (0, 1))
+    left = bench("splits").without_near_copies({"a": first, "b": first[:290] + second[:5], "c": second})
+    assert left in ({"a": first, "c": second}, {"b": first[:290] + second[:5], "c": second})
+
+
+def test_what_no_person_wrote_is_left_out(bench):
+    readable = bench("splits").readable
+    code = "def function(argument):\n    return argument\n" * 10
+    assert readable(code, "code") == code.strip("\n")
+    assert readable(code.replace("\n", " ") * 5, "code") == ""  # one line
+    assert readable("0x12, 0x34,\n" * 50, "code") == ""
+    assert readable("short", "style") == ""
+
+
+@pytest.mark.parametrize("own", ["Ein Satz, der nicht zu kurz ist.", "Это предложение не слишком короткое"])
+def test_paragraphs_in_english_are_left_out_of_translations(bench, own):
+    left = bench("extract").without_english
+    assert left(f"{own}\n\nThis is the part that was not translated.\n\n{own}") == f"{own}\n\n{own}"
+
+
+def test_of_a_translation_with_own_letters_words_in_others_are_left_out(bench):
+    left = bench("extract").without_english
+    own = "Это предложение не слишком короткое, и это тоже хорошо."
+    assert left(f"{own}\n\nChoose Tools Options Writer View Grid") == own
+    assert left("Wählen Sie\n\nExtras Optionen Writer Ansicht Raster Gitter").endswith("Gitter")
+
+
+def test_a_page_is_what_a_reader_sees(bench):
+    html = "<head><title>no</title></head><p>One\ntwo <b>three</b></p><script>no</script><pre>a\n  b</pre><td>c"
+    assert bench("extract").page(html.encode()) == ["One two three\n\na\n  b\n\nc"]
+
+
+def test_a_manual_is_its_words(bench):
+    head = '.TH X 1\n.\\" no\n.SH "NAME"\nx \\- \\fBdoes\\fP it\n.PP\n.BR open (2)\n'
+    roff = head + ".TS\nl l.\n.TE\n.de no\nno\n..\n\\(lqso\\(rq"
+    assert bench("extract").manual(roff.encode()) == ["NAME\nx - does it\n\nopen(2)\n“so”"]
+
+
+def test_entries_are_grouped_and_records_counted(bench):
+    extract = bench("extract")
+    assert extract.grouped(r"\n(?=\S)", 8)(b"one\n  1\ntwo\n  2\nthree") == ["one\n  1\n\ntwo\n  2", "three"]
+    assert extract.grouped(r"\n", 0, skip="#")(b"#1\n2") == ["1", "2"]
+    (first, second) = extract.records(json.dumps({"all": [{"n": number} for number in range(20)]}).encode())
+    assert json.loads(first) + json.loads(second) == [{"n": number} for number in range(20)]
+    assert extract.records(b"no JSON") == []
+    assert extract.whole(b"\xff\xfe\xfd") == [""]
+
+
+def test_a_bible_is_read_from_its_streams(bench):
+    book = '<title>no</title><chapter n="1" sID="x"/><div type="x-p"/>The <w lemma="y">beginning</w>.'
+    data = b"".join(zlib.compress(text.encode()) + b"rubbish" for text in (book, book.replace("The", "In the")))
+    assert bench("extract").sword(data) == ["Chapter 1\n\nThe beginning.", "Chapter 1\n\nIn the beginning."]
+
+
+def test_files_are_read_from_a_wheel_and_from_an_archive_in_it(bench, tmp_path):
+    packages, Source = bench("packages"), bench("table").Source
+    (tmp_path / "a.py").write_text("inner")
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "a.py", "top/a.py")
+    path = tmp_path / "some_thing-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("b/x.py", "outer")
+        wheel.writestr("b/not.py", "no")
+        wheel.write(tmp_path / "a.tar.xz", "a.tar.xz")
+    assert packages.fetched("some-thing==1.0", tmp_path) == path
+    outer = Source("some-thing==1.0", ("b/*.py",), "", but_not=("*/not.py",))
+    assert packages.read_files(outer, path) == {"b/x.py": b"outer"}
+    assert packages.read_files(Source("x", ("*.py",), "", inside="*.tar.xz"), path) == {"top/a.py": b"inner"}
+
+
+def test_the_table_is_whole(bench):
+    table = bench("table")
+    names = [domain.name for domain in table.DOMAINS]
+    assert len(set(names)) == len(names) >= table.NUM_EXPERTS + 2
+    for size in table.SIZES:
+        assert {domain.kind for domain in table.DOMAINS[:size]} == {"code", "language", "records", "style"}
+
+
+def test_the_readme_names_every_domain_and_package(bench):
+    readme = (ROOT / "benchmarks/domains/README.md").read_text("utf-8")
+    for domain in bench("table").DOMAINS:
+        assert f"| {domain.name} |" in readme
+        assert all(f"`{source.package}`" in readme and source.licence in readme for source in domain.sources)
+
+
+def test_mixed_texts_switch_where_they_say(bench):
+    mixed_rows = bench("mixed").mixed_rows
+    texts = {name: [f"{name} {sentences(number, 30)}" for number in range(4)] for name in "abcd"}
+    texts = {name: [text.replace("w", name) for text in found] for name, found in texts.items()}
+    rows = mixed_rows(texts, dict.fromkeys(texts, 2000), 40, random.Random(0))
+    counts = dict.fromkeys(texts, 0)
+    for row in rows:
+        starts = [start for start, _ in row["experts"]]
+        names = [name for _, name in row["experts"]]
+        assert starts[0] == 0
+        assert len(set(names)) == len(names) in (2, 3)
+        for start, end, name in zip(starts, [*starts[1:], len(row["text"])], names, strict=True):
+            assert set(row["text"][start:end]) & set("abcd") == {name}
+            assert 200 <= end - start <= 702
+            counts[name] += 1
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert rows == mixed_rows(texts, dict.fromkeys(texts, 2000), 40, random.Random(0))
+
+
+def test_a_composition_needs_what_no_expert_saw(bench):
+    composition = bench("composition")
+    items = [
+        composition.Item(f"given {number}", f"E{number}", {"german": f"G{number}", "french": f"F{number}"}, "<{}>")
+        for number in range(20)
+    ]
+    rows = composition.rows_of(items, composition.Tasks("formed", "plain"), random.Random(0))
+    assert {name: len(found) for name, found in rows.items() if "french" not in name} == {
+        **{"train-form": 10, "train-german": 20, "gate-german": 10, "select-german": 2, "test-german": 8}
+    }
+    given = {name: {row["prompt"].split("\n")[0] for row in found} for name, found in rows.items()}
+    assert not given["train-form"] & given["test-german"]
+    assert not given["train-form"] & given["select-german"] | given["select-german"] & given["test-german"]
+    assert given["test-german"] <= given["train-german"]
+    row = rows["test-german"][0]
+    number = row["prompt"].split()[1]
+    assert row["prompt"] == f"given {number}\nformed, German:\n"
+    assert row["answer"] == f"<G{number}>"
+    assert row["text"] == row["prompt"] + row["answer"]
+    assert all(row["answer"].startswith("<E") for row in rows["train-form"])
+
+
+def test_differences_are_told(bench):
+    build = bench("build")
+    same = {"packages": {"p": "1"}, "files": {"a/test.jsonl": {"texts": 1}, "b/test.jsonl": {"texts": 2}}}
+    assert build.differences(same, same) == []
+    assert build.differences(same, {"packages": {"p": "1"}, "files": {"a/test.jsonl": {"texts": 1}}}) == []
+    (told,) = build.differences(same, {"packages": {"p": "2"}, "files": {}})
+    assert told == "p: version 2, recorded 1"
+    (told,) = build.differences(same, {"packages": {}, "files": {"a/test.jsonl": {"texts": 3}}})
+    assert told == "a/test.jsonl: {'texts': 3}, recorded {'texts': 1}"
+
+
+def test_a_folder_is_there_only_when_it_is_whole(bench, tmp_path):
+    build = bench("build")
+    rows = [{"text": "a\u2028b\n"}, {"text": "ü"}]
+    build.write(tmp_path / "x", {"test": rows})
+    assert list(build.read(tmp_path / "x/test.jsonl")) == rows
+    with pytest.raises(TypeError):
+        build.write(tmp_path / "y", {"test": rows, "train": [{1, 2}]})
+    assert not (tmp_path / "y").exists()
+    build.write(tmp_path / "y", {"test": rows})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
