@@ -2,7 +2,7 @@
 
 The rooms, lowest first; each imports from those before it only, and its docstring lists its files:
 
-    errors, files, screen, options, distributed     what everything stands on
+    errors, kernels, files, screen, options, distributed    what everything stands on
     checkpoint, config                              a saved mixture as values; its options
     base_model, gate, data                          the three things that a mixture is made of and for
     layers, passes, model                           one layer's experts; one call of the model; the model

@@ -200,10 +200,9 @@ class XLoraConfig(PeftConfig):
     @classmethod
     def of_saved(cls, saved: SavedMixture, **replaced: Any) -> XLoraConfig:
         """The options of a folder that was opened; it raises what `from_pretrained` does."""
-        values = saved.values
-        values = values | {name: value for name, value in replaced.items() if name not in _FETCHING and name in values}
+        own = {name: value for name, value in replaced.items() if name not in _FETCHING and name in saved.values}
         try:
-            config = cls(**values)
+            config = cls(**{**saved.values, **own})
         except ConfigError as err:
             raise ConfigError(f"{saved.file} cannot be read:", err.problems) from err
         refuse_other_sizes(config, saved)

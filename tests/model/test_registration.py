@@ -212,7 +212,7 @@ def test_options_of_loading_are_refused_where_nothing_is_loaded(option, mixture,
         weft.from_adapters(tiny_llama(), llama_adapters, **option)
 
 
-def test_revision_and_token_reach_the_hub(hub, mixture, base_folder, monkeypatch):
+def test_revision_and_token_reach_the_hub(hub, mixture, base_folder, monkeypatch, registered):
     shutil.copytree(mixture, hub / "user/mix")
     base, asked = transformers.AutoModelForCausalLM.from_pretrained(base_folder), []
     fetch = huggingface_hub.snapshot_download
@@ -226,6 +226,8 @@ def test_revision_and_token_reach_the_hub(hub, mixture, base_folder, monkeypatch
     assert asked == [("user/mix", "main", "hf_right")]
     weft.XLoraConfig.from_pretrained("user/mix", revision="main", token="hf_right")  # as peft calls it
     assert asked == [("user/mix", "main", "hf_right")] * 2
+    peft.PeftConfig.from_pretrained("user/mix", revision="main", token="hf_right")  # as transformers reads it
+    assert asked == [("user/mix", "main", "hf_right")] * 3
 
 
 def test_the_default_is_scalings_for_each_layer_and_pefts_configs_keep_theirs(llama_adapters, numbered, registered):

@@ -13,8 +13,8 @@ from weft.options.described import Option, description, options_of
 _INDENT = 28  # columns before a sentence
 _LEAST, _MOST = 40, 100  # columns of all
 _OVERVIEW = {
-    "--quiet": "Print results and errors only.",
-    "--verbose": "Print what the libraries say, too.",
+    "--quiet": COMMON["quiet"],
+    "--verbose": COMMON["verbose"],
     "--version": "Print versions of weft, torch, transformers, peft.",
     "--help": "Show this help; after a command, its options.",
 }

@@ -1,7 +1,7 @@
 """The X-LoRA model: a base model with its experts and a gate, as a tuner of peft.
 
 It puts the parts together (experts, layers, gate, passes), answers to the methods of peft's X-LoRA, and takes
-everything out again. What happens in a call is in `passes.py`.
+everything out again. What happens in a call is in `passes/base.py`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,10 @@ def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwar
     """
     settle(Path(path, subfolder or ""))
     config = _peft_own["from_pretrained"].__get__(None, cls)(path, subfolder=subfolder, **kwargs)
-    return XLoraConfig.from_pretrained(path, subfolder=subfolder) if isinstance(config, XLoraConfig) else config
+    if not isinstance(config, XLoraConfig):
+        return config
+    fetching = {name: kwargs.get(name) for name in ("revision", "token")}
+    return XLoraConfig.from_pretrained(path, subfolder=subfolder, **fetching)
 
 
 def _type_of_folder(cls: type, model_id: Any, **kwargs: Any) -> Any:
