@@ -180,3 +180,27 @@ def assert_same(found, expected):
     for (tokens, log_probs), (right, right_log_probs) in zip(found, expected, strict=True):
         assert tokens == right
         assert log_probs == pytest.approx(right_log_probs, abs=1e-3)
+
+
+@torch.no_grad()
+def log_probs(model, texts):
+    """Of each token but the first."""
+    found = []
+    for text in texts:
+        logits = model(input_ids=torch.tensor([text])).logits[0, :-1].double()
+        found.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(text[1:])[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def served_log_probs(llm, texts):
+    """The same, in vLLM."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": text} for text in texts], parameters, use_tqdm=False)
+    found = [
+        of[token].logprob
+        for output, text in zip(outputs, texts, strict=True)
+        for of, token in zip(output.prompt_logprobs[1:], text[1:], strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)

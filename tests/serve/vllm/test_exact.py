@@ -5,7 +5,18 @@ import torch
 import transformers
 
 import weft
-from engines import PROJECTIONS, assert_same, chosen, engine, generated, prompts, served, sharpen
+from engines import (
+    PROJECTIONS,
+    assert_same,
+    chosen,
+    engine,
+    generated,
+    log_probs,
+    prompts,
+    served,
+    served_log_probs,
+    sharpen,
+)
 from models import lora, save_adapter, tiny_tokenizer
 from weft.serve.requests import Choice
 
@@ -59,6 +70,22 @@ def test_compiled_which_is_vllms_default_it_is_the_same(options, base, make_mixt
     with engine(base, folder, enforce_eager=False) as llm:
         assert_same(served(llm, prompts()), expected)
         assert_same(served(llm, prompts()[2:3]), expected[2:3])
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_half_precision_rounds_and_no_more(eager, base, make_mixture):
+    """The products of the experts are others there: see `Product`."""
+    folder, model = make_mixture(gate_layer=1)
+    with torch.no_grad():  # less sharp, or rounding turns the gate
+        for parameter in model.internal_xlora_classifier.parameters():
+            parameter.mul_(0.2)
+    model.save_pretrained(folder)
+    right = log_probs(model, prompts())
+    with model.disable_adapter():
+        without = log_probs(model, prompts())
+    with engine(base, folder, dtype="bfloat16", enforce_eager=eager) as llm:
+        found = served_log_probs(llm, prompts())
+    assert (found - right).abs().mean() < (without - right).abs().mean() / 10
 
 
 def test_two_processes_with_a_part_of_each_layer_change_nothing(base, make_mixture, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weft
-from engines import engine, llama, prompts, sharpen
+from engines import engine, llama, log_probs, prompts, served_log_probs, sharpen
 from models import tiny_tokenizer
 
 pytestmark = pytest.mark.serve
@@ -57,20 +57,8 @@ def bases(tmp_path):
     return model, folder
 
 
-@torch.no_grad()
-def log_probs(model, texts):
-    """Of each token but the first."""
-    found = []
-    for text in texts:
-        logits = model(input_ids=torch.tensor([text])).logits[0, :-1].double()
-        found.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(text[1:])[:, None])[:, 0])
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("options", [{}, {"gate_layer": 1}], ids=str)
 def test_experts_on_a_base_in_four_bits(options, bases, adapters, tmp_path):
-    from vllm import SamplingParams
-
     rounded, folder = bases
     model = sharpen(weft.from_adapters(rounded, adapters, **options)).eval()
     with torch.no_grad():  # less sharp: the kernel for four bits runs in bfloat16, on which a sharp gate flips
@@ -82,14 +70,5 @@ def test_experts_on_a_base_in_four_bits(options, bases, adapters, tmp_path):
     with model.disable_adapter():
         without = log_probs(model, texts)
     with engine(folder, tmp_path / "mixture", dtype="bfloat16") as llm:
-        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-        outputs = llm.generate([{"prompt_token_ids": text} for text in texts], parameters, use_tqdm=False)
-        found = torch.tensor(
-            [
-                of[token].logprob
-                for output, text in zip(outputs, texts, strict=True)
-                for of, token in zip(output.prompt_logprobs[1:], text[1:], strict=True)
-            ],
-            dtype=torch.float64,
-        )
+        found = served_log_probs(llm, texts)
     assert (found - right).abs().mean() < (without - right).abs().mean() / 5
