@@ -1,6 +1,9 @@
 """A command line, and the YAML files that it names, as a command's options: what is wrong is said all at once.
 
 Names take dashes or underscores; a list takes values up to the next option; a switch takes --no- or a value.
+
+argparse ends at the first thing that is wrong, and takes `--prompt "-- so"` for two options; the libraries around it
+import what they describe. So weft reads command lines itself.
 """
 
 from __future__ import annotations
