@@ -1,4 +1,4 @@
-"""Several processes that train together: which one this is, what they agree on, and who has the parameters."""
+"""Distributed training: the rank of this process, collective decisions, and sharded parameters."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from weft.errors import WeftError
 
 
 def number_of_processes() -> int:
-    """How many processes train together, as their launcher says; 1 without one."""
+    """The number of processes that train together, from the launcher's WORLD_SIZE; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_number() -> int:
-    """Which of them this is, as their launcher says; the first one, 0, speaks for all and writes the files."""
+    """The rank of this process, from the launcher's RANK. Rank 0 prints and writes the files."""
     return int(os.environ.get("RANK", "0"))
 
 
 def by_the_first(say: Callable[[str], None]) -> Callable[[str], None]:
-    """What says a line in the first process, and nothing in the others."""
+    """`say` in the process of rank 0, and a function that does nothing in the others."""
     return say if process_number() == 0 else lambda line: None
 
 
 def in_distributed_training() -> bool:
-    """Whether this process is one of several that train together, so that others may look after the parameters."""
+    """Whether torch.distributed is initialised, so that a wrapper (DDP, FSDP, ZeRO) may manage the parameters."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -47,17 +47,25 @@ def _is_to_come(name: str) -> bool:
 
 
 def others_have_parameters() -> bool:
-    """Whether a parameter's new storage may be that of somebody who needs it to stay."""
+    """Whether a wrapper (DDP, FSDP, ZeRO) may hold references to the parameters' storage, now or later.
+
+    Such storage must not be replaced.
+    """
     return in_distributed_training() or sharding_is_to_come()
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Whether the whole of this tensor is spread over several processes: a shard of FSDP's, or empty with ZeRO-3."""
+    """Whether this process has only a shard of the tensor: a DTensor of FSDP, or an empty parameter of ZeRO-3."""
     return hasattr(parameter, "full_tensor") or (isinstance(parameter, Tensor) and parameter.numel() == 0)
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any of the processes, which all ask this at the same point; `device` is this one's."""
+    """Whether the flag is True in any process. A collective call: all processes must make it at the same point.
+
+    Args:
+        flag: this process's flag.
+        device: this process's device.
+    """
     if not in_distributed_training():
         return flag
     flags = torch.tensor(int(flag), device=device)
@@ -66,7 +74,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def from_all_processes(value: Any) -> list[Any]:
-    """What each process has, in their order; all ask this at the same point."""
+    """The values of all processes, in the order of rank. A collective call."""
     if not in_distributed_training():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
@@ -75,14 +83,14 @@ def from_all_processes(value: Any) -> list[Any]:
 
 
 def fail_together(error: WeftError | None, device: torch.device) -> None:
-    """Raise in all processes where one has an error, so that none waits for it; all call this at the same point.
+    """Raise in all processes if any process has an error, so that none waits for it. A collective call.
 
     Args:
-        error: this process's, or None.
-        device: this process's.
+        error: this process's error, or None.
+        device: this process's device.
 
     Raises:
-        WeftError: this process's error, or what the first process that has one says.
+        WeftError: this process's error, or one with the message of the first process that has an error.
     """
     if not any_process(error is not None, device):
         return

@@ -1,7 +1,13 @@
-"""The errors weft raises on purpose, so that a command line can print them without a traceback.
+"""The errors that weft raises on purpose. The command line prints them without a traceback.
 
-Each is also the built-in error a Python caller would expect (`ValueError`), and its message says what is wrong
-(name = value), what was expected, and what to do.
+Each one is also a built-in error, such as `ValueError`. Its message says what is wrong (name = value), what was
+expected, and what to do.
+
+Example:
+    >>> try:
+    ...     model = weft.from_pretrained("my-mixture")
+    ... except weft.errors.WeftError as err:
+    ...     print(err)
 """
 
 from __future__ import annotations
@@ -10,21 +16,21 @@ from collections.abc import Iterable
 
 
 class WeftError(Exception):
-    """Base class: something the user can mend.
+    """Base class of weft's errors: problems that a user can correct.
 
     Attributes:
-        in_all_processes: all processes of a training raise this error, at the same point.
+        in_all_processes: True if all processes of a distributed training raise this error at the same point.
     """
 
     in_all_processes = False
 
 
 class ConfigError(WeftError, ValueError):
-    """An option, or a combination of options, that cannot work.
+    """An option, or a combination of options, is not valid.
 
     Args:
         message: what is wrong, or the title of a list of problems.
-        problems: a sentence for each.
+        problems: one sentence for each problem.
     """
 
     def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
@@ -33,38 +39,38 @@ class ConfigError(WeftError, ValueError):
 
 
 class AdapterError(WeftError, ValueError):
-    """A LoRA adapter that cannot be an expert of this model."""
+    """A LoRA adapter cannot be an expert of this model."""
 
 
 class CheckpointError(WeftError, ValueError):
-    """A saved folder that is incomplete, altered, or of another model."""
+    """A saved folder is incomplete, was changed, or belongs to another model."""
 
 
 class DataError(WeftError, ValueError):
-    """A data file that cannot be read or holds nothing to learn from."""
+    """A data file cannot be read, or has no usable rows."""
 
 
 class TrainingError(WeftError, ArithmeticError):
-    """A training that went wrong, whose result so far is kept."""
+    """A training failed, for example with a loss that is not finite. Its last checkpoint is kept."""
 
 
 class CacheError(WeftError, ValueError):
-    """A key/value cache was asked for where weft does not support one."""
+    """weft does not support this KV cache, or this use of it."""
 
 
 class ThreadError(WeftError, RuntimeError):
-    """A model is called in one thread while another one uses it."""
+    """Two threads use one model at the same time."""
 
 
 class HubError(WeftError, ConnectionError):
-    """The Hugging Face Hub did not do what it was asked for: no token, no right, no such repository, no network."""
+    """A request to the Hugging Face Hub failed: no token, no permission, no such repository, or no network."""
 
 
 def first_line(err: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its type where it has no message."""
     return str(err).strip().partition("\n")[0] or type(err).__name__
 
 
 def bullet_list(problems: Iterable[str]) -> str:
-    """Join problems into one message, a line each."""
+    """The problems as a list for a message, one per line."""
     return "".join(f"\n  - {problem}" for problem in problems)

@@ -1,4 +1,4 @@
-"""Names that a package has without importing the modules that define them until they are used."""
+"""Public names of a package whose modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazily(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """A package's `__getattr__` and `__dir__` (PEP 562).
+    """Make a package's `__getattr__` and `__dir__` (PEP 562).
 
     Args:
-        package: its `__name__`.
-        homes: the public names, and the module that defines each.
+        package: the package's `__name__`.
+        homes: public name -> the module that defines it.
 
     Example:
         >>> __getattr__, __dir__ = lazily(__name__, {"train": "weft.train.gate"})

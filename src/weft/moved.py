@@ -1,6 +1,6 @@
-"""Modules under the paths that they had before there were rooms: `weft.losses` is `weft.gate.losses`.
+"""Old module paths, which still work: `weft.losses` is now `weft.gate.losses`.
 
-They are found for what was documented, and for objects that were pickled then.
+They are kept for documented imports and for pickled objects.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOVED = {
 
 
 class _Moved:
-    """Finds and loads such a module: it is the one of today, under both names."""
+    """Finds and loads a module by its old path: the same module object under both names."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in MOVED else None  # type: ignore[arg-type]
@@ -45,11 +45,11 @@ class _Moved:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has been executed under its name of today; its spec is that of today."""
+        """Do nothing but restore the spec: the module was executed under its new name."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def find_moved_modules() -> None:
-    """Let imports find them."""
+    """Let imports find modules by their old paths."""
     sys.meta_path.append(_Moved())

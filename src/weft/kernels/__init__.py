@@ -1,8 +1,9 @@
 """The mixture of experts as pure functions over tensors.
 
-Knows no layers, no models and no options: weights and stacked experts go in, a layer's output comes out.
+The input is a layer's input, the stacked experts and their weights; the result is the layer's output. There are no
+layers, models or options here.
 
     reference.py        the mixture in torch's own operations
 
-Faster kernels come as files of their own beside it, each tested against the reference.
+A faster kernel goes into a file of its own and is tested against the reference.
 """
