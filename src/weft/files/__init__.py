@@ -1,11 +1,11 @@
-"""Files and folders: what others wrote is read with one clear error, what weft writes is there whole or not at all.
+"""Files and folders: checked reading of files from outside, atomic writing of weft's own.
 
-Knows no format of weft's: what a mixture's folder holds is `checkpoint`'s.
+The content of a mixture's folder is described in `checkpoint`, not here.
 
-    reading.py      JSON, text and what else others wrote: file, key, value and expectation in each error
-    tensors.py      safetensors files, read whole or named as broken
-    writing.py      files and folders replaced whole, also when the disk is full or the process is killed
-    ownership.py    what may be written over: nothing that weft did not write
-    digests.py      sizes and digests, by which a change after saving is found
-    names.py        which names experts, and so folders, can have; name=VALUE
+    reading.py      reads JSON and text; each error names file, key, value and expectation
+    tensors.py      reads and checks safetensors files
+    writing.py      replaces a file or folder completely or not at all, also if the disk is full or on a kill
+    ownership.py    what may be overwritten: only what weft wrote
+    digests.py      sizes and digests of files, to find later changes
+    names.py        valid names of experts, and name=VALUE
 """

@@ -1,4 +1,4 @@
-"""Sizes and digests of files, by which a file that was changed or lost after it was saved is found out."""
+"""Sizes and digests of saved files, to find files that were changed or lost later."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from weft.errors import first_line
 
 
 def digest_of_file(file: Path) -> dict[str, Any]:
-    """What is recorded of a file: its size in bytes, and a digest of its content."""
+    """The record of a file: its size in bytes and a digest of its content."""
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     return {"bytes": file.stat().st_size, "digest": digest}
 
 
 def digests(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What is recorded of a folder's files, by their names relative to it."""
+    """The records of files in a folder, by their relative names."""
     return {name: digest_of_file(folder / name) for name in sorted(files)}
 
 
 def changes(folder: Path, recorded: Any) -> list[str]:
-    """How a folder's files differ from what was recorded of them, a phrase each; the size is looked at first.
+    """How the files of a folder differ from their records, one phrase per file. The size is compared first.
 
     Args:
-        folder: may have other files too.
-        recorded: by `digests`, and read from a file: it may be anything.
+        folder: the folder; files without a record are ignored.
+        recorded: the result of `digests`, read back from a file; it may be malformed.
     """
     if not isinstance(recorded, dict) or not all(isinstance(values, dict) for values in recorded.values()):
         return ["its digests are garbled"]

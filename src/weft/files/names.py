@@ -1,4 +1,4 @@
-"""Which names experts can have, and what is given by name: name=VALUE."""
+"""Valid names of experts, and values that are given as name=VALUE."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from weft.errors import ConfigError
 from weft.files.reading import shown
 
 T = TypeVar("T")
-NO_EXPERT = "__base__"  # peft's, in adapter_names
+NO_EXPERT = "__base__"  # peft's name for the base model in adapter_names
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-_LONGEST_NAME = 200  # of a file's 255, as other layouts put something behind it
+_LONGEST_NAME = 200  # file names have at most 255 bytes, and other layouts append a suffix
 
 
 def name_problems(names: Iterable[Any]) -> list[str]:
-    """A sentence for each name that no expert can have; names become folders, and attributes of a ModuleDict.
+    """One sentence for each name that an expert cannot have. Names become folders and keys of a ModuleDict.
 
-    Whoever reads names from a file asks this before anything is done with them.
+    Names that were read from a file must be checked with this before they are used.
     """
     problems, reserved = [], dir(nn.ModuleDict())
     for name in names:
@@ -36,7 +36,7 @@ def name_problems(names: Iterable[Any]) -> list[str]:
 
 
 def split_name(value: str) -> tuple[str | None, str]:
-    """ "math=DIR" as ("math", "DIR"); without a name as (None, value)."""
+    """("math", "DIR") for "math=DIR"; (None, value) for a value without a name."""
     name, equals, rest = value.partition("=")
     return (name, rest) if equals else (None, value)
 
@@ -47,16 +47,16 @@ def by_name(
     expected: str = "name=FOLDER or name=HUB_ID",
     read: Callable[[str], Any] = str,
 ) -> dict[str, T]:
-    """["math=DIR", ...] as {"math": read("DIR")}; a table as it is.
+    """{"math": read("DIR")} for ["math=DIR", ...]. A dict is returned unchanged.
 
     Args:
-        values: of the option.
-        option: its name, for messages.
-        expected: an entry's form, for messages.
-        read: gives the value; where it cannot be one, a ValueError.
+        values: the values of the option.
+        option: the name of the option, for messages.
+        expected: the form of an entry, for messages.
+        read: converts the text to a value, or raises a ValueError.
 
     Raises:
-        ConfigError: an entry is not as expected, or a name stands twice.
+        ConfigError: an entry does not have the expected form, or a name occurs twice.
     """
     if isinstance(values, dict):
         return values

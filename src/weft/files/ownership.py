@@ -1,7 +1,7 @@
-"""What may be written over: one rule for every command and function that writes.
+"""What may be overwritten, for every command and function that writes.
 
-Where nothing is, or an empty folder, anything may be written. What is there is replaced where weft itself wrote it, of
-the kind that is written now; anything else stays, and the error names it.
+A new file, or files in a new or empty folder, can always be written. Existing files are replaced only if weft wrote
+them and they are of the same kind as the new ones. Everything else is kept, and the error names it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SHOWN = 5  # names in one message
 
 
 def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -> str | None:
-    """Why something new cannot be written into a folder; None where it is not there, empty, or has only our own.
+    """Why new files cannot be written into a folder; None if it is new, is empty, or has only entries in `own`.
 
     Args:
-        folder: to write into.
-        what: it is called, for the message.
-        own: names of entries that do not count.
+        folder: the folder to write into.
+        what: what the message calls the folder.
+        own: names of entries to ignore.
     """
     problem = naming_problem(folder)
     if problem is not None:
@@ -43,11 +43,11 @@ def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -
 
 
 def refuse_used_folder(folder: Path, what: str = "output") -> None:
-    """Raise where nothing new can be written into a folder; what a killed writer has left there is put in order first.
+    """Raise if the folder is not new or empty. Leftovers of a killed process are cleaned up first (`settle`).
 
     Raises:
-        ConfigError: it is there and not empty, or cannot be written.
-        CheckpointError: it cannot be put in order.
+        ConfigError: the folder is not empty, or cannot be written.
+        CheckpointError: the leftovers cannot be cleaned up.
     """
     settle(folder, leftovers=True)
     problem = used_folder_problem(folder, what)
@@ -57,16 +57,16 @@ def refuse_used_folder(folder: Path, what: str = "output") -> None:
 
 
 def refuse_strangers_file(file: Path, is_own: Callable[[Path], bool], what: str, kind: str) -> None:
-    """Raise where a file is there that weft did not write.
+    """Raise if the file exists and weft did not write it.
 
     Args:
-        file: to be written.
-        is_own: whether a file that is there is of this kind, and weft's; an error means that it is not.
-        what: the file is called, for the message.
-        kind: of file, for the message.
+        file: the file to be written.
+        is_own: whether an existing file is of this kind and from weft. An error from it counts as False.
+        what: what the message calls the file.
+        kind: the kind of file, for the message.
 
     Raises:
-        ConfigError: it is somebody else's.
+        ConfigError: weft did not write the existing file.
     """
     problem = naming_problem(file)
     if problem is not None:

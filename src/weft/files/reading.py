@@ -1,7 +1,7 @@
-"""Reading files that others wrote: whatever is wrong with one is a single error that says which file, where, and what.
+"""Reading files from outside: any problem becomes one error that names the file, the place in it and what is wrong.
 
-Nothing is opened but ordinary files, and none that is larger than what it should hold. `os.path.isfile` and `isdir` are
-used throughout, as the methods of `Path` raise for names that are too long.
+Only regular files are opened, and only up to a maximum size. `os.path.isfile` and `isdir` are used throughout, because
+the methods of `Path` raise for names that are too long.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from weft.errors import CheckpointError, WeftError, first_line
 
 Error = Callable[[str], WeftError]
-# Options, manifests and tables have kilobytes, those of very large mixtures a few megabytes.
+# Configs, manifests and tables have kilobytes; those of very large mixtures have a few megabytes.
 MOST_BYTES = 2**26
-# Levels of lists and tables in each other; what is read is copied and compared level by level.
+# Maximum nesting of JSON values: they are copied and compared recursively.
 _MOST_LEVELS = 64
 _MOST_SHOWN = 80
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -28,12 +28,12 @@ _REQUIRED: Any = object()
 
 
 class JsonTable(dict[str, Any]):
-    """A JSON object that knows where it stands, so that a value of the wrong kind is named by file and key.
+    """A JSON object that knows its file and position, so that errors can name the file and the key.
 
     Args:
-        values: its content.
-        place: the file, and below it the keys that lead here.
-        error: the kind of error to raise.
+        values: the content of the object.
+        place: the file, and the keys that lead to this object.
+        error: the class of error to raise.
 
     Example:
         >>> manifest = read_json(folder / "weft_manifest.json")
@@ -45,31 +45,31 @@ class JsonTable(dict[str, Any]):
         self.place, self._error = place, error
 
     def string(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The string of that key; `default` where there is none."""
+        """The string at that key; `default` if the key is missing."""
         return self._checked(key, default, lambda value: isinstance(value, str), "a string")
 
     def strings(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The list of strings of that key."""
+        """The list of strings at that key."""
         return self._checked(key, default, is_list_of_strings, "a list of strings")
 
     def whole(self, key: str, default: Any = _REQUIRED, least: int = 0) -> Any:
-        """The whole number of that key."""
+        """The whole number at that key, at least `least`."""
         return self._checked(
             key, default, lambda value: is_whole(value) and value >= least, f"a whole number of at least {least}"
         )
 
     def table(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The JSON object of that key."""
+        """The JSON object at that key."""
         value = self._checked(key, default, lambda value: isinstance(value, dict), "a JSON object")
         return JsonTable(value, f"{self.place}: {key}", self._error) if isinstance(value, dict) else value
 
     def tables(self, key: str) -> list[JsonTable]:
-        """The list of JSON objects of that key, one or more."""
+        """The list of one or more JSON objects at that key."""
         values = self._checked(key, _REQUIRED, _is_list_of_tables, "a list of JSON objects, one or more")
         return [JsonTable(value, f"{self.place}: {key} {number}", self._error) for number, value in enumerate(values)]
 
     def wrong(self, key: str, expected: str) -> WeftError:
-        """The error for a value of that key that is not as expected."""
+        """The error for an unexpected value at that key."""
         return self._error(f"{self.place}: {key} ({shown(self.get(key))}) must be {expected}")
 
     def _checked(self, key: str, default: Any, fits: Callable[[Any], bool], expected: str) -> Any:
@@ -85,15 +85,15 @@ class JsonTable(dict[str, Any]):
 
 
 def read_json(file: str | os.PathLike[str], *, error: Error = CheckpointError, most: int = MOST_BYTES) -> JsonTable:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Args:
-        file: its path.
-        error: the kind of error to raise.
-        most: bytes that it may have.
+        file: the path.
+        error: the class of error to raise.
+        most: the maximum size in bytes.
 
     Raises:
-        CheckpointError: there is no such file, it may not be read, or it holds something else.
+        CheckpointError: the file is missing, cannot be read, is too large, or is not a JSON object.
     """
     text = read_text(file, error=error, most=most)
     try:
@@ -115,16 +115,16 @@ def read_text(
     most: int | None = MOST_BYTES,
     encoding: str = "utf-8",
 ) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Args:
-        file: its path.
-        error: the kind of error to raise.
-        most: bytes that it may have; None sets no limit.
-        encoding: "utf-8", or "utf-8-sig", which leaves out a byte order mark.
+        file: the path.
+        error: the class of error to raise.
+        most: the maximum size in bytes; None for no limit.
+        encoding: "utf-8", or "utf-8-sig", which removes a byte order mark.
 
     Raises:
-        CheckpointError: there is no such file, it may not be read, it is too large or no UTF-8.
+        CheckpointError: the file is missing, cannot be read, is too large, or is not UTF-8.
     """
     data = read_bytes(file, error=error, most=most)
     try:
@@ -134,7 +134,7 @@ def read_text(
 
 
 def read_bytes(file: str | os.PathLike[str], *, error: Error = CheckpointError, most: int | None = MOST_BYTES) -> bytes:
-    """The bytes of an ordinary file; see `read_text`."""
+    """Read the bytes of a regular file; see `read_text`."""
     require_file(file, error=error)
     try:
         size = os.path.getsize(file)
@@ -147,10 +147,10 @@ def read_bytes(file: str | os.PathLike[str], *, error: Error = CheckpointError, 
 
 
 def require_file(file: str | os.PathLike[str], *, error: Error = CheckpointError) -> None:
-    """Raise where there is no ordinary file of that name.
+    """Raise if the path is not a regular file.
 
     Raises:
-        CheckpointError: it is so.
+        CheckpointError: it is missing, cannot be read, or is not a regular file.
     """
     try:
         mode = os.stat(file).st_mode
@@ -165,10 +165,10 @@ def require_file(file: str | os.PathLike[str], *, error: Error = CheckpointError
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: what is wrong with it, in words.
+        ValueError: the text is not valid JSON, or is nested too deeply.
     """
     try:
         values = json.loads(text)
@@ -180,49 +180,52 @@ def parse_json(text: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, not longer than a line."""
+    """A value for a message, shortened to one line."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # of numbers with thousands of digits
+    except (RecursionError, ValueError):  # ValueError: integers with thousands of digits
         return f"a {type(value).__name__}"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 20]}... ({len(text):,} characters)"
 
 
 def kind_shown(kind: Any) -> str:
-    """A type as a file names it, for a message: a word stands without quotes."""
+    """The name of a type as it was read from a file, for a message; without quotes if it is a printable string."""
     return kind if isinstance(kind, str) and len(kind) < _MOST_SHOWN and kind.isprintable() else shown(kind)
 
 
 def path_shown(path: str | os.PathLike[str]) -> str:
-    """A path for a message: as it is, but for one that is longer than any file's."""
+    """A path for a message, shortened if it is longer than any valid path."""
     text = os.fspath(path)
     return text if len(text) <= 4096 else f"{text[:60]}...{text[-60:]} ({len(text):,} characters)"
 
 
 def reason(err: BaseException) -> str:
-    """What an error of the system says, without the file's name."""
+    """The message of an OSError without the file name, or the first line of another error."""
     return getattr(err, "strerror", None) or first_line(err)
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text holds half of a character (a lone surrogate), as JSON's escapes can write it: it is no text."""
+    """Whether a text contains a lone surrogate (half of a character), which JSON escapes can produce."""
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 def is_whole(value: Any) -> bool:
-    """Whether this is a whole number that fits into 64 bits."""
+    """Whether the value is a whole number that fits into 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number."""
+    """Whether the value is a finite number."""
     if isinstance(value, float):
         return value - value == 0
     return is_whole(value)
 
 
 def own_files(folder: Path) -> Iterator[Path]:
-    """The ordinary files right in a folder; no links that lead out of it, but those of the Hub's cache to its blobs."""
+    """The regular files directly in a folder.
+
+    Links that lead out of the folder are skipped, except the links of the Hub's cache to its blobs.
+    """
     roots = [folder.resolve()]
     for parent in (folder.resolve(), *folder.resolve().parents):
         if parent.parent.name == "snapshots" and os.path.isdir(parent.parent.parent / "blobs"):
@@ -234,7 +237,7 @@ def own_files(folder: Path) -> Iterator[Path]:
 
 
 def naming_problem(path: str | os.PathLike[str]) -> str | None:
-    """Why no file or folder can have this name, whoever writes it; None where one can."""
+    """Why this path is not valid for any file or folder; None if it is valid."""
     try:
         at = Path(os.path.abspath(path))
         too_long = len(os.fsencode(at)) > 4095 or any(len(os.fsencode(part)) > 255 for part in at.parts)
@@ -246,7 +249,7 @@ def naming_problem(path: str | os.PathLike[str]) -> str | None:
 
 
 def is_list_of_strings(value: Any) -> bool:
-    """Whether this is a list of nothing but strings."""
+    """Whether the value is a list of strings."""
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
@@ -255,7 +258,7 @@ def _is_list_of_tables(value: Any) -> bool:
 
 
 def _levels(values: Any) -> int:
-    """How many levels of lists and tables there are in each other."""
+    """The depth to which lists and dicts are nested in a value."""
     levels, inside = 0, [values]
     while inside := [one for one in inside if isinstance(one, list | dict)]:
         levels += 1
@@ -266,7 +269,7 @@ def _levels(values: Any) -> int:
 
 
 def _strings(values: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """All keys and strings in a value, with the keys that lead to them."""
+    """(position, string) for each key and string in a nested value."""
     if isinstance(values, str):
         yield place, values
     elif isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: read whole, once, or named as broken."""
+"""Reading and checking safetensors files."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 from weft.errors import CheckpointError, first_line
 from weft.files.reading import reason, require_file
 
-# As peft names the two files of a saved adapter.
+# peft's names for the two files of a saved adapter.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 SHOWN = 8  # keys in one message
-# What has been read, by file, until it is used.
+# file -> tensors that were read already. `taken` removes an entry.
 Opened = dict[Path, dict[str, Tensor]]
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated or no safetensors file, or it holds NaN or infinity.
+        CheckpointError: the file is missing, truncated or not a safetensors file, or holds NaN or infinite values.
     """
     require_file(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
         broken = not_finite(tensors)
     except PermissionError as err:
         raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
-    # Of number formats that this version of torch does not know, or cannot look into, it raises what it happens to.
+    # For dtypes that this version of torch does not know, safetensors and torch raise various errors.
     except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as err:
         raise CheckpointError(f"{file} is no whole safetensors file ({first_line(err)}): copy it again") from err
     if broken:
@@ -43,16 +43,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def taken(file: Path, opened: Opened | None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file: taken out of what has been read already, or else read now.
+    """All tensors of a safetensors file: removed from `opened` if they are there, or else read now.
 
     Raises:
-        CheckpointError: as `read_tensors`.
+        CheckpointError: as in `read_tensors`.
     """
     return opened.pop(file) if opened and file in opened else read_tensors(file)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Which of these tensors hold NaN or infinity, as words for a message; None where none does."""
+    """The tensors that hold NaN or infinite values, as text for a message; None if all are finite."""
     kinds = [
         f"{key} holds {'NaN' if value.isnan().any() else 'infinite numbers'}"
         for key, value in ((key, _comparable(tensor)) for key, tensor in sorted(tensors.items()))
@@ -62,12 +62,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _comparable(value: Tensor) -> Tensor:
-    return (
-        value.float() if value.is_floating_point() and value.itemsize == 1 else value
-    )  # torch has no isnan for float8
+    # torch has no isnan for float8.
+    return value.float() if value.is_floating_point() and value.itemsize == 1 else value
 
 
 def preview(keys: Sequence[str]) -> str:
-    """The first of these, and how many more there are."""
+    """The first of these keys, and the number of the others."""
     shown = ", ".join(keys[:SHOWN])
     return shown if len(keys) <= SHOWN else f"{shown}, and {len(keys) - SHOWN} more"

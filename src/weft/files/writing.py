@@ -1,13 +1,13 @@
-"""Files and folders that are replaced whole or not at all, also when the disk is full or the process killed half-way.
+"""Atomic replacement of files and folders, also if the disk is full or the process is killed.
 
-Everything is written beside what it replaces and takes its place when it is complete. For a folder that is
+New content is written beside the old content and replaces it when it is complete. For a folder these are
 
-    FOLDER/.part/           the new entries while they are written, then those that are not in their place yet
-    FOLDER/.part/.exchange  how to undo, before the first of them is moved
-    FOLDER/.old/            the old entries, until all new ones are in their place
+    FOLDER/.part/           the new entries: first while they are written, then those that are still to be moved
+    FOLDER/.part/.exchange  how to undo the replacement; written before the first entry is moved
+    FOLDER/.old/            the old entries, until all new entries are moved
 
-in the folder itself, which is on the right disk for certain, also where it is a link or a mount point. Whoever reads or
-writes a folder whose writer was killed between two moves puts the old entries back first (`settle`).
+They are inside the folder, so that they are on the same file system even if the folder is a link or a mount point.
+If a process was killed between two moves, the next reader or writer first restores the old entries (`settle`).
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _NEW, _OLD, _EXCHANGE, _UNFINISHED = ".part", ".old", ".exchange", "unfinished-"
-# The files without which nothing loads a folder, of which each layout has one.
+# The config file that is required to load a folder, in each layout.
 _CONFIGS = ("adapter_config.json", "xlora_config.json")
-# Seconds for which another process may have a folder.
+# Seconds to wait for another process that has locked a folder.
 _PATIENCE = 10.0
 _UNCHANGED, _NOTHING = "what was there before is unchanged", "nothing is left there"
 _WAITS = "what was there before lies in {}, and whoever reads or writes the folder next puts it back"
-# What libraries say where a file cannot be written: tokenizers (Rust) in a bare Exception, torch in a RuntimeError.
+# In the messages of failed writes that are no OSError: tokenizers (Rust) raises Exception, torch raises RuntimeError.
 _SIGNS = ("(os error ", "PytorchStreamWriter", "inline_container.cc")
 
 
 class NotWrittenError(CheckpointError):
-    """A file cannot be written; what was there before is unchanged."""
+    """A file cannot be written. The old file, if any, is unchanged."""
 
 
 def is_failed_write(err: BaseException) -> bool:
-    """Whether an error is one of writing (a full disk, no permission), whichever library says so."""
+    """Whether an error of any library means that a write failed (full disk, no permission)."""
     if isinstance(err, WeftError):
         return isinstance(err, NotWrittenError)
     return isinstance(err, (OSError, SafetensorError)) or any(sign in str(err) for sign in _SIGNS)
@@ -57,7 +57,16 @@ def is_failed_write(err: BaseException) -> bool:
 
 @contextmanager
 def errors_of_writing(what: str | os.PathLike[str], kept: str, advice: str) -> Iterator[None]:
-    """What cannot be written inside is a `CheckpointError` that names it, what is kept, and what to do."""
+    """Turn a failed write in the block into an error with the path, what is kept, and what to do.
+
+    Args:
+        what: the file or folder that is written.
+        kept: the state after the failure, for the message.
+        advice: what to do, for the message.
+
+    Raises:
+        NotWrittenError: a write in the block failed.
+    """
     try:
         yield
     except Exception as err:
@@ -68,16 +77,16 @@ def errors_of_writing(what: str | os.PathLike[str], kept: str, advice: str) -> I
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside the old one and put it in its place when it is whole.
+    """Write a file beside the old one, and replace the old one when the new one is complete.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is unchanged.
+        CheckpointError: the file cannot be written; the old one is unchanged.
     """
     unfinished = file.with_name(f"{file.name}{_NEW}")
     kept = _UNCHANGED if os.path.lexists(file) else _NOTHING
     with errors_of_writing(file, kept, "free some space, or give another file"):
         try:
-            _remove(unfinished)  # of a process that was killed; a link would lead elsewhere
+            _remove(unfinished)  # from a killed process; if it is a link, writing would follow it
             write(unfinished)
             os.replace(unfinished, file)
         except BaseException:
@@ -87,19 +96,19 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], Any], last: str) -> None:
-    """Let `write` fill a new folder, and put all that is in it in the place of what the folder has of these names.
+    """Let `write` fill a new folder, then move its entries into `folder`, where they replace those of the same names.
 
-    Whatever else is in the folder stays.
+    Other entries of `folder` stay.
 
     Args:
-        folder: need not exist.
-        write: writes into the empty folder it is given.
-        last: the file without which nothing loads the folder: it goes first and comes last, so that no mix of old and
-            new is ever read.
+        folder: the folder; it is created if it does not exist.
+        write: writes into the empty folder that it is given.
+        last: the config file, without which the folder cannot be loaded. The old one is removed first and the new one
+            is moved last, so that a mix of old and new files is never loaded.
 
     Raises:
-        CheckpointError: writing failed (a full disk, no permission), and the folder is as it was; or another process
-            is writing there.
+        CheckpointError: writing failed (full disk, no permission) and the folder is unchanged; or another process is
+            writing there.
     """
     existed = False
     try:
@@ -112,7 +121,7 @@ def replace_folder(folder: Path, write: Callable[[Path], Any], last: str) -> Non
     except BaseException as err:
         if not existed:
             with suppress(OSError):
-                folder.rmdir()  # where it is empty
+                folder.rmdir()  # only if it is empty
         if is_failed_write(err):
             kept = _UNCHANGED if existed else _NOTHING
             with suppress(OSError):
@@ -125,12 +134,12 @@ def replace_folder(folder: Path, write: Callable[[Path], Any], last: str) -> Non
 
 
 def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
-    """Let `fill` fill a folder that gets its name, or takes the place of another one, when it is whole.
+    """Let `fill` fill a temporary folder, then rename it to `folder`, whose old content is removed.
 
-    Several processes may do that at the same time; the last one's stays. What one that was killed has left is removed.
+    Several processes may do this at the same time: the last one wins. Leftovers of killed processes are removed.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the folder cannot be written.
     """
     kept = _UNCHANGED if os.path.lexists(folder) else _NOTHING
     with errors_of_writing(folder, kept, "free some space, or give another folder"), ExitStack() as stack:
@@ -151,7 +160,7 @@ def _remove_abandoned(folder: Path) -> None:
         file = os.open(folder, os.O_RDONLY)
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody has it any more
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if its process is still alive
                 shutil.rmtree(folder)
         finally:
             os.close(file)
@@ -159,10 +168,10 @@ def _remove_abandoned(folder: Path) -> None:
 
 @contextmanager
 def temporary_folder(fill: Callable[[Path], Any]) -> Iterator[Path]:
-    """A folder for temporary files, filled by `fill`, until the end of the block.
+    """A temporary folder that `fill` fills, and that is removed at the end of the block.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the folder cannot be written.
     """
     with ExitStack() as stack:
         advice = "free some space there, or set TMPDIR to another folder"
@@ -174,14 +183,14 @@ def temporary_folder(fill: Callable[[Path], Any]) -> Iterator[Path]:
 
 
 def settle(folder: Path, *, leftovers: bool = False) -> None:
-    """Put the old entries of a folder back, where a process was killed while it replaced them.
+    """Restore the old entries of a folder if a process was killed while it replaced them.
 
     Args:
-        folder: need not exist.
-        leftovers: also remove what such a process has left and nobody reads, so that a folder is empty that was.
+        folder: the folder; it need not exist.
+        leftovers: also remove temporary entries of a killed process that do not affect loading.
 
     Raises:
-        CheckpointError: the folder cannot be put in order, or another process is writing there.
+        CheckpointError: the folder cannot be restored, or another process is writing there.
     """
     if not (_is_halfway(folder) or (leftovers and any(os.path.lexists(folder / name) for name in (_NEW, _OLD)))):
         return
@@ -197,10 +206,10 @@ def settle(folder: Path, *, leftovers: bool = False) -> None:
 
 
 def check_file(file: str | os.PathLike[str], option: str) -> None:
-    """Raise where a file cannot be written, before the work is done that it is for.
+    """Raise if a file cannot be written. To be called before a long computation whose result goes there.
 
     Raises:
-        ConfigError: there is no such folder, it is not writable, or the file is a folder.
+        ConfigError: the parent folder does not exist or is not writable, or the path is a folder.
     """
     problem = naming_problem(f"{os.fspath(file)}{_NEW}")
     if problem is not None:
@@ -218,10 +227,10 @@ def check_file(file: str | os.PathLike[str], option: str) -> None:
 
 
 def check_folder(folder: str | os.PathLike[str], option: str) -> None:
-    """Raise where a folder cannot be made or written in, before the work is done that it is for.
+    """Raise if a folder cannot be created or written. To be called before a long computation, as `check_file`.
 
     Raises:
-        ConfigError: what is there is a file, or not writable.
+        ConfigError: the path is a file, or is not writable.
     """
     problem = folder_problem(folder)
     if problem is not None:
@@ -229,7 +238,7 @@ def check_folder(folder: str | os.PathLike[str], option: str) -> None:
 
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:
-    """Why a folder cannot be made or written in, as far as can be told; None where it can."""
+    """Why a folder cannot be created or written, as far as can be found without writing; None if it can."""
     path = Path(folder).absolute()
     try:
         path.stat()
@@ -262,13 +271,13 @@ def _replace(folder: Path, write: Callable[[Path], Any], last: str) -> None:
     except BaseException:
         _put_in_order(folder)
         raise
-    # From here on the folder is the new one, whatever happens.
+    # All new entries are in place: an error from here on must not undo the replacement.
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(new, ignore_errors=True)
 
 
 def _is_halfway(folder: Path) -> bool:
-    """Whether some entries were moved and others not: new ones are still waiting then."""
+    """Whether a replacement was interrupted: entries in .part are still to be moved."""
     new, old = folder / _NEW, folder / _OLD
     return _is_own_folder(old) and _is_own_folder(new) and bool(set(os.listdir(new)) - {_EXCHANGE})
 
@@ -278,23 +287,23 @@ def _is_own_folder(path: Path) -> bool:
 
 
 def _put_in_order(folder: Path) -> None:
-    """Undo an exchange that was not completed, and remove what is left of one that was. May itself be killed."""
+    """Undo an interrupted replacement, or remove the leftovers of a completed one. It can itself be interrupted."""
     new, old = folder / _NEW, folder / _OLD
     if _is_halfway(folder):
         last, added = _exchange_of(new)
         for name in sorted(added, key=lambda name: name not in last):
-            if not os.path.lexists(new / name):  # it was moved
+            if not os.path.lexists(new / name):  # it was moved already
                 _remove(folder / name)
         for name in sorted(os.listdir(old), key=lambda name: name in last):
             _remove(folder / name)
             os.rename(old / name, folder / name)
-    if os.path.lexists(new):  # and goes last: without it the other is somebody's
+    if os.path.lexists(new):  # removed last: a .old without a .part is not weft's
         _remove(old)
         _remove(new)
 
 
 def _exchange_of(new: Path) -> tuple[tuple[str, ...], list[str]]:
-    """(files that come last, entries that the folder did not have); earlier versions left no such note."""
+    """(config files to restore last, names of new entries). Earlier versions of weft did not write .exchange."""
     try:
         note = json.loads((new / _EXCHANGE).read_text(encoding="utf-8"))
         added = [name for name in note["added"] if os.path.basename(name) == name and name not in ("", ".", "..")]
@@ -305,14 +314,14 @@ def _exchange_of(new: Path) -> tuple[tuple[str, ...], list[str]]:
 
 @contextmanager
 def _alone(folder: Path, *, or_fail: bool = False) -> Iterator[None]:
-    """Have a folder to oneself, among all processes that do the same; one that is killed has it no more.
+    """Hold a lock on a folder. The lock of a killed process is released.
 
     Args:
-        folder: exists.
-        or_fail: where there are no locks (Windows, some network drives), fail; else go on without.
+        folder: an existing folder.
+        or_fail: raise if the file system has no locks (Windows, some network drives), instead of going on without.
 
     Raises:
-        CheckpointError: another process has it, and keeps it; or there are no locks.
+        CheckpointError: another process keeps the lock; or `or_fail` and there are no locks.
     """
     file = os.open(folder, os.O_RDONLY) if fcntl is not None else -1
     try:
@@ -329,7 +338,7 @@ def _alone(folder: Path, *, or_fail: bool = False) -> Iterator[None]:
 
 
 def _lock(file: int, folder: Path) -> bool:
-    """Lock an open folder; False where that cannot be done."""
+    """Lock an open folder; False if the file system has no locks."""
     end = time.monotonic() + _PATIENCE
     while fcntl is not None:
         try:
