@@ -1,7 +1,7 @@
-"""Every option of an X-LoRA model: its meaning, its range, and one error that lists all that is wrong.
+"""The options of an X-LoRA model: meaning and range of each, and one error that lists all problems.
 
-`XLoraConfig` has peft's field names and defaults, so that a peft script and a peft checkpoint mean the same here.
-What weft adds stands below peft's fields.
+`XLoraConfig` has the names and meanings of peft's fields, so that scripts and checkpoints of peft work. weft's own
+fields are below them.
 """
 
 from __future__ import annotations
@@ -28,62 +28,61 @@ from weft.errors import ConfigError
 from weft.files.reading import is_list_of_strings, is_number, is_whole, kind_shown, shown
 from weft.files.writing import errors_of_writing
 
-# The gate's own losses (`weft.losses`), and their weights without "_weight".
+# The gate's losses (`weft.losses`). The option for the weight of each has "_weight" added.
 GATE_LOSSES = ("balance_loss", "entropy_loss", "expert_label_loss")
-# Arguments of peft's own loading that are about fetching, not about the options.
+# Arguments of peft's `from_pretrained` for the download; they are not options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
 _TITLE = "XLoraConfig cannot work:"
 _WRITTEN_BY_SAVE = {"expert_names", "layer_names", "format_version"}
-# peft's XLoraConfig puts this in place of a missing hidden_size, whatever the model.
+# peft's XLoraConfig sets a missing hidden_size to this, for any model.
 PEFT_PLACEHOLDER_HIDDEN_SIZE = 4096
 
 
 @dataclasses.dataclass
 class XLoraConfig(PeftConfig):
-    """Options of an X-LoRA model.
+    """Options of an X-LoRA model (arXiv 2402.07148).
 
-    Of an encoder-decoder, the gate reads source tokens behind the encoder and target tokens behind the decoder. Each
-    LoRA layer follows the tokens that it sees: the encoder's layers and the keys and values of cross-attention the
-    source tokens, all others the target tokens. `scaling_pass_layers` and `gate_layer` must be None there.
+    In an encoder-decoder, the gate reads the encoder's output for source tokens, and the decoder's for target tokens.
+    LoRA layers in the encoder, and of the keys and values of cross-attention, use the scalings of the source tokens;
+    all others those of the target tokens. There, `scaling_pass_layers` and `gate_layer` must be None.
 
     Args:
-        hidden_size: width of the hidden states the gate reads; None takes it from the base model.
+        hidden_size: width of the hidden states that the gate reads; None takes it from the base model.
         adapters: the experts, name -> folder or Hub id of a LoRA adapter. Their order is the order of the gate's
             outputs.
         enable_softmax: softmax over the experts, so that a token's scalings sum to one.
-        enable_softmax_topk: a softmax over the kept experts only; needs `top_k_lora`, excludes `enable_softmax`.
-        layerwise_scalings: one set of scalings per LoRA layer; otherwise all layers share one, as is peft's default,
-            which its configs and folders keep.
+        enable_softmax_topk: softmax over the kept experts only; needs `top_k_lora`, excludes `enable_softmax`.
+        layerwise_scalings: separate scalings for each LoRA layer. If False, all layers share one set, which is peft's
+            default, and the default for configs and folders of peft.
         xlora_depth: number of linear layers of the gate, 1 or more.
-        xlora_size: width of the gate's hidden layers, 1 or more; without effect at depth 1.
-        xlora_dropout_p: dropout between the gate's layers, in [0, 1); without effect at depth 1.
+        xlora_size: width of the gate's hidden layers, 1 or more; no effect at depth 1.
+        xlora_dropout_p: dropout between the gate's layers, in [0, 1); no effect at depth 1.
         use_trainable_adapters: train (and save) the experts together with the gate.
-        softmax_temperature: divides the gate's logits, above 0; lower is sharper.
-        top_k_lora: how many experts each token keeps, 1 to the number of adapters; None keeps all.
-        scaling_pass_value: weight of every expert while the gate's input is computed; 0 leaves the experts out. None
-            means 0, and with `gate_layer` 1 / number of experts.
-        global_scaling_weight: weight of the whole mixture, beside the gate's.
-        scaling_pass_layers: end the scaling pass after so many decoder layers, 1 or more, and let the gate read what
-            leaves them; None runs all of them.
-        gate_layer: no scaling pass: the gate reads what enters this decoder layer (counted from 0) in the only pass,
-            and the layers from there on follow it; None for a scaling pass. Excludes `scaling_pass_layers`.
-        allow_dora: take experts with DoRA too, whose weight norms are computed once while they are frozen, and in every
-            call while they train.
-        heads: modules of the base model that are trained and saved with the gate, by name, such as the `classifier` of
-            a model that classifies; None trains none. They stand outside of the backbone. Experts that were trained
-            with such a module of their own use the mixture's instead.
-        scalings_log_size: how many passes the scalings log keeps, 1 or more; older ones are dropped.
-        balance_loss_weight: in training, adds so much of `weft.losses.balance_loss`, 0 or more: no expert starves. This
-            and the next two need `enable_softmax` or `enable_softmax_topk`.
-        entropy_loss_weight: adds so much of `weft.losses.entropy_loss`: above 0 the gate becomes sharper, below softer.
-        expert_label_loss_weight: adds so much of `weft.losses.expert_label_loss`, 0 or more, in calls that have
-            `expert_labels`: the expert that each example (or token) belongs to, by number.
+        softmax_temperature: divisor of the gate's logits, above 0; a lower value gives sharper scalings.
+        top_k_lora: number of experts that each token keeps, 1 to the number of adapters; None keeps all.
+        scaling_pass_value: weight of each expert in the scaling pass, which computes the gate's input; 0 runs the base
+            model alone. None means 0, or with `gate_layer` 1 / number of experts.
+        global_scaling_weight: factor of all scalings.
+        scaling_pass_layers: number of decoder layers in the scaling pass, 1 or more. The gate reads the output of the
+            last of them. None runs all layers.
+        gate_layer: index (from 0) of the decoder layer whose input the gate reads in the only pass, without a scaling
+            pass. The layers from there on use its scalings. None: with a scaling pass. Excludes `scaling_pass_layers`.
+        allow_dora: accept experts with DoRA. Their weight norms are computed once if the experts are frozen, and in
+            each call if they are trained.
+        heads: names of modules of the base model that are trained and saved with the gate, such as `classifier`; None
+            for none. They must be outside of the backbone. An expert's own copy of such a module is not used.
+        scalings_log_size: maximum number of passes in the scalings log, 1 or more; older ones are dropped.
+        balance_loss_weight: weight of `weft.losses.balance_loss` in training, 0 or more; it makes the use of the
+            experts more even. This and the next two need `enable_softmax` or `enable_softmax_topk`.
+        entropy_loss_weight: weight of `weft.losses.entropy_loss`; above 0 the gate becomes sharper, below 0 softer.
+        expert_label_loss_weight: weight of `weft.losses.expert_label_loss`, 0 or more, in calls with `expert_labels`:
+            the index of the expert to which each example (or token) belongs.
         expert_names: written by `save_pretrained`: the experts in the order of the gate's outputs.
         layer_names: written by `save_pretrained`: the LoRA layers in the order of the gate's outputs.
-        format_version: of the saved folder; None for one that weft did not write.
+        format_version: version of the saved folder's format; None if weft did not write it.
 
     Raises:
-        ConfigError: a value out of its range, options that exclude each other, unknown options; all at once.
+        ConfigError: a value is out of range, options exclude each other, or an option is unknown; all at once.
 
     Example:
         >>> config = XLoraConfig(adapters={"math": "adapters/math", "code": "adapters/code"}, layerwise_scalings=True)
@@ -130,12 +129,12 @@ class XLoraConfig(PeftConfig):
         if problems:
             raise ConfigError(_TITLE, problems)
         assert self.adapters is not None
-        # JSON written by peft sorts the adapters by name; their true order is kept beside them.
+        # peft writes the adapters sorted by name; `expert_names` keeps their order.
         names = self.adapters if self.expert_names is None else self.expert_names
         self.adapters = {name: os.fspath(self.adapters[name]) for name in names}
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the present values, a sentence each."""
+        """The problems of the present values, one sentence each."""
         return [
             *table_problems(self.adapters, self.expert_names),
             *_range_problems(self),
@@ -145,29 +144,29 @@ class XLoraConfig(PeftConfig):
 
     @property
     def reads_inside(self) -> bool:
-        """Whether the gate reads between two decoder layers rather than the last hidden state."""
+        """Whether the gate reads hidden states between two decoder layers, not the last hidden state."""
         return self.gate_layer is not None or self.scaling_pass_layers is not None
 
     @property
     def constant_weight(self) -> float:
-        """Every expert's weight where the gate has not decided yet: `scaling_pass_value`."""
+        """The weight of each expert before the gate has run: `scaling_pass_value`."""
         return float(self.scaling_pass_value or 0)
 
     @property
     def gate_loss_weights(self) -> dict[str, float]:
-        """The weights of the gate's own losses that are on, by the losses' names in `weft.losses`."""
+        """The non-zero weights of the gate's losses, by the losses' names in `weft.losses`."""
         weights = {name: float(getattr(self, f"{name}_weight")) for name in GATE_LOSSES}
         return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def num_experts(self) -> int:
-        """How many experts the gate chooses among."""
+        """The number of experts."""
         assert self.adapters is not None
         return len(self.adapters)
 
     @classmethod
     def from_peft(cls, config: PeftConfig, adapters: dict[str, str] | None = None) -> XLoraConfig:
-        """The same options from peft's own `XLoraConfig` (or from weft's: returned as it is)."""
+        """Convert peft's `XLoraConfig`; weft's own is returned unchanged."""
         if isinstance(config, cls):
             return config
         values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
@@ -183,13 +182,13 @@ class XLoraConfig(PeftConfig):
     ) -> XLoraConfig:
         """Read the config of a saved X-LoRA folder or Hub id, and verify the folder's files.
 
-        Relative adapter paths become paths inside that folder. `adapters={name: path}` replaces the saved paths (for a
-        checkpoint of peft's, which holds paths only). Where peft builds weft's models (`weft.register_with_peft`), the
-        config carries the opened folder to the next model that is built with it.
+        Relative adapter paths become paths in that folder. `adapters={name: path}` replaces the saved paths (for a
+        checkpoint of peft, which holds only paths). After `weft.register_with_peft`, the config keeps the opened folder
+        for the next model that is built with it.
 
         Raises:
-            CheckpointError: a file is missing or was altered after it was saved.
-            ConfigError: the saved options cannot work.
+            CheckpointError: a file is missing or was changed after it was saved.
+            ConfigError: the saved options are not valid.
         """
         carries, adapters = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] is cls, kwargs.pop("adapters", None)
         fetching = {name: kwargs.get(name) for name in ("revision", "token")}
@@ -199,7 +198,7 @@ class XLoraConfig(PeftConfig):
 
     @classmethod
     def of_saved(cls, saved: SavedMixture, **replaced: Any) -> XLoraConfig:
-        """The options of a folder that was opened; it raises what `from_pretrained` does."""
+        """The options of an opened folder; raises the errors of `from_pretrained`."""
         own = {name: value for name, value in replaced.items() if name not in _FETCHING and name in saved.values}
         try:
             config = cls(**{**saved.values, **own})
@@ -209,9 +208,9 @@ class XLoraConfig(PeftConfig):
         return config.read_from(saved.folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`; and, when the config belongs to a model, its experts beside it.
+        """Write `adapter_config.json`, and also the experts if the config belongs to a model.
 
-        peft calls this for every model it saves, right after it has written the gate.
+        peft calls this when it saves a model, after it has written the gate.
         """
         self.base_model_name_or_path = self.base_model_name_or_path or None  # peft before 0.21 has just put "" there
         folder, auto_mapping = Path(save_directory), kwargs.get("auto_mapping_dict")
@@ -225,40 +224,40 @@ class XLoraConfig(PeftConfig):
             write_options(folder, config_json(self, **replaced))
 
     def bind_model(self, model: nn.Module | None) -> None:
-        """Remember the model whose options these are, so that saving the config saves its experts."""
-        # Not a field: it is no option, and equality, printing and JSON should not see it.
+        """Set the model to which the config belongs, so that saving the config saves its experts."""
+        # Not a field, so that equality, repr and JSON ignore it.
         self._model = model
 
     @property
     def model(self) -> nn.Module | None:
-        """The X-LoRA model whose options these are."""
+        """The X-LoRA model to which the config belongs; None for a config without a model."""
         return getattr(self, "_model", None)
 
     @property
     def folder(self) -> Path | None:
-        """The saved mixture's folder that these options were read from."""
+        """The saved mixture's folder from which the options were read; None if they were not."""
         return getattr(self, "_folder", None)
 
     def read_from(self, folder: Path) -> XLoraConfig:
-        """Remember the folder; the options themselves."""
+        """Set `folder`; returns the config."""
         self._folder = folder
         return self
 
     def carry(self, saved: SavedMixture) -> XLoraConfig:
-        """Bring the opened folder to the model that is built with these options next; the options themselves."""
+        """Keep the opened folder for the next model that is built with this config; returns the config."""
         self._saved = saved
         return self
 
     def let_go(self) -> SavedMixture | None:
-        """The opened folder, which is carried no longer."""
+        """Return the opened folder from `carry`, and remove it from the config."""
         return self.__dict__.pop("_saved", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_model", "_saved")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> XLoraConfig:
-        # A copy belongs to the copy of the model where that is being copied too, else to none: copying options must
-        # never copy a model.
+        # Copying a config must not copy its model. The copy belongs to the model's copy if that is made at the same
+        # time, else to no model.
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
@@ -267,7 +266,7 @@ class XLoraConfig(PeftConfig):
 
 
 def _accept_known_options_only(config_class: type[XLoraConfig]) -> None:
-    """Let the constructor report unknown options as this library reports everything: all of them, with a way out."""
+    """Let the constructor report all unknown options in one ConfigError, with the nearest valid names."""
     plain_init = config_class.__init__
 
     @functools.wraps(plain_init)
@@ -284,7 +283,7 @@ def _accept_known_options_only(config_class: type[XLoraConfig]) -> None:
 
 
 def unknown_option_problems(names: Iterable[str]) -> list[str]:
-    """A sentence for each name that is no option, with the nearest one."""
+    """One sentence for each name that is not an option, with the nearest valid name."""
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     users = [name for name in _OPTIONS if name not in inherited | _WRITTEN_BY_SAVE]
     problems = []
@@ -297,7 +296,7 @@ def unknown_option_problems(names: Iterable[str]) -> list[str]:
 
 
 def _inherited_problems(config: XLoraConfig) -> list[str]:
-    """What is wrong with peft's own options, which it takes as they are, or refuses with errors of its own."""
+    """The problems of the options that are inherited from peft, which does not check them or raises its own errors."""
     problems = []
     if config.task_type is not None and config.task_type not in list(TaskType):
         problems.append(f"task_type ({shown(config.task_type)}) must be one of {', '.join(TaskType)}, or None")
@@ -377,7 +376,7 @@ def _routing_problems(config: XLoraConfig) -> list[str]:
 
 
 def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
-    """What is wrong with `top_k` for this many adapters (which may be 0 when that is a problem of its own)."""
+    """The problems of `top_k` for this number of adapters; 0 if their number is unknown."""
     if not is_whole(top_k) or top_k < 1 or (num_adapters and top_k > num_adapters):
         upper = f"the number of adapters ({num_adapters})" if num_adapters else "the number of adapters"
         return [f"top_k_lora ({shown(top_k)}) must be between 1 and {upper}"]
@@ -385,7 +384,7 @@ def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
 
 
 def config_json(config: XLoraConfig, **replaced: Any) -> str:
-    """The config as the JSON text that peft and weft read."""
+    """The config as JSON text in the form that peft and weft read."""
     values = {**config.to_dict(), **replaced}
     values["peft_type"] = PeftType.XLORA.value
     return json.dumps(values, indent=2, sort_keys=True)

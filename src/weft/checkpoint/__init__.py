@@ -1,14 +1,14 @@
-"""A saved mixture, or adapter, as values and tensors: read, checked against its manifest, and refused by name.
+"""A saved mixture or adapter as values and tensors: read, and checked against its manifest.
 
-Knows no live model; making a model of a folder, and a folder of a model, is `model`'s.
+There are no models here: `model` builds a model from a folder and saves a model to a folder.
 
-    folder.py           a mixture's folder: what lies where; opened, read once and verified, as values
-    adapters.py         LoRA adapters, from folders or the Hub
-    adapter_keys.py     the names of their tensors, without what tools have put into them
-    adapter_options.py  their options, by type and range
-    manifest.py         what was saved, so that anything lost or altered since is named
-    gate_sizes.py       a saved gate's sizes against its options
-    xlora_layout.py     the original xlora library's layout
-    mistralrs_layout.py that of mistral.rs
-    licenses.py         what model cards declare
+    folder.py           the layout of a mixture's folder; opens it, reads its files once and verifies them
+    adapters.py         reads LoRA adapters from folders or the Hub
+    adapter_keys.py     the keys of an adapter's tensors, without prefixes that other tools add
+    adapter_options.py  checks the types and ranges of an adapter's options
+    manifest.py         the digests of what was saved, to find what was lost or changed
+    gate_sizes.py       checks the sizes of a saved gate against its options
+    xlora_layout.py     the layout of the original xlora library
+    mistralrs_layout.py the layout of mistral.rs
+    licenses.py         the licence in a model card
 """

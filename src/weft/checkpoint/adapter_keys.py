@@ -1,7 +1,7 @@
-"""The names of tensors in adapter files, without what tools around the model have put into them.
+"""The keys of tensors in adapter files, in the form in which peft writes them.
 
-An adapter that was saved from a compiled, sharded or otherwise wrapped model has the wrappers' attributes in its keys,
-one that was written from a plain state dict the adapter's own name, and one without peft's `PeftModel` no prefix.
+Other tools write other keys. An adapter of a compiled or sharded model has attribute names of the wrappers in its keys.
+A plain state dict has the adapter's name in them. Keys from a model without peft's `PeftModel` have no prefix.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from weft.errors import CheckpointError
 
 KEY_PREFIX = "base_model.model."
-TOKEN_LAYER = ".token_adapter."  # around an embedding of which rows are trained
+TOKEN_LAYER = ".token_adapter."  # peft's layer around an embedding, some rows of which are trained
 TOKEN_ROWS = f"{TOKEN_LAYER}trainable_tokens_delta"
-OF_LAYER = ".base_layer."  # in the keys of weights that have a LoRA layer around them
-# Attributes by which torch.compile, FSDP, activation checkpointing and Lightning hold the module that they wrap.
+OF_LAYER = ".base_layer."  # in the keys of base weights inside a LoRA layer
+# The attribute names for the wrapped module: torch.compile, FSDP, activation checkpointing, Lightning.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-# DistributedDataParallel's, which a model may have of its own.
+# The attribute of DistributedDataParallel. A model may have an attribute of this name, too.
 _MODULE = "module"
 _ADAPTER_NAMES = (
     (re.compile(r"\.(lora_[AB])\.[^.]+\.(weight|bias)$"), r".\1.\2"),
@@ -29,12 +29,12 @@ _ADAPTER_NAMES = (
     (re.compile(r"\.modules_to_save\.(?:[^.]+\.)?(?=[^.])"), "."),
     (re.compile(rf"{re.escape(TOKEN_ROWS)}\.[^.]+$"), TOKEN_ROWS),
 )
-# Copies of the base model's weights, as plain state dicts have them beside the trained ones.
+# Copies of the base model's weights, which plain state dicts contain beside the trained weights.
 _COPIES = (".original_module.", ".token_adapter.trainable_tokens_original.", ".token_adapter.token_indices.")
 
 
 def without_wrappers(key: str) -> str:
-    """A key without the attributes of wrappers."""
+    """A key without the attribute names of wrappers."""
     parts = [part for part in key.split(".") if part not in _WRAPPERS]
     while parts[0] == _MODULE and len(parts) > 1:
         parts = parts[1:]
@@ -42,10 +42,10 @@ def without_wrappers(key: str) -> str:
 
 
 def own_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors under the keys that peft gives them.
+    """An adapter's tensors under peft's keys.
 
     Raises:
-        CheckpointError: two of them get the same one, as where a file holds several adapters.
+        CheckpointError: two different tensors get the same key, for example because a file holds several adapters.
     """
     found: dict[str, str] = {}
     for key in tensors:
@@ -71,11 +71,11 @@ def _own_key(key: str) -> str:
 
 
 def brought_keys(keys: Iterable[str], heads: Iterable[str] = ()) -> list[str]:
-    """The keys of weights of the base model that an adapter brings along, and not as copies beside LoRA's.
+    """The keys of full base-model weights in an adapter, without copies of the weights inside LoRA layers.
 
     Args:
-        keys: peft's.
-        heads: modules whose weights do not act.
+        keys: the adapter's keys, in peft's form.
+        heads: paths of modules whose weights are ignored, because the mixture has its own.
     """
     return [
         key
@@ -85,7 +85,7 @@ def brought_keys(keys: Iterable[str], heads: Iterable[str] = ()) -> list[str]:
 
 
 def fitted(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same without DistributedDataParallel's attribute, where only that keeps a key from being expected."""
+    """The tensors, with `module` removed from a key if the shorter key is an expected one (DistributedDataParallel)."""
 
     def own(key: str) -> str:
         shorter = ".".join(part for part in key.split(".") if part != _MODULE)

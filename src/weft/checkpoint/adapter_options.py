@@ -1,6 +1,6 @@
-"""The options of an adapter, checked before peft sees them: their types, their ranges, and the ranks that are stored.
+"""Checks of an adapter's options before peft reads them: types, ranges, and the ranks of the stored tensors.
 
-Which type an option has is taken from peft's `LoraConfig` itself, so that it is right for every version.
+The type of an option comes from peft's `LoraConfig`, so that it is right for each version of peft.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from torch import Tensor
 
 from weft.files.reading import is_number, is_whole, shown
 
-# peft divides and multiplies by these, so that 0.5 works where it says int.
+# peft annotates these as int, but only multiplies and divides by them: 0.5 works.
 _NUMBERS = ("lora_alpha",)
-# peft makes regular expressions of these, where they are one string, or of each of them.
+# A regular expression if the value is one string.
 _EXPRESSIONS = ("target_modules", "exclude_modules")
+# The string, or each string in the list or dict, is a regular expression.
 _PATTERNS = ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 _FACTORS = (".lora_A.weight", ".lora_embedding_A")
 
 
 def option_problems(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of an adapter's `adapter_config.json`, a sentence each.
+    """The problems of the values in an adapter's `adapter_config.json`, one sentence each.
 
-    Options that this version of peft does not know are left to it.
+    Options that this version of peft does not know are not checked.
 
     Example:
         >>> option_problems({"peft_type": "LORA", "r": "8"})
@@ -46,11 +47,13 @@ def option_problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def rank_problems(config: LoraConfig, weights: Mapping[str, Tensor]) -> list[str]:
-    """Where the ranks in an adapter's options are not those of its tensors, a sentence each, before any is allocated.
+    """Where the ranks in an adapter's options differ from those of its tensors, one sentence each.
+
+    This is checked before peft allocates tensors of the given ranks.
 
     Args:
-        config: its options, of the right types.
-        weights: its tensors under peft's keys.
+        config: the adapter's options, with valid types.
+        weights: the adapter's tensors under peft's keys.
     """
     stored = {key: value for key, value in weights.items() if key.endswith(_FACTORS)}
     if not stored:
@@ -63,7 +66,7 @@ def rank_problems(config: LoraConfig, weights: Mapping[str, Tensor]) -> list[str
         return [f"{odd[0]} is of dtype {weights[odd[0]].dtype}, expected floating-point numbers"]
     patterns = config.rank_pattern or {}
     ranks = {"r": config.r, **{f"rank_pattern of {key!r}": rank for key, rank in patterns.items()}}
-    # No layer is narrower than that, in which the options may be for layers that the file has not.
+    # A rank pattern may be for layers that are not in the file, but no rank is larger than the widest layer.
     widest = max(size for key, value in weights.items() if ".lora_" in key for size in value.shape)
     problems = [
         f"{name} ({rank}) is more than any size of its tensors ({widest}): expected the rank that it was trained with"
@@ -112,15 +115,15 @@ def _expression_problems(values: Mapping[str, Any]) -> list[str]:
 
 @functools.cache
 def _kinds() -> dict[str, Any]:
-    """The type of each option that a file can have."""
+    """The type of each option that can be in a file."""
     hints = typing.get_type_hints(LoraConfig)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(LoraConfig) if field.init}
-    kinds.pop("runtime_config", None)  # which peft does not read from files
+    kinds.pop("runtime_config", None)  # peft does not read it from files
     return {**kinds, **dict.fromkeys(_NUMBERS, float)}
 
 
 _PLAIN: dict[Any, Callable[[Any], bool]] = {
-    bool: lambda value: value is None or isinstance(value, bool),  # some tools write null for no
+    bool: lambda value: value is None or isinstance(value, bool),  # some tools write null for false
     int: is_whole,
     float: is_number,
     type(None): lambda value: value is None,
@@ -128,7 +131,7 @@ _PLAIN: dict[Any, Callable[[Any], bool]] = {
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value can be of a type."""
+    """Whether a JSON value fits a type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind in _PLAIN:
         return _PLAIN[kind](value)
@@ -141,16 +144,16 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(_fits(one, parts[1]) for one in value.values())
     if _is_of_strings(kind):
         return isinstance(value, str)
-    return value is None or isinstance(value, dict)  # a table, or options of their own
+    return value is None or isinstance(value, dict)  # a dict, or a dataclass of options
 
 
 def _is_of_strings(kind: Any) -> bool:
-    """Whether a type is of strings, or of some that are named."""
+    """Whether the values of a type are strings in JSON (str, Literal, Enum)."""
     return typing.get_origin(kind) is typing.Literal or (isinstance(kind, type) and issubclass(kind, (str, Enum)))
 
 
 def _in_words(kind: Any) -> str:
-    """A type as a user would say it."""
+    """A type, in words for a message."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(_in_words(part) for part in parts))

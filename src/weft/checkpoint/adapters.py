@@ -1,7 +1,7 @@
 """Reading LoRA adapters from folders or the Hub.
 
-Everything is read and checked before the base model is touched (`model/inject.py`). Only safetensors files are read,
-nothing is unpickled.
+Everything is read and checked before the base model is changed (`model/inject.py`). Only safetensors files are read;
+pickles are not opened.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from weft.files.reading import kind_shown, path_shown, read_json, shown
 from weft.files.tensors import Opened, taken
 from weft.files.writing import settle
 
-_MOST_REASON = 400  # characters of what another library says
-# Options of a LoraConfig that change more than the layers' B A x, so that a mixture of several has no meaning (yet).
+_MOST_REASON = 400  # maximum number of characters of another library's message
+# Options of a LoraConfig that do more than add B A x to a layer's output: such adapters cannot be mixed.
 _UNMIXABLE = {
     "layer_replication": "replicates layers of the base model",
     "target_parameters": "adapts bare parameters",
@@ -34,8 +34,8 @@ _UNMIXABLE = {
     "arrow_config": "routes between other adapters",
     "megatron_config": "has peft import a module that the config names",
 }
-# LoRA variants, which compute something else than B A x, or change the base model's weights when they are put on it;
-# later versions of peft mark them in the options' metadata, too. DoRA is one that can be mixed.
+# Options of LoRA variants, which do not compute B A x, or change the base model's weights when they are loaded. Later
+# versions of peft also mark them in the metadata of the options. DoRA is a variant that can be mixed.
 _VARIANTS = {"use_qalora", "velora_config", "monteclora_config", "use_bdlora", "kasa_config"}
 
 
@@ -44,11 +44,11 @@ class Adapter:
     """One LoRA adapter as read from its folder.
 
     Attributes:
-        name: the expert's.
-        folder: where it lies.
-        config: peft's options.
-        weights: all tensors but `heads`, under peft's keys.
-        heads: of whole modules that are saved with it, but are no part of what the expert adds to the base model.
+        name: the name of the expert.
+        folder: the folder of its files.
+        config: its options, as peft's `LoraConfig`.
+        weights: all tensors except `heads`, under peft's keys.
+        heads: tensors of full modules that are saved with the adapter (`modules_to_save`) but not used in the mixture.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Adapter:
     heads: dict[str, Tensor]
 
 
-# Initialisations that take the adapter's start out of the base weights: such an adapter is of another base model.
+# Initialisations that subtract the adapter's initial value from the base weights: the adapter needs these weights.
 _BASE_CHANGING_STARTS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
@@ -74,16 +74,15 @@ def read_adapters(
 
     Args:
         paths: name -> folder or Hub id, in the order of the gate's outputs.
-        allow_dora: take adapters with DoRA too.
-        heads: modules of the base model which the mixture has one of, so that adapters may have their own, which does
-            not act.
-        base_is_known: there is a base model, whose layers will show whether they fit; else the names that they have
-            recorded for theirs must be one.
-        opened: files that have been read already, from which their tensors are taken.
+        allow_dora: accept adapters with DoRA.
+        heads: paths of modules that the mixture trains itself. An adapter's weights for them are not used.
+        base_is_known: the base model is given, and its layers will be compared with the adapters. If False, the
+            adapters' `base_model_name_or_path` must agree.
+        opened: tensors of files that were read already.
 
     Raises:
-        AdapterError: files are missing or unreadable, an adapter is no LoRA that can be mixed, or they are of different
-            base models; all problems at once.
+        AdapterError: files are missing or unreadable, an adapter cannot be mixed, or the base models differ; all
+            problems at once.
     """
     adapters: list[Adapter] = []
     problems: list[str] = []
@@ -104,7 +103,7 @@ def read_adapters(
 
 
 def table_problems(adapters: dict[str, str] | None, expert_names: list[str] | None) -> list[str]:
-    """What is wrong with {name: path} of a mixture's experts, and with their names in order, a sentence each."""
+    """The problems of a mixture's `adapters` ({name: path}) and `expert_names`, one sentence each."""
     if not adapters or not isinstance(adapters, dict):
         return [f"adapters ({shown(adapters)}) must name at least one expert: {{name: folder or Hub id}}"]
     problems = []
@@ -127,25 +126,25 @@ def table_problems(adapters: dict[str, str] | None, expert_names: list[str] | No
 def local_folder(
     path: str | os.PathLike[str], what: str, *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder itself, or a snapshot of the Hub id of that name (user/repository, or user/repository/folder).
+    """A local folder, or the downloaded snapshot of a Hub id (user/repository, or user/repository/folder).
+
+    A local folder that a killed process left half replaced is restored first (`weft.files.writing`).
 
     Args:
         path: folder or Hub id.
-        what: it is, for messages.
+        what: what the messages call it.
         revision: branch, tag or commit on the Hub; None takes the main branch.
-        token: for the Hub; None takes the one of the machine, if it has one.
-
-    A folder whose writer was killed while it replaced the files is put back in order (`weft.files.writing`).
+        token: token for the Hub; None takes the machine's token, if there is one.
 
     Raises:
-        CheckpointError: neither is there, or the folder cannot be put back in order.
+        CheckpointError: there is no such folder or Hub id, or the folder cannot be restored.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise CheckpointError(f"{what} ({shown(path)}) must be a folder or Hub id")
     path = os.fspath(path)
     try:
         folder = Path(path).expanduser()
-    except RuntimeError as err:  # ~name of a user that there is not
+    except RuntimeError as err:  # ~name of an unknown user
         raise CheckpointError(f"{what} ({path}) cannot be found: {first_line(err)}") from err
     if os.path.isdir(folder):
         if not os.access(folder, os.R_OK | os.X_OK):
@@ -183,7 +182,7 @@ def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str
             )
         weights = own_keys(taken(folder / SAFETENSORS_WEIGHTS_NAME, opened))
     except CheckpointError as err:
-        # From the Hub only safetensors are fetched, so that a pickle there looks like nothing.
+        # Only safetensors are downloaded from the Hub, so a pickle there is not seen.
         unfetched = not os.path.isdir(path) and not _is_there(folder / SAFETENSORS_WEIGHTS_NAME)
         hint = "; weft does not fetch or open pickles (adapter_model.bin)" if unfetched else ""
         raise AdapterError(f"adapter {name!r}: {err}{hint}") from err
@@ -214,7 +213,7 @@ def _read_config(name: str, path: str, folder: Path) -> LoraConfig:
         raise AdapterError(f"adapter {name!r}: {file} cannot be read: {'; '.join(problems)}")
     try:
         return LoraConfig.from_pretrained(str(folder))
-    except Exception as err:  # what its options' own checks raise
+    except Exception as err:  # LoraConfig's own checks
         raise AdapterError(f"adapter {name!r}: peft refuses {file}: {first_line(err)}") from err
 
 
@@ -245,9 +244,9 @@ def _refuse_unmixable(name: str, config: LoraConfig) -> None:
 
 
 def different_bases(adapters: list[Adapter]) -> str | None:
-    """The base models that the adapters name, where these are several: 'a' of X; 'b' of Y.
+    """The adapters' base models as text ('a' of X; 'b' of Y) if they differ; else None.
 
-    They are named by a path or a Hub id, of which mirrors and moved folders keep the last part.
+    Only the last part of each path or Hub id is compared, as mirrors and moved folders change the rest.
     """
     names = {adapter.name: str(adapter.config.base_model_name_or_path or "") for adapter in adapters}
     if len({model_name(base) for base in names.values() if base}) < 2:
@@ -256,13 +255,17 @@ def different_bases(adapters: list[Adapter]) -> str | None:
 
 
 def model_name(base: str) -> str:
-    """The last part of a base model's path or Hub id."""
+    """The last part of a base model's path or Hub id, in lower case."""
     cached = re.search(r"models--([^/]+)", base)  # in the Hub's cache: .../models--org--model/snapshots/<commit>
     return (cached.group(1).split("--")[-1] if cached else Path(base).name).lower()
 
 
 def refuse_dora(name: str) -> None:
-    """Raise for an adapter with DoRA that is not allowed."""
+    """Raise for an adapter with DoRA if `allow_dora` is off.
+
+    Raises:
+        AdapterError: always.
+    """
     raise AdapterError(
         f"adapter {name!r} uses DoRA, for which allow_dora (False) must be True, as it needs a norm of every adapted "
         "weight: set it, leave the adapter out, or turn it into a plain LoRA with peft's convert_to_lora"

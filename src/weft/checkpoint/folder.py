@@ -1,13 +1,13 @@
-"""The self-contained folder: gate, experts and options of one mixture.
+"""The folder of a saved mixture, with gate, experts and options.
 
-    adapter_config.json           the options (peft's X-LoRA config): names and layers in order, relative paths
-    adapter_model.safetensors     gate and heads, under peft's keys (and copies of trained experts, for tools to resume)
+    adapter_config.json           the options (peft's X-LoRA config): experts and layers in order, relative paths
+    adapter_model.safetensors     gate and heads under peft's keys, and copies of trained experts for tools that resume
     weft_manifest.json            digests of all tensors, and of the experts' configs
     experts/math/                 each expert, an ordinary peft adapter: adapter_config.json, adapter_model.safetensors
 
-The experts lie one level down because transformers' Trainer takes adapters right below a checkpoint for further
-adapters of the same model, and fails to resume. Folders that peft's X-LoRA wrote are read too: they have no manifest,
-and their experts lie wherever their config says. So are those of the original xlora library (`xlora_layout.py`).
+The experts are one level down because transformers' Trainer would take adapter folders directly in a checkpoint for
+further adapters of the same model, and fail to resume. Two other layouts are read too: folders of peft's X-LoRA, which
+have no manifest, and whose experts are where the config says; and those of the original library (`xlora_layout.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from weft.files.tensors import Opened, read_tensors, taken
 from weft.files.writing import replace_file, settle
 
 GATE_KEY = "internal_xlora_classifier."
-# In the names of an expert's parameters.
+# Parts of the names of experts' parameters.
 _EXPERT_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
 
 
@@ -47,13 +47,13 @@ class SavedMixture:
     """A saved mixture's folder, opened and verified.
 
     Args:
-        folder: where it lies.
-        file: that holds its options.
-        gate_file: that holds its gate.
-        values: its options by the names of `XLoraConfig`; the adapters' paths are those of their folders.
-        tensors: what has been read, by file: the gate and, where there is a manifest and nobody has said otherwise, the
-            experts; whoever uses a file's tensors takes them out. Of copies of experts beside the gate there are names
-            and shapes alone.
+        folder: the folder.
+        file: the file of its options.
+        gate_file: the file of its gate.
+        values: the options, by the fields of `XLoraConfig`; `adapters` has the paths of the experts' folders.
+        tensors: file -> tensors that were read: the gate, and the experts if there is a manifest and `open_mixture` was
+            called with `keep_experts`. Users remove what they take. Copies of experts in the gate's file are on the
+            meta device.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class SavedMixture:
     tensors: Opened
 
     def gate(self) -> dict[str, Tensor]:
-        """The gate's tensors (and what is saved beside it), under the names that peft saves them by; taken out.
+        """Take the tensors of the gate's file out of `tensors`, under peft's keys.
 
         Raises:
             CheckpointError: the file is missing or broken.
@@ -87,18 +87,18 @@ def open_mixture(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> SavedMixture:
-    """Open a saved folder: its tensors are read once, verified, and kept for whoever builds something with them.
+    """Open a saved folder. Its tensors are read once, verified, and kept in the result.
 
     Args:
-        path: the folder, or Hub id.
-        subfolder: of it; None for none.
-        adapters: where the experts are, if not where the folder says.
-        keep_experts: False for the options and the gate alone, so that no more than one expert is held at a time.
+        path: folder or Hub id.
+        subfolder: the mixture's folder in it; None if it is the folder itself.
+        adapters: name -> path of the experts, if they are not where the folder says.
+        keep_experts: False keeps only the gate's tensors, so that at most one expert is in memory at a time.
         revision: branch, tag or commit on the Hub; None takes the main branch.
-        token: for the Hub; None takes the one of the machine, if it has one.
+        token: token for the Hub; None takes the machine's token, if there is one.
 
     Raises:
-        CheckpointError: a file is missing or was altered after it was saved, or of a newer weft.
+        CheckpointError: a file is missing, was changed after it was saved, or comes from a newer version of weft.
     """
     folder = local_folder(path, "the X-LoRA model", revision=revision, token=token)
     if subfolder:
@@ -124,7 +124,7 @@ def open_mixture(
 
 
 def _options(folder: Path, file: Path, adapters: dict[str, str] | None, keep: Keep) -> dict[str, Any]:
-    """The options in weft's layout or peft's; where there is a manifest, all is verified."""
+    """The options in weft's or peft's layout. If there is a manifest, all files are verified."""
     values = read_json(file)
     if values.get("peft_type") != "XLORA":
         raise CheckpointError(f"{file} is of type {kind_shown(values.get('peft_type'))}, expected XLORA")
@@ -142,14 +142,14 @@ def _options(folder: Path, file: Path, adapters: dict[str, str] | None, keep: Ke
 
 
 def _without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A gate's tensors, and of the copies of trained experts beside them names and shapes: these have own files."""
+    """A gate's tensors. Copies of trained experts become meta tensors, as the experts have their own files."""
     if not any(map(is_expert_key, tensors)):
         return tensors
     return {key: value.to("meta") if is_expert_key(key) else value.clone() for key, value in tensors.items()}
 
 
 def _saved_adapters(folder: Path, values: JsonTable) -> dict[str, str]:
-    """The adapters' paths as the folder names them."""
+    """name -> path of the experts, from the folder's options."""
     table = values.table("adapters", None)
     problems = name_problems(table or ())  # before they are used as folders
     if problems:
@@ -158,9 +158,9 @@ def _saved_adapters(folder: Path, values: JsonTable) -> dict[str, str]:
 
 
 def _resolve(folder: Path, name: str, path: str) -> str:
-    """An adapter's saved path: inside the folder where it is relative and there, else as it stands.
+    """An expert's path: a relative path is taken in the folder if it exists there, else it is left unchanged.
 
-    One that is gone may have been inside of a folder that was moved.
+    If an absolute path does not exist, because the mixture was moved, the expert in the folder is taken.
     """
     inside = folder / path
     if not os.path.isabs(path):
@@ -170,10 +170,10 @@ def _resolve(folder: Path, name: str, path: str) -> str:
 
 
 def saved_base(folder: Path) -> str | None:
-    """The base model that a saved mixture names.
+    """The path or Hub id of a saved mixture's base model; None if the folder does not name it.
 
     Raises:
-        CheckpointError: the folder is no mixture's.
+        CheckpointError: the folder is not a mixture.
     """
     if is_original(folder):
         return original_base(folder)
@@ -186,7 +186,7 @@ def saved_base(folder: Path) -> str | None:
 
 
 def write_options(folder: Path, text: str) -> None:
-    """Write a folder's options, the JSON of `XLoraConfig`."""
+    """Write a folder's options; `text` is the JSON of an `XLoraConfig`."""
     replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -196,5 +196,5 @@ def is_expert_key(key: str) -> bool:
 
 
 def expert_of_key(key: str) -> str | None:
-    """The name of the expert that a parameter of this name belongs to; None where it is no expert's."""
+    """The expert to which a parameter of this name belongs; None if it belongs to none."""
     return next((key.rpartition(part)[2].partition(".")[0] for part in _EXPERT_PARTS if part in key), None)

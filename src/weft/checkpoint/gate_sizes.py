@@ -1,4 +1,4 @@
-"""The sizes of a saved gate against its options: before a gate is built by these."""
+"""Checks the sizes of a saved gate against its options, before a gate is built from them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _LAST = "last.weight"
 
 
 def refuse_other_sizes(config: Any, saved: SavedMixture) -> None:
-    """Raise where the options are not those that a saved gate was made with; where no gate is saved there is nothing.
+    """Raise if a saved gate does not have the sizes in the options. Without a saved gate, nothing is checked.
 
     Args:
         config: the options.
-        saved: that they were read from.
+        saved: the folder from which they were read.
 
     Raises:
-        CheckpointError: the gate has other sizes, all of which are named.
+        CheckpointError: the gate has other sizes; all differences at once.
     """
     gate = saved.tensors.get(saved.gate_file, {})
     shapes = {without_wrappers(key): tuple(value.shape) for key, value in gate.items()}
@@ -38,12 +38,12 @@ def refuse_other_sizes(config: Any, saved: SavedMixture) -> None:
 
 
 def size_problems(config: Any, weights: dict[str, tuple[int, ...]], *, is_composed: bool = False) -> list[str]:
-    """What of a gate's options differs from the shapes `[out, in]` of its linear layers, a sentence each.
+    """Where a gate's options differ from the shapes of its linear layers, one sentence each.
 
     Args:
         config: the options.
-        weights: the shapes by their keys, the first layer's first.
-        is_composed: the layers may be one linear map, which has depth 1 (see `xlora_layout.py`).
+        weights: key -> shape `[out, in]`, in the order of the layers.
+        is_composed: several linear layers without ReLU may be saved for a gate of depth 1 (see `xlora_layout.py`).
     """
     odd = {key: shape for key, shape in weights.items() if len(shape) != 2}
     if odd:
@@ -76,7 +76,7 @@ def _output_problems(config: Any, outputs: int) -> list[str]:
     layers = len(config.layer_names)
     if outputs == config.num_experts * layers:
         return []
-    # With gate_layer those before it have none.
+    # With gate_layer, the layers before it have no outputs.
     if config.gate_layer is not None and outputs < config.num_experts * layers and outputs % config.num_experts == 0:
         return []
     return [f"{experts} in {layers} layers must have {config.num_experts * layers} outputs, and it has {outputs}"]

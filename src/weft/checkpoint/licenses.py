@@ -1,4 +1,4 @@
-"""Model cards, the README.md of a folder: which licence they declare, and whether a person wrote them."""
+"""Model cards (README.md of a folder): the licence that they declare, and whether a person wrote them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ WEFTS_MARK = "<!-- written by `weft card`: remove this line to keep the card as 
 
 
 def declared_license(card: Path) -> str | None:
-    """The licence that a model card declares; None where there is no card, or it declares none."""
+    """The licence that a model card declares; None if there is no card, or no licence in it."""
     if not os.path.isfile(card):
         return None
     from huggingface_hub import metadata_load
 
     try:
         values: Any = metadata_load(card) or {}
-    except Exception:  # somebody else's card, in YAML of any sort: it declares nothing that can be read
+    except Exception:  # the YAML of a card from outside may be malformed in any way
         return None
     license = values.get("license")
     if license == "other" and values.get("license_name"):
@@ -30,13 +30,13 @@ def declared_license(card: Path) -> str | None:
 
 
 def licensed_card(folder: Path) -> str | None:
-    """The text of a folder's model card where it declares a licence: such a card must stay with what it is of."""
+    """The text of a folder's model card if it declares a licence, and so must be kept with the files; else None."""
     card = folder / CARD
     return card.read_text(encoding="utf-8") if declared_license(card) is not None else None
 
 
 def is_own(folder: Path) -> bool:
-    """Whether the folder has a card that a person wrote: neither weft's nor the form that peft puts there."""
+    """Whether the folder has a card that a person wrote: not weft's, and not peft's empty template."""
     if not os.path.isfile(folder / CARD):
         return False
     text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
@@ -44,6 +44,6 @@ def is_own(folder: Path) -> bool:
 
 
 def keep_own_card(folder: Path, part: Path) -> None:
-    """Let a card that a person wrote stand in what will replace the folder's files, in the place of peft's."""
+    """Copy a card that a person wrote from `folder` to `part`, whose files will replace those of the folder."""
     if is_own(folder):
         shutil.copyfile(folder / CARD, part / CARD)

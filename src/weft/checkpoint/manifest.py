@@ -1,7 +1,7 @@
-"""The manifest of a saved folder: what was saved, so that anything lost or altered since is named on load.
+"""The manifest of a saved folder, with which files that were lost or changed later are found on load.
 
-It holds the experts and layers in the order of the gate's outputs, a digest of each expert's options and one of every
-tensor.
+It holds the experts and layers in the order of the gate's outputs, a digest of each expert's options, and a digest of
+each tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 
 
 def manifest_of(folder: Path, expert_names: list[str], layer_names: list[str]) -> dict[str, Any]:
-    """The manifest of what lies in the folder now.
+    """Make the manifest of the folder's present files.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -49,10 +49,10 @@ def manifest_of(folder: Path, expert_names: list[str], layer_names: list[str]) -
 
 
 def refuse_strangers_folder(folder: Path, what: str = "save_directory") -> None:
-    """Raise where saving a mixture would replace something that is none's.
+    """Raise if saving a mixture would replace files that are not part of a mixture.
 
     Raises:
-        ConfigError: the folder has an adapter, or files that go by the names of a mixture's.
+        ConfigError: the folder holds an adapter, or other files with the names of a mixture's files.
     """
     problem = naming_problem(folder)
     if problem is not None:
@@ -86,12 +86,12 @@ def verify(folder: Path, config: JsonTable, *, with_experts: bool = True, keep: 
 
     Args:
         folder: the saved folder.
-        config: its `adapter_config.json`.
-        with_experts: also compare the experts; False where they come from elsewhere.
-        keep: is called with each file and its tensors, so that whoever needs them reads them once.
+        config: the content of its `adapter_config.json`.
+        with_experts: also compare the experts; False if they are loaded from elsewhere.
+        keep: called with each file and its tensors, so that they need not be read a second time.
 
     Raises:
-        CheckpointError: files or tensors are missing, unexpected or changed; all of them are named.
+        CheckpointError: files or tensors are missing, unexpected or changed; all of them at once.
     """
     manifest = _read_manifest(folder / MANIFEST_NAME)
     problems = [
@@ -125,7 +125,7 @@ def verify(folder: Path, config: JsonTable, *, with_experts: bool = True, keep: 
 
 
 def _read_manifest(file: Path) -> JsonTable:
-    """The manifest, all of whose values are of their types."""
+    """Read the manifest and check the types of all values."""
     manifest = read_json(file)
     lacking = sorted({*_ORDERS, "options", "tensors"} - manifest.keys())
     if lacking:
@@ -155,7 +155,7 @@ def _option_files(expert_names: list[str]) -> list[str]:
 
 
 def options_digest(values: dict[str, Any]) -> str:
-    """Of an expert's `adapter_config.json`, however it is laid out."""
+    """The digest of an expert's `adapter_config.json`, independent of its formatting."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

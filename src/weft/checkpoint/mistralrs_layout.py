@@ -1,4 +1,4 @@
-"""mistral.rs's layout, which is the original xlora library's laid flat, with a file that numbers the LoRA layers.
+"""The layout of mistral.rs: the original xlora library's in a single folder, with a file that numbers the LoRA layers.
 
 xlora_config.json                           the options
 xlora_classifier.safetensors                the gate
@@ -39,10 +39,10 @@ def is_flat(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def unfolded(flat: Path) -> Iterator[tuple[Path, list[str] | None]]:
-    """(the same mixture in the original library's layout, its LoRA layers in the order of the gate's outputs).
+    """(the mixture in the original library's layout, its LoRA layers in the order of the gate's outputs).
 
-    The folder is there in this block only; errors name the flat folder's files. The layers are None where it does not
-    name them.
+    The folder exists only in the block. Errors in the block name the files of the flat folder. The layers are None if
+    the flat folder does not name them.
 
     Raises:
         CheckpointError: a file is missing or broken.
@@ -53,7 +53,7 @@ def unfolded(flat: Path) -> Iterator[tuple[Path, list[str] | None]]:
 
 
 def _layers_in_order(flat: Path) -> list[str] | None:
-    """A flat folder's layers in the order of the gate's outputs, if it says so."""
+    """A flat folder's layers in the order of the gate's outputs; None if it does not name them."""
     table = read_json(flat / ORDERING).table("layers", None)
     layers = {layer: table.whole(layer) for layer in table or {}}
     if sorted(layers.values()) != list(range(len(layers))):
@@ -64,10 +64,10 @@ def _layers_in_order(flat: Path) -> list[str] | None:
 
 
 def _order(flat: Path) -> list[str]:
-    """The experts in a flat folder's order.
+    """The experts' names in a flat folder's order.
 
     Raises:
-        CheckpointError: they are no names that experts can have.
+        CheckpointError: an expert cannot have such a name.
     """
     ordering = read_json(flat / ORDERING)
     names = ordering.strings("order", None) or []
@@ -80,10 +80,10 @@ def _order(flat: Path) -> list[str]:
 
 
 def _unfold(flat: Path, folder: Path) -> None:
-    """Write a flat folder anew in the original library's layout, when all of it is read and checked."""
+    """Read and check a flat folder, then write it in the original library's layout."""
     names = _order(flat)
     config = read_json(flat / ORIGINAL_CONFIG) | {"adapters": names}
-    # Its engine counts the gate's linear layers alone, whatever is between them.
+    # mistral.rs numbers the gate's linear layers only; the original library also counts ReLU and dropout.
     stride = 3 if config.get("enable_relu_and_dropout") else 1
     tensors = {}
     for key, value in read_tensors(flat / ORIGINAL_GATE).items():
@@ -101,7 +101,7 @@ def _unfold(flat: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _errors_in_flat_names(flat: Path, folder: Path) -> Iterator[None]:
-    """Name the files of the flat folder in errors, rather than those that were made of them."""
+    """Replace the names of the temporary files in errors by those of the flat folder's files."""
     try:
         yield
     except WeftError as err:

@@ -1,12 +1,12 @@
-"""The layout of the original xlora library, read as weft's options and gate.
+"""The layout of the original xlora library, read into weft's options and gate.
 
     xlora_config.json                the options
     xlora_classifier.safetensors     the gate: inner.{i}.weight, inner.{i}.bias, last.weight, last.bias
     NAME/ or adapters/NAME/          each expert, an ordinary peft adapter
 
-The gate's numbers mean what weft's mean: [layer, expert] with the expert running fastest, LoRA layers in the order of
-the base model's modules. `inner` counts Linear, ReLU and Dropout (0, 3, 6, ...), or Linear layers alone where
-`enable_relu_and_dropout` is off. Without ReLU between them, the layers are one linear map, and are read as that:
+The gate's outputs have the same order as weft's: [layer, expert], flattened with the expert as the last axis, and the
+LoRA layers in the order of the base model's modules. The index i counts Linear, ReLU and Dropout (0, 3, 6, ...), or
+only Linear layers if `enable_relu_and_dropout` is off. Without ReLU the layers are composed to one linear layer:
 
     W_d (... (W_1 h + b_1) ...) + b_d = (W_d ... W_1) h + (... + W_d b_1 + b_d)
 """
@@ -33,7 +33,7 @@ ORIGINAL_CONFIG = "xlora_config.json"
 ORIGINAL_GATE = "xlora_classifier.safetensors"
 TRAINED_ADAPTERS = "adapters"
 PEFT_GATE = "base_model.internal_xlora_classifier.layers"
-# Options that both have, under one name and with one meaning.
+# Options with the same name and meaning in both libraries.
 SHARED_OPTIONS = (
     "hidden_size",
     "enable_softmax",
@@ -70,11 +70,11 @@ def original_options(folder: Path, adapters: dict[str, str] | None = None) -> di
 
     Args:
         folder: the folder.
-        adapters: where the experts are, if not where the folder says; in the order of the gate's outputs where the
-            folder does not name them.
+        adapters: name -> path of the experts, if they are not where the folder says. If the folder does not name them,
+            this must have the order of the gate's outputs.
 
     Raises:
-        CheckpointError: a file is missing or broken, or the gate is of a kind that weft has not.
+        CheckpointError: a file is missing or broken, or weft does not have this kind of gate.
     """
     file = folder / ORIGINAL_CONFIG
     saved = read_json(file)
@@ -101,19 +101,19 @@ def original_options(folder: Path, adapters: dict[str, str] | None = None) -> di
 
 
 def original_base(folder: Path) -> str | None:
-    """The base model that the folder names."""
+    """The path or Hub id of the base model; None if the folder does not name it."""
     return read_json(folder / ORIGINAL_CONFIG).string("base_model_id", None) or None
 
 
 def read_original_gate(folder: Path, opened: Opened | None = None) -> dict[str, Tensor]:
-    """The gate's tensors under the names that peft and weft have for them, in float32 or wider.
+    """The gate's tensors under the keys of peft and weft, in float32 or wider.
 
     Args:
-        folder: of the mixture.
-        opened: what has been read of it; the gate is taken out.
+        folder: the mixture's folder.
+        opened: tensors that were read already; the gate's are removed.
 
     Raises:
-        CheckpointError: the file is missing, broken, a pickle, or of another gate than the options say.
+        CheckpointError: the file is missing, broken or a pickle, or does not fit the options.
     """
     file = folder / ORIGINAL_GATE
     if not os.path.lexists(file) and os.path.lexists(folder / "xlora_classifier.pt"):
@@ -129,7 +129,7 @@ def read_original_gate(folder: Path, opened: Opened | None = None) -> dict[str, 
     weights, biases = _linear_layers(file, tensors, saved.whole("xlora_depth", 1, least=1), 3 if has_relu else 1)
     if not has_relu:
         weights, biases = _composed(weights, biases)
-    # As in peft's nn.Sequential: Linear, ReLU and, if there is any, Dropout.
+    # peft's nn.Sequential has Linear, ReLU and, if it is above 0, Dropout.
     step = 3 if dropout > 0 else 2
     gate = {}
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
@@ -141,8 +141,8 @@ def read_original_gate(folder: Path, opened: Opened | None = None) -> dict[str, 
 def _linear_layers(
     file: Path, tensors: dict[str, Tensor], depth: int, stride: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(weights, biases) of all linear layers in order; a bias that the gate has not is zero."""
-    # A depth beyond what is there lacks more than can be named.
+    """(weights, biases) of all linear layers in order; a missing bias is zero."""
+    # Limited, as a wrong depth could be so large that the missing layers cannot all be named.
     names = [f"inner.{number * stride}" for number in range(min(depth, len(tensors) + 1) - 1)] + ["last"]
     expected = {f"{name}.{part}" for name in names for part in ("weight", "bias")}
     missing = [f"{name}.weight" for name in names if f"{name}.weight" not in tensors]
@@ -164,7 +164,7 @@ def _linear_layers(
 
 
 def _refuse_odd_shapes(file: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
-    """Raise where a gate's tensors are no numbers, or no linear layers one after the other."""
+    """Raise if the tensors have other dtypes, or shapes that are not those of successive linear layers."""
     width: int | None = None
     for name in names:
         weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
@@ -181,7 +181,7 @@ def _refuse_odd_shapes(file: Path, tensors: dict[str, Tensor], names: list[str])
 
 
 def _composed(weights: list[Tensor], biases: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Linear layers one after the other as one."""
+    """Compose successive linear layers to one, in float64."""
     weight, bias = weights[0].double(), biases[0].double()
     for next_weight, next_bias in zip(weights[1:], biases[1:], strict=True):
         weight, bias = next_weight.double() @ weight, next_weight.double() @ bias + next_bias.double()
@@ -189,7 +189,7 @@ def _composed(weights: list[Tensor], biases: list[Tensor]) -> tuple[list[Tensor]
 
 
 def _has_relu(saved: dict[str, Any]) -> bool:
-    """Whether there is anything between the gate's linear layers; one layer has nothing either way."""
+    """Whether there are ReLU and dropout between the gate's linear layers."""
     return bool(saved.get("enable_relu_and_dropout", False))
 
 
@@ -206,7 +206,7 @@ def _refuse_other_gates(file: Path, saved: JsonTable) -> None:
             "kept outputs as they are, or train the gate anew"
         )
     if saved.get("stop_token_id") is not None:
-        # Kept in configs long after it had lost its effect, so it does not say which gate this is.
+        # Configs kept this option after it had lost its effect, so it does not tell which kind of gate this is.
         warnings.warn(
             f"{file} has stop_token_id ({saved['stop_token_id']}): if it was saved before xlora decided token by "
             "token, its gate expects the text's last token only; weft lets it decide for each token",
@@ -215,7 +215,7 @@ def _refuse_other_gates(file: Path, saved: JsonTable) -> None:
 
 
 def _saved_adapters(saved: JsonTable) -> dict[str, str]:
-    """{name: path} of what the file names; the library writes a list of names or such a table."""
+    """name -> path of the adapters in the file; the library writes a list of names, or such a dict."""
     if isinstance(saved.get("adapters"), dict):
         table = saved.table("adapters")
         return {name: table.string(name) for name in table}
@@ -226,9 +226,9 @@ def _saved_adapters(saved: JsonTable) -> dict[str, str]:
 
 
 def _resolve(folder: Path, name: str, path: str) -> str:
-    """Where an expert is: in the folder, under its path, its name or its path's last part; else as it stands.
+    """An expert's folder: in `folder` under its path, its name or the last part of its path; else its path unchanged.
 
-    A repository of the Hub names its own folders as user/repository/folder.
+    A repository on the Hub names its own folders as user/repository/folder, so that only the last part exists.
     """
     last = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
     inside: Iterable[str] = (path, f"{TRAINED_ADAPTERS}/{name}", name, last)
