@@ -1,12 +1,12 @@
-"""A transformers model: loaded whole, read, and put back as it was.
+"""The base model, a transformers model: loaded, inspected, and restored after changes.
 
-Knows no LoRA and no gate.
+There are no LoRA layers and no gate here.
 
-    loading.py          base models and tokenizers, loaded by transformers, whole or refused in one sentence
-    backbone.py         its backbone, its last hidden state, its width
-    first_layers.py     its first decoder layers, as a module that runs like the whole
-    devices.py          where its parts compute
-    state.py            what is changed in it for a time: flags, packed weights, hooks, modes
-    likelihoods.py      how likely it finds each token of a text
-    versions.py         what the versions of transformers and peft call or do differently
+    loading.py          loads base models and tokenizers, and refuses incomplete ones
+    backbone.py         the backbone, its last hidden state and its width
+    first_layers.py     the first decoder layers of a backbone, as a module
+    devices.py          the device of each part, also with accelerate's offloading
+    state.py            saves and restores flags, packed weights, hooks and modes
+    likelihoods.py      the negative log-likelihood of each token
+    versions.py         differences between versions of transformers and peft
 """

@@ -1,7 +1,7 @@
-"""What weft needs to know of a base model: its backbone, its last hidden state, its width.
+"""The backbone of a base model: how it is called, its last hidden state, its width, its cache.
 
-The scaling pass needs the last hidden state alone, so it runs the backbone: no LM head, no logits, no list of hidden
-states; with a cache of its own where the call keeps one.
+The scaling pass needs only the last hidden state, so it runs the backbone without the LM head and without a list of
+all hidden states. If the call uses a KV cache, the scaling pass has a second one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from weft.base_model.first_layers import ShortBackbone
 from weft.base_model.versions import croppable
 from weft.errors import CacheError, ConfigError
 
-# Outputs the scaling pass does not want, whoever asked for them.
+# Options of the call that are not passed to the scaling pass.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", *CACHE_NAMES}
-# Arguments other than the cache by which calls share a state: of transformers' continuous batching, RWKV, XLNet.
+# Arguments other than the KV cache that hold a state: transformers' continuous batching, RWKV, XLNet.
 _STATES = ("cache", "state", "mems")
-# Arguments of the loss, which models take through **kwargs; the last one is TRL's.
+# Arguments of the loss, which models take in **kwargs; the last one is from TRL.
 _LOSS_OPTIONS = {"num_items_in_batch", "shift_labels", "fused_lm_head"}
 
 
@@ -37,11 +37,11 @@ class Backbone:
         base: a transformers model.
 
     Attributes:
-        module: the module that runs the layers; the base model itself where it has no head.
-        module_state: names of the activations that modules keep from call to call, outside of any cache.
+        module: the module that runs the layers; the base model itself if it has no head.
+        module_state: names of activations that modules keep between calls, outside of any cache.
 
     Raises:
-        ValueError: `base` is no transformers model.
+        ValueError: `base` is not a transformers model.
     """
 
     def __init__(self, base: Any) -> None:
@@ -57,32 +57,31 @@ class Backbone:
             for name, parameter in inspect.signature(base.forward).parameters.items()
             if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         ]
-        # Some models hand it on to their text model unnamed, such as LLaVA.
+        # Some models, such as LLaVA, pass it to their text model in **kwargs.
         self._takes_use_cache = self.takes("use_cache") or _is_open(base.forward)
         parameters = inspect.signature(self.module.forward).parameters
         self._accepted = set(parameters)
         self._open = _is_open(self.module.forward)
-        # What the head names in its own signature and the backbone does not is the head's business: labels,
-        # logits_to_keep, ...
+        # Arguments of the head only: labels, logits_to_keep, ...
         self._heads_own = set(self._positional) - self._accepted
         self._short: ShortBackbone | None = None
 
     @property
     def text_model(self) -> nn.Module | None:
-        """The part that reads text, where others read images or sounds for it; None where the whole model does."""
+        """The text part of a multimodal model; None for a model of text only."""
         config = self.base.config
         if self.is_encoder_decoder or config.get_text_config() is config:
             return None
         return self.base.get_decoder()
 
     def named_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of the base model, by name; the cache by the base model's, whatever the caller's."""
-        # Not by zip: torch.compile of torch 2.6 stumbles over it.
+        """The arguments of a call of the base model as keywords; see also `with_named_cache`."""
+        # Not with zip, which torch.compile of torch 2.6 cannot trace.
         named = {name: args[index] for index, name in enumerate(self._positional[: len(args)])}
         return self.with_named_cache({**named, **kwargs})
 
     def with_named_cache(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the base model's forward or `generate`, with a cache by the name that they have for it."""
+        """The arguments, with the cache under the base model's own name for it (one of `CACHE_NAMES`)."""
         given = next((name for name in CACHE_NAMES if name in arguments), None)
         if self.cache_name != CACHE_NAMES[0] or given in (None, self.cache_name):
             return arguments
@@ -96,14 +95,14 @@ class Backbone:
         return loss is ForCausalLMLoss and not self.is_encoder_decoder
 
     def prompt_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Tokens of the prompt in the arguments of `generate`."""
+        """The number of prompt tokens in the arguments of `generate`."""
         given = args[0] if args else None
         for name in ("inputs", "input_ids", "inputs_embeds"):
             given = kwargs.get(name) if given is None else given
         return 0 if given is None else given.shape[1]
 
     def batch_size(self, arguments: dict[str, Any]) -> int:
-        """Rows of the batch in the arguments of a call; 0 where they tell none."""
+        """The batch size of a call, from its arguments; 0 if no argument is a tensor."""
         names = (self.base.main_input_name, "input_ids", "inputs_embeds", "decoder_input_ids")
         tensors = (arguments.get(name) for name in (*names, *arguments))
         return next((len(value) for value in tensors if isinstance(value, Tensor)), 0)
@@ -113,13 +112,13 @@ class Backbone:
         return name in self._positional
 
     def settle_cache(self, arguments: dict[str, Any], *, two_passes: bool) -> None:
-        """Decide whether a call of the base model keeps a cache, and make one where both passes need one.
+        """Set `use_cache` in the arguments of a call, and add an empty cache if both passes need one.
 
-        Where `use_cache` is not given, the base model's config decides, as in transformers; but in training mode, where
-        nobody would read the cache and both passes would have to hold it, the answer is no.
+        If `use_cache` is not given, the base model's config decides, as in transformers. In training mode it is off
+        then, as no later call would read the caches of the two passes.
 
         Raises:
-            CacheError: two passes would share a state, or need a cache where the model keeps its state elsewhere.
+            CacheError: the two passes would share a state, or the model keeps its state outside of the cache.
         """
         if two_passes:
             _refuse_shared_state({name: value for name, value in arguments.items() if name != self.cache_name})
@@ -129,7 +128,7 @@ class Backbone:
         if wanted is None:
             possible = self.caches and not (two_passes and self.module_state)
             wanted = possible and not self.base.training and self.base.config.get_text_config().use_cache
-            # An encoder-decoder with labels is at the end of its text; BART would say that it takes no cache then.
+            # With labels an encoder-decoder needs no cache; BART would warn about one.
             wanted = wanted and not (self.is_encoder_decoder and arguments.get("labels") is not None)
         arguments["use_cache"] = bool(wanted)
         if not wanted or not two_passes:
@@ -147,20 +146,20 @@ class Backbone:
             arguments[self.cache_name] = self.empty_cache()
 
     def cache_of(self, arguments: dict[str, Any]) -> Any:
-        """The cache in the arguments of a call; None where there is none."""
+        """The cache in the arguments of a call, or None."""
         return None if self.cache_name is None else arguments.get(self.cache_name)
 
     def empty_cache(self) -> Cache:
-        """A cache of the kind that transformers makes for the base model where it is given none."""
+        """A new cache of the kind that transformers makes for the base model by default."""
         if self.is_encoder_decoder:
-            # The decoder's own config: T5's may have another number of layers than the encoder. Cross-attention has no
-            # sliding window, which a config may ask for.
+            # The decoder has its own config: T5's decoder can have another number of layers than the encoder. The
+            # cache of cross-attention has no config, as it has no sliding window even if the config has one.
             return EncoderDecoderCache(DynamicCache(config=self.base.get_decoder().config), DynamicCache())
         return croppable(DynamicCache(config=self.base.config.get_text_config(decoder=True)))
 
     @property
     def cache_name(self) -> str | None:
-        """The argument of the base model that is its cache; None where there is none."""
+        """The name of the base model's cache argument; None if it has none."""
         return next((name for name in CACHE_NAMES if self.takes(name)), None)
 
     @property
@@ -170,19 +169,23 @@ class Backbone:
         return self.cache_name is not None and self._takes_use_cache and makes()
 
     def last_hidden_state(self, arguments: dict[str, Any], cache: Cache | None = None) -> Tensor:
-        """Run the backbone on the arguments of a call of the base model: `[batch, seq, hidden]`.
+        """Run the backbone on the arguments of a call of the base model.
 
-        With a cache, the arguments are those of the tokens that it lacks, and it is filled.
+        Args:
+            arguments: the arguments; with a cache, for the new tokens only.
+            cache: the cache of earlier tokens, to which the new ones are added.
 
-        A vision model's last feature map `[batch, hidden, height, width]` becomes a sequence of its cells.
+        Returns:
+            The last hidden state `[batch, seq, hidden]`. A vision model's feature map `[batch, hidden, height, width]`
+            is flattened to a sequence of its cells.
         """
         return self.hidden_of(self._call(self.module, arguments, cache))
 
     def hidden_of(self, output: Any) -> Tensor:
-        """What a gate reads in the backbone's output: `[batch, seq, hidden]`.
+        """The last hidden state in the backbone's output, `[batch, seq, hidden]`.
 
         Raises:
-            ValueError: there is nothing.
+            ValueError: the output has none.
         """
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is None:
@@ -190,10 +193,10 @@ class Backbone:
         return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
 
     def refuse_other_outputs(self) -> None:
-        """Raise where the backbone's `forward` says by its annotation that it gives no last hidden state.
+        """Raise if the annotation of the backbone's `forward` shows that there is no last hidden state.
 
         Raises:
-            ValueError: it does.
+            ValueError: there is none.
         """
         if not self.is_encoder_decoder and not _may_give_last_hidden_state(self.module):
             self._refuse_hidden_states()
@@ -205,7 +208,7 @@ class Backbone:
         )
 
     def _call(self, module: nn.Module, arguments: dict[str, Any], cache: Cache | None) -> Any:
-        # The backbone is called by itself, so nothing else brings the tokens to where it starts.
+        # accelerate's hook on the base model, which would move the inputs, does not run here.
         arguments = where_it_starts(self.base, arguments)
         call = {name: value for name, value in arguments.items() if self._is_backbones(name)}
         if "use_cache" in self._accepted:
@@ -215,7 +218,7 @@ class Backbone:
         return module(**call, return_dict=True)
 
     def residual_stream(self, arguments: dict[str, Any], cache: Cache | None, layers: int) -> Tensor:
-        """What leaves the first `layers` decoder layers, which alone are run: `[batch, seq, hidden]`."""
+        """Run only the first `layers` decoder layers, and return their output `[batch, seq, hidden]`."""
         if self._short is None or self._short.number != layers:
             self._short = ShortBackbone(self.module, self._path_of_layers(), layers)
         return self._short.run(lambda module: self._call(module, arguments, cache))
@@ -248,14 +251,14 @@ class Backbone:
         return name in self._accepted or (self._open and name not in self._heads_own | _LOSS_OPTIONS)
 
     def hidden_size(self, given: int | None = None, *, inside: bool = False) -> int:
-        """The width of the last hidden state (of the text model, where there are several).
+        """The width of the last hidden state; in a multimodal model, of the text part.
 
         Args:
-            given: what the user says it is.
-            inside: of the residual stream between the decoder layers instead.
+            given: the width in the mixture's options, or None.
+            inside: return the width of the residual stream between the decoder layers instead.
 
         Raises:
-            ConfigError: the base model's config does not tell it, or it is not the given one.
+            ConfigError: the base model's config does not have it, or it differs from `given`.
         """
         # OPT projects its last hidden state to the width of its embeddings.
         names = ("hidden_size",) if inside else ("word_embed_proj_dim", "hidden_size", "hidden_sizes")
@@ -282,12 +285,12 @@ class Backbone:
         return {**self.__dict__, "_short": None}
 
     def dtype(self) -> torch.dtype:
-        """Of the base model's first floating parameter."""
+        """The dtype of the base model's first floating-point parameter."""
         return next(p.dtype for p in self.base.parameters() if p.is_floating_point())
 
 
 def _is_open(function: Any) -> bool:
-    """Whether a function takes arguments that it does not name."""
+    """Whether a function takes **kwargs."""
     parameters = inspect.signature(function).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
@@ -303,11 +306,11 @@ def _refuse_shared_state(arguments: dict[str, Any]) -> None:
 
 
 def without_head(base: Any) -> nn.Module:
-    """The part of a transformers model that runs its layers; the model itself where it has no head."""
+    """The part of a transformers model that runs its layers; the model itself if it has no head."""
     try:
         return base.get_submodule(base.base_model_prefix) if base.base_model_prefix else base
     except AttributeError:
-        pass  # some classes name a prefix that they do not have, such as Llama4ForCausalLM
+        pass  # some classes have a prefix without such an attribute, such as Llama4ForCausalLM
     if base.get_output_embeddings() is None or base.config.get_text_config() is not base.config:
         return base
     embeddings = base.get_input_embeddings()
@@ -316,7 +319,7 @@ def without_head(base: Any) -> nn.Module:
 
 
 def _width(config: Any, names: Sequence[str]) -> int | None:
-    """The first of these options that a config has."""
+    """The first of these options that is set in a config."""
     for name in names:
         found = getattr(config, name, None)
         if found:
@@ -325,7 +328,7 @@ def _width(config: Any, names: Sequence[str]) -> int | None:
 
 
 def _may_give_last_hidden_state(module: nn.Module) -> bool:
-    """Whether the outputs that a module's `forward` is annotated with have a last hidden state; true without any."""
+    """Whether the return annotation of a module's `forward` has a last hidden state; True without an annotation."""
     annotation = inspect.signature(module.forward).return_annotation
     kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
     outputs = [kind for kind in kinds if issubclass(kind, ModelOutput)]

@@ -1,8 +1,8 @@
-"""On which device a part of the model computes, and that experts and gate stay there.
+"""The device on which each part of the model runs, and experts and gate that stay there.
 
-Under `device_map` with offload, accelerate keeps a module's weights elsewhere (a placeholder on the meta device stands
-in their place) and brings them for the time of its forward. A stack of experts has no forward of its own, and is
-small: it stays on the device where the layer around it computes.
+With offloading (`device_map`), accelerate keeps a module's weights elsewhere and loads them only during its forward;
+between forwards the parameters are on the meta device. A stack of experts has no forward of its own and is small, so
+it stays on the device of its layer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-# The arguments by which models of transformers take their cache; the second is that of Mamba and its kin.
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # the first one since transformers 5.24
+# The names of the cache argument in transformers: "cache" since 5.24, "cache_params" in Mamba and similar models.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module's first weights are when it runs; the CPU where it has none."""
+    """The device of a module's first weights while it runs; the CPU if it has no weights."""
     for part in module.modules():
         device = _hooks_device(part)
         if device is not None:
             return device
-        # Some quantised layers have buffers only.
+        # Some quantised layers have only buffers.
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             if not tensor.is_meta:
                 return tensor.device
@@ -33,16 +33,16 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def where_it_starts(base: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments on the device where accelerate's hook on the base model would bring them.
+    """Move a call's arguments to the device to which accelerate's hook on the base model would move them.
 
-    What runs a part of the model by itself goes past that hook.
+    The hook does not run if only a part of the model is called.
     """
     device = _hooks_device(base)
     return arguments if device is None else send_to_device(arguments, device, skip_keys=list(CACHE_NAMES))
 
 
 def memory_of(device: torch.device) -> int | None:
-    """How many bytes of memory a device has, used or not; None where that cannot be told."""
+    """The total memory of a device in bytes; None if it cannot be found out."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type != "cpu" or not hasattr(os, "sysconf"):
@@ -52,12 +52,12 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps this module's own weights elsewhere between its forwards."""
+    """Whether accelerate offloads this module's own weights between its forwards."""
     return any(getattr(hook, "offload", False) for hook in _hooks(module))
 
 
 def offloaded_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Where they are offloaded, a module's own weights; empty where they are not."""
+    """A module's own weights if they are offloaded, else an empty dict."""
     names = [name for name, _ in module.named_parameters(recurse=False)]
     for hook in _hooks(module):
         if getattr(hook, "offload", False):
@@ -66,7 +66,7 @@ def offloaded_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def resident_device(module: nn.Module) -> torch.device:
-    """The device of a module's weights, which are brought back where they are offloaded."""
+    """The device of a module's weights. Offloaded weights are first loaded, and stay loaded."""
     device = next(module.parameters()).device
     if device.type != "meta":
         return device
@@ -76,7 +76,7 @@ def resident_device(module: nn.Module) -> torch.device:
 
 
 def keep_resident(module: nn.Module, device: torch.device) -> None:
-    """Undo the offload of a module that was put under accelerate's hooks: its weights come to `device` and stay."""
+    """Load a module's offloaded weights to `device` and remove accelerate's hooks, so that they stay there."""
     for part in module.modules():
         weights = offloaded_weights(part)
         if not weights:

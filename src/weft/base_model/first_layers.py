@@ -1,4 +1,4 @@
-"""The first decoder layers of a backbone, as a module that runs like the whole."""
+"""The first decoder layers of a backbone, as a module that is called like the backbone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 
 class ShortBackbone:
-    """A view of a backbone that ends after some of its decoder layers; all layers and parameters are the backbone's.
+    """A shallow copy of a backbone with fewer decoder layers. Layers and parameters are shared with the backbone.
 
-    The backbone's own `forward` prepares masks, positions and embeddings as it always does, whatever the architecture,
-    and then finds fewer layers in its list.
+    The backbone's own `forward` prepares masks, positions and embeddings, so this works for any architecture.
 
     Args:
         module: the backbone.
-        path: where in it the list of decoder layers is.
-        number: how many layers to keep.
+        path: the path of its list of decoder layers.
+        number: the number of layers to run.
     """
 
     def __init__(self, module: nn.Module, path: str, number: int) -> None:
@@ -29,7 +28,7 @@ class ShortBackbone:
         self._module = self._with_layers(module, path.split("."), nn.ModuleList([*layers[:-1], self._last]))
 
     def run(self, call: Callable[[nn.Module], Any]) -> Tensor:
-        """What leaves the last layer while `call` runs the module that it is given."""
+        """Let `call` run the shortened module, and return the output of its last layer, `[batch, seq, hidden]`."""
         for copied, module in self._copies:
             copied.training = module.training
         try:
@@ -40,9 +39,9 @@ class ShortBackbone:
             self._last.output = None
 
     def _with_layers(self, module: nn.Module, path: list[str], layers: nn.ModuleList) -> nn.Module:
-        """A shallow copy of the module (and of those on the path) with another list of layers."""
+        """A shallow copy of the module, and of the modules on the path, with another list of layers."""
         copied: Any = copy.copy(module)
-        # What was put around the whole backbone (accelerate's hooks, torch.compile) would run the whole.
+        # Wrappers around the backbone's forward (accelerate's hooks, torch.compile) would run all layers.
         copied.__dict__.pop("forward", None)
         copied.__dict__.pop("_compiled_call_impl", None)
         name, *rest = path
@@ -53,7 +52,7 @@ class ShortBackbone:
 
 
 class _Watched(nn.Module):
-    """A decoder layer that keeps its output; everything else that a model asks it for is the layer's own."""
+    """A decoder layer that keeps its output. Other attributes are those of the layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

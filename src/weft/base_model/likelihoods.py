@@ -1,4 +1,4 @@
-"""How likely a causal language model finds each token of a text."""
+"""The negative log-likelihood of each token of a text."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Positions whose logits are in float32 at one time: a vocabulary has 10^5 entries.
+# Positions that are converted to float32 at a time, to limit memory: a vocabulary has about 10^5 entries.
 _POSITIONS = 256
 
 
 def negative_log_likelihoods(
     logits: Float[Tensor, "batch seq vocab"], token_ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch predicted"]:
-    """-ln p(token | the tokens before it) of every token but the first, in nats.
+    """-ln p(token | earlier tokens) for each token except the first, in nats.
 
-    The softmax, with its sum over the vocabulary, runs in float32 whatever the logits are, on their device, and float32
-    is what comes out. Who sums over tokens does that in float64.
+    The softmax runs in float32 on the device of the logits. Sums over tokens should be made in float64.
 
     Args:
-        logits: of the model, of all tokens.
-        token_ids: the tokens, padding included; padded positions mean nothing.
+        logits: the model's logits of all tokens.
+        token_ids: the tokens, with padding; the values at padded positions have no meaning.
+
+    Returns:
+        The values in float32; `predicted` is seq - 1.
     """
     batch, seq, _ = logits.shape
     token_ids = token_ids.to(logits.device)

@@ -1,7 +1,7 @@
-"""Base models and their tokenizers as transformers loads them: whole, or refused in one sentence.
+"""Base models and their tokenizers, loaded by transformers; an incomplete model is refused.
 
-transformers fills weights that a file lacks with random numbers, and only warns. A mixture on such a base would be
-another one at each load, without a word.
+transformers only warns if weights are missing in a file, and initialises them randomly. A mixture on such a base model
+would give other results after each load.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weft.errors import AdapterError, CheckpointError, ConfigError, WeftError, f
 from weft.files.tensors import preview
 
 _SHOWN = 5
-# Tasks whose models have a head to be trained.
+# Tasks whose models have a head that must be trained.
 WITH_HEADS: dict[str, Any] = {
     TaskType.SEQ_CLS: transformers.AutoModelForSequenceClassification,
     TaskType.TOKEN_CLS: transformers.AutoModelForTokenClassification,
@@ -34,14 +34,14 @@ WITH_HEADS: dict[str, Any] = {
 
 @contextlib.contextmanager
 def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iterator[None]:
-    """Whatever is raised inside, as one error that names the base model and says what to do.
+    """Turn any error in the block into one that names the base model and says what to do.
 
     Args:
-        name: its folder or Hub id.
-        otherwise: what to do where the cause is none that is known here.
+        name: the base model's folder or Hub id.
+        otherwise: what to do, for the message, if the cause is not a known one.
 
     Raises:
-        CheckpointError: something was raised: by the libraries that read its files, each of which has its own errors.
+        CheckpointError: an error of another library was raised in the block.
     """
     try:
         yield
@@ -59,17 +59,17 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
 def load_whole(
     model_class: Any, name: str, *, may_lack: Callable[[Any, str], bool] | None = None, **loading: Any
 ) -> Any:
-    """A model by transformers' `from_pretrained`, all of whose weights come from its files.
+    """Load a model with transformers' `from_pretrained`, and check that all weights come from its files.
 
     Args:
-        model_class: transformers' class.
+        model_class: the class of transformers.
         name: folder or Hub id.
-        may_lack: says of (model, key) whether that weight may be new; None lets none be.
-        **loading: handed on.
+        may_lack: whether the weight `key` of a model may be missing in the files; None allows no missing weight.
+        **loading: arguments of `from_pretrained`.
 
     Raises:
-        CheckpointError: weights are missing, or have other shapes than the config says.
-        Exception: any, of transformers.
+        CheckpointError: weights are missing, or have shapes that do not fit the config.
+        Exception: an error of transformers.
     """
     model, info = model_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **loading)
     mismatched = sorted(info.get("mismatched_keys") or (), key=lambda one: one[0])
@@ -99,17 +99,17 @@ def base_model_of(
     trust_remote_code: bool,
     **loading: Any,
 ) -> nn.Module:
-    """The base model itself, or the one of that name; None takes the one that the options name.
+    """Return the base model, or load it by name.
 
     Args:
-        base: see above.
-        options: of the mixture.
-        trust_remote_code: run code that comes with a base model that is loaded.
-        **loading: options of transformers' `from_pretrained`; None stands for one that is not given.
+        base: the base model, its folder or its Hub id; None takes the name in the options.
+        options: the mixture's options.
+        trust_remote_code: run code that comes with the base model.
+        **loading: options of transformers' `from_pretrained`; None means not given.
 
     Raises:
-        CheckpointError: there is none.
-        ConfigError: options of loading, where there is nothing to load.
+        CheckpointError: no base model is named, or it cannot be loaded.
+        ConfigError: `dtype` or `device_map` is given for a model that is loaded already.
     """
     given = {name: value for name, value in loading.items() if value is not None}
     if isinstance(base, nn.Module):
@@ -125,24 +125,24 @@ def base_model_of(
         name = options.base_model_name_or_path
     if name is None:
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
-    # Never left out: transformers would ask on the standard input, where anything may stand.
+    # Always given: without it, transformers would ask on the standard input.
     trust = {"trust_remote_code": trust_remote_code}
     with base_errors(name, "Pass the base model or its path"):
         name = os.fspath(name)
         fetching = {name: given[name] for name in ("revision", "token") if name in given}
         kind = model_class(name, options, **fetching, **trust)
-        # A head on the backbone is the mixture's to bring.
+        # The mixture brings the weights of the head.
         has_head = options is not None and options.task_type in WITH_HEADS
         return load_whole(kind, name, may_lack=_is_of_a_head if has_head else None, **given, **trust)
 
 
 def _is_of_a_head(model: Any, key: str) -> bool:
-    """Whether a weight stands outside of the model's backbone."""
+    """Whether a weight is outside of the model's backbone."""
     return not key.startswith(f"{model.base_model_prefix}.")
 
 
 def model_class(name: str, options: XLoraConfig | None, *, trust_remote_code: bool, **fetching: Any) -> Any:
-    """The class that the base model of this name has, or most likely has."""
+    """The class of transformers for a base model: the saved one, or the one for its task."""
     saved_class = (options.auto_mapping or {}).get("base_model_class") if options is not None else None
     found = getattr(transformers, str(saved_class), None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -159,22 +159,22 @@ def model_class(name: str, options: XLoraConfig | None, *, trust_remote_code: bo
 
 
 def task_type_of(model: Any) -> TaskType | None:
-    """peft's name of what the base model does; None where its classes for tasks have none that fits."""
+    """peft's task type for the base model; None if none fits."""
     if not getattr(model, "can_generate", lambda: False)():
         return None
     if not getattr(model.config, "is_encoder_decoder", False):
         return TaskType.CAUSAL_LM
-    # peft's class for the task hands on input_ids, given or not, which a model of speech does not take.
+    # peft's class for this task always passes input_ids, which speech models do not take.
     return TaskType.SEQ_2_SEQ_LM if model.main_input_name == "input_ids" else None
 
 
 def uncompiled(base: Any) -> Any:
-    """The model inside of what `torch.compile(base)` gave, whose attribute would be in the names of all layers.
+    """The model inside a `torch.compile(base)` wrapper, which would change the names of all layers.
 
-    What `base.compile()` compiled stays that: it is traced again with the experts in it.
+    A model that was compiled in place with `base.compile()` stays compiled: it is traced again with the experts.
 
     Raises:
-        AdapterError: only parts of the model are compiled, or it is wrapped for several processes.
+        AdapterError: only parts of the model are compiled, or it is wrapped for data parallelism.
     """
     while "_orig_mod" in base._modules:
         base = base._orig_mod
@@ -192,22 +192,22 @@ def uncompiled(base: Any) -> Any:
 
 
 def loading_options(options: Any) -> dict[str, Any]:
-    """How a command's options say that its base model is loaded, by the names of `load_base`."""
+    """The arguments of `load_base` in a command's options."""
     return {name: getattr(options, name) for name in ("dtype", "quantization", "trust_remote_code")}
 
 
 def load_base(name: str, dtype: str, quantization: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """A causal language model.
+    """Load a causal language model.
 
     Args:
         name: folder or Hub id.
-        dtype: the number format of what is not quantised; "auto" takes what it is saved in.
-        quantization: "nf4" or "int8"; None takes the model as it is saved.
-        trust_remote_code: run code that comes with it.
+        dtype: dtype of the weights that are not quantised; "auto" takes the saved one.
+        quantization: "nf4" or "int8"; None does not quantise.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        CheckpointError: there is none of that name, or it needs such code.
-        ConfigError: the library for the quantisation is missing.
+        CheckpointError: there is no such model, it is incomplete, or it needs its own code.
+        ConfigError: bitsandbytes is not installed.
     """
     if quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -225,29 +225,24 @@ def load_base(name: str, dtype: str, quantization: str | None = None, *, trust_r
 def _quantization_config(name: str, dtype: Any, quantization: str, **trust: bool) -> BitsAndBytesConfig:
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    # Without this, four-bit layers compute in float32, whatever the model's dtype.
+    # By default, four-bit layers compute in float32, independent of the model's dtype.
     compute = AutoConfig.from_pretrained(name, **trust).dtype if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def load_placed_base(name: str, dtype: str, quantization: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode, on the GPU where there is one.
-
-    Raises:
-        CheckpointError: there is none of that name.
-        ConfigError: the library for the quantisation is missing.
-    """
+    """Load a causal language model in evaluation mode, on the GPU if there is one. See `load_base`."""
     base = load_base(name, dtype, quantization, trust_remote_code=trust_remote_code).eval()
-    if torch.cuda.is_available() and not getattr(base, "is_quantized", False):  # which is there already
+    if torch.cuda.is_available() and not getattr(base, "is_quantized", False):  # a quantised model is there already
         base.to("cuda")
     return base
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with a padding token.
+    """Load the tokenizer of a model. If it has no padding token, the end-of-text token is used.
 
     Raises:
-        CheckpointError: there is none, or it needs code that comes with it.
+        CheckpointError: there is no tokenizer, or it needs its own code.
     """
     with base_errors(name, "Expected a model with a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -1,6 +1,6 @@
-"""What a mixture changes in a base model for a time, and how it is put back: flags, packed weights, hooks, modes.
+"""Saves and restores what a mixture changes in a base model: flags, packed weights, hooks, modes.
 
-Nothing here imports a library of quantisation: layers are known by what they have.
+No quantisation library is imported here: layers are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-# Whether a four-bit layer of bitsandbytes may repack its weights, on CPUs with bfloat16 instructions.
+# The attribute of bitsandbytes' four-bit layers that allows repacking, on CPUs with bfloat16 instructions.
 _MAY_REPACK = "support_avx512bf16_for_cpu"
 
 
 class Flags:
-    """Which parameters of a model have gradients, and which modules are in training mode: as now, for later.
+    """The present `requires_grad` and training mode of a model's parameters and modules, to be restored later.
 
-    What comes into the model after that keeps its own.
+    Parameters and modules that are added later are not changed by `restore`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,25 +27,25 @@ class Flags:
         self._training = {name: module.training for name, module in model.named_modules()}
 
     def restore(self, model: nn.Module) -> None:
-        """Put both back."""
+        """Restore `requires_grad` and the training mode."""
         self.restore_requires_grad(model)
         for name, module in model.named_modules():
             module.training = self._training.get(name, module.training)
 
     def restore_requires_grad(self, model: nn.Module) -> None:
-        """Put those of the parameters back."""
+        """Restore `requires_grad` only."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
 
 def keep_unpacked(base: nn.Module) -> list[nn.Module]:
-    """Keep bitsandbytes from repacking its four-bit weights for the CPU, and undo what it has repacked.
+    """Prevent bitsandbytes from repacking its four-bit weights for the CPU, and undo any repacking.
 
-    It would do so at the first forward in evaluation mode, on some CPUs. Repacked layers pass no gradient on, so that
-    a gate evaluated once would learn nothing from then on, and reading their `state_dict()` spoils them (0.50).
+    On some CPUs, bitsandbytes repacks at the first forward in evaluation mode. Repacked layers have no backward, so the
+    gate would get no gradients after an evaluation. In version 0.50, `state_dict()` of a repacked layer breaks it.
 
     Returns:
-        The layers that were kept from it, for `let_repack`.
+        The layers that were changed, for `let_repack`.
     """
     layers = []
     module: Any
@@ -55,7 +55,7 @@ def keep_unpacked(base: nn.Module) -> list[nn.Module]:
             layers.append(module)
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
-            module.state_dict()  # unpacks the layer, all but its scales
+            module.state_dict()  # unpacks the weights, but not their scales
             state = module.weight.quant_state
             if state.absmax.dim() == 2:
                 state.absmax = state.absmax.T.reshape(-1).float()
@@ -63,7 +63,7 @@ def keep_unpacked(base: nn.Module) -> list[nn.Module]:
 
 
 def let_repack(layers: list[nn.Module]) -> None:
-    """Let these layers be as they were."""
+    """Allow these layers to repack again."""
     for layer in layers:
         setattr(layer, _MAY_REPACK, True)
 
@@ -71,13 +71,13 @@ def let_repack(layers: list[nn.Module]) -> None:
 def input_gradient_hooks(base: Any) -> list[Any]:
     """The hooks that make the embeddings' output require gradients.
 
-    peft adds one of its own when it wraps a base model that checkpoints its activations.
+    peft adds one when it wraps a base model with gradient checkpointing.
     """
     return list(getattr(base, "_require_grads_hooks", None) or [])
 
 
 def restore_input_gradient_hooks(base: Any, before: list[Any]) -> None:
-    """Remove the hooks that were added since."""
+    """Remove the hooks that are not in `before`."""
     added = [hook for hook in input_gradient_hooks(base) if hook not in before]
     for hook in added:
         hook.remove()
@@ -90,7 +90,7 @@ def restore_input_gradient_hooks(base: Any, before: list[Any]) -> None:
 
 @contextmanager
 def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """In this block nothing is dropped and nothing learns; afterwards each part has its own mode again."""
+    """Evaluation mode without gradients in the block; afterwards each module has its former mode."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

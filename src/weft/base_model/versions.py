@@ -1,6 +1,6 @@
-"""What the versions of transformers and peft call or do differently: weft works with all that pyproject.toml admits.
+"""Differences between the versions of transformers and peft that pyproject.toml allows.
 
-Each part says which version makes it unnecessary. (What a model's forward calls its cache is `Backbone`'s to find out.)
+Each part names the version from which it is not needed. (The name of the cache argument is found by `Backbone`.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, TrainingArgum
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 _RECORDS_PAST = hasattr(Cache, "activate_past_recording")  # since 5.14
-# Before 5.18 a run of several processes on the CPU resumes with tensors loaded to "cpu:0", which torch does not know.
+# Before 5.18, distributed training on the CPU resumes with map_location "cpu:0", which torch does not know.
 torch.serialization.register_package(
     15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
 )
@@ -28,42 +28,45 @@ _TRAINING = {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 def is_recurrent(cache: Cache) -> bool:
-    """Whether a cache keeps recurrent states and nothing else; since 5.14 all of its `is_linear`."""
+    """Whether a cache has only recurrent states. Since 5.14 this is `is_linear` of all its layers."""
     layers = getattr(cache, "layers", [])
     return bool(layers) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def can_crop(cache: Cache) -> bool:
-    """Whether `crop` can take out of the cache what is read after `keep_for_crop`; since 5.17 the cache says so."""
+    """Whether `crop` can remove the tokens after `keep_for_crop` from the cache. Since 5.17: `is_croppable`."""
     known = getattr(cache, "is_croppable", None)
     if known is not None:
         return bool(known)
-    # Before, some layers leave in what they cannot take out: these know how, as do those that record their past.
+    # Before 5.17, layers of other kinds silently keep the tokens.
     return isinstance(cache, DynamicCache) and all(
         type(layer) is DynamicLayer or hasattr(layer, "activate_past_recording") for layer in cache.layers
     )
 
 
 def croppable(cache: DynamicCache) -> DynamicCache:
-    """A new cache; before 5.16 without sliding windows, which could not be cropped, but are in the mask as well."""
+    """The new cache, or one that can be cropped: before 5.16 without sliding windows, which the mask also applies."""
     windows = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
     return DynamicCache() if windows and not can_crop(cache) else cache
 
 
 def keep_for_crop(cache: Cache) -> None:
-    """Let the cache keep from here on what a `crop` may need, which sliding windows and recurrent states forget."""
+    """Let sliding windows and recurrent states keep from here on what a `crop` needs."""
     if _RECORDS_PAST:
         cache.activate_past_recording()
 
 
 def forget(cache: Cache, number: int) -> None:
-    """Take the last tokens out of the cache again; with 0, what was kept for that. Before 5.14, crop(0) takes all."""
+    """Remove the last `number` tokens from the cache. With 0, only drop what `keep_for_crop` kept.
+
+    Before 5.14, crop(0) would remove all tokens.
+    """
     if number > 0 or _RECORDS_PAST:
         cache.crop(-number)
 
 
 def drop_grown_layers(cache: Cache) -> None:
-    """Finish a `reset`: before 5.18 it leaves zeros in the layers that grow, which count as tokens."""
+    """Complete a `reset`: before 5.18, growing layers keep zeros, which count as tokens."""
     parts: tuple[Cache, ...] = (cache,)
     if isinstance(cache, EncoderDecoderCache):
         parts = (cache.self_attention_cache, cache.cross_attention_cache)
@@ -75,7 +78,10 @@ def drop_grown_layers(cache: Cache) -> None:
 
 
 def cast_like_base_layer(layer: LoraLayer, name: str, device: torch.device | None) -> None:
-    """Bring an adapter to its base layer's dtype and to a device, None for the layer's; peft 0.18 fails at another."""
+    """Move an adapter to its base layer's dtype and to a device; None takes the layer's device.
+
+    peft 0.18 cannot move to another device.
+    """
     if device is None:
         layer._move_adapter_to_device_of_base_layer(name)
         return
@@ -88,13 +94,16 @@ def cast_like_base_layer(layer: LoraLayer, name: str, device: torch.device | Non
 
 
 def kept_by_name(layer: LoraLayer) -> tuple[str, ...]:
-    """The attributes in which a LoRA layer keeps something for each adapter; before 0.20 it does not list them all."""
+    """The attributes of a LoRA layer with an entry for each adapter. Before 0.20, peft does not list all of them."""
     unlisted = ("lora_magnitude_vector", "use_dora", "use_rslora", "lora_bias", "lora_variant")
     return tuple(dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, *unlisted)))
 
 
 def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, name: str) -> dict[str, Tensor]:
-    """An adapter's weights by the names of a base model's layers, where they have changed; peft 0.18 knows no other."""
+    """An adapter's weights under the base model's present layer names, if transformers has renamed the layers.
+
+    peft 0.18 has no such renaming.
+    """
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
     except ModuleNotFoundError:
@@ -105,14 +114,14 @@ def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, n
 
 
 def with_none_missing(loaded: Any) -> Any:
-    """What `_load_pretrained_model` gives, with no key missing: its report and more; before 5.1 the report alone."""
+    """The result of `_load_pretrained_model` without missing keys. Before 5.1 it is the report, else a tuple."""
     report = loaded[0] if isinstance(loaded, tuple) else loaded
     report.missing_keys = set()
     return loaded
 
 
 def let_peft_ask() -> None:
-    """Let peft ask the tuner of a type what to save and tell it what is loaded, as it does since 0.21."""
+    """Let peft call the tuner's hooks for saving and loading a state dict, as it does since 0.21."""
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     for name, asking in (
@@ -154,18 +163,18 @@ def _telling_what_is_loaded(load: Any) -> Any:
 
 
 def checkpointing_arguments(options: dict[str, Any] | None) -> dict[str, Any]:
-    """The arguments of `TrainingArguments` that recompute activations, which 5.23 renamed; None does not."""
+    """The arguments of `TrainingArguments` for gradient checkpointing, which 5.23 renamed; None turns it off."""
     name = "activation_checkpointing" if "activation_checkpointing" in _TRAINING else "gradient_checkpointing"
     return {name: options is not None, f"{name}_kwargs": options}
 
 
 def length_grouping_arguments(group: bool) -> dict[str, Any]:
-    """The argument of `TrainingArguments` that puts texts of alike length into a batch, another one before 5.2."""
+    """The argument of `TrainingArguments` that groups texts of similar length; it was another one before 5.2."""
     if "train_sampling_strategy" in _TRAINING:
         return {"train_sampling_strategy": "group_by_length" if group else "random"}
     return {"group_by_length": group}
 
 
 def groups_by_length(args: TrainingArguments) -> bool:
-    """Whether these arguments ask for that."""
+    """Whether these arguments group texts of similar length."""
     return all(getattr(args, name) == value for name, value in length_grouping_arguments(True).items())
