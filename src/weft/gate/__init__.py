@@ -1,11 +1,11 @@
-"""Hidden states in, one scaling per token, LoRA layer and expert out.
+"""The gate: it computes one scaling per token, LoRA layer and expert from hidden states.
 
-Knows neither the base model that gives the hidden states nor the layers that follow the scalings.
+The base model and the LoRA layers are not used here.
 
-    classifier.py   the gate: an MLP and the head that gives scalings
-    routing.py      the mathematics of routing as pure functions: softmax, top-k, means over tokens
-    losses.py       the gate's own losses as pure functions
-    metrics.py      who is used, how sharply, and whether the gate collapses
+    classifier.py   the gate: an MLP whose outputs are the scalings
+    routing.py      softmax, top-k, means over tokens and alignment, as pure functions
+    losses.py       the gate's losses as pure functions
+    metrics.py      use of the experts, entropy and collapse during training
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The gate: hidden states in, one scaling per token, LoRA layer and expert out.
+"""The gate: it computes one scaling per token, LoRA layer and expert from hidden states.
 
-It knows nothing of the model around it. Its parameters are called `layers.{i}.weight` and `layers.{i}.bias` with the
-indices that peft's X-LoRA classifier uses, so that weights can be exchanged.
+Its parameters are named `layers.{i}.weight` and `layers.{i}.bias`, with the indices of peft's X-LoRA classifier, so
+that weights can be exchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from weft.gate.routing import softmax_with_temperature
 
 
 def _refuse_too_large(config: XLoraConfig, outputs: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise where a gate of these sizes would not fit into the device's memory: the system may end the process then."""
+    """Raise if a gate of these sizes is larger than the device's memory, as the system might kill the process."""
     assert config.hidden_size is not None
     depth, size = config.xlora_depth, config.xlora_size
     weights = config.hidden_size * outputs if depth == 1 else size * (config.hidden_size + (depth - 2) * size + outputs)
@@ -37,12 +37,15 @@ class XLoraClassifier(nn.Module):
     Args:
         config: `hidden_size` must be set; uses `xlora_depth`, `xlora_size`, `xlora_dropout_p`, `layerwise_scalings`,
             `enable_softmax` and `softmax_temperature`.
-        num_experts: how many experts share the weight.
-        num_layers: how many LoRA layers the model has (not decoder layers).
-        device: where the parameters live: the adapters' device.
-        dtype: of the parameters. weft makes the gate in float32 whatever the base model's dtype (float64 for a float64
-            base): it is small, it is what trains, and its softmax decides. Hidden states are cast to the parameters'
-            dtype, the softmax runs in float32 or wider, and λ comes out in that.
+        num_experts: number of experts.
+        num_layers: number of LoRA layers in the model (not decoder layers).
+        device: device of the parameters; the mixture uses the adapters' device.
+        dtype: dtype of the parameters. The mixture uses float32, or float64 for a float64 base model. Hidden states are
+            cast to it. The softmax runs in float32 or wider, which is the dtype of λ.
+
+    Raises:
+        ConfigError: a gate of these sizes does not fit into the device's memory.
+        ValueError: `hidden_size` is None.
 
     Example:
         >>> config = XLoraConfig(hidden_size=64, adapters={"math": "adapters/math", "code": "adapters/code"})
@@ -80,14 +83,20 @@ class XLoraClassifier(nn.Module):
 
     @property
     def override_scaling_pass_value(self) -> float:
-        """peft's name for the weight of every expert in the scaling pass, `config.scaling_pass_value`."""
+        """peft's name for `config.scaling_pass_value`, the weight of each expert in the scaling pass."""
         return self.config.constant_weight
 
     def forward(self, hidden: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq layer expert"]:
-        """λ for every LoRA layer; a view that repeats one layer when `layerwise_scalings` is off.
+        """Compute λ for each LoRA layer.
+
+        Args:
+            hidden: hidden states, `hidden_size` wide.
+
+        Returns:
+            λ. If `layerwise_scalings` is off, the layer axis is an expanded view of one set.
 
         Raises:
-            ValueError: the hidden states are not `hidden_size` wide.
+            ValueError: the width of the hidden states is not `hidden_size`.
         """
         first = self.layers[0]
         assert isinstance(first, nn.Linear)
@@ -96,7 +105,7 @@ class XLoraClassifier(nn.Module):
             raise ValueError(
                 f"hidden_size ({first.in_features}) must be the width of the base model's last hidden state ({width})"
             )
-        with torch.autocast(hidden.device.type, enabled=False):  # the gate decides: not in half precision
+        with torch.autocast(hidden.device.type, enabled=False):  # half precision would change which experts are chosen
             logits = self.layers(hidden.to(first.weight.dtype)).view(batch, seq, -1, self.num_experts)
         if self.config.enable_softmax:
             logits = softmax_with_temperature(logits, self.config.softmax_temperature)

@@ -1,8 +1,8 @@
-"""Losses for the gate beside the language model's, as pure functions over its shares. They know nothing of models.
+"""Losses of the gate, which are added to the language model's loss, as pure functions.
 
-Shares are the gate's scalings after a softmax: per token and layer they are positive and sum to one. Each loss is a
-mean over layers and tokens, padding left out, and costs nothing where its weight in `XLoraConfig` is 0. What puts them
-into a model's loss is in `passes/gate_losses.py`.
+Shares are the gate's scalings after a softmax: for each token and layer they are positive and sum to one. Each loss is
+a mean over layers and tokens, without padding. It is not computed if its weight in `XLoraConfig` is 0.
+`passes/gate_losses.py` adds them to the model's loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from weft.errors import DataError
 from weft.gate.routing import present_positions
 
-# The label of an example (or a token) that belongs to no expert in particular, as in transformers' `labels`.
+# The label of an example or token without an expert, as the ignored index of transformers' `labels`.
 NO_EXPERT = -100
 
 
@@ -26,18 +26,21 @@ def balance_loss(
     *,
     top_k: int | None = None,
 ) -> Float[Tensor, ""]:
-    """How unevenly the experts are used: 1 where all are used alike, N where one has everything.
+    """How unevenly the experts are used: 1 if all are used equally, N (the number of experts) if only one is used.
 
         N Σ_e f_e P_e        mean over layers; P_e: the mean share of expert e over the batch's tokens
 
-    The load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6), where f_e is the part of the
-    tokens that are sent to expert e. With top-k f_e counts these, divided by k, and has no gradient; where every token
-    goes to every expert in shares, the soft count is P_e itself, which makes it N Σ_e P_e².
+    The load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6). f_e is the fraction of
+    tokens that are sent to expert e, divided by k with top-k; it has no gradient. Without top-k, f_e is P_e, and the
+    loss is N Σ_e P_e².
 
     Args:
-        shares: of the experts in each token, before top-k.
-        padding: attention mask, non-zero where there is a token; its last `seq` columns belong to these tokens.
-        top_k: how many experts a token keeps; None for all.
+        shares: each token's shares, before top-k.
+        padding: attention mask, non-zero for tokens; its last `seq` columns are for these tokens. None: no padding.
+        top_k: number of experts that each token keeps; None for all.
+
+    Returns:
+        The loss, between 1 and N for shares without top-k.
 
     Example:
         >>> balance_loss(torch.full((1, 5, 2, 4), 1 / 4))
@@ -53,7 +56,7 @@ def balance_loss_of_chosen(
     experts: Int[Tensor, "batch seq layer top_k"] | None,
     padding: Shaped[Tensor, "batch total"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`balance_loss` where each token's experts are chosen already: their numbers; None for all."""
+    """`balance_loss`, given the indices of each token's chosen experts; None for all experts."""
     *_, num_experts = shares.shape
     weights = token_weights(shares, padding)
     mean = _mean(shares, weights)  # [layer, expert]
@@ -66,16 +69,19 @@ def balance_loss_of_chosen(
 def entropy_loss(
     shares: Float[Tensor, "batch seq layer expert"], padding: Shaped[Tensor, "batch total"] | None = None
 ) -> Float[Tensor, ""]:
-    """How undecided the gate is: 0 where each token has one expert, 1 where all experts have equal shares.
+    """The normalised entropy of the shares: 0 if each token has one expert, 1 if all experts have equal shares.
 
         mean over tokens and layers of  -Σ_e p_e ln p_e / ln N
 
-    With a weight above 0 the gate becomes sharper (entropy minimisation; Grandvalet and Bengio, NIPS 2004), below 0
+    A weight above 0 makes the gate sharper (entropy minimisation; Grandvalet and Bengio, NIPS 2004), a weight below 0
     softer (confidence penalty; arXiv 1701.06548).
 
     Args:
-        shares: of the experts in each token, before top-k.
-        padding: attention mask, non-zero where there is a token; its last `seq` columns belong to these tokens.
+        shares: each token's shares, before top-k.
+        padding: attention mask, non-zero for tokens; its last `seq` columns are for these tokens. None: no padding.
+
+    Returns:
+        The loss, in [0, 1].
 
     Example:
         >>> entropy_loss(torch.full((1, 5, 2, 4), 1 / 4))
@@ -89,18 +95,20 @@ def expert_label_loss(
     labels: Int[Tensor, "*tokens"],
     padding: Shaped[Tensor, "batch total"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross entropy of the gate against what the data says: "this example belongs to expert e".
+    """Cross-entropy of the shares against labels of the data: the expert to which each example or token belongs.
 
         mean over labelled tokens and layers of  -ln p_label
 
-    As experts are assigned to known domains in DEMix layers (arXiv 2108.05036), but learnt by the gate, which has no
-    label to go by later.
+    DEMix layers (arXiv 2108.05036) also assign experts to known domains. Here the gate learns the assignment, and needs
+    no labels after training.
 
     Args:
-        shares: of the experts in each token, before top-k.
-        labels: number of the expert, for each example or for each token; -100 for none. 0 is the loss where nothing is
-            labelled.
-        padding: attention mask, non-zero where there is a token; its last `seq` columns belong to these tokens.
+        shares: each token's shares, before top-k.
+        labels: index of the expert for each example `[batch]` or each token `[batch, seq]`; -100 for none.
+        padding: attention mask, non-zero for tokens; its last `seq` columns are for these tokens. None: no padding.
+
+    Returns:
+        The loss in nats; 0 if nothing is labelled.
 
     Raises:
         DataError: the labels are neither one for each example nor one for each token.
@@ -123,14 +131,14 @@ def expert_label_loss(
 
 
 def normalised_entropy(shares: Float[Tensor, "*tokens expert"]) -> Float[Tensor, "*tokens"]:
-    """-Σ_e p_e ln p_e / ln N: 0 for one expert alone, 1 for equal shares; 0 where there is only one expert."""
+    """-Σ_e p_e ln p_e / ln N, in [0, 1]: 0 if one expert has the whole share, 1 for equal shares. 0 if N = 1."""
     return -(shares * _log(shares)).sum(-1) / math.log(max(2, shares.shape[-1]))
 
 
 def token_weights(
     shares: Float[Tensor, "batch seq layer expert"], padding: Shaped[Tensor, "batch total"] | None
 ) -> Float[Tensor, "batch seq"]:
-    """1 where there is a token, 0 where there is padding."""
+    """1 for tokens, 0 for padding."""
     batch, seq, *_ = shares.shape
     if padding is None:
         return shares.new_ones(batch, seq)
@@ -138,12 +146,12 @@ def token_weights(
 
 
 def _mean(values: Float[Tensor, "batch seq *rest"], weights: Float[Tensor, "batch seq"]) -> Float[Tensor, "*rest"]:
-    """The mean over tokens; 0 where there is none."""
-    # No matrix product, which autocast would do in half precision.
+    """The mean over tokens; 0 if there are none."""
+    # Not a matrix product, which autocast would run in half precision.
     weighted = values * weights.view(*weights.shape, *(1 for _ in values.shape[2:]))
     return weighted.sum(dim=(0, 1)) / weights.sum().clamp(min=1)
 
 
 def _log(shares: Tensor) -> Tensor:
-    # A share can be exactly 0, whose logarithm would give no gradient but nan.
+    # A share can be exactly 0; the gradient of its logarithm would be NaN.
     return shares.clamp(min=torch.finfo(shares.dtype).tiny).log()

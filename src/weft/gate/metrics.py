@@ -1,6 +1,6 @@
-"""What the gate does while it trains: who is used, how sharply, and whether it collapses.
+"""Metrics of the gate during training: use of the experts, entropy, collapse.
 
-The sums stay on the gate's device, and nothing waits for that until they are read. It knows nothing of models.
+The sums stay on the gate's device, so that the device is not synchronised before they are read.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from weft.config import GATE_LOSSES
 from weft.distributed import process_number
 from weft.gate.losses import normalised_entropy, token_weights
 
-# One expert with more than this mean share of what the layers follow leaves the others without effect.
+# Above this mean share (after top-k) of one expert, the others have almost no effect.
 COLLAPSED = 0.95
 
 
 class GateMetrics:
-    """Means over the tokens (padding left out) and layers of the training calls since the last `read`.
+    """Means over tokens (without padding) and layers of the training calls since the last `read`.
 
-    Nothing is computed until `enabled` is set. In distributed training each process has its own.
+    Nothing is computed until `enabled` is set. In distributed training each process has its own sums.
 
     Args:
-        expert_names: in the order of the gate's outputs.
+        expert_names: the experts in the order of the gate's outputs.
 
     Attributes:
-        enabled: whether to count.
+        enabled: whether training calls are added to the sums.
         latest_losses: the gate's losses in the last training call, by name, without their weights; detached.
 
     Example:
@@ -45,9 +45,9 @@ class GateMetrics:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was counted."""
+        """Reset the sums."""
         self._sums: Tensor | None = None
-        self._losses: dict[str, Tensor] = {}  # sum and count
+        self._losses: dict[str, Tensor] = {}  # name -> [sum, count]
 
     @torch.no_grad()
     def add(
@@ -56,12 +56,12 @@ class GateMetrics:
         followed: Float[Tensor, "batch seq layer expert"],
         padding: Shaped[Tensor, "batch total"] | None,
     ) -> None:
-        """Count one call.
+        """Add one call to the sums.
 
         Args:
-            shares: of the experts, before top-k.
-            followed: what the layers follow: after top-k, and again as shares.
-            padding: attention mask.
+            shares: the experts' shares before top-k.
+            followed: the shares after top-k, normalised to sum to one, as the layers use them.
+            padding: attention mask, or None.
         """
         weights = token_weights(shares, padding)
         top = torch.zeros_like(followed).scatter_(-1, followed.argmax(-1, keepdim=True), 1)
@@ -79,11 +79,11 @@ class GateMetrics:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def add_losses(self, losses: dict[str, Tensor], counts: Tensor | None = None) -> None:
-        """Note the gate's losses in one call.
+        """Add the gate's losses of one call.
 
         Args:
-            losses: by name.
-            counts: whether the call has tokens that count; None where it has.
+            losses: name -> loss, without its weight.
+            counts: 1 if the call has tokens, 0 if it has only padding; None means 1.
         """
         self.latest_losses = {name: loss.detach() for name, loss in losses.items()}
         if self.enabled:
@@ -93,18 +93,18 @@ class GateMetrics:
                 self._losses[name] = self._losses[name] + once if name in self._losses else once
 
     def read(self, *, across_processes: bool = False) -> dict[str, float]:
-        """The means since the last reading; starts anew. Empty where nothing was counted.
+        """The means since the last `read`; then reset the sums. Empty if there were no calls.
 
         Args:
-            across_processes: in distributed training, the means over all processes, each of which must ask.
+            across_processes: in distributed training, average over all processes. A collective call then.
 
         Returns:
-            `gate/share/NAME`, an expert's mean share in what the layers follow (after top-k); `gate/top1/NAME`, the
-            part of the tokens whose largest share it has; `gate/entropy` and `gate/entropy_followed`, before and after
-            top-k, 0 (one expert) to 1 (all alike); and the gate's losses, without their weights.
+            `gate/share/NAME`, an expert's mean share after top-k; `gate/top1/NAME`, the fraction of tokens in which it
+            has the largest share; `gate/entropy` and `gate/entropy_followed`, the normalised entropy before and after
+            top-k, 0 (one expert) to 1 (equal shares); `gate/LOSS`, the gate's losses without their weights.
 
         Warns:
-            UserWarning: the gate has collapsed: one of several experts has more than 95% of the shares.
+            UserWarning: the gate has collapsed: one of several experts has a mean share above 95%.
         """
         names = [f"gate/{kind}/{name}" for kind in ("share", "top1") for name in self.expert_names]
         names += ["gate/entropy", "gate/entropy_followed"]

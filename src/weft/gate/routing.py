@@ -1,7 +1,6 @@
-"""The mathematics of routing, as pure functions over tensors.
+"""The routing of tokens to experts as pure functions over tensors of scalings.
 
-Nothing here knows about modules, models or peft: scalings go in, scalings come out. Softmaxes run in float32 (or the
-input's dtype where that is wider).
+Softmaxes run in float32, or in the input's dtype if that is wider.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from torch import Tensor
 from weft.errors import ConfigError
 from weft.files.reading import shown
 
-# One class token and up to seven register or distillation tokens may precede the cells of a vision model.
+# The maximum number of tokens before the cells of a vision model: a class token and seven register tokens.
 MAX_LEADING_TOKENS = 8
-# Weights that do not depend on the token: {expert: weight} in all layers, or a table [layer, expert].
+# Weights that are the same for all tokens: {expert: weight} for all layers, or a table [layer, expert].
 ConstantWeights = dict[str, float] | Tensor | Sequence[Sequence[float]]
 
 
 class Sees(enum.Enum):
-    """What the input of a LoRA layer is made of, so what scalings over tokens mean in it.
+    """How the input of a LoRA layer relates to the tokens, and so how scalings of tokens apply to it.
 
     Attributes:
-        TOKENS: the tokens in order, `[batch, seq, ...]` or batch and sequence flattened; of an encoder-decoder, those
-            of the part that runs.
-        SOURCE: an encoder-decoder's source tokens, in its decoder.
-        KEPT: the tokens whose logits a call asks for (`logits_to_keep`).
+        TOKENS: the tokens in order, `[batch, seq, ...]` or with batch and sequence flattened. In an encoder-decoder,
+            the tokens of the part that runs.
+        SOURCE: the source tokens, in the decoder of an encoder-decoder.
+        KEPT: only the tokens whose logits are wanted (`logits_to_keep`).
         TRANSPOSED: the tokens as `[seq, batch, ...]`.
-        PADDED: the tokens, filled up on the right by the model.
-        PADDED_TRANSPOSED: both.
-        SAMPLE: something else of each sample, outside of a text's order: pooled states, cells of an image.
+        PADDED: the tokens, which the model has padded on the right.
+        PADDED_TRANSPOSED: both TRANSPOSED and PADDED.
+        SAMPLE: other data of each sample, which is not in the order of the tokens: pooled states, cells of an image.
     """
 
     TOKENS = enum.auto()
@@ -56,11 +55,11 @@ def softmax_with_temperature(
 
 
 class TopK(NamedTuple):
-    """Each token's largest scalings, and the experts that have them.
+    """Each token's largest scalings and the experts to which they belong.
 
     Attributes:
-        kept: these scalings, `[..., top_k]`.
-        experts: the experts' numbers, `[..., top_k]`.
+        kept: the scalings, `[..., top_k]`.
+        experts: the indices of the experts, `[..., top_k]`.
     """
 
     kept: Tensor
@@ -68,12 +67,12 @@ class TopK(NamedTuple):
 
 
 def choose_top_k(scalings: Float[Tensor, "*batch expert"], top_k: int, *, renormalise: bool = False) -> TopK:
-    """Each token's `top_k` largest scalings and whose they are.
+    """Each token's `top_k` largest scalings and the indices of their experts.
 
     Args:
-        scalings: the gate's output, any leading axes.
-        top_k: how many experts each token keeps.
-        renormalise: replace the kept values by a softmax over them, token by token (`enable_softmax_topk`).
+        scalings: the gate's output.
+        top_k: number of experts that each token keeps.
+        renormalise: replace each token's kept scalings by a softmax over them (`enable_softmax_topk`).
     """
     kept, experts = torch.topk(scalings, k=top_k, dim=-1)
     if renormalise:
@@ -84,7 +83,7 @@ def choose_top_k(scalings: Float[Tensor, "*batch expert"], top_k: int, *, renorm
 def apply_top_k(
     scalings: Float[Tensor, "*batch expert"], top_k: int | None, *, renormalise: bool = False
 ) -> tuple[Float[Tensor, "*batch expert"], TopK | None]:
-    """`keep_top_k`, and what was chosen; None where all are kept."""
+    """The result of `keep_top_k`, and the chosen experts; None if all are kept."""
     num_experts = scalings.shape[-1]
     if top_k is None or top_k >= num_experts:
         return (softmax_with_temperature(scalings, 1.0).to(scalings.dtype) if renormalise else scalings), None
@@ -98,13 +97,12 @@ def keep_top_k(
     """Keep each token's `top_k` largest scalings and set the others to exactly zero.
 
     Args:
-        scalings: the gate's output, any leading axes.
-        top_k: how many experts each token keeps; None keeps all of them.
-        renormalise: replace the kept values by a softmax over them, token by token (`enable_softmax_topk`).
+        scalings: the gate's output.
+        top_k: number of experts that each token keeps; None keeps all.
+        renormalise: replace each token's kept scalings by a softmax over them (`enable_softmax_topk`).
 
     Returns:
-        A tensor of the same shape. Which experts are kept is decided by their rank alone, so a kept value that
-        happens to be zero stays kept.
+        A tensor of the same shape. A kept scaling can be zero.
     """
     kept, _ = apply_top_k(scalings, top_k, renormalise=renormalise)
     return kept
@@ -113,12 +111,12 @@ def keep_top_k(
 def keep_each_top_k(
     scalings: Float[Tensor, "*batch expert"], kept: Int[Tensor, "*tokens 1"], *, renormalise: bool
 ) -> Float[Tensor, "*batch expert"]:
-    """`keep_top_k` with a number of its own for each token, without a sort: an expert's rank is counted.
+    """`keep_top_k` with a separate k for each token. Experts are ranked by counting, without a sort.
 
     Args:
-        scalings: the gate's output, any leading axes.
-        kept: how many experts each keeps, of equal ones the first; its axes may be 1.
-        renormalise: replace what is kept by a softmax over it.
+        scalings: the gate's output.
+        kept: number of experts that each token keeps; it broadcasts. Of equal scalings the first are kept.
+        renormalise: replace each token's kept scalings by a softmax over them.
     """
     rank = torch.zeros_like(scalings, dtype=torch.int32)
     numbers = torch.arange(scalings.shape[-1], device=scalings.device)
@@ -134,15 +132,15 @@ def keep_each_top_k(
 def constant_scalings(
     weights: ConstantWeights, expert_names: list[str], num_layers: int
 ) -> Float[Tensor, "layer expert"]:
-    """Weights chosen by a user as a tensor of scalings; a layer axis of 1 is shared by all layers.
+    """A user's weights as a tensor of scalings. With names it has a layer axis of 1, for all layers.
 
     Args:
-        weights: expert name -> weight, where experts left out have weight 0; or a table [layer, expert].
+        weights: expert name -> weight, 0 for experts that are not named; or a table [layer, expert].
         expert_names: the experts in the order of the columns.
-        num_layers: how many LoRA layers there are.
+        num_layers: number of LoRA layers.
 
     Raises:
-        ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.
+        ConfigError: a name is unknown, the table has another shape, or a weight is not finite.
     """
     if isinstance(weights, dict):
         unknown = sorted(map(str, set(weights) - set(expert_names)))
@@ -168,10 +166,10 @@ def constant_scalings(
 
 
 def present_positions(padding: Shaped[Tensor, "batch total"], positions: int) -> Bool[Tensor, "batch positions"]:
-    """Where there is a token, by a mask whose last columns are those of the positions.
+    """True at positions with a token, from the last columns of an attention mask.
 
     Raises:
-        ValueError: the mask has fewer columns.
+        ValueError: the mask has fewer columns than there are positions.
     """
     if padding.shape[1] < positions:
         raise ValueError(
@@ -184,11 +182,11 @@ def present_positions(padding: Shaped[Tensor, "batch total"], positions: int) ->
 def mean_over_tokens(
     scalings: Float[Tensor, "batch seq expert"], padding: Shaped[Tensor, "batch total"] | None
 ) -> Float[Tensor, "batch 1 expert"]:
-    """Each sample's mean scalings over its unpadded tokens.
+    """The mean scalings of each sample over its tokens, without padding.
 
     Args:
         scalings: one layer's scalings.
-        padding: attention mask, non-zero where there is a token; its last `seq` columns belong to these tokens.
+        padding: attention mask, non-zero for tokens; its last `seq` columns are for these tokens. None: no padding.
     """
     if padding is None:
         return scalings.mean(dim=1, keepdim=True)
@@ -199,20 +197,20 @@ def mean_over_tokens(
 def align_to_tokens(
     scalings: Float[Tensor, "batch seq expert"], batch: int, cells: tuple[int, ...], *, padded: bool = False
 ) -> Float[Tensor, "..."]:
-    """Give scalings over tokens the axes of activations `[batch, *cells, channel]` of these tokens.
+    """Reshape scalings of tokens to the axes of activations `[batch, *cells, channel]` of the same tokens.
 
     Args:
         scalings: one layer's scalings.
         batch: size of the activations' first axis.
-        cells: the activations' axes between the first and the channels: the tokens and perhaps others, or none where
-            batch and sequence are flattened into the first.
-        padded: there may be more positions than tokens, on the right; their scalings are 0.
+        cells: sizes of the axes between the first one and the channels: the tokens, and other axes after them. Empty if
+            batch and sequence are flattened.
+        padded: the activations may have more positions than tokens, on the right; the scalings there are 0.
 
     Returns:
         Scalings that broadcast against `[batch, *cells, expert]`.
 
     Raises:
-        ValueError: the activations are not of these tokens.
+        ValueError: the activations do not have these tokens.
     """
     samples, seq, num_experts = scalings.shape
     if cells and samples == batch and (cells[0] == seq or (padded and cells[0] > seq)):
@@ -229,28 +227,29 @@ def align_to_cells(
     cells: tuple[int, ...],
     padding: Shaped[Tensor, "samples total"] | None = None,
 ) -> Float[Tensor, "..."]:
-    """Give scalings over tokens the axes of activations `[batch, *cells, channel]`.
+    """Convert scalings of tokens to the axes of any activations `[batch, *cells, channel]`.
 
-    A layer does not always see the sequence as the gate saw it: a convolution sees an image, a pooling head one vector
-    a sample, some models flatten batch and sequence. The rules, first match wins:
+    The input of a layer can differ from the gate's sequence: a convolution has an image, a pooling head one vector per
+    sample, and some models flatten batch and sequence. The first rule that matches is used:
 
-    1. scalings of a single position hold for all of a sample's cells;
-    2. as many positions as cells: one each; with up to eight positions more, the leading ones are class or register
-       tokens and are left out (only where the activations have more than one cell axis);
-    3. batch and sequence flattened into one axis: the same order, flattened; single positions hold for a row's cells;
-    4. anything else: the mean over each sample's unpadded tokens.
+    1. Scalings of a single position are used for all cells of a sample.
+    2. With as many positions as cells, each cell has one position. Up to eight more positions are allowed if there are
+       several cell axes: the leading ones are class or register tokens and are dropped.
+    3. If batch and sequence are flattened into one axis, the scalings are flattened too. Scalings of a single position
+       are used for all cells of the row.
+    4. Otherwise the mean over each sample's tokens is used, without padding.
 
     Args:
-        scalings: one layer's scalings; `samples` is the batch size, or 1 for scalings shared by all.
+        scalings: one layer's scalings; `samples` is the batch size, or 1 if all samples share them.
         batch: size of the activations' first axis.
-        cells: the activations' axes between the first and the channels; empty for `[batch, channel]`.
+        cells: sizes of the axes between the first one and the channels; empty for `[batch, channel]`.
         padding: attention mask of the tokens, for the mean.
 
     Returns:
         Scalings that broadcast against `[batch, *cells, expert]`.
 
     Raises:
-        ValueError: neither the samples nor the tokens can be matched with the activations' first axis.
+        ValueError: the first axis of the activations fits neither the samples nor the tokens.
     """
     samples, seq, num_experts = scalings.shape
     if samples in (1, batch):
