@@ -1,15 +1,15 @@
-"""The layers that mix the experts: one class per kind of LoRA layer, over one shared base class.
+"""The layers that mix the experts: one class for each kind of LoRA layer, with a shared base class.
 
-Knows one layer at a time, and not where its scalings come from. The arithmetic is in `weft.kernels`.
+This is about single layers; the scalings come from `passes`. The arithmetic is in `weft.kernels`.
 
-    base.py             what all kinds share: dtypes, dropout, biases, which scalings act on what
-    linear.py, embedding.py, conv2d.py: what A and B are there
-    dora.py             what the magnitudes of DoRA experts do to a mixture
-    experts.py          a layer's experts, stacked; the stack is their storage
-    convert.py          peft's LoRA layers become such layers, or are refused by their class's name
-    carrier.py          brings a call's scalings to the layers
-    decode_weights.py   every layer's rank weights for short inputs, computed at once
-    inputs.py           which of the text's tokens each layer of a base model sees
+    base.py             shared by all kinds: dtypes, dropout, biases, alignment of scalings with the input
+    linear.py, embedding.py, conv2d.py: the products with A and B for each kind
+    dora.py             the factors of DoRA experts
+    experts.py          a layer's experts as stacked tensors, which hold the parameters
+    convert.py          converts peft's LoRA layers, or refuses unknown classes
+    carrier.py          passes the scalings of a call to the layers
+    decode_weights.py   the rank weights of all layers for short inputs, computed once per call
+    inputs.py           how the input of each LoRA layer relates to the tokens
 """
 
 from weft.layers.base import XLoraLayer

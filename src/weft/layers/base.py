@@ -1,11 +1,10 @@
-"""The mixture of experts in one LoRA layer, written once.
+"""The mixture of experts in one LoRA layer: the base class of all kinds of layers.
 
     y_t = W x_t + Σ_e  s_e · g · B_e( A_e( dropout( λ_{t,e} · x_t ) ) )
 
-with s_e peft's `scaling`, λ the scalings and g the global weight (arXiv 2402.07148, equation 3; without scalings
-λ = g = 1). A linear map commutes with a number, so λ is applied in rank space to h = A x, where it costs one
-multiplication per rank: all experts take two products, A stacked and B stacked. The concrete layers say only what A
-and B are for them.
+with peft's `scaling` s_e, the scalings λ and the global weight g (arXiv 2402.07148, equation 3; λ = g = 1 if there are
+no scalings). λ is applied to h = A x, where it costs one multiplication per rank. All experts together need two matrix
+products, one with the stacked A and one with the stacked B. Subclasses define A and B.
 """
 
 from __future__ import annotations
@@ -31,17 +30,23 @@ _AS_THE_GATE = (Sees.TOKENS, Sees.PADDED, Sees.SAMPLE)
 
 
 class XLoraLayer(ABC):
-    """Wraps one LoRA layer of peft; its `forward` replaces the layer's own.
+    """Wraps one LoRA layer of peft; its `forward` replaces the LoRA layer's own.
+
+    The base class for each kind of layer (`XLoraLinearLayer`, ...).
+
+    Dtypes: the input is cast to the dtype of the experts, in which the two products run. The sum with the base layer's
+    output has the wider of the two dtypes. The result has the input's dtype, for embeddings the base layer's.
 
     Args:
-        model: the X-LoRA model; its `carrier` brings the scalings of the pass in progress.
+        model: the X-LoRA model; its `carrier` has the scalings of the present call.
         target: peft's LoRA layer.
-        target_forward: the layer's own forward, kept for reference.
+        target_forward: the LoRA layer's own forward, kept for reference.
         layer_number: index of this layer in the layer axis of the scalings.
-        config: options; `top_k_lora`, `enable_softmax_topk` and `global_scaling_weight` are read at every forward.
+        config: options; `top_k_lora`, `enable_softmax_topk` and `global_scaling_weight` are read in each forward.
 
-    Dtypes: the input is cast to each expert's dtype, the two products run in it, the sum with the base layer's output
-    runs in the wider of the two, and the result has the input's dtype (for embeddings, the base layer's).
+    Raises:
+        AdapterError: an active adapter uses DoRA and `allow_dora` is off, or another variant of LoRA. Raised when the
+            experts are stacked, at the latest in the first forward.
 
     Example:
         >>> layer = XLoraLinearLayer(model, target, target.forward, layer_number=0, config=config)
@@ -49,7 +54,7 @@ class XLoraLayer(ABC):
     """
 
     layout: StorageLayout
-    # The axis of h and of the output that holds ranks and channels.
+    # The axis of ranks in h, and of channels in the output.
     channel_axis = -1
 
     def __init__(
@@ -61,7 +66,7 @@ class XLoraLayer(ABC):
         config: XLoraConfig,
     ) -> None:
         self.model = model
-        self.target: Any = target  # an nn.Module too, which peft's type does not say
+        self.target: Any = target  # also an nn.Module, which is not in peft's type
         self.target_forward = target_forward
         self.layer_number = layer_number
         self.config = config
@@ -71,7 +76,7 @@ class XLoraLayer(ABC):
         self.dora = Dora(target, self.layout, self.base_rows, self.channel_axis)
 
     def prepare(self, *, own: bool = True) -> None:
-        """Stack the experts, where that has not been done, ahead of a call that cannot: a compiled one.
+        """Stack the experts if they are not stacked yet. Needed before a compiled call, which cannot do it.
 
         Args:
             own: as in `StackedExperts.refresh`.
@@ -86,13 +91,13 @@ class XLoraLayer(ABC):
     def apply_scalings_to_x(
         x: Float[Tensor, "*cells channel"], scalings_layer: Float[Tensor, "*#cells expert"], adapter: int
     ) -> Float[Tensor, "*cells channel"]:
-        """x times one expert's column of a layer's scalings."""
+        """x, multiplied by one expert's column of a layer's scalings."""
         return x * scalings_layer[..., adapter].unsqueeze(-1)
 
     def get_maybe_topk_scalings(
         self, scalings: Float[Tensor, "batch seq layer expert"]
     ) -> Float[Tensor, "batch seq expert"]:
-        """This layer's scalings, with top-k and its softmax applied token by token where they are configured."""
+        """This layer's scalings, after top-k and its softmax for each token if they are configured."""
         return keep_top_k(
             scalings[:, :, self.layer_number],
             self.config.top_k_lora,
@@ -104,19 +109,23 @@ class XLoraLayer(ABC):
 
         Args:
             x: the layer's input.
-            *args: passed on to the base layer.
-            scalings: the gate's output `[batch, seq, layer, expert]`, the expert axis being the active adapters in
-                their order. None takes what the model's pass carries; outside of a pass every expert has weight 1.
-            **kwargs: passed on to the base layer.
+            *args: arguments of the base layer.
+            scalings: the gate's output `[batch, seq, layer, expert]`; the expert axis has the order of the active
+                adapters. None takes the scalings in the model's carrier; without these, each expert has weight 1.
+            **kwargs: arguments of the base layer.
+
+        Returns:
+            The output, in the shape of the base layer's output.
 
         Raises:
-            AdapterError: an active adapter uses DoRA that is not allowed, or another variant of LoRA.
-            ValueError: the scalings fit neither the batch nor the tokens of `x`.
+            AdapterError: an active adapter uses DoRA and `allow_dora` is off, or another variant of LoRA.
+            ValueError: the scalings do not fit the batch and the tokens of `x`.
+            RuntimeError: the layer is recomputed in the backward pass without its scalings.
         """
         target = self.target
         merged = bool(target.merged_adapters)
         if target._disable_adapters and merged:
-            target.unmerge()  # as peft does: disabled means the base layer as it was
+            target.unmerge()  # as in peft: if adapters are disabled, the base layer has its own weights
         result = target._modules["base_layer"](x, *args, **kwargs)
         dtype = self.output_dtype(x, result)
         carrier = self.carrier
@@ -126,10 +135,10 @@ class XLoraLayer(ABC):
         if scalings is not None:
             routing, weights = None, self.get_maybe_topk_scalings(scalings)
         elif routing is not None:
-            # Others see other positions than the weights are for, or in another order.
+            # Layers of other kinds have other positions than the weights, or another order.
             ready = routing.ready if routing.sees(self.layer_number) in _AS_THE_GATE else None
             stacks = self.experts.current
-            # What made the weights ready looked whether the stacks hold; a compiled graph may have those of before.
+            # DecodeWeights has checked that the stacks are current, but a compiled graph may have earlier ones.
             if ready is not None and len(stacks) == 1 and ready.stacks[self.layer_number] is stacks[0]:
                 sum_of_both = self.add_ready(result, x, stacks[0], ready)
                 if sum_of_both is not None:
@@ -147,7 +156,7 @@ class XLoraLayer(ABC):
         return result.to(dtype)
 
     def _refuse_blind_recomputation(self) -> None:
-        # Inside of backward, a layer without scalings is one that checkpointing recomputes after its pass has ended.
+        # In a backward pass, a layer without scalings is recomputed by gradient checkpointing that weft did not wrap.
         if not self.carrier.plain and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "an X-LoRA layer is recomputed in the backward pass without the scalings of its forward pass: use "
@@ -171,7 +180,7 @@ class XLoraLayer(ABC):
         weights: Tensor | None,
         routing: Routing | None,
     ) -> Tensor:
-        """result + Σ_e s_e · g · B_e(A_e(dropout(λ_e · x))) over the experts of one stack; DoRA as `dora.py` has it."""
+        """result + Σ_e s_e · g · B_e(A_e(dropout(λ_e · x))) over the experts of one stack; for DoRA see `dora.py`."""
         down, up = self.experts.differentiable(stack)
         dora = self.dora.factors(stack, up) if stack.dora else None
         x = self.prepare_input(x, down.dtype)
@@ -206,7 +215,7 @@ class XLoraLayer(ABC):
         sees = Sees.SAMPLE if routing is None else routing.sees(self.layer_number)
         transposed = sees in _TRANSPOSED
         if weights.shape[:2] == h.shape[:2] and h.dim() == 3 and rank_axis == 2 and not transposed:
-            return weights  # token by token, as in nearly every call
+            return weights  # one per token, the most frequent case
         batch, *cells = (size for axis, size in enumerate(h.shape) if axis != rank_axis)
         if transposed:
             batch, cells[0] = cells[0], batch
@@ -224,15 +233,15 @@ class XLoraLayer(ABC):
         return aligned.transpose(0, 1) if transposed else aligned
 
     def dropped_inputs(self, x: Tensor, stack: Stack) -> list[Tensor] | None:
-        """Each expert's own dropout of x; None where none is active."""
-        # λ·dropout(x) = dropout(λ·x), so only the masks, never the scalings, need the expert's own product.
+        """x after each expert's own dropout; None if no dropout is active."""
+        # λ·dropout(x) = dropout(λ·x), so a separate product for each expert is needed only with dropout.
         dropouts = [self.target.lora_dropout[name] for name in stack.names] if self.target.training else []
         if not any(isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0 for dropout in dropouts):
             return None
         return [dropout(x) for dropout in dropouts]
 
     def _down(self, x: Tensor, dropped: list[Tensor] | None, stack: Stack, down: Tensor) -> Tensor:
-        """h = A x for all experts at once, or expert by expert where each has a dropout mask of its own."""
+        """h = A x for all experts at once, or for each expert separately if there are dropout masks."""
         if dropped is None:
             return self.down(x, down)
         parts = zip(dropped, down.split(stack.ranks), strict=True)
@@ -241,8 +250,8 @@ class XLoraLayer(ABC):
     def _add_biases(self, result: Tensor, stack: Stack, global_weight: float, routing: Routing | None) -> Tensor:
         """Add the `lora_bias` of the experts that have one.
 
-        In the formula the bias stands outside of λ: B_e(z) = B z + b, so s_e · g · b is added unscaled by λ. Rows that
-        follow one expert have its bias alone.
+        As B_e(z) = B z + b, the term s_e · g · b does not depend on λ. A row that uses a single expert gets only the
+        bias of this expert.
         """
         of_rows = None if routing is None else routing.of_biases
         channels = self.channel_axis % result.dim()
@@ -251,32 +260,32 @@ class XLoraLayer(ABC):
             bias = bias.view(-1, *(1 for _ in range(channels + 1, result.dim())))
             if of_rows is not None:
                 column = of_rows[:, self.target.active_adapters.index(name)].to(bias)
-                rows = int(routing is not None and routing.sees(self.layer_number) in _TRANSPOSED)  # their axis
+                rows = int(routing is not None and routing.sees(self.layer_number) in _TRANSPOSED)  # the batch axis
                 column = column.repeat_interleave(result.shape[rows] // len(column))
                 bias = column.view(-1, *(1 for _ in result.shape[rows + 1 :])) * bias
             result = result + bias
         return result
 
     def add_ready(self, result: Tensor, x: Tensor, stack: Stack, ready: ReadyWeights) -> Tensor | None:
-        """result + the mixture with weights that are ready; None where they do not fit `x`."""
+        """result + the mixture with precomputed rank weights; None if these do not fit `x`."""
         return None
 
     def output_dtype(self, x: Tensor, result: Tensor) -> torch.dtype:
-        """The dtype that the layer's output must have."""
+        """The dtype of the layer's output."""
         return x.dtype
 
     def prepare_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The input as the experts take it."""
+        """The input of the experts, in their dtype."""
         return x.to(dtype)
 
     @abstractmethod
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        """A x, for A with the rank as its first axis; the ranks come out at `channel_axis`."""
+        """A x; A has the rank as its first axis, and the result has the ranks at `channel_axis`."""
 
     @abstractmethod
     def add_up(self, result: Tensor, h: Tensor, up: Tensor, stack: Stack) -> Tensor:
-        """result + B h, for B transposed; in the wider dtype of the two."""
+        """result + B h, where `up` is B transposed; in the wider dtype of the two."""
 
     @abstractmethod
     def base_rows(self, weight: Tensor) -> Tensor:
-        """The base layer's weight as W, [out, in]."""
+        """The base layer's weight as a matrix W, [out, in]."""

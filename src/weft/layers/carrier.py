@@ -1,7 +1,7 @@
-"""What carries the scalings from the model to its layers: one object per model, no globals, no hooks per call.
+"""The object that passes the scalings of a call from the model to its layers.
 
-The model's pass puts a `Routing` into its `ScalingsCarrier`, the layers read it, the pass takes it out again. The
-carrier knows nothing of gates or layers, and what it holds is of the moment: copies and pickles of a model start empty.
+Each model has one `ScalingsCarrier`. A pass sets a `Routing` in it, the layers read it, and the pass removes it at the
+end. Copies and pickles of a model start with an empty carrier.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from weft.gate.routing import Sees
 
 @dataclasses.dataclass(frozen=True)
 class ReadyWeights:
-    """λ · s · g for the layers of a pass over few tokens: either per rank, or of the experts that the tokens chose.
+    """λ · s · g of each rank, for the layers of a pass over few tokens; of all experts or of the chosen ones.
 
     Attributes:
-        stacks: by layer number, the stacked experts that the weights are for; None where a layer computes its own.
-        tokens: (batch, seq) of the input that they are for; None for any, which one row of weights is for.
-        first_layer: number of the layer that `weights` and `chosen` begin with.
-        weights: by layer, `[token, rank]` each: of all ranks, or of those of the chosen experts.
-        chosen: by layer, which ranks of the stack, `[token * rank]` each; None for all.
-        left_out: by layer, `[token, rank]` each, whose weight is exactly 0, whatever A x is; None where that is nobody.
+        stacks: layer number -> the stacked experts of the weights; None for a layer that computes its own weights.
+        tokens: (batch, seq) of the input; None if one row of weights is used for all tokens.
+        first_layer: number of the first layer in `weights` and `chosen`.
+        weights: layer -> `[token, rank]`: all ranks, or those of the chosen experts.
+        chosen: layer -> the indices of these ranks in the stack, `[token * rank]`; None for all ranks.
+        left_out: layer -> `[token, rank]`, True for weights of exactly 0, whose A x must be ignored; None for no rank.
     """
 
     stacks: tuple[Any, ...]
@@ -40,19 +40,19 @@ class ReadyWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """The scalings of one adapted pass, top-k applied.
+    """The scalings of one pass, after top-k.
 
     Attributes:
-        scalings: λ per token, layer and expert; a layer axis of 1 is shared by all layers.
-        ready: what the layers can use as it is, where the tokens are few; or None.
-        first_layer: number of the layer that the layer axis begins with.
-        padding: the pass's attention mask, or None: which tokens count in a mean over the sequence.
-        kinds: what each layer sees, by its number; empty where that is not known.
-        kept: index into the sequence axis for layers that see the kept tokens only; None for all of them.
-        per_token: whether the scalings differ from token to token, rather than hold for all of a row.
-        of_biases: how much of each expert's `lora_bias` acts in each row; None for all of it.
-        some_left_out: a scaling of 0 means that an expert was not chosen, and is not heard even where its A x has
-            overflowed (0 · inf would be NaN); False where the gate gives each expert a share.
+        scalings: λ of each token, layer and expert; a layer axis of 1 is shared by all layers.
+        ready: precomputed rank weights for short inputs, or None.
+        first_layer: number of the first layer in the layer axis.
+        padding: attention mask of the pass, for means over the sequence; None if there is no padding.
+        kinds: layer number -> kind of input; empty if that is not known.
+        kept: index into the sequence axis for layers whose input has only the kept tokens; None for all tokens.
+        per_token: False if the scalings are the same for all tokens of a row.
+        of_biases: factor of each expert's `lora_bias` in each row; None for 1.
+        some_left_out: a scaling of 0 means that the expert was not chosen, so its A x is ignored even if it is infinite
+            (0 · inf would be NaN). False if the gate gives each expert a share.
     """
 
     scalings: Float[Tensor, "batch seq layer expert"]
@@ -67,8 +67,8 @@ class Routing:
     _per_layer: tuple[Tensor, ...] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # One unbind for all layers: its backward is one stack, where a slice per layer would each time fill a zero
-        # tensor of the full size.
+        # One unbind for all layers: its backward is a single stack. The backward of a slice per layer would allocate a
+        # zero tensor of the full size each time.
         object.__setattr__(self, "_per_layer", self.scalings.unbind(2))
 
     def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
@@ -79,18 +79,18 @@ class Routing:
         return scalings[:, self.kept] if kept_only else scalings
 
     def sees(self, layer_number: int) -> Sees:
-        """What one LoRA layer sees."""
+        """The kind of input of one LoRA layer."""
         return self.kinds[layer_number] if self.kinds else Sees.SAMPLE
 
 
 class ScalingsCarrier:
-    """Holds what the layers of one model need to know about the pass in progress.
+    """The state of the present pass, for the layers of one model.
 
     Attributes:
-        routing: the scalings of the pass, or None outside an adapted pass (then every expert has weight 1).
-        experts_off: True while the experts must not act at all (the scaling pass with `scaling_pass_value` 0).
-        in_scaling_pass: True while the model reads the text for the gate.
-        plain: True while a block is recomputed that ran without scalings the first time, too.
+        routing: the scalings of the pass; None outside of a pass, where each expert has weight 1.
+        experts_off: True if the experts are left out (in a scaling pass with `scaling_pass_value` 0).
+        in_scaling_pass: True during a scaling pass.
+        plain: True while gradient checkpointing recomputes a block whose forward had no scalings.
     """
 
     routing: Routing | None
@@ -102,7 +102,7 @@ class ScalingsCarrier:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the pass in progress."""
+        """Reset the state, at the end of a pass."""
         self.routing = None
         self.experts_off = False
         self.in_scaling_pass = False
@@ -110,7 +110,7 @@ class ScalingsCarrier:
 
     @contextmanager
     def scaling_pass(self, routing: Routing | None) -> Iterator[None]:
-        """The layers follow `routing`, or leave the experts out where it is None, until the block ends."""
+        """In this block the layers use `routing`; if it is None, they leave the experts out."""
         before = self.routing, self.experts_off, self.in_scaling_pass
         self.routing, self.experts_off, self.in_scaling_pass = routing, routing is None, True
         try:
@@ -120,7 +120,7 @@ class ScalingsCarrier:
 
     @contextmanager
     def following(self, routing: Routing | None) -> Iterator[None]:
-        """The layers follow `routing`, or mix at weight 1 where it is None, until the block ends."""
+        """In this block the layers use `routing`; if it is None, each expert has weight 1."""
         before = self.routing, self.plain
         self.routing, self.plain = routing, routing is None
         try:

@@ -1,9 +1,12 @@
 """The mixture of experts around a two-dimensional convolution.
 
-`[batch, channel, height, width]` has no token axis, so scalings over tokens need a meaning here: one position per
-sample scales that sample; one position per output cell (perhaps after leading class or register tokens, which are left
-out) scales the experts' contribution at that cell; anything else counts as its mean over each sample's unpadded tokens.
-The scalings act between A and B; B is a 1x1 convolution, so cells stay apart.
+The input `[batch, channel, height, width]` has no token axis. Scalings of tokens are used in this way:
+
+- one position per sample: for all cells of the sample;
+- one position per output cell, perhaps after class or register tokens, which are dropped: for this cell;
+- anything else: the mean over each sample's tokens, without padding.
+
+The scalings are applied between A and B. B is a 1x1 convolution, so they act on each cell separately.
 """
 
 from __future__ import annotations
@@ -32,13 +35,18 @@ _LAYOUT = StorageLayout(
 
 
 class XLoraConv2dLayer(XLoraLayer):
-    """X-LoRA around peft's `lora.Conv2d`."""
+    """The mixture around peft's `lora.Conv2d`. See `XLoraLayer` for equation, arguments and errors.
+
+    Example:
+        >>> layer = XLoraConv2dLayer(model, target, target.forward, layer_number=0, config=config)
+        >>> y = layer.forward(x, scalings=scalings)  # x: [batch, channel, height, width]
+    """
 
     layout = _LAYOUT
     channel_axis = 1
 
     def down(self, x: Tensor, weight: Tensor) -> Tensor:
-        # peft's A has the base layer's stride and padding, but neither its dilation nor its groups.
+        # peft's A has the base layer's stride and padding, but not its dilation and groups.
         base = self.target.get_base_layer()
         return F.conv2d(x, weight, stride=base.stride, padding=base.padding)  # [batch, rank, height, width]
 
@@ -53,6 +61,6 @@ class XLoraConv2dLayer(XLoraLayer):
 
 
 def _group_major(ranks: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
-    """Order that turns rank channels sorted by expert into channels sorted by group, then expert."""
+    """The index that reorders rank channels from expert-major to group-major order."""
     blocks = torch.arange(sum(ranks), device=device).split(ranks)
     return torch.cat([block.chunk(groups)[group] for group in range(groups) for block in blocks])

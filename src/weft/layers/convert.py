@@ -1,7 +1,7 @@
-"""peft's LoRA layers become layers that mix their experts by scalings.
+"""Converts peft's LoRA layers to layers that mix their experts by scalings.
 
-Which class of peft becomes what is decided by its name: peft defines the classes of quantised layers only where the
-library behind them is installed, and weft imports none of these libraries.
+peft's classes are recognised by name: peft defines the classes of quantised layers only if their library is installed,
+and weft imports none of these libraries.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from weft.layers.dora import refuse_base_of_dora
 from weft.layers.experts import StackedExperts, own_tensors, refuse_variant
 
 _PEFT = "peft.tuners.lora."
-# Module and class in peft.tuners.lora -> what mixes its experts. All linear ones add B A x to what their base layer
-# gives, whatever that does with its weights.
+# Module and class in peft.tuners.lora -> weft's layer. All linear classes add B A x to the output of their base layer,
+# however its weights are stored.
 CONVERTED: dict[str, type[XLoraLayer]] = {
     "layer.Linear": XLoraLinearLayer,
     "layer.Embedding": XLoraEmbeddingLayer,
@@ -34,7 +34,7 @@ CONVERTED: dict[str, type[XLoraLayer]] = {
     "aqlm.AqlmLoraLinear": XLoraLinearLayer,
     "inc.IncLoraLinear": XLoraLinearLayer,
 }
-# The others, and why: a sentence after "which X-LoRA does not support: ".
+# Classes that are not supported, and the reason, which follows "which X-LoRA does not support: ".
 REFUSED: dict[str, str] = {
     "layer.Conv1d": "experts in a one-dimensional convolution have no weights per token",
     "layer.Conv3d": "experts in a three-dimensional convolution have no weights per token",
@@ -47,21 +47,25 @@ REFUSED: dict[str, str] = {
 
 
 def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLoraConfig) -> int:
-    """Let every LoRA layer of the base model mix its experts by scalings.
+    """Replace the forward of each LoRA layer of the base model by one that mixes its experts by scalings.
 
     Layers are numbered in the order of `base.modules()`, which is the order of the layer axis of the scalings.
 
     Args:
-        base: a model with peft's LoRA layers in it.
-        xloramodel: the X-LoRA model, whose `carrier` the layers read.
+        base: a model with peft's LoRA layers.
+        xloramodel: the X-LoRA model; the layers read its `carrier`.
         config: its options.
 
     Returns:
-        How many layers were converted.
+        The number of layers.
 
     Raises:
-        AdapterError: a LoRA layer is of a class that X-LoRA does not support, or an adapter is no plain LoRA; nothing
-            is converted then.
+        AdapterError: X-LoRA does not support the class of a LoRA layer, or the variant of an adapter; no layer is
+            converted then.
+
+    Example:
+        >>> number = convert_layers_to_xlora(base, model, config)
+        >>> gate = XLoraClassifier(config, num_experts=2, num_layers=number)
     """
     layers: list[XLoraLayer] = []
     for name, module in base.named_modules():
@@ -74,7 +78,7 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
         forward = module.forward  # type: ignore[attr-defined]
         layers.append(layer_class(xloramodel, module, forward, len(layers), config))
     for layer in layers:
-        # At once, not at the first forward: what wraps the model (DDP) must see the parameters as they will stay.
+        # Now and not in the first forward: wrappers such as DDP must see the final storage of the parameters.
         layer.prepare()
         layer.target.register_state_dict_post_hook(own_tensors)
         layer.target.register_load_state_dict_post_hook(restack)
@@ -83,13 +87,13 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
 
 
 def linear_experts(target: Any) -> StackedExperts | None:
-    """The stacked experts of a converted layer, if it is linear."""
+    """The stacked experts of a converted linear layer; None for layers of other kinds."""
     layer = _layer_of(target)
     return layer.experts if isinstance(layer, XLoraLinearLayer) else None
 
 
 def mixture_of(target: Any) -> nn.Module | None:
-    """The X-LoRA model that a LoRA layer was converted for; None where it was not."""
+    """The X-LoRA model of a converted LoRA layer; None if the layer is not converted."""
     forward = target.forward
     while not isinstance(getattr(forward, "__self__", None), XLoraLayer) and hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
@@ -98,18 +102,18 @@ def mixture_of(target: Any) -> nn.Module | None:
 
 
 def _layer_of(target: Any) -> XLoraLayer:
-    """What mixes the experts of a converted layer."""
+    """weft's layer of a converted LoRA layer."""
     forward = target.forward
     while not isinstance(getattr(forward, "__self__", None), XLoraLayer):
-        forward = forward.__wrapped__  # what tools (accelerate's hooks) put around it
+        forward = forward.__wrapped__  # wrapped by tools such as accelerate's hooks
     return forward.__self__
 
 
 def _layer_class(name: str, module: LoraLayer) -> type[XLoraLayer]:
-    """What mixes the experts of a LoRA layer.
+    """weft's class for a LoRA layer of peft.
 
     Raises:
-        AdapterError: nothing does.
+        AdapterError: the class of the LoRA layer is not supported.
     """
     full_name = f"{type(module).__module__}.{type(module).__qualname__}"
     layer_class = CONVERTED.get(full_name.removeprefix(_PEFT))
@@ -124,8 +128,8 @@ def _layer_class(name: str, module: LoraLayer) -> type[XLoraLayer]:
 
 
 def restack(target: Any, incompatible_keys: Any = None, *, own: bool = True) -> None:
-    """Stack a converted layer's experts anew if their storage changed; compiled graphs cannot see for themselves.
+    """Stack a converted layer's experts again if their storage has changed, which compiled graphs cannot detect.
 
-    A hook for what loads a layer's state. With `own` False their storage stays what it is.
+    It is also the hook that runs after a state dict is loaded. `own`: see `StackedExperts.refresh`.
     """
     _layer_of(target).prepare(own=own)

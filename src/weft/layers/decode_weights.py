@@ -1,7 +1,7 @@
-"""Precomputes every layer's rank weights for short inputs, as in decoding.
+"""Computes the rank weights of all layers at once, for short inputs as in decoding.
 
-A rank of an expert is weighted by λ · s · g. With few tokens, a layer's products are so short that computing this in
-each layer takes as long as they do; here it is one lookup and one product per call of the model.
+Each rank of an expert has the weight λ · s · g. With few tokens, computing this in each layer takes as long as the
+layer's matrix products. Here it is one index_select and one product for each call of the model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from weft.gate.routing import TopK
 from weft.layers.carrier import ReadyWeights
 from weft.layers.experts import Stack, StackedExperts
 
-# For more tokens the layers' own way is as fast, and this one would take memory.
+# With more tokens the layers' own computation is as fast, and needs less memory.
 FEW_TOKENS = 32
-# In the midst of a text, each call looks whether the stacks still hold in one of so many layers (and in the first).
+# While a text is decoded, each call checks the stacks of every eighth layer, and of the first one.
 SHARE_LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
 class _RankTable:
-    """Where the weights of the ranks are found.
+    """The indices from which the weights of all ranks are gathered.
 
     Attributes:
-        stacks: by layer number; None where a layer computes its weights itself.
-        sizes: ranks of each layer's stack; 0 for None.
-        index: for each rank of all layers, its entry in the scalings' flattened axes [layer, expert].
+        stacks: layer number -> stack; None for a layer that computes its own weights.
+        sizes: number of ranks in each layer's stack; 0 for None.
+        index: for each rank of all layers, its index in the scalings' flattened axes [layer, expert].
         scales: s of each rank.
     """
 
@@ -45,12 +45,12 @@ class _RankTable:
 
 @dataclass(frozen=True)
 class _ExpertTable:
-    """The same per expert, for layers whose experts all have one rank.
+    """The same for whole experts, for layers in which all experts have the same rank.
 
     Attributes:
-        stacks: by layer number; None where a layer is not such, or has another rank.
+        stacks: layer number -> stack; None for a layer with other ranks.
         scales: s of each expert; zeros for None.
-        rank: of each expert.
+        rank: the rank of all experts.
     """
 
     stacks: tuple[Stack | None, ...]
@@ -59,16 +59,16 @@ class _ExpertTable:
 
 
 class DecodeWeights:
-    """Prepares the weights of linear layers that have a single stack; other layers compute theirs themselves.
+    """Computes the weights of linear layers that have a single stack. Other layers compute their own weights.
 
-    The layers take the stacks that come with their weights as they are, so they are looked up here. Looking at all of
-    them takes as long as several layers (it touches every parameter, none of which is in the processor's caches), so a
-    call that goes on with the cache of the call before looks at an eighth: what changes all layers (`.to()`, a cast,
-    another active adapter) is noticed at once, new storage in a single layer within eight tokens. A compiled graph has
-    the stacks of the last call that was not compiled, as the layers do.
+    The layers do not check the stacks that come with the weights, so it is checked here that the stacks are current.
+    To check all of them takes as long as several layers, as it reads every parameter. So a call that continues with the
+    KV cache of the previous call checks an eighth of the layers. A change of all layers (`.to()`, a cast, another
+    active adapter) is found at once, new storage in a single layer within eight tokens. A compiled graph uses the
+    stacks of the last call that was not compiled, as the layers do.
 
     Args:
-        experts: of each LoRA layer, in order; None for layers that are not linear.
+        experts: the experts of each LoRA layer, in order; None for layers that are not linear.
     """
 
     def __init__(self, experts: Sequence[StackedExperts | None]) -> None:
@@ -81,16 +81,16 @@ class DecodeWeights:
         self._to_look_at: Sequence[int] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"experts": self._experts}  # a copy's stacks are its own
+        return {"experts": self._experts}  # a copy makes its own stacks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def begin_call(self, cache: Any) -> None:
-        """A call of the model begins.
+        """Choose the layers to check in this call of the model.
 
         Args:
-            cache: its `past_key_values`, or None.
+            cache: the call's `past_key_values`, or None.
         """
         if torch.compiler.is_compiling():
             return
@@ -109,18 +109,18 @@ class DecodeWeights:
         *,
         some_left_out: bool = False,
     ) -> ReadyWeights | None:
-        """The weights for scalings with top-k applied; None where the layers should compute them.
+        """The weights of all ranks; None if the layers should compute them.
 
         Args:
-            scalings: λ; a layer axis of 1 is shared by all layers.
-            first_layer: number of the layer that the layer axis begins with.
+            scalings: λ after top-k; a layer axis of 1 is shared by all layers.
+            first_layer: number of the first layer in the layer axis.
             global_weight: g.
-            some_left_out: a scaling of 0 leaves its expert out, even where A x has overflowed: 0 · inf would be NaN.
+            some_left_out: a scaling of 0 leaves its expert out even if A x is infinite (0 · inf would be NaN).
         """
         _, _, num_layers, num_experts = scalings.shape
         key = (num_experts, None if num_layers == 1 else first_layer, scalings.device)
         few = _few(scalings)
-        # Also where it will not be used: for the calls that are compiled.
+        # The table is made even if it is not used now, for later compiled calls.
         if self._refresh(few) and key not in self._tables:
             self._tables[key] = self._table(*key)
         table = self._tables.get(key)
@@ -138,12 +138,12 @@ class DecodeWeights:
         )
 
     def of_chosen(self, chosen: TopK, num_experts: int, first_layer: int, global_weight: float) -> ReadyWeights | None:
-        """The weights of each token's chosen experts, which the layers then gather; None where that does not pay.
+        """The weights of each token's chosen experts, which the layers gather; None if that is not faster.
 
         Args:
             chosen: λ of each token's experts, `[batch, seq, layer, top_k]`; a layer axis of 1 is shared by all layers.
-            num_experts: of how many they were chosen.
-            first_layer: number of the layer that the layer axis begins with.
+            num_experts: number of experts from which they were chosen.
+            first_layer: number of the first layer in the layer axis.
             global_weight: g.
         """
         batch, seq, num_layers, top_k = chosen.kept.shape
@@ -153,7 +153,7 @@ class DecodeWeights:
         if self._refresh(few) and key not in self._expert_tables:
             self._expert_tables[key] = self._expert_table(*key)
         table = self._expert_tables.get(key)
-        # Gathered weights are copied before they are used, so they cost about twice.
+        # Gathering copies the experts' weights, so each chosen expert costs about twice as much.
         if table is None or not few or 2 * tokens * top_k > num_experts:
             return None
         first_layer = 0 if num_layers == 1 else first_layer
@@ -171,10 +171,10 @@ class DecodeWeights:
         )
 
     def _refresh(self, few: bool) -> bool:
-        """Forget tables of earlier stacks; whether tables can be made now, which a compiled graph cannot.
+        """Drop the tables of outdated stacks. False in a compiled graph, which cannot make tables.
 
         Args:
-            few: the layers will not look for themselves whether their stacks hold.
+            few: the layers will not check their own stacks.
         """
         if torch.compiler.is_compiling():
             return False
@@ -187,7 +187,7 @@ class DecodeWeights:
         return True
 
     def _look(self) -> None:
-        """Let the layers whose turn it is look whether their stacks still hold, and all of them where one does not."""
+        """Check the stacks of the layers that were chosen for this call; if one is outdated, check all layers."""
         numbers, self._to_look_at = self._to_look_at, ()
         changed = False
         for number in numbers:
@@ -204,7 +204,7 @@ class DecodeWeights:
         return stacks[0] if stacks[0].num_columns == num_experts else None
 
     def _table(self, num_experts: int, first_layer: int | None, device: torch.device) -> _RankTable:
-        """The table for scalings that begin with this layer; None for scalings that all layers share."""
+        """The table for scalings whose first layer is `first_layer`; None for scalings that all layers share."""
         stacks: list[Stack | None] = []
         sizes, index, scales = [], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
         for number in range(len(self._experts)):
@@ -232,7 +232,7 @@ class DecodeWeights:
 
 
 def _few(scalings: Tensor) -> bool:
-    """Whether these scalings, of a call without gradients, are of few tokens."""
+    """Whether the call has few tokens and no gradients or autocast."""
     batch, seq = scalings.shape[:2]
     if torch.is_grad_enabled() or torch.is_autocast_enabled(scalings.device.type):
         return False

@@ -1,15 +1,15 @@
-"""DoRA experts: what their magnitudes do to a mixture (arXiv 2402.09353; `allow_dora`).
+"""DoRA experts in a mixture (arXiv 2402.09353; `allow_dora`).
 
-A DoRA expert rescales each output channel o of W + s B A to a length m_o of its own. What it adds to the base layer is
+A DoRA expert rescales each output channel o of W + s B A to the norm m_o. It adds to the output of the base layer
 
     λ · g · ( (m / n − 1) · W x  +  (m / n) · s · B A x ),        n = ‖W + s B A‖, the norm over the inputs
 
-so with s · m / n folded into B the stacked products stay two, and W x is the base layer's own output less its bias: one
-factor per channel and token more, no third product. Only under active dropout, where W must see each expert's dropped
-input (as in peft), does each expert take a product with W.
+s · m / n is multiplied into B, so there are still two stacked products. W x is the base layer's output without its
+bias, so it needs no third product. Only if dropout is active does each expert need its own product with W, as W is
+applied to the expert's dropped input (as in peft).
 
-n costs about as much as W itself, so it is kept while nothing that it is made of changes. As in peft and in section 4.3
-of the paper, it counts as a constant: no gradient flows through it.
+Computing n costs about as much as a product with W, so it is kept until one of its inputs changes. As in peft and in
+section 4.3 of the paper, n is a constant for the gradients.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from weft.layers.experts import Stack, StorageLayout
 
 @dataclass(frozen=True)
 class DoraFactors:
-    """What a stack of DoRA experts multiplies with.
+    """The factors of a stack of DoRA experts.
 
     Attributes:
-        change: m / n − 1, how much of W x each expert adds.
+        change: m / n − 1, the factor of W x for each expert.
         up: s · m / n · B, transposed.
     """
 
@@ -43,9 +43,9 @@ class DoraFactors:
         """Σ_e λ_e · g · (m_e / n_e − 1) · W x_e.
 
         Args:
-            weights: λ · g, with the experts at `expert_axis`, where `plain` has its channels.
-            expert_axis: an axis of `weights`.
-            plain: W x, or a list with W x_e for each expert.
+            weights: λ · g, with the experts at the axis at which `plain` has its channels.
+            expert_axis: the index of this axis in `weights`.
+            plain: W x, or a list with W x_e of each expert.
         """
         if isinstance(plain, Tensor):
             factors = weights.movedim(expert_axis, -1) @ self.change.to(weights.dtype)
@@ -59,16 +59,16 @@ class DoraFactors:
 
 
 class Dora:
-    """The factors of one layer's DoRA experts, computed anew only when something that they are made of changed.
+    """The factors of one layer's DoRA experts, computed again only if one of their inputs has changed.
 
-    While one of these parameters trains they are computed in every call, with gradients for B and m. A compiled graph
-    cannot look: it has those of the last call that was not compiled, as with stacks.
+    If one of these parameters is trained, the factors are computed in each call, with gradients for B and m. A compiled
+    graph uses the factors of the last call that was not compiled, as with stacks.
 
     Args:
         target: peft's LoRA layer.
-        layout: where it keeps A and B.
-        as_rows: the base layer's weight -> W as [out, in].
-        channel_axis: of the base layer's output.
+        layout: the attributes of A and B.
+        as_rows: converts the base layer's weight to W, [out, in].
+        channel_axis: channel axis of the base layer's output.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Dora:
         return {**self.__dict__, "_kept": {}}
 
     def factors(self, stack: Stack, up: Tensor) -> DoraFactors:
-        """The factors of a stack; `up` is its B as autograd should see it."""
+        """The factors of a stack; `up` is B transposed, connected to autograd."""
         key = stack.down.dtype, stack.down.device
         kept = self._kept.get(key)
         if torch.compiler.is_compiling() and kept is not None and not torch.is_grad_enabled():
             return kept[3]
         sources = self._sources(stack)
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            # Some optimizers change parameters in ways that no version counter sees: what was kept ends here.
+            # Some optimizers change parameters without a change of the version counter, so drop the kept factors.
             self._kept.pop(key, None)
             return self._compute(stack, up)
         if torch.compiler.is_compiling():
@@ -102,21 +102,21 @@ class Dora:
         state = [(source.data_ptr(), _version(source)) for source in sources]
         if kept is not None and kept[0] is stack and kept[2] == state and all(map(_same, kept[1], sources)):
             return kept[3]
-        # Not in inference mode, whose tensors could never be trained with.
+        # Not in inference mode: its tensors cannot be used in training.
         with torch.inference_mode(False), torch.no_grad():
             factors = self._compute(stack, stack.up)
         self._kept[key] = stack, sources, state, factors
         return factors
 
     def plain(self, result: Tensor) -> Tensor:
-        """W x, of the base layer's output."""
+        """W x: the base layer's output without its bias."""
         bias = getattr(self.target.get_base_layer(), "bias", None)
         if bias is None:
             return result
         return result - bias.view(-1, *(1 for _ in range(self.channel_axis % result.dim() + 1, result.dim())))
 
     def plain_of_each(self, inputs: list[Tensor]) -> list[Tensor]:
-        """W x for each expert's own x."""
+        """W x for each expert's x."""
         base = self.target.get_base_layer()
         return [self.plain(base(x.to(base.weight.dtype))) for x in inputs]
 
@@ -148,7 +148,7 @@ class Dora:
             )
         ]
         norm = torch.stack(norms)  # [expert, out]
-        # A row of zeros has no direction, and any factor makes 0 of it.
+        # A row of zeros stays zero with any factor.
         norm = torch.where(norm == 0, 1, norm)
         magnitude = torch.stack([target.lora_magnitude_vector[name].weight.flatten() for name in names])
         factor = magnitude.to(up.device, wide) / norm
@@ -158,12 +158,12 @@ class Dora:
 
 
 def refuse_base_of_dora(target: LoraLayer, path: str, names: Sequence[str]) -> None:
-    """Raise where a base layer's norms cannot be computed, or not as peft means them.
+    """Raise if the norms of a base layer cannot be computed, or if peft's norms differ from the definition.
 
     Args:
         target: peft's LoRA layer.
-        path: its name in the base model.
-        names: its experts.
+        path: the layer's name in the base model.
+        names: the layer's experts.
 
     Raises:
         AdapterError: a DoRA expert is on a quantised or offloaded layer, or on a grouped convolution.

@@ -1,4 +1,4 @@
-"""The mixture of experts around an embedding: the lookup takes the place of A x."""
+"""The mixture of experts around an embedding. A lookup replaces the product A x."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ _LAYOUT = StorageLayout(
 
 
 class XLoraEmbeddingLayer(XLoraLayer):
-    """X-LoRA around peft's `lora.Embedding`.
+    """The mixture around peft's `lora.Embedding`. See `XLoraLayer` for equation, arguments and errors.
 
-    The scalings act after the lookup. A base layer that multiplies its output by an `embed_scale` (Gemma) does so to
-    the experts' part too. As in peft, the experts' dropout does not act on token ids.
+    The scalings are applied after the lookup. If the base layer multiplies its output by an `embed_scale` (Gemma), the
+    experts' output is multiplied too. As in peft, there is no dropout on token ids.
+
+    Example:
+        >>> layer = XLoraEmbeddingLayer(model, target, target.forward, layer_number=0, config=config)
+        >>> y = layer.forward(input_ids, scalings=scalings)  # input_ids: [batch, seq]
     """
 
     layout = _LAYOUT

@@ -1,12 +1,13 @@
-"""The experts of one LoRA layer, stacked along their ranks, so that N experts cost two matrix products.
+"""The experts of one LoRA layer, stacked along their ranks, so that N experts need two matrix products.
 
-With A = [A_1; ...; A_N] ([rank, in]) and B = [B_1, ..., B_N] ([out, rank]), the sum of all experts is B (A x), and a
-weight per expert acts on its block of the rank axis. The stack takes over the adapters' storage: peft's parameters
-become views of it, so nothing is held twice, and what changes a parameter in place (loading, an optimizer) changes the
-stack. What gives a parameter new storage (`.to()`, a cast, a deep copy) is noticed, at the next forward at the latest
-(within eight tokens where it is one layer's in the midst of a text, see `decode_weights.py`), and stacked again. In
-distributed training others keep parameters in storage of their own (FSDP's shards, ZeRO's flat buffers) and need them
-to stay there: then the stack is a copy, made at every call.
+With A = [A_1; ...; A_N] ([rank, in]) and B = [B_1, ..., B_N] ([out, rank]), the sum of all experts is B (A x). The
+weight of an expert is applied to its block of the rank axis.
+
+The stack owns the storage: peft's parameters become views of it. So the experts are in memory only once, and in-place
+changes of a parameter (loading, an optimizer) change the stack. If a parameter gets new storage (`.to()`, a cast, a
+deep copy), the experts are stacked again, at the latest in the next forward; while a text is decoded, a change in a
+single layer is found within eight tokens (see `decode_weights.py`). In distributed training, wrappers need the
+parameters in their own storage (shards of FSDP, flat buffers of ZeRO). Then the stack is a copy, made in each call.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _FSDP = "_is_fsdp_managed_module"
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a kind of LoRA layer keeps one of its two factors, and how that looks with the rank as its first axis.
+    """The attribute in which a kind of LoRA layer has one of its two factors, and the factor's shape.
 
     Attributes:
         attribute: name of the layer's `ModuleDict` or `ParameterDict` of adapters.
-        to_rows: parameter -> view with the rank first.
-        from_rows: that view -> the parameter's own shape.
+        to_rows: converts the parameter to a view with the rank as the first axis.
+        from_rows: converts this view to the parameter's shape.
     """
 
     attribute: str
@@ -45,12 +46,12 @@ class Storage:
     from_rows: _Rows
 
     def find(self, target: LoraLayer, name: str) -> nn.Parameter:
-        """The parameter of adapter `name`; KeyError where the layer has none."""
+        """The parameter of adapter `name`; KeyError if the layer has none."""
         container = getattr(target, self.attribute)
         return cast(nn.Parameter, container[name].weight if isinstance(container, nn.ModuleDict) else container[name])
 
     def owners(self, target: LoraLayer) -> list[dict[str, Any]]:
-        """The dictionaries on the way to the parameters of all adapters."""
+        """The dicts through which the parameters of all adapters are reached."""
         container = getattr(target, self.attribute)
         if not isinstance(container, nn.ModuleDict):
             return [container._parameters]
@@ -58,12 +59,12 @@ class Storage:
 
 
 def as_it_is(weight: Tensor) -> Tensor:
-    """For factors that have the rank as their first axis."""
+    """For factors with the rank as the first axis."""
     return weight
 
 
 def transposed(weight: Tensor) -> Tensor:
-    """For factors `[out, rank]`, and back."""
+    """For factors `[out, rank]`, in both directions."""
     return weight.T
 
 
@@ -77,21 +78,21 @@ class StorageLayout:
 
 @dataclass(frozen=True)
 class Stack:
-    """Some experts of one layer (those of one dtype and device, plain or with DoRA), stacked.
+    """The stacked experts of one layer with the same dtype and device, either plain or with DoRA.
 
     Attributes:
         names: the active experts, in the order of their blocks.
-        columns: each one's index among the layer's active adapters, which is its column in the scalings.
-        num_columns: how many active adapters the layer has.
-        ranks: each one's rank.
-        down: A, the rank first, then the input axes.
-        up: B transposed. A grouped convolution has `rank / groups` rows.
-        scales: peft's `scaling` of each.
-        biased: those with a `lora_bias`.
-        kept: the parameters live in it, and it is the same in the next call; else it is a copy for this one.
-        dora: they are DoRA experts, whose `scales` are 1: their own scaling is in their factors (see `layers/dora.py`).
-        rank_expert: for each rank, the expert it belongs to; None where all ranks are equal.
-        column_index: `columns` as a tensor; None where they are all columns in order.
+        columns: index of each expert among the layer's active adapters, which is its column in the scalings.
+        num_columns: number of the layer's active adapters.
+        ranks: rank of each expert.
+        down: A, with the rank as the first axis.
+        up: B transposed; `rank / groups` rows for a grouped convolution.
+        scales: peft's `scaling` of each expert.
+        biased: the experts with a `lora_bias`.
+        kept: the parameters are views of the stack, which is used in later calls too; else it is a copy for one call.
+        dora: DoRA experts. Their `scales` are 1, as their scaling is in their factors (see `layers/dora.py`).
+        rank_expert: for each rank, the index of its expert; None if all ranks are equal.
+        column_index: `columns` as a tensor; None if they are all columns in order.
     """
 
     names: tuple[str, ...]
@@ -109,12 +110,12 @@ class Stack:
 
 
 class _ViewsOfStack(torch.autograd.Function):
-    """The stack, seen by autograd as made of its experts' parameters: their gradients are slices of its own."""
+    """The stack as a function of its experts' parameters, for autograd: their gradients are slices of its gradient."""
 
     @staticmethod
     def forward(ctx: Any, stack: tuple[Tensor], from_rows: _Rows, sizes: Sequence[int], *parameters: Tensor) -> Tensor:
         ctx.from_rows, ctx.sizes = from_rows, sizes
-        # The stack shares the parameters' memory but not their version counters, by which autograd notices changes.
+        # The stack shares the parameters' memory but not their version counters, so in-place changes are checked here.
         ctx.versions = [(parameter, parameter._version) for parameter in parameters]
         return stack[0].detach()
 
@@ -126,12 +127,12 @@ class _ViewsOfStack(torch.autograd.Function):
 
 
 class StackedExperts:
-    """The experts of one LoRA layer as stacks, one per dtype and device (and for DoRA), made on first use.
+    """The experts of one LoRA layer as stacks, one for each dtype and device, plain or DoRA; made on first use.
 
     Args:
         target: peft's LoRA layer.
-        layout: where this kind of layer keeps its factors.
-        allow_dora: take DoRA experts too.
+        layout: the attributes of this kind of layer for its factors.
+        allow_dora: accept DoRA experts.
     """
 
     def __init__(self, target: LoraLayer, layout: StorageLayout, *, allow_dora: bool = False) -> None:
@@ -141,47 +142,48 @@ class StackedExperts:
         self._forget()
 
     def _forget(self) -> None:
-        """Begin anew at the next call."""
+        """Drop the stacks, so that the next call makes new ones."""
         self._stacks: tuple[Stack, ...] = ()
         self._active: list[str] | None = None
         self._scaling: dict[str, float] = {}
-        # What must be as it was for the stacks to hold: what is in these dictionaries, and the parameters' addresses.
+        # The stacks are current while the contents of these dicts and the addresses of the parameters are unchanged.
         self._owners: list[dict[str, Any]] = []
         self._owned: list[int] = []
-        self._kept: list[Any] = []  # so that no other object gets the id of one of them
+        self._kept: list[Any] = []  # references, so that no new object gets the id of one of them
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's parameters are copies of their own: it stacks them again.
+        # A copy has its own parameters, and stacks them again.
         return {"target": self.target, "layout": self.layout, "allow_dora": self.allow_dora}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def stacks(self) -> tuple[Stack, ...]:
-        """The stacks of the active experts that this layer has; empty where it has none of them.
+        """The stacks of the layer's active experts; empty if it has none.
 
-        Whether they still hold is looked up at every call. A compiled graph cannot look: it has the stacks of the last
-        call that was not compiled (`generate` makes one for all layers before it starts).
+        Each call checks that the stacks are current. A compiled graph cannot check: it uses the stacks of the last call
+        that was not compiled (`generate` makes one for all layers before it starts).
 
         Raises:
-            AdapterError: an active adapter is no plain LoRA, nor one with DoRA where that is allowed.
+            AdapterError: an active adapter uses DoRA and `allow_dora` is off, or another variant of LoRA.
         """
         if torch.compiler.is_compiling():
-            ours = self._active is not None and not getattr(self.target, _FSDP, False)
-            return self._stacks if ours else self._uncompiled()
-        return self._stacks if self._still_ours() else self._build(own=not others_have_parameters())
+            usable = self._active is not None and not getattr(self.target, _FSDP, False)
+            return self._stacks if usable else self._uncompiled()
+        return self._stacks if self._is_current() else self._build(own=not others_have_parameters())
 
     def refresh(self, *, own: bool = True) -> None:
-        """Stack again where the storage has changed; not where FSDP has it, which is whole in the forward only.
+        """Stack the experts again if their storage has changed.
+
+        Nothing is done with FSDP and DeepSpeed. Their shards are complete only in a forward, and they need contiguous
+        parameters, which B's transposed views of a stack are not.
 
         Args:
-            own: the stack becomes the parameters' storage, or else nothing is stacked until the next call. (Never
-                where FSDP or DeepSpeed is to come, which take contiguous parameters only: B's, which lie transposed in
-                a stack, are none.)
+            own: make the stack the parameters' storage. If False, drop the stacks until the next call.
         """
-        if self._still_ours() or self.sharded or sharding_is_to_come():
+        if self._is_current() or self.sharded or sharding_is_to_come():
             return
         if own:
             self._build(own)
@@ -189,8 +191,8 @@ class StackedExperts:
             self._forget()
 
     def look(self) -> bool:
-        """Look ahead of the forward whether the stacks hold; whether they are others now."""
-        if self._still_ours():
+        """Check before the forward that the stacks are current; returns whether they were made again."""
+        if self._is_current():
             return False
         before = self._stacks
         self.refresh(own=not others_have_parameters())
@@ -208,11 +210,11 @@ class StackedExperts:
 
     @property
     def current(self) -> tuple[Stack, ...]:
-        """The stacks as they were last looked up."""
+        """The stacks of the last check."""
         return self._stacks
 
     def differentiable(self, stack: Stack) -> tuple[Tensor, Tensor]:
-        """The stack's (down, up) as autograd should see them: leaves where the experts are frozen."""
+        """The stack's (down, up), connected to the parameters by autograd if these are trained."""
         if not torch.is_grad_enabled():
             return stack.down, stack.up
         factors = []
@@ -224,28 +226,28 @@ class StackedExperts:
             factors.append(values)
         return factors[0], factors[1]
 
-    def _still_ours(self) -> bool:
-        # This runs in every layer of every call: no public access, which is ten times slower.
+    def _is_current(self) -> bool:
+        # This runs in every layer of every call. Access by public attributes would be ten times slower.
         if self._active != self.target.active_adapters or self._scaling != self.target.scaling:
             return False
         if [id(value) for dictionary in self._owners for value in dictionary.values()] != self._owned:
             return False
         return [parameter.data_ptr() for parameter in self._parameters] == self._addresses
 
-    # Not in inference mode, whose tensors could never be trained on.
+    # Not in inference mode: its tensors cannot be trained later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _build(self, own: bool) -> tuple[Stack, ...]:
         target, layout = self.target, self.layout
         for storage in (layout.down, layout.up):
-            # A stack reads its parameters, which have no forward that would bring them back from an offload.
+            # The adapters' modules are not called, so accelerate would not load offloaded parameters.
             keep_resident(getattr(target, storage.attribute), execution_device(target.get_base_layer()))
         active = list(target.active_adapters)
         present = list(getattr(target, layout.down.attribute).keys())
         for name in active:
             if name in present:
                 refuse_variant(target, name, allow_dora=self.allow_dora)
-        # Inactive experts move along, or they would keep the storage of an earlier stack alive.
+        # Inactive experts are stacked too, else their views would keep the memory of an earlier stack.
         ordered = [name for name in active if name in present] + [name for name in present if name not in active]
         by_kind: dict[tuple[torch.dtype, torch.device, bool], list[str]] = {}
         for name in ordered:
@@ -277,9 +279,9 @@ class StackedExperts:
 
 
 def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    """A state dict hook for LoRA layers: copies in the place of views of a stack.
+    """A state dict hook for LoRA layers that replaces views of a stack by copies.
 
-    Tools that save state dicts (safetensors, accelerate) take tensors that share storage for one and drop the others.
+    safetensors and accelerate save only one of several tensors that share storage.
     """
     for key, value in state_dict.items():
         if key.startswith(f"{prefix}lora_") and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -287,7 +289,11 @@ def own_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, loca
 
 
 def refuse_variant(target: LoraLayer, name: str, *, allow_dora: bool) -> None:
-    """Raise where adapter `name` computes something else than B A x, or DoRA where that is allowed."""
+    """Raise if adapter `name` is a variant of LoRA, except DoRA if it is allowed.
+
+    Raises:
+        AdapterError: it is such a variant.
+    """
     dora = target.use_dora.get(name, False)
     if dora and not allow_dora:
         refuse_dora(name)
@@ -300,7 +306,7 @@ def refuse_variant(target: LoraLayer, name: str, *, allow_dora: bool) -> None:
 
 
 def _copy(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
-    """The parameters in one new tensor, rank first."""
+    """Copy the parameters into one new tensor with the rank as the first axis."""
     for name in names:
         if storage.find(target, name).numel() == 0:
             raise AdapterError(
@@ -311,7 +317,7 @@ def _copy(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
 
 
 def _take_over(target: LoraLayer, storage: Storage, names: list[str]) -> Tensor:
-    """Copy the parameters into one new tensor, rank first, and make them views of it."""
+    """Copy the parameters into one new tensor with the rank as the first axis, and make them views of it."""
     parameters = [storage.find(target, name) for name in names]
     rows = [storage.to_rows(parameter) for parameter in parameters]
     stack = torch.cat(rows)
@@ -330,7 +336,7 @@ def _stack(
     *,
     kept: bool,
 ) -> Stack:
-    """The stack of the leading `names` of (down, up); what follows them belongs to inactive experts."""
+    """The stack of the first `names` in (down, up); the rows after them belong to inactive experts."""
     ranks = [layout.down.to_rows(layout.down.find(target, name)).shape[0] for name in names]
     up_rows = sum(layout.up.to_rows(layout.up.find(target, name)).shape[0] for name in names)
     columns = [active.index(name) for name in names]

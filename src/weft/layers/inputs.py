@@ -1,10 +1,10 @@
-"""What each LoRA layer of a base model sees: the text's tokens in order, some of them, or something else.
+"""Finds the kind of input of each LoRA layer: all tokens in order, some of them, or other data (`Sees`).
 
-Scalings belong to tokens, so this decides what they mean in a layer. It is found out once, when the mixture is made:
-the base model reads a made-up text of two rows that differ in one late token, and the LoRA layers' inputs are looked
-at. Their shapes tell rows from positions; in a causal model nothing before the changed token may change. Models that do
-not read token ids (images, sounds), or that cannot be run yet (weights on the meta device, shards), go by their
-layers' places alone; the layers then check each call.
+Scalings belong to tokens, so this decides how they apply in a layer. It is found once, when the mixture is made: the
+base model runs a probe text of two rows that differ in one late token, and the inputs of the LoRA layers are recorded.
+Their shapes show which axis is the batch and which the sequence. In a causal model, nothing before the changed token
+may change. Some models cannot be run: those that do not read token ids (images, sounds), or whose weights are on the
+meta device or sharded. There the layers' names decide, and the layers check the shapes in each call.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from weft.base_model.state import in_evaluation_mode
 from weft.errors import AdapterError, ConfigError
 from weft.gate.routing import Sees
 
-# The made-up text. Sizes that differ tell what an axis is: two rows of seven tokens (no number that models pad to), the
-# last three of which reach a head that takes logits_to_keep; five target tokens for an encoder-decoder.
+# The probe text. All sizes differ, so that they identify the axes: two rows of seven tokens (to which no model pads),
+# of which the last three are kept by logits_to_keep; five target tokens for an encoder-decoder.
 _ROWS, _TOKENS, _KEPT, _TARGET_TOKENS = 2, 7, 3, 5
-# The token in which the rows differ, counted from the end.
+# Index of the token in which the rows differ.
 _CHANGED = -2
 
-# transformers' names for a decoder's cross-attention, and for the linear layers in it by the tokens that they see.
+# transformers' names for cross-attention, and for its linear layers whose input is source or target tokens.
 _CROSS_ATTENTION = {
     "EncDecAttention",
     "encoder_attn",
@@ -46,11 +46,11 @@ _SEE_TARGET = {"q", "o", "q_proj", "o_proj", "out_proj", "query", "query_proj", 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What was found out of a base model.
+    """The result for a base model.
 
     Attributes:
-        kinds: what its LoRA layers see, in the order of their numbers.
-        module_state: names of activations that its modules keep from call to call, outside of any cache object.
+        kinds: kind of input of each LoRA layer, in the order of their numbers.
+        module_state: names of activations that modules keep between calls, outside of any cache object.
     """
 
     kinds: tuple[Sees, ...]
@@ -61,19 +61,19 @@ _PADDED = (Sees.PADDED, Sees.PADDED_TRANSPOSED)
 
 
 def find_layer_inputs(backbone: Backbone) -> LayerInputs:
-    """Find out what the LoRA layers of a base model see.
+    """Find the kind of input of each LoRA layer of a base model.
 
     Args:
-        backbone: of the base model, with its adapters in it, whose experts are off.
+        backbone: the backbone of the base model, with its adapters in it and the experts off.
 
     Raises:
-        ValueError: the base model gives no last hidden state.
-        AdapterError, ConfigError: a layer sees something that scalings have no meaning for.
+        ValueError: the base model has no last hidden state in its output.
+        AdapterError, ConfigError: scalings of tokens cannot be applied to the input of a layer.
     """
     base = backbone.base
     layers = {path: module for path, module in base.named_modules() if isinstance(module, LoraLayer)}
-    kinds = _by_place(backbone, layers)
-    reading = _read_made_up_text(backbone, layers)
+    kinds = _kinds_by_path(backbone, layers)
+    reading = _run_probe(backbone, layers)
     if reading is None:
         backbone.refuse_other_outputs()
         return LayerInputs(tuple(kinds[path] for path in layers))
@@ -81,8 +81,8 @@ def find_layer_inputs(backbone: Backbone) -> LayerInputs:
     return LayerInputs(tuple(kinds[path] for path in layers), tuple(reading.module_state))
 
 
-def _by_place(backbone: Backbone, layers: dict[str, Any]) -> dict[str, Sees]:
-    """What layers see as far as their places in the model tell."""
+def _kinds_by_path(backbone: Backbone, layers: dict[str, Any]) -> dict[str, Sees]:
+    """The kind of input of each layer, by its path in the model."""
     base: Any = backbone.base
     output = base.get_output_embeddings()
     if backbone.is_encoder_decoder:
@@ -100,10 +100,10 @@ def _by_place(backbone: Backbone, layers: dict[str, Any]) -> dict[str, Sees]:
 
 
 def _layers_of_source(base: Any, layers: dict[str, Any]) -> list[str]:
-    """The LoRA layers that make the keys and values of an encoder-decoder's cross-attention.
+    """The LoRA layers that compute the keys and values of an encoder-decoder's cross-attention.
 
     Raises:
-        ConfigError: it cannot be told which tokens a LoRA layer sees.
+        ConfigError: it is not known whether a LoRA layer's input is source or target tokens.
     """
     encoder, decoder = base.get_encoder(), base.get_decoder()
     if not any(_CROSS_ATTENTION.intersection(path.split(".")) for path, _ in decoder.named_modules()):
@@ -136,12 +136,12 @@ def _refuse(path: str, what: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a layer got in one call.
+    """The input of a layer in one call.
 
     Attributes:
-        sizes: of all axes but the channels.
-        sees: what these sizes say; None where the rows of the batch are no axis of it.
-        changes: how far the two rows are apart at each position; None where there are no positions.
+        sizes: sizes of all axes except the channels.
+        sees: the kind of input, from the sizes; None if no axis is the batch.
+        changes: distance of the two rows at each position; None if there are no positions.
     """
 
     sizes: tuple[int, ...]
@@ -150,18 +150,18 @@ class _Input:
 
 
 class _Reading:
-    """What was seen while the base model read the made-up text.
+    """The inputs of the LoRA layers while the base model ran the probe text.
 
     Args:
-        backbone: of the base model.
-        tokens: how many the text has in a row.
+        backbone: the backbone of the base model.
+        tokens: number of tokens in a row of the probe text.
     """
 
     def __init__(self, backbone: Backbone, tokens: int) -> None:
         self.backbone = backbone
         self.tokens = tokens
         self.inputs: dict[str, list[_Input]] = {}
-        self.output: Any = None  # the backbone's
+        self.output: Any = None  # of the backbone
         self.module_state: list[str] = []
         inside = set(backbone.module.modules())
         self._inside = {path for path, module in backbone.base.named_modules() if module in inside}
@@ -169,7 +169,7 @@ class _Reading:
         self._rounding = 1e-5 if exact else 1e-2
 
     def note(self, path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A LoRA layer is called."""
+        """Record a call of a LoRA layer."""
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
         base_layer = layer.get_base_layer()
         if isinstance(base_layer, nn.Embedding):
@@ -179,7 +179,7 @@ class _Reading:
         self.inputs.setdefault(path, []).append(self._input(x.double()))
 
     def _input(self, x: Tensor) -> _Input:
-        """What an input `[*sizes, channel]` is, by its sizes."""
+        """Record an input `[*sizes, channel]`, with its kind from the sizes."""
         sizes, tokens = tuple(x.shape[:-1]), self.tokens
         lengths = {tokens, _TARGET_TOKENS} if self.backbone.is_encoder_decoder else {tokens}
         if len(sizes) == 1 and sizes[0] in {_ROWS * length for length in lengths}:
@@ -193,18 +193,18 @@ class _Reading:
         return _Input(sizes, None)
 
     def _by_length(self, sizes: tuple[int, ...], lengths: set[int]) -> Sees:
-        """What `[row, position, ...]` is, by the number of positions."""
+        """The kind of an input `[row, position, ...]`, from the number of positions."""
         length = sizes[1]
         if length in lengths or length == _KEPT:
             return Sees.TOKENS if length in lengths else Sees.KEPT
         return Sees.PADDED if len(sizes) == 2 and length > self.tokens else Sees.SAMPLE
 
     def kinds(self) -> dict[str, Sees]:
-        """What the layers that were called see, by path.
+        """path -> kind of input, for the layers that were called.
 
         Raises:
-            ValueError: the base model gives no last hidden state.
-            AdapterError: a layer sees something that scalings have no meaning for.
+            ValueError: the base model has no last hidden state in its output.
+            AdapterError: scalings of tokens cannot be applied to the input of a layer.
         """
         causal, padded, kinds = self._is_causal(), self._padded_lengths(), {}
         for path, inputs in self.inputs.items():
@@ -216,16 +216,16 @@ class _Reading:
         return kinds
 
     def _is_causal(self) -> bool:
-        """Whether no token's last hidden state depends on a later token; False of an encoder-decoder, unasked."""
+        """Whether no token's last hidden state depends on a later token; False for an encoder-decoder."""
         if self.backbone.is_encoder_decoder:
             return False
         hidden = self.backbone.hidden_of(self.output)
         return hidden.shape[:2] == (_ROWS, self.tokens) and self._in_order(_changes(hidden.double()), self.tokens)
 
     def _padded_lengths(self) -> set[int]:
-        """Lengths to which the model fills texts up on the right: there a token's change stands at its position.
+        """The lengths to which the model pads on the right: there the change is at the position of the changed token.
 
-        Not in every layer: behind an encoder's attention, all positions change alike.
+        One such layer is enough: after an encoder's attention, all positions change.
         """
         found, changed = set(), self.tokens + _CHANGED
         for one in [one for inputs in self.inputs.values() for one in inputs if one.sees in _PADDED]:
@@ -253,7 +253,7 @@ class _Reading:
         return sees
 
     def _in_order(self, changes: Tensor | None, length: int) -> bool:
-        """Whether nothing changes before the token that was changed, of so many, and something there."""
+        """Whether the first change is at the changed token, in a text of this length."""
         assert changes is not None
         changed = length + _CHANGED
         most = self._rounding * changes[changed]
@@ -261,13 +261,13 @@ class _Reading:
 
 
 def _changes(x: Tensor) -> Tensor:
-    """How far the second row is from the first at each position, of `[row, position, ...]`."""
+    """The distance of the two rows at each position, for x `[row, position, ...]`."""
     return torch.linalg.vector_norm((x[0] - x[1]).flatten(1), dim=1)
 
 
-def _read_made_up_text(backbone: Backbone, layers: dict[str, Any]) -> _Reading | None:
-    """Let the base model read the made-up text; None where it cannot."""
-    base, arguments = backbone.base, _made_up_text(backbone)
+def _run_probe(backbone: Backbone, layers: dict[str, Any]) -> _Reading | None:
+    """Run the base model on the probe text; None if it cannot be run."""
+    base, arguments = backbone.base, _probe_arguments(backbone)
     absent = any(parameter.is_meta or parameter.numel() == 0 for parameter in base.parameters())
     if arguments is None or absent:
         return None
@@ -287,17 +287,17 @@ def _read_made_up_text(backbone: Backbone, layers: dict[str, Any]) -> _Reading |
         hooks.append(backbone.module.register_forward_hook(keep))
         with (
             in_evaluation_mode(base),
-            _no_trace(base, reading.module_state),
+            _restoring_module_state(base, reading.module_state),
             torch.random.fork_rng(devices=[]),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             base(**arguments)
-            if reading.output is None and not backbone.is_encoder_decoder:  # OPT's head goes past its backbone
+            if reading.output is None and not backbone.is_encoder_decoder:  # OPT calls its decoder, not its backbone
                 reading.inputs, read = {}, reading.inputs
                 backbone.last_hidden_state(arguments)
                 reading.inputs = read
-    except Exception:  # whatever a model that needs more than token ids makes of them
+    except Exception:  # a model that needs more inputs than token ids may raise anything
         return None
     finally:
         for hook in hooks:
@@ -306,8 +306,8 @@ def _read_made_up_text(backbone: Backbone, layers: dict[str, Any]) -> _Reading |
 
 
 @contextmanager
-def _no_trace(base: nn.Module, state: list[str]) -> Iterator[None]:
-    """Tensors that modules keep of a call in this block are forgotten; `state` gets the names of the activations."""
+def _restoring_module_state(base: nn.Module, state: list[str]) -> Iterator[None]:
+    """Restore the tensors that modules store during the block; the names of the activations go to `state`."""
 
     def kept(module: nn.Module) -> dict[str, Tensor]:
         return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
@@ -329,8 +329,8 @@ def _no_trace(base: nn.Module, state: list[str]) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _made_up_text(backbone: Backbone) -> dict[str, Any] | None:
-    """The arguments of a call that reads the made-up text; None for models that read something else."""
+def _probe_arguments(backbone: Backbone) -> dict[str, Any] | None:
+    """The arguments of a call with the probe text; None for models that do not read token ids."""
     base = backbone.base
     embeddings = base.get_input_embeddings() if base.main_input_name == "input_ids" else None
     vocabulary = getattr(embeddings, "num_embeddings", None)
@@ -342,7 +342,7 @@ def _made_up_text(backbone: Backbone) -> dict[str, Any] | None:
         return None
     tokens = _TOKENS
     if getattr(base.config, "num_random_blocks", None):
-        # BigBird gives its sparse attention up, for good, when it reads a text that is shorter.
+        # BigBird permanently switches off its sparse attention if a text is shorter.
         tokens += (5 + 2 * base.config.num_random_blocks) * base.config.block_size
     row = [usable[position % (len(usable) - 1)] for position in range(tokens)]
     ids = torch.tensor([row] * _ROWS, device=execution_device(embeddings))
@@ -357,7 +357,7 @@ def _made_up_text(backbone: Backbone) -> dict[str, Any] | None:
 
 
 def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
-    """Ids in a model's config, some of which stand for images and sounds."""
+    """The token ids in a model's config, some of which are placeholders for images and sounds."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _special_tokens(value)

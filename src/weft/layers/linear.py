@@ -18,13 +18,20 @@ _LAYOUT = StorageLayout(
 
 
 class XLoraLinearLayer(XLoraLayer):
-    """X-LoRA around peft's `lora.Linear` (which also wraps transformers' `Conv1D`)."""
+    """The mixture around peft's `lora.Linear`, which also wraps transformers' `Conv1D`, and its quantised versions.
+
+    See `XLoraLayer` for equation, arguments and errors.
+
+    Example:
+        >>> layer = XLoraLinearLayer(model, target, target.forward, layer_number=0, config=config)
+        >>> y = layer.forward(x, scalings=scalings)  # x: [batch, seq, in]; scalings: [batch, seq, layer, expert]
+    """
 
     layout = _LAYOUT
 
     def add_ready(self, result: Tensor, x: Tensor, stack: Stack, ready: ReadyWeights) -> Tensor | None:
-        # This runs in every layer for every token of a text: nothing that is not needed, not even a view.
-        if self.target.training or x.dim() != 3:  # dropout, or something else than the sequence
+        # This runs in every layer for every decoded token, so it avoids even unneeded views.
+        if self.target.training or x.dim() != 3:  # dropout, or an input without a sequence axis
             return None
         *tokens, width = x.shape
         if ready.tokens is not None and ready.tokens != (*tokens,):
