@@ -1,19 +1,19 @@
-"""What happens around each call of a base model: who reads the text for the gate, and which scalings the layers follow.
+"""The passes of each call of a base model: how the gate's input is computed, and which scalings the layers use.
 
-Three schemes, chosen by the config:
+The config selects one of three schemes:
 
-- The paper's, and the default: a **scaling pass** runs the backbone without a head (and, at the default
-  `scaling_pass_value` of 0, without any LoRA arithmetic); the gate turns its last hidden state into scalings λ. The
-  **adapted pass** is the call itself, whose LoRA layers mix the experts by λ.
-- `scaling_pass_layers=k`: the same, but the scaling pass ends after k decoder layers; the gate reads what leaves them.
-- `gate_layer=k`: no scaling pass. The gate reads what enters decoder layer k within the call itself, and the layers
-  from there on follow it; in those before, every expert has the constant weight `scaling_pass_value`.
+- The default, as in the paper (arXiv 2402.07148): a **scaling pass** runs the backbone without the head, and without
+  LoRA at the default `scaling_pass_value` of 0. The gate computes the scalings λ from its last hidden state. In the
+  **adapted pass**, the call itself, the LoRA layers mix the experts by λ.
+- `scaling_pass_layers=k`: the scaling pass ends after k decoder layers, and the gate reads their output.
+- `gate_layer=k`: there is no scaling pass. The gate reads the input of decoder layer k during the call, and the layers
+  from there on use its scalings. In the layers before, each expert has the constant weight `scaling_pass_value`.
 
-In the last two the gate reads the residual stream in the middle of the model, which has outliers: it is divided by its
+In the last two schemes the gate reads the residual stream inside the model, which has outliers. So it is divided by its
 root mean square over the channels, in the gate's dtype.
 
-A pair of forward hooks on the base model (and one on decoder layer k), registered once, does this; whoever calls the
-base model (peft, `generate`, a Trainer) gets it. Encoder-decoders are different: see `seq2seq.py`.
+This is done by forward hooks on the base model and on decoder layer k, so that it works for every caller (peft,
+`generate`, a Trainer). For encoder-decoders see `seq2seq.py`.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from weft.passes.rows import RowScalings
 
 
 class Passes:
-    """Computes the scalings of each call of a base model and lets the layers follow them.
+    """Computes the scalings of each call of a base model and passes them to the layers.
 
     Args:
-        backbone: of the base model.
-        carrier: brings the scalings to the layers.
-        gate: predicts the scalings.
-        config: options, read at every call.
-        first_layer: number of the first LoRA layer that follows the gate; those before have constant weights.
-        kinds: what each LoRA layer sees.
-        decode_weights: prepares what the layers need, where tokens are few.
+        backbone: the backbone of the base model.
+        carrier: passes the scalings to the layers.
+        gate: computes the scalings.
+        config: options, read in each call.
+        first_layer: number of the first LoRA layer that uses the gate's scalings; those before have constant weights.
+        kinds: kind of input of each LoRA layer.
+        decode_weights: computes the rank weights for short inputs.
 
     Attributes:
-        routings: makes what the layers follow.
-        disabled: leave the experts out altogether.
-        log: a record of the scalings.
-        thread: which one uses the model.
-        losses: the gate's own losses and metrics in training.
+        routings: makes the `Routing` of each pass.
+        disabled: whether the experts are left out of all calls.
+        log: the log of scalings.
+        thread: the thread that uses the model.
+        losses: the gate's losses and metrics in training.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Passes:
         self._rows: RowScalings | None = None
         self._freeze_at: int | None = None
         self._ahead: Tensor | None = None
-        # Arguments of a call in progress whose gate has not read yet.
+        # Arguments of the present call, until the gate has run (with gate_layer).
         self._awaiting_gate: dict[str, Any] | None = None
         self._gate_readers: Readers = {}
 
@@ -109,7 +109,7 @@ class Passes:
 
     @staticmethod
     def detach(base: nn.Module) -> None:
-        """Remove the hooks, and what gradient checkpointing was given, from a base model."""
+        """Remove the hooks and the wrappers of gradient checkpointing from a base model."""
         undo_checkpoints(base)
         for module in base.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -120,12 +120,12 @@ class Passes:
                         module._forward_hooks_always_called.pop(key, None)
 
     def fixed_scalings(self, weights: Float[Tensor, "layer expert"]) -> AbstractContextManager[None]:
-        """Use these weights for every token (a layer axis of 1: for every layer), without a gate."""
-        # To the gate's device here, not in every layer at every call.
+        """In this block, use these weights for all tokens, without the gate. A layer axis of 1: for all layers."""
+        # Moved to the gate's device once, not in each layer and call.
         return self._in_this_block(self.routings, "fixed", weights[None, None].to(self._device))
 
     def scalings_of_rows(self, rows: RowScalings) -> AbstractContextManager[None]:
-        """Let each row of the batch follow what is its own; rows that are repeated, as for beams, do alike."""
+        """In this block, each row of the batch uses the gate or its own weights; repeated rows (beams) do the same."""
         return self._in_this_block(self, "_rows", rows)
 
     @contextmanager
@@ -139,10 +139,10 @@ class Passes:
                 setattr(owner, name, before)
 
     def check_rows(self, arguments: dict[str, Any]) -> None:
-        """Raise where a call of the model does not have as many rows as were named.
+        """Raise if the batch of a call does not have one row for each name in `adapter_names`.
 
         Raises:
-            ConfigError: it has more or fewer.
+            ConfigError: the numbers differ.
         """
         batch = self.backbone.batch_size(arguments)
         if self._rows is not None and batch not in (0, len(self._rows.gated)):
@@ -151,10 +151,10 @@ class Passes:
             )
 
     def followed(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """What the layers followed in the last call, top-k applied; None before the first and with the experts off.
+        """The scalings that the layers used in the last call, after top-k; None without a call or with the experts off.
 
-        Axes are 1 where one value holds for all: every axis but the last at fixed scalings, `seq` at frozen ones,
-        `layer` with a gate that does not tell layers apart.
+        An axis has size 1 if it has one value for all: all axes except the last for fixed scalings, `seq` for frozen
+        scalings, `layer` without `layerwise_scalings`.
         """
         if self.disabled or self._followed is None:
             return None
@@ -165,12 +165,12 @@ class Passes:
 
     @property
     def latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """Of the last call, as the gate gave them; before `first_layer` the constant weights."""
+        """The gate's output in the last call, before top-k; the constant weights in layers before `first_layer`."""
         return None if self._latest is None else self.routings.with_constant_layers(self._latest)
 
     @property
     def gate_decides(self) -> bool:
-        """Whether the next call asks the gate: the experts are on, and their weights not fixed."""
+        """Whether the next call runs the gate: the experts are on and their weights are not fixed."""
         rows = self._rows
         return not self.disabled and self.routings.fixed is None and (rows is None or not rows.none_gated)
 
@@ -225,13 +225,13 @@ class Passes:
         self.routings.rows = None if rows is None else rows.of_batch(self.backbone.batch_size(arguments))
 
     def _frozen_means(self, arguments: dict[str, Any]) -> SequenceMeans | None:
-        """The scalings that the layers go on with, where those of the call's cache are frozen."""
+        """The mean scalings in the call's cache if they are frozen, else None."""
         cache = self.backbone.cache_of(arguments)
         means = cache.means if isinstance(cache, XLoraCache) else None
         return means if means is not None and means.frozen else None
 
     def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
-        """Let the layers of a call of the base model follow the gate."""
+        """Run the scaling pass and the gate, and let the layers of the call use its scalings."""
         cache = None if cache is None else doubled(cache, self.config.scaling_pass_layers)
         hidden = self._ahead
         if hidden is None:
@@ -242,31 +242,31 @@ class Passes:
 
     @torch.no_grad()
     def scaling_step(self, input_ids: Int[Tensor, "batch seq"], cache: XLoraCache) -> Float[Tensor, "batch seq hidden"]:
-        """The scaling pass alone, ahead of the call that will read these tokens (see `after_scaling_steps`)."""
+        """Run only the scaling pass, before the call with the same tokens (see `after_scaling_steps`)."""
         return self._scaling_pass({"input_ids": input_ids}, cache.scaling)
 
     @torch.no_grad()
     def scaling_pass_alone(self, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
-        """What the gate would read in a call of the base model with these arguments, without a cache."""
+        """Run only the scaling pass, without a cache; returns the gate's input for a call with these arguments."""
         return self._scaling_pass(arguments, None)
 
     def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> AbstractContextManager[None]:
-        """In this block a call has its scaling pass behind it, which gave `hidden` for its tokens."""
+        """In this block, calls use `hidden` as the result of their scaling pass."""
         return self._in_this_block(self, "_ahead", hidden)
 
     @contextmanager
     def as_scaling_pass(self) -> Iterator[None]:
-        """In this block the layers do what they do in the scaling pass: every expert has one constant weight, or 0."""
+        """In this block, the layers work as in the scaling pass: each expert has the weight `scaling_pass_value`."""
         with self.thread.held():
             routing = None if self.config.constant_weight == 0 else self.routings.constant(self._device)
             with self.carrier.scaling_pass(routing):
                 yield
 
     def check_frozen_scalings(self, after: int, generation: dict[str, Any]) -> None:
-        """Raise where the scalings cannot be frozen after so many new tokens, in a generation with these options.
+        """Raise if the scalings cannot be frozen after this number of new tokens, with these options of `generate`.
 
         Raises:
-            ConfigError: all that is wrong.
+            ConfigError: all problems at once.
         """
         problems = frozen_scalings_problems(after, generation, gate_layer=self.config.gate_layer)
         if self.backbone.is_encoder_decoder:
@@ -278,7 +278,7 @@ class Passes:
             raise ConfigError("the scalings cannot be frozen:", problems)
 
     def freeze_scalings_at(self, length: int) -> AbstractContextManager[None]:
-        """Freeze each sequence's scalings, at their mean so far, once its cache has this many tokens."""
+        """In this block, freeze each sequence's scalings at their mean once its cache has this number of tokens."""
         return self._in_this_block(self, "_freeze_at", length)
 
     def _after(self, base: nn.Module, args: Any, output: Any) -> Any:
@@ -297,10 +297,10 @@ class Passes:
             self._follow_gate(self._normalised(hidden.detach()), arguments)
 
     def _scaling_pass(self, arguments: dict[str, Any], cache: Any) -> Float[Tensor, "batch seq hidden"]:
-        """What the gate reads, for the arguments of a call of the base model.
+        """Run the scaling pass for the arguments of a call, and return the gate's input.
 
-        The pass runs in the mode (training or evaluation) that the model is in, and without gradients: the gate is
-        what learns.
+        The pass runs in the model's present mode (training or evaluation) and without gradients, as only the gate is
+        trained through it.
         """
         layers = self.config.scaling_pass_layers
         with torch.no_grad(), self.as_scaling_pass():
@@ -313,12 +313,12 @@ class Passes:
         return F.rms_norm(hidden, hidden.shape[-1:])
 
     def _follow_gate(self, hidden: Tensor, arguments: dict[str, Any]) -> Float[Tensor, "batch seq layer expert"]:
-        """Let the layers follow the gate's answer to `hidden` from here on; gives it, top-k applied."""
+        """Run the gate on `hidden` and let the layers use its scalings from here on; returns them after top-k."""
         scalings = self._latest = self.gate(hidden.to(self._device))
         if self.log.enabled:
             self.log.record(self.routings.with_constant_layers(scalings))
         if not self.config.layerwise_scalings:
-            scalings = scalings[:, :, :1]  # one computation for all layers
+            scalings = scalings[:, :, :1]  # the same for all layers
         padding = padding_of(self.backbone.base, arguments, scalings.shape[1], scalings.device)
         kept, chosen = self.routings.top_k(scalings)
         self.losses.gate_answered(scalings, kept, chosen, padding)
@@ -334,5 +334,5 @@ class Passes:
         self.carrier.routing = self._followed = routing
 
     def __getstate__(self) -> dict[str, Any]:
-        # The latest scalings are part of a graph, which can neither be copied nor pickled.
+        # The latest scalings belong to an autograd graph, which cannot be copied or pickled.
         return {**self.__dict__, "_latest": None, "_followed": None, "_awaiting_gate": None}

@@ -1,12 +1,12 @@
-"""The key/value caches of both passes as one object, which is a `transformers` cache.
+"""The KV caches of both passes in one object, which is a cache of transformers.
 
-The adapted pass reads and writes the cache itself; the scaling pass has a second one of the same kind, in `scaling`.
-What transformers does to a cache (crop it after rejected guesses, reorder it for beams, repeat it for several
-continuations) is done to both. In a causal model a token's scalings depend on earlier tokens only, so the result is
-that of reading the whole text again.
+The adapted pass uses the cache itself; the scaling pass uses a second one of the same kind, `scaling`. Operations of
+transformers on the cache (crop after rejected draft tokens, reorder for beams, repeat for several continuations) are
+applied to both. In a causal model a token's scalings depend only on earlier tokens, so the results are the same as
+without a cache.
 
-A cache is made double in place: the object that the caller holds stays the caller's object and stays an instance of
-its class (`DynamicCache`, `StaticCache`, ...), so that `generate` and users go on with it as they know it.
+A cache is doubled in place. The caller's object stays the same object and an instance of its class (`DynamicCache`,
+`StaticCache`, ...), so that `generate` and users can go on with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weft.base_model.versions import drop_grown_layers, is_recurrent
 from weft.errors import CacheError, ConfigError
 from weft.passes.frozen import SequenceMeans
 
-# How to make an empty cache.
+# Code for an empty cache, for messages.
 DYNAMIC_CACHE = "DynamicCache(config=model.config)"
 ENCODER_DECODER_CACHE = f"EncoderDecoderCache({DYNAMIC_CACHE}, DynamicCache())"
 
@@ -34,10 +34,10 @@ class XLoraCache(Cache):
     """A cache with a second one for the scaling pass; made by `doubled`.
 
     Attributes:
-        scaling: keys and values of the scaling pass.
-        scaling_is_behind: tokens were read without a scaling pass (with the experts off, or at fixed or frozen
-            scalings), so the gate cannot go on from here.
-        means: the mean scalings of each sequence, where they are to be frozen.
+        scaling: the KV cache of the scaling pass.
+        scaling_is_behind: whether tokens were read without a scaling pass (with the experts off, or with fixed or
+            frozen scalings), so that the gate cannot continue.
+        means: the mean scalings of each sequence, if they will be frozen; else None.
     """
 
     scaling: Cache
@@ -56,7 +56,7 @@ class XLoraCache(Cache):
     def crop(self, tokens_to_remove: Any) -> None:
         """Remove the last `-tokens_to_remove` tokens from both caches.
 
-        Before transformers 5.16 a number above 0 is that of the tokens that stay.
+        Before transformers 5.16, a number above 0 is the number of tokens to keep.
         """
         before = 0 if self.means is None else tokens_in(self)
         super().crop(tokens_to_remove)
@@ -65,25 +65,25 @@ class XLoraCache(Cache):
             self.means.length -= before - tokens_in(self)
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Let row i of both caches be what row `beam_idx[i]` was."""
+        """Replace row i of both caches by row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
         self.scaling.reorder_cache(beam_idx)
         self._change_means(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of both caches."""
+        """Repeat each row of both caches."""
         super().batch_repeat_interleave(repeats)
         self.scaling.batch_repeat_interleave(repeats)
         self._change_means(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of both caches."""
+        """Keep only these rows of both caches."""
         super().batch_select_indices(indices)
         self.scaling.batch_select_indices(indices)
         self._change_means(lambda rows: rows[indices])
 
     def activate_past_recording(self) -> None:
-        """Let both caches keep what a later `crop` may need."""
+        """Let both caches keep what a later `crop` needs."""
         super().activate_past_recording()
         self.scaling.activate_past_recording()
 
@@ -93,15 +93,15 @@ class XLoraCache(Cache):
         self.scaling.early_initialization(*args, **kwargs)
 
     def count_in(self, scalings: Float[Tensor, "batch seq layer expert"], attention_mask: Any, freeze_at: int) -> None:
-        """Note what the scalings of the coming tokens are, and freeze them when there are enough.
+        """Add the scalings of new tokens to the means, and freeze these when there are enough tokens.
 
         Args:
-            scalings: top-k applied.
-            attention_mask: of the call, or None.
-            freeze_at: how many tokens are enough.
+            scalings: the scalings after top-k.
+            attention_mask: the call's attention mask, or None.
+            freeze_at: number of tokens from which the scalings are frozen.
 
         Raises:
-            ConfigError: it cannot be told which tokens are padding.
+            ConfigError: a mask of this form does not show which tokens are padding.
         """
         padding = attention_mask
         if padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2):
@@ -121,19 +121,19 @@ class XLoraCache(Cache):
             self.means.change_rows(change)
 
     def __reduce__(self) -> Any:
-        # The class was made at run time: a pickle names the class it was made of.
+        # The class is made at run time, so a pickle has the class of the original cache.
         return _unpickled, (type(self).__mro__[2], self.__dict__)
 
 
 def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
-    """Make an empty cache hold both passes, in place; one that does already is given back.
+    """Convert an empty cache to an `XLoraCache`, in place. An `XLoraCache` is returned unchanged.
 
     Args:
-        cache: of transformers.
-        scaling_layers: how many layers the scaling pass runs; None for all of them.
+        cache: a cache of transformers.
+        scaling_layers: number of layers in the scaling pass; None for all.
 
     Raises:
-        CacheError: it holds tokens that no scaling pass has read.
+        CacheError: it is not a cache of transformers, or has tokens without a scaling pass.
     """
     if isinstance(cache, XLoraCache):
         if cache.scaling_is_behind:
@@ -164,10 +164,10 @@ def doubled(cache: Any, scaling_layers: int | None = None) -> XLoraCache:
 
 
 def tokens_in(cache: Cache) -> int:
-    """How many tokens a cache has, padding included.
+    """The number of tokens in a cache, with padding.
 
     Raises:
-        CacheError: it cannot say, as it keeps recurrent states only.
+        CacheError: the cache has only recurrent states, which do not have this number.
     """
     if not is_recurrent(cache):
         return int(cache.get_seq_length())
@@ -180,7 +180,7 @@ def tokens_in(cache: Cache) -> int:
 
 
 def _contents(cache: Cache) -> str:
-    """What a cache has, in words; nothing where it is empty."""
+    """The contents of a cache, as text for a message; "" if it is empty."""
     if is_recurrent(cache):
         return "recurrent states" if cache.has_previous_state() else ""
     length = tokens_in(cache)
@@ -195,13 +195,13 @@ def _how_to_go_on(cache: Any) -> str:
 
 
 def leave_scaling_behind(cache: Any) -> None:
-    """Note that the coming tokens get no scaling pass."""
+    """Mark a cache: its next tokens are read without a scaling pass."""
     if isinstance(cache, XLoraCache):
         cache.scaling_is_behind = True
 
 
 def _twin(cache: Cache) -> Cache:
-    # Streams, by which an offloading cache prefetches, can be shared but not copied.
+    # CUDA streams, with which an offloading cache prefetches, cannot be copied, so they are shared.
     streams = {id(value): value for value in cache.__dict__.values() if isinstance(value, torch.Stream)}
     return copy.deepcopy(cache, streams)
 

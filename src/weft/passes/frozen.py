@@ -1,4 +1,4 @@
-"""The mean scalings of each sequence so far: what the layers go on with when the gate is frozen."""
+"""The mean scalings of each sequence so far, which the layers use when the gate is frozen."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from weft.gate.losses import token_weights
 
 
 class SequenceMeans:
-    """A running mean of λ over the tokens of each sequence; padding does not count. Sums run in λ's dtype (float32).
+    """The running mean of λ over the tokens of each sequence, without padding. Sums are in λ's dtype (float32).
 
     Args:
-        length: how many tokens were read before, which the mean leaves out.
+        length: number of earlier tokens, which are not in the mean.
 
     Attributes:
-        length: how many tokens have been read, padding included.
-        frozen: whether the layers follow the mean from here on.
+        length: number of tokens so far, with padding.
+        frozen: whether the layers use the mean from here on.
     """
 
     def __init__(self, length: int = 0) -> None:
@@ -31,7 +31,7 @@ class SequenceMeans:
     def add(
         self, scalings: Float[Tensor, "batch seq layer expert"], padding: Shaped[Tensor, "batch total"] | None
     ) -> None:
-        """Count tokens in; the last `seq` columns of the attention mask `padding` are theirs."""
+        """Add tokens. The last `seq` columns of the attention mask `padding` are for these tokens."""
         self.length += scalings.shape[1]
         present = token_weights(scalings, padding)[..., None, None]  # [batch, seq, 1, 1]
         sums, counts = (scalings * present).sum(1, keepdim=True), present.sum(1, keepdim=True)
@@ -39,24 +39,24 @@ class SequenceMeans:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def mean(self) -> Float[Tensor, "batch 1 layer expert"]:
-        """One position per sequence, which holds for all of its tokens."""
+        """The mean of each sequence, with one position for all tokens."""
         assert self._sums is not None
         assert self._counts is not None
         return self._sums / self._counts.clamp(min=1)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Let the sequences be others, as for beams: `change` maps a tensor with a batch axis."""
+        """Change the rows, for example for beams; `change` maps a tensor with a batch axis."""
         if self._sums is not None and self._counts is not None:
             self._sums, self._counts = change(self._sums), change(self._counts)
 
 
 def frozen_scalings_problems(after: Any, generation: dict[str, Any], *, gate_layer: int | None) -> list[str]:
-    """Why scalings cannot be frozen after so many new tokens, a sentence each.
+    """Why scalings cannot be frozen after this number of new tokens, one sentence each.
 
     Args:
         after: `freeze_scalings_after`.
-        generation: the other options of the generation.
-        gate_layer: of the mixture.
+        generation: the other options of `generate`.
+        gate_layer: the mixture's option.
     """
     problems = []
     if isinstance(after, bool) or not isinstance(after, int) or after < 0:

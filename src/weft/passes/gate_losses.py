@@ -1,16 +1,17 @@
-"""The gate's own losses in the loss of a call, whoever makes the call: a Trainer, TRL, or a loop.
+"""Adds the gate's losses to the loss of a call, for any caller: a Trainer, TRL, or a loop.
 
-A call in training mode with `labels` gets the weighted sum of the losses that `XLoraConfig` asks for added to its
-loss; evaluation's loss stays the language model's. `expert_labels`, which no base model knows, is taken out of the
-call's arguments. The gate's answers come from the passes, and go on to the metrics.
+In training mode, the weighted sum of the losses in `XLoraConfig` is added to the loss of a call with `labels`. In
+evaluation mode the loss is the language model's only. The argument `expert_labels` is removed from the call, as base
+models do not have it.
 
-Accumulated micro-batches give the gradient of their mean. A Trainer that passes `num_items_in_batch`, the number of
-labels in all of them, does not divide by the number of micro-batches: the language model's loss is then a sum over
-tokens divided by that number, and the gate's losses are multiplied by the micro-batch's part of it. TRL's SFTTrainer
-ignores the loss of a call and makes its own of `log_probs`, so the losses travel with those, whose values they leave.
+With gradient accumulation, the gradient is that of the mean over the micro-batches. A Trainer that passes
+`num_items_in_batch`, the number of labels in all micro-batches, does not divide by the number of micro-batches. Then
+the language model's loss is a sum over tokens divided by that number, and the gate's losses are multiplied by the
+micro-batch's fraction of the labels. TRL's SFTTrainer ignores the loss of a call and computes its own from `log_probs`.
+So the gate's losses are connected to `log_probs` in the autograd graph, without a change of its values.
 
-Rows whose labels are all -100, which fill batches up in distributed training, teach nothing, so they do not count in
-the gate's losses and metrics. Nor do texts of one token, which fill up packed rows.
+Rows whose labels are all -100 are not in the gate's losses and metrics: they only fill batches in distributed training.
+The same holds for texts of one token, which only fill packed rows.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ EXPERT_LABELS = "expert_labels"
 
 @dataclasses.dataclass(frozen=True)
 class _Answer:
-    """What the gate said of tokens.
+    """The gate's output for one sequence of tokens (an encoder-decoder has two in a call).
 
     Attributes:
-        shares: of the experts, before top-k.
-        experts: those that top-k has chosen, `[batch, seq, layer, top_k]`; None for all.
-        padding: which tokens count; None for all.
+        shares: the experts' shares before top-k.
+        experts: the indices of the experts that top-k has chosen, `[batch, seq, layer, top_k]`; None for all.
+        padding: mask of the tokens that are in the losses; None for all.
     """
 
     shares: Tensor
@@ -50,7 +51,7 @@ class _Answer:
 
 @dataclasses.dataclass
 class _Call:
-    """A training call in progress: what its losses need, and the gate's answers so far."""
+    """The present training call: the arguments for its losses, and the gate's outputs so far."""
 
     labels: Tensor | None
     shift_labels: Tensor | None
@@ -64,12 +65,12 @@ class GateLosses:
     """Adds the gate's losses to the loss of each training call.
 
     Args:
-        config: the weights, read at every call.
-        shifts_labels: whether token t predicts label t + 1, so that no loss counts the first label.
-        labels_are_targets: whether `labels` are the tokens of a decoder of their own, -100 where there is none.
+        config: the weights, read in each call.
+        shifts_labels: whether token t predicts label t + 1, so that the first label is in no loss.
+        labels_are_targets: whether `labels` are the target tokens of an encoder-decoder, -100 for padding.
 
     Attributes:
-        metrics: what the gate does in these calls.
+        metrics: the metrics of the gate in these calls.
     """
 
     def __init__(self, config: XLoraConfig, *, shifts_labels: bool, labels_are_targets: bool) -> None:
@@ -80,10 +81,10 @@ class GateLosses:
         self._call: _Call | None = None
 
     def begin(self, arguments: dict[str, Any], *, training: bool) -> None:
-        """Take what the base model does not know out of a call's arguments.
+        """Begin a call: remove `expert_labels` from its arguments.
 
         Raises:
-            DataError: the labels are no numbers of experts.
+            DataError: a label is not the index of an expert.
         """
         expert_labels = arguments.pop(EXPERT_LABELS, None)
         self._call = None
@@ -103,13 +104,13 @@ class GateLosses:
         chosen: TopK | None,
         padding: Tensor | None,
     ) -> None:
-        """Note the gate's answer in the call in progress.
+        """Record an output of the gate in the present call.
 
         Args:
-            scalings: as the gate gave them.
-            followed: after top-k.
-            chosen: by top-k; None for all.
-            padding: attention mask.
+            scalings: the gate's output.
+            followed: the same after top-k, as the layers use it.
+            chosen: the experts that top-k has chosen; None for all.
+            padding: attention mask, or None.
         """
         call = self._call
         if call is None:
@@ -126,10 +127,10 @@ class GateLosses:
             self.metrics.add(shares.detach(), _normalised(followed.detach()), padding)
 
     def finish(self, output: Any) -> Any:
-        """The call's output with the gate's losses in its loss; None where there is nothing to add.
+        """End a call: add the gate's losses to the loss in its output; returns None if there is nothing to add.
 
         Args:
-            output: what the base model returned; None after an error.
+            output: the base model's output; None after an error.
         """
         call, self._call = self._call, None
         weighted = self.config.gate_loss_weights
@@ -174,7 +175,7 @@ class GateLosses:
         return _normalised(scalings)  # for the metrics only: the losses need a softmax
 
     def _part_of_batch(self, call: _Call) -> Tensor | float:
-        """This call's part of the labels in all accumulated calls; 1 where the caller divides by their number."""
+        """This call's fraction of the labels in all micro-batches; 1 if the caller divides by their number."""
         if call.num_items is None:
             return 1.0
         labels = call.shift_labels
@@ -200,14 +201,14 @@ class GateLosses:
         return labels
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None}  # part of a graph, which can neither be copied nor pickled
+        return {**self.__dict__, "_call": None}  # part of an autograd graph, which cannot be copied or pickled
 
 
 class _WithLoss(torch.autograd.Function):
-    """Log-probabilities of labels, as they are, whose backward pass is that of a loss beside the one made of them.
+    """Returns the log-probabilities of the labels unchanged; its backward adds the gradient of another loss.
 
-    The loss gets the weight that the labels' log-likelihood has in what is made of it: a mean over the tokens of all
-    accumulated calls gives each call its part of them, and whatever scales that loss scales this one.
+    The weight of that loss is the sum of the gradients of the labels' log-probabilities. So it is scaled as the loss
+    that the trainer computes from these: by its mean over the tokens of all micro-batches, and by any later factor.
     """
 
     @staticmethod
@@ -221,7 +222,7 @@ class _WithLoss(torch.autograd.Function):
         (gradient,) = gradients
         (label_mask,) = ctx.saved_tensors
         of_labels = gradient.masked_fill(~label_mask.bool(), 0)
-        # TRL, which alone comes here, reads numbers back from the device at every step anyway.
+        # This synchronises the device, but TRL, the only user, does that in each step anyway.
         if bool((of_labels > 0).any()):
             raise ConfigError(
                 "the gate's losses (balance_loss_weight, entropy_loss_weight, expert_label_loss_weight) can only join "
@@ -233,7 +234,7 @@ class _WithLoss(torch.autograd.Function):
 
 
 def _without_fill(padding: Tensor | None, call: _Call, shape: Sequence[int]) -> Tensor | None:
-    """The padding mask `[batch, seq]` without what only fills the batch up."""
+    """The padding mask `[batch, seq]`, with 0 also for rows and texts that only fill the batch."""
     labels, positions, (batch, seq) = call.labels, call.position_ids, shape
     if labels is None or labels.is_floating_point() or labels.shape[0] != batch:
         return padding

@@ -1,4 +1,4 @@
-"""Where in a base model the gate reads, and which LoRA layers follow it or cannot."""
+"""The position of the gate in a base model, and the LoRA layers that can use its scalings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from weft.errors import AdapterError, ConfigError
 
 
 def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
-    """Number of the first LoRA layer that follows the gate; 0 but with `gate_layer`.
+    """Number of the first LoRA layer that uses the gate's scalings; 0 without `gate_layer`.
 
     Raises:
-        ConfigError: `gate_layer` or `scaling_pass_layers` is no place in this base model, or no LoRA layer follows.
+        ConfigError: the base model has no such `gate_layer` or `scaling_pass_layers`, or no LoRA layer after it.
     """
     if not config.reads_inside:
         return 0
@@ -47,10 +47,10 @@ def first_following_layer(backbone: Backbone, config: XLoraConfig) -> int:
 
 
 def refuse_layers_beside_text(backbone: Backbone) -> None:
-    """Raise where a layer of the part that reads images or sounds is adapted.
+    """Raise if a layer of an image or sound encoder is adapted.
 
-    It has no tokens for scalings to belong to. With a mean over the text it would not be causal: what is seen in an
-    image would depend on the tokens that follow it, and a cache could not hold it.
+    Its input has no tokens of the text. The mean over the text's scalings would not be causal: the features of an image
+    would depend on later tokens, and could not be cached.
 
     Raises:
         AdapterError: there is such a layer.

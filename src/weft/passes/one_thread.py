@@ -1,4 +1,4 @@
-"""One thread at a time: a model's calls share the scalings that its layers follow, so two at once would mix them up."""
+"""One thread at a time: the calls of a model share its carrier of scalings, so they must not run at the same time."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _KEY = "thread"
 
 
 class OneThread:
-    """Says which thread uses a model just now.
+    """The thread that uses a model at present.
 
     Example:
         >>> thread = OneThread()
-        >>> thread.claim()  # raises in another thread until
+        >>> thread.claim()  # from here on, claim() raises in other threads
         >>> thread.release()
     """
 
     def __init__(self) -> None:
-        # A dict, as `setdefault` is atomic; a lock could neither be copied nor pickled with the model.
+        # A dict, as `setdefault` is atomic. A lock could not be copied or pickled with the model.
         self._owner: dict[str, int] = {}
         self._blocks = 0
 
     def claim(self) -> None:
-        """Take the model for this thread, which may have it already.
+        """Claim the model for this thread, which may have claimed it already.
 
         Raises:
-            ThreadError: another one is using it.
+            ThreadError: another thread is using it.
         """
-        if torch.compiler.is_compiling():  # a graph has no threads; what calls it is seen where generation begins
+        if torch.compiler.is_compiling():  # not possible in a graph; generate claims the model before it compiles
             return
         own = threading.get_ident()
         owner = self._owner.setdefault(_KEY, own)
         if owner == own:
             return
-        if owner not in sys._current_frames():  # it has ended in the midst of a call
+        if owner not in sys._current_frames():  # that thread has ended during a call
             self._owner[_KEY] = own
             return
         raise ThreadError(
@@ -51,22 +51,22 @@ class OneThread:
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether another thread has the model."""
+        """Whether another thread uses the model."""
         return (
             not torch.compiler.is_compiling() and self._owner.get(_KEY, threading.get_ident()) != threading.get_ident()
         )
 
     def release(self) -> None:
-        """Let others have it, unless this thread is in a block that holds it."""
+        """Release the model, unless this thread is in a `held` block."""
         if not self._blocks and not torch.compiler.is_compiling():
             self._owner.pop(_KEY, None)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """In this block, whatever it is, the model is this thread's.
+        """In this block, only this thread can use the model.
 
         Raises:
-            ThreadError: another one is using it.
+            ThreadError: another thread is using it.
         """
         self.enter()
         try:
@@ -75,17 +75,17 @@ class OneThread:
             self.leave()
 
     def enter(self) -> None:
-        """Begin such a block.
+        """Begin a `held` block.
 
         Raises:
-            ThreadError: another one is using it.
+            ThreadError: another thread is using the model.
         """
         self.claim()
         if not torch.compiler.is_compiling():
             self._blocks += 1
 
     def leave(self) -> None:
-        """End such a block."""
+        """End a `held` block."""
         if not torch.compiler.is_compiling():
             self._blocks -= 1
             self.release()

@@ -1,8 +1,8 @@
-"""Which of the gate's positions hold something, by the attention mask of a call.
+"""The attention mask of the gate's positions, from the attention mask of a call.
 
-A mask of text has a column for each token, cached ones included, so the gate's positions are its last columns. A mask
-of sound has one for each sample or frame that goes in, and a model's convolutions make fewer positions of them: the
-model itself says which.
+The mask of a text has a column for each token, including cached tokens, so the gate's positions are its last columns.
+The mask of a sound has a column for each input sample or frame, of which the model's convolutions make fewer positions.
+There the model itself computes the mask of the positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-# transformers' ways to tell which positions are padding behind a model's convolutions.
+# transformers' methods for the mask or the lengths after a model's convolutions.
 _MASK, _OTHER_MASK, _LENGTHS = (
     "_get_feature_vector_attention_mask",
     "_get_output_attention_mask",
@@ -24,16 +24,16 @@ _MASK, _OTHER_MASK, _LENGTHS = (
 def padding_of(
     model: nn.Module, arguments: dict[str, Any], positions: int, device: torch.device
 ) -> Shaped[Tensor, "batch total"] | None:
-    """The mask whose last columns are those of the gate's positions; None where the call has none.
+    """The mask whose last columns are for the gate's positions; None if the call has no mask `[batch, total]`.
 
     Args:
-        model: what was called with `arguments`.
-        arguments: of the call, by name.
-        positions: how many the gate reads.
-        device: for the mask.
+        model: the model that was called with `arguments`.
+        arguments: the arguments of the call, by name.
+        positions: number of positions that the gate reads.
+        device: device of the result.
 
     Raises:
-        ValueError: the mask is of samples or frames, and the model does not tell which positions they make.
+        ValueError: the mask is for samples or frames, and the model has no method to convert it.
     """
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -52,7 +52,7 @@ def _behind_convolutions(model: nn.Module, mask: Tensor, positions: int) -> Tens
             return getattr(module, _OTHER_MASK)(mask, target_length=positions)
         if hasattr(module, _LENGTHS):
             lengths = getattr(module, _LENGTHS)(mask.sum(-1).long())
-            lengths = lengths[-1] if isinstance(lengths, tuple) else lengths  # some give those before pooling too
+            lengths = lengths[-1] if isinstance(lengths, tuple) else lengths  # a tuple: (before, after) pooling
             return torch.arange(positions, device=mask.device) < lengths[:, None]
     raise ValueError(
         f"attention_mask has {mask.shape[1]} columns for the {positions} positions that the gate reads, and "

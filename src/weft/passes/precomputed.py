@@ -1,6 +1,7 @@
-"""A call of the model that brings what its scaling pass would give, as the argument `scaling_pass_hidden`.
+"""A call of the model with a precomputed result of its scaling pass, in the argument `scaling_pass_hidden`.
 
-The scaling pass of a frozen base depends on the tokens alone, so it can be computed ahead (`train/scaling_cache.py`).
+The scaling pass of a frozen base model depends only on the tokens, so it can be computed once for all epochs
+(`train/scaling_cache.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SCALING_PASS_HIDDEN = "scaling_pass_hidden"
 
 
 def precomputed_problems(config: XLoraConfig, backbone: Backbone) -> list[str]:
-    """Why a scaling pass cannot be computed ahead of its call, a sentence each; empty where it can."""
+    """Why a scaling pass cannot be precomputed, one sentence each; empty if it can."""
     problems = []
     if config.gate_layer is not None:
         problems.append(f"gate_layer ({config.gate_layer}) must be None: with it there is no scaling pass")
@@ -35,10 +36,10 @@ def precomputed_problems(config: XLoraConfig, backbone: Backbone) -> list[str]:
 
 
 def take_precomputed(arguments: dict[str, Any], config: XLoraConfig, backbone: Backbone) -> Tensor | None:
-    """Take `scaling_pass_hidden` (`[batch, seq, hidden]`) out of the arguments of a call; None where it is not there.
+    """Remove `scaling_pass_hidden` (`[batch, seq, hidden]`) from the arguments of a call, and return it; or None.
 
     Raises:
-        ConfigError: this model cannot do with it.
+        ConfigError: this model cannot use it.
         ValueError: its shape does not fit the call's tokens.
     """
     hidden = arguments.pop(SCALING_PASS_HIDDEN, None)

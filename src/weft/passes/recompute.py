@@ -1,4 +1,4 @@
-"""Gradient checkpointing whose recomputation follows the scalings of its own forward."""
+"""Gradient checkpointing that recomputes each block with the scalings of its original forward."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ Readers = dict[nn.Module, Callable[[nn.Module, tuple[Any, ...], dict[str, Any]],
 
 
 class CheckpointedWithScalings:
-    """A gradient checkpointing function whose recomputation sees the scalings of its own forward.
+    """A gradient checkpointing function that recomputes with the scalings of the original forward.
 
-    Backward recomputes a block long after its pass has ended, perhaps after another one; so the block takes its
-    scalings with it. They travel as an explicit tensor argument, because reentrant checkpointing gives gradients to
-    arguments only.
+    The backward pass recomputes a block after its pass has ended, perhaps after further passes. So the block keeps its
+    scalings. They are an explicit tensor argument, because reentrant checkpointing has gradients only for arguments.
 
     Args:
-        checkpoint: the function itself.
+        checkpoint: the original checkpointing function.
         carrier: has the scalings.
-        before: called first with a block's arguments, and not in recomputation.
+        before: called before a block with its arguments, but not in the recomputation.
     """
 
     def __init__(
@@ -39,9 +38,9 @@ class CheckpointedWithScalings:
         self.before = before
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run `function(*args)` so that backward can recompute it, with the scalings of now."""
+        """Run `function(*args)`; the backward pass will recompute it with the present scalings."""
         if not torch.is_grad_enabled():
-            return function(*args)  # the scaling pass: there is nothing to recompute
+            return function(*args)  # the scaling pass has no backward
         if self.before is not None:
             self.before(args, getattr(function, "keywords", {}))
         routing = self.carrier.routing
@@ -60,15 +59,15 @@ class CheckpointedWithScalings:
 
 
 def carry_through_checkpoints(base: nn.Module, carrier: ScalingsCarrier, readers: Readers | None = None) -> None:
-    """Let what checkpoints its activations in a base model recompute them with the scalings of their own forward.
+    """Wrap the gradient checkpointing functions of a base model in `CheckpointedWithScalings`.
 
-    At every call, because gradient checkpointing may be switched on, with plain functions, at any time.
+    This must be done in each call, because gradient checkpointing can be switched on at any time.
 
     Args:
         base: the model.
         carrier: has the scalings.
-        readers: by module, the hook by which a gate reads what enters it. Before transformers 5.23 a block's hooks are
-            recomputed with it, and what they compute is not part of the graph: there it is called before the block.
+        readers: module -> the hook that runs the gate on the module's input. Before transformers 5.23 the hooks of a
+            block are recomputed with it, and are not in the autograd graph, so this hook is called before the block.
     """
     module: Any
     for module in base.modules():
@@ -80,7 +79,7 @@ def carry_through_checkpoints(base: nn.Module, carrier: ScalingsCarrier, readers
 
 
 def undo_checkpoints(base: nn.Module) -> None:
-    """Give a base model its own checkpointing functions back."""
+    """Restore the original checkpointing functions of a base model."""
     module: Any
     for module in base.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)

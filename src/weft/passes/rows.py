@@ -1,4 +1,4 @@
-"""Rows of a batch that follow one expert each, as peft's `adapter_names` asks for, beside rows that follow the gate."""
+"""Batches with rows that use one expert (peft's `adapter_names`) and rows that use the gate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from weft.files.names import NO_EXPERT
 
 @dataclass(frozen=True)
 class RowScalings:
-    """What each row of a batch follows.
+    """The weights of each row of a batch.
 
     Attributes:
-        weights: λ of the rows that follow one expert or none, such that λ · g is 1 or 0.
-        gated: the rows that follow the gate.
+        weights: λ of the rows that use one expert or none, so that λ · g is 1 or 0.
+        gated: True for rows that use the gate.
     """
 
     weights: Float[Tensor, "row expert"]
@@ -27,14 +27,14 @@ class RowScalings:
 
     @property
     def none_gated(self) -> bool:
-        """Whether the gate need not be asked."""
+        """Whether no row uses the gate."""
         return not bool(self.gated.any())
 
     def of_batch(self, batch: int) -> RowScalings:
-        """The same for a batch in which each row is repeated, as for beams.
+        """The same for a batch in which each row is repeated, for example for beams.
 
         Raises:
-            ConfigError: the batch is no multiple of the rows.
+            ConfigError: the batch size is not a multiple of the number of rows.
         """
         rows = len(self.gated)
         if batch == rows:
@@ -45,32 +45,32 @@ class RowScalings:
         return RowScalings(self.weights.repeat_interleave(times, 0), self.gated.repeat_interleave(times, 0))
 
     def constant(self) -> Float[Tensor, "row 1 1 expert"]:
-        """The weights as scalings: one position and one layer for all."""
+        """The weights as scalings with one position and one layer."""
         return self.weights[:, None, None]
 
     def mixed_with(self, scalings: Float[Tensor, "#row seq layer expert"]) -> Float[Tensor, "row seq layer expert"]:
-        """These scalings in the rows that follow the gate, and the weights in the others."""
+        """These scalings in the rows that use the gate, and the weights in the others."""
         return torch.where(self.gated[:, None, None, None], scalings, self.constant().to(scalings.dtype))
 
     def of_biases(self) -> Float[Tensor, "row expert"]:
-        """How much of each expert's `lora_bias` acts, beside g: in rows that follow the gate all of it."""
+        """The factor of each expert's `lora_bias`, without g; 1 in rows that use the gate."""
         return torch.where(self.gated[:, None], torch.ones_like(self.weights), self.weights)
 
 
 def rows_of_names(
     names: Sequence[str], expert_names: Sequence[str], mixture: str, global_weight: float, device: torch.device
 ) -> RowScalings:
-    """What rows follow that are named for an adapter each.
+    """The `RowScalings` for peft's `adapter_names`.
 
     Args:
-        names: an expert's, `__base__` for none, or the mixture's, one for each row.
-        expert_names: in the order of the gate's outputs.
-        mixture: peft's name of the mixture, whose rows follow the gate.
-        global_weight: the mixture's own weight g, which a single expert does not have.
-        device: for the weights.
+        names: for each row, the name of an expert, `__base__` for no expert, or the name of the mixture.
+        expert_names: the experts in the order of the gate's outputs.
+        mixture: peft's name of the mixture, whose rows use the gate.
+        global_weight: the global weight g, which does not apply to rows with a single expert.
+        device: device of the weights.
 
     Raises:
-        ConfigError: there is none of such a name, or g is 0, which no weight could undo.
+        ConfigError: a name is unknown, or g is 0, so that λ · g cannot be 1.
     """
     unknown = sorted({str(name) for name in names} - {*expert_names, NO_EXPERT, mixture})
     if unknown or not names:

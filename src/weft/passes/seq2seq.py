@@ -1,19 +1,19 @@
-"""The passes of an encoder-decoder: which scalings which LoRA layer follows, and where they come from.
+"""The passes of an encoder-decoder.
 
 There is one gate. It reads
 
-- for source tokens the encoder's last hidden state, of a scaling pass of the encoder;
-- for target tokens the decoder's last hidden state, of a scaling pass of the decoder, whose cross-attention looks at
-  the scaling pass's own encoder output.
+- for source tokens the encoder's last hidden state in a scaling pass of the encoder;
+- for target tokens the decoder's last hidden state in a scaling pass of the decoder, whose cross-attention reads the
+  encoder output of the scaling pass.
 
-A layer follows the scalings of the tokens it sees: the encoder's layers follow the source tokens', the decoder's the
-target tokens', and so does an LM head; but the keys and values of cross-attention are made of source tokens and follow
-those, else the cached ones would depend on later target tokens. Each of them has its own index in the layer axis, as
-every LoRA layer. Where encoder and decoder share a module, it follows the scalings of the one that runs.
+A layer uses the scalings of the tokens in its input: the encoder's layers those of the source tokens, the decoder's
+layers and an LM head those of the target tokens. The keys and values of cross-attention are computed from source tokens
+and use their scalings; otherwise the cached ones would depend on later target tokens. Each of these layers has its own
+index in the layer axis. If encoder and decoder share a module, it uses the scalings of the part that runs.
 
-`generate` runs the encoder by itself, and so may a user, so hooks on the encoder and the decoder do this. What the
-scaling pass's decoder needs travels with the encoder's output, as its entry `scaling_pass_hidden_state`: `generate`
-repeats it for beams as it does the others.
+`generate` and users can call the encoder separately, so there are hooks on the encoder and on the decoder. The decoder
+of the scaling pass needs the encoder output of the scaling pass. It is stored in the encoder's output as the entry
+`scaling_pass_hidden_state`, so that `generate` repeats it for beams as it repeats the other entries.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from weft.passes.cache import ENCODER_DECODER_CACHE, XLoraCache, doubled
 from weft.passes.padding import padding_of
 from weft.passes.recompute import carry_through_checkpoints
 
-# The entry of the encoder's output that holds what the gate reads for source tokens.
+# The entry of the encoder's output for the gate's input for source tokens.
 SOURCE_ENTRY = "scaling_pass_hidden_state"
-# Outputs a scaling pass does not want, whoever asked for them.
+# Options of the call that are not passed to the scaling pass.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqRouting(Routing):
-    """The scalings of a decoder's pass: those of the source tokens stand before those of the target tokens.
+    """The scalings of a decoder's pass: first those of the source tokens, then those of the target tokens.
 
-    They are one tensor, because that is what gradient checkpointing carries.
+    They are one tensor, because gradient checkpointing passes a single tensor of scalings.
 
     Attributes:
-        source_length: how many source tokens there are.
+        source_length: number of source tokens.
     """
 
     source_length: int = 0
@@ -63,19 +63,19 @@ class Seq2SeqRouting(Routing):
         return Routing(source), Routing(target, kinds=self.kinds, kept=self.kept)
 
     def of_layer(self, layer_number: int) -> Float[Tensor, "batch seq expert"]:
-        """λ for one LoRA layer, of the tokens that it sees."""
+        """λ for one LoRA layer, of the tokens in its input."""
         source, target = self._parts
         return (source if self.sees(layer_number) is Sees.SOURCE else target).of_layer(layer_number)
 
 
 @dataclasses.dataclass
 class _Call:
-    """A call of the base model in progress.
+    """The present call of the base model.
 
     Attributes:
-        arguments: of the call.
-        hidden: what the gate reads for source tokens; None until the encoder runs.
-        scalings: the gate's answer; None where it was not asked yet.
+        arguments: the arguments of the call.
+        hidden: the gate's input for source tokens; None until the encoder has run.
+        scalings: the gate's scalings of the source tokens; None until the gate has run.
     """
 
     arguments: dict[str, Any]
@@ -85,7 +85,7 @@ class _Call:
 
 @dataclasses.dataclass
 class _Encoding:
-    """A call of the encoder in progress: what the layers followed before it, and what the gate has read for it."""
+    """The present call of the encoder: the carrier's routing before it, and the gate's input."""
 
     routing_before: Routing | None
     hidden: Tensor | None
@@ -94,10 +94,10 @@ class _Encoding:
 class Seq2SeqPasses(Passes):
     """Computes the scalings of each call of an encoder-decoder.
 
-    Takes the arguments of `Passes`. `latest_scalings` and the log have those of the target tokens.
+    The arguments are those of `Passes`. `latest_scalings` and the log have the scalings of the target tokens.
 
     Attributes:
-        latest_source_scalings: the scalings of the source tokens, as the gate last gave them; None before the first.
+        latest_source_scalings: the gate's last output for source tokens; None before the first call.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ class Seq2SeqPasses(Passes):
         return super()._after(base, args, output)
 
     def _ask_gate(self, arguments: dict[str, Any], cache: Any) -> None:
-        """Note the call; the hooks of the encoder and the decoder ask the gate."""
+        """Record the call; the hooks of the encoder and the decoder run the gate."""
         encoded = arguments.get("encoder_outputs")
         hidden = getattr(encoded, SOURCE_ENTRY, None)
         if encoded is not None and hidden is None:
@@ -198,7 +198,7 @@ class Seq2SeqPasses(Passes):
             },
         )
         self._follow_gate(hidden, {**arguments, "logits_to_keep": call.arguments.get("logits_to_keep")})
-        # Where the keys and values of cross-attention are cached, no layer sees source tokens any more.
+        # If the keys and values of cross-attention are cached, no layer has source tokens as its input.
         if cache is None or not any(cache.is_updated.values()):
             if call.scalings is None:
                 padding = padding_of(self.backbone.base, call.arguments, call.hidden.shape[1], self._device)
@@ -218,7 +218,7 @@ class Seq2SeqPasses(Passes):
         )
 
     def _source_scalings(self, hidden: Tensor, padding: Tensor | None) -> Float[Tensor, "batch seq layer expert"]:
-        """The gate's answer for source tokens, as the layers follow it."""
+        """Run the gate for source tokens; returns the scalings that the layers use."""
         scalings = self.latest_source_scalings = self.gate(hidden.to(self._device))
         scalings = scalings if self.config.layerwise_scalings else scalings[:, :, :1]
         kept, chosen = self.routings.top_k(scalings)
@@ -226,7 +226,7 @@ class Seq2SeqPasses(Passes):
         return self.routings.mixed(kept)
 
     def _read(self, module: nn.Module, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
-        """The last hidden state of a scaling pass of the encoder or the decoder."""
+        """Run a scaling pass of the encoder or the decoder; returns its last hidden state."""
         arguments = {name: value for name, value in arguments.items() if name not in _OUTPUT_OPTIONS}
         with torch.no_grad(), self.as_scaling_pass():
             hidden = getattr(module(**{**arguments, "return_dict": True}), "last_hidden_state", None)
