@@ -1,18 +1,18 @@
-"""XLoraModel, put together: a base model with its experts and a gate, as a tuner of peft.
+"""XLoraModel: a base model with its experts and a gate, as a tuner of peft.
 
-Knows no command, no training loop and no way to generate of its own.
+There are no commands and no training loop here; generation by steps is in `generation`.
 
-    build.py                from_adapters, from_pretrained, and a mixture as the command line names it
-    registration.py         register_with_peft: weft's classes in peft's tables
-    model.py                XLoraModel, and its experts as they were trained (`at_own_weight`)
-    peft_methods.py         what it answers to because peft's models do
-    peft_state.py           what peft asks when it casts, saves and loads
-    inject.py               adapters put in as experts, and taken out
-    retrained.py            base weights that adapters bring: embeddings of new tokens
+    build.py                from_adapters, from_pretrained; loading for the command line
+    registration.py         register_with_peft: puts weft's classes into peft's tables
+    model.py                XLoraModel; `at_own_weight`, which ignores the global weight
+    peft_methods.py         the methods of peft's X-LoRA and of transformers
+    peft_state.py           the hooks with which peft casts, saves and loads adapters
+    inject.py               adds adapters to a base model as experts, and removes them
+    retrained.py            full base weights in adapters, such as embeddings of new tokens
     heads.py                modules that are trained and saved with the gate
-    frozen_copies.py        frozen copies beside a mixture, for preference training
-    inside_transformers.py  a mixture that transformers puts into a base model
-    saving.py               the self-contained folder of a mixture
+    frozen_copies.py        frozen copies of a mixture, for preference training
+    inside_transformers.py  a mixture that transformers itself loads into a base model
+    saving.py               saves a mixture as a self-contained folder
 """
 
 from __future__ import annotations

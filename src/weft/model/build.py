@@ -1,4 +1,4 @@
-"""A mixture made of adapters, and a saved one loaded: by whom it may be, and as the command line names it."""
+"""Makes a mixture from adapters, and loads a saved one."""
 
 from __future__ import annotations
 
@@ -32,31 +32,32 @@ def from_adapters(
     trust_remote_code: bool = False,
     **config: Any,
 ) -> PeftModel:
-    """Make one model of a base model and several LoRA adapters of it. The gate is new: train it.
+    """Make a mixture of a base model and several LoRA adapters (X-LoRA, arXiv 2402.07148). Its gate must be trained.
 
     Args:
-        base: a transformers model (changed in place), or the name or path of a causal or sequence-to-sequence language
-            model.
+        base: a transformers model, which is changed in place; or the folder or Hub id of a causal or
+            sequence-to-sequence language model.
         adapters: expert name -> folder or Hub id, in the order of the gate's outputs.
-        device_map: where the base model is loaded, as in transformers; for one that is named.
-        dtype: the base model's number format; likewise.
-        revision: the base model's branch, tag or commit on the Hub; likewise.
-        token: for the Hub, of the base model and the adapters.
-        trust_remote_code: run the code that the base model brings along; else a base that needs such code is refused.
+        device_map: as in transformers; only if `base` is a folder or Hub id.
+        dtype: dtype of the base model; only if `base` is a folder or Hub id.
+        revision: branch, tag or commit of the base model on the Hub; only if `base` is a Hub id.
+        token: token for the Hub, for the base model and the adapters.
+        trust_remote_code: run code that comes with the base model. If False, a base model with such code is refused.
         **config: options of `XLoraConfig`.
 
     Returns:
-        peft's `PeftModel`, with the gate (and, with `use_trainable_adapters`, the experts) trainable.
+        peft's `PeftModel`. The gate is trainable, and with `use_trainable_adapters` also the experts.
 
     Raises:
         ConfigError: an option is unknown or out of range.
-        AdapterError: an adapter cannot be read, or does not fit.
+        AdapterError: an adapter cannot be read, or does not fit the base model.
+        CheckpointError: the base model cannot be loaded.
 
     Example:
         >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"}, top_k_lora=1)
         >>> model.print_trainable_parameters()
     """
-    if isinstance(base, dict) and not isinstance(adapters, dict):  # the other way round
+    if isinstance(base, dict) and not isinstance(adapters, dict):  # the arguments are in the other order
         base, adapters = adapters, base
     options = XLoraConfig(adapters=adapters, revision=revision, **config)
     if token is not None:
@@ -82,27 +83,31 @@ def from_pretrained(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> PeftModel:
-    """Load a saved mixture: a folder of weft's, of peft's X-LoRA, or of the original xlora library.
+    """Load a saved mixture: a folder of weft, of peft's X-LoRA, or of the original xlora library.
 
     Args:
-        path: folder or Hub id.
-        base: the base model, or its name or path; None takes the one that the folder names.
-        adapters: where the experts are, if not where the folder says.
-        is_trainable: leave the gate trainable; otherwise it is frozen and the model in evaluation mode.
-        device_map: where the base model is loaded, as in transformers; for one that is named.
-        dtype: the base model's number format; likewise.
-        revision: the mixture's branch, tag or commit on the Hub; the base model's is in its folder.
-        token: for the Hub, of the mixture, the base model and the experts.
-        trust_remote_code: run the code that the base model brings along; else a base that needs such code is refused.
-            A mixture never has code.
+        path: folder or Hub id of the mixture.
+        base: the base model, its folder or its Hub id; None takes the one that the mixture's folder names.
+        adapters: name -> path of the experts, if they are not where the folder says.
+        is_trainable: make the gate trainable. If False, it is frozen and the model is in evaluation mode.
+        device_map: as in transformers; not with a base model that is loaded already.
+        dtype: dtype of the base model; not with a base model that is loaded already.
+        revision: branch, tag or commit of the mixture on the Hub. The base model's revision is in the mixture's folder.
+        token: token for the Hub, for the mixture, the base model and the experts.
+        trust_remote_code: run code that comes with the base model. If False, a base model with such code is refused. A
+            mixture never contains code.
+
+    Returns:
+        peft's `PeftModel`.
 
     Raises:
-        ConfigError: the mixture is a model, or `device_map` or `dtype` are given with a base model that is one.
-        CheckpointError: files are missing, broken, altered, or of another model. Nothing is loaded then, and a base
-            model that was passed in is as it was.
+        ConfigError: `path` is a model, or `device_map` or `dtype` is given with a base model that is loaded already.
+        CheckpointError: files are missing, broken, changed, or belong to another model. A base model that was passed in
+            is unchanged then.
 
     Example:
         >>> model = weft.from_pretrained("my-mixture")
+        >>> tokenizer = AutoTokenizer.from_pretrained("my-model")
         >>> model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
     path, base = _in_order(path, base)
@@ -130,11 +135,11 @@ def from_pretrained(
 def load_mixture(
     path: str, base: str | None, dtype: str, quantization: str | None = None, *, trust_remote_code: bool = False
 ) -> tuple[PeftModel, Any]:
-    """A trained mixture on its base model, and the base's tokenizer.
+    """Load a saved mixture with its base model, and the base model's tokenizer. For the arguments see `load_base`.
 
     Raises:
-        CheckpointError: one of them is missing, broken or of another model.
-        ConfigError: the library for the quantisation is missing.
+        CheckpointError: one of them is missing, broken or belongs to another model.
+        ConfigError: bitsandbytes is not installed.
     """
     name = base_name(path, base)
     placed = load_placed_base(name, dtype, quantization, trust_remote_code=trust_remote_code)
@@ -142,10 +147,10 @@ def load_mixture(
 
 
 def base_name(path: str, base: str | None) -> str:
-    """The base model of a mixture: the one that is given, or that the mixture names.
+    """The folder or Hub id of a mixture's base model: `base`, or else the one that the mixture names.
 
     Raises:
-        CheckpointError: there is no mixture, or it names none.
+        CheckpointError: there is no mixture at `path`, or it does not name its base model.
     """
     folder = local_folder(path, "model")
     name = base or saved_base(folder)
@@ -155,10 +160,10 @@ def base_name(path: str, base: str | None) -> str:
 
 
 def _in_order(path: Any, base: Any) -> tuple[Any, Any]:
-    """(the mixture, its base model), in whichever order they were given: `from_adapters` takes the base first.
+    """(mixture, base model), also if they were given in the order of `from_adapters`, which takes the base first.
 
     Raises:
-        ConfigError: a model stands where the mixture should.
+        ConfigError: the mixture is a model.
     """
     if isinstance(path, nn.Module):
         if base is None or isinstance(base, nn.Module):
@@ -173,7 +178,7 @@ def _in_order(path: Any, base: Any) -> tuple[Any, Any]:
 
 
 def _is_a_models(path: Any) -> bool:
-    """Whether this is the folder of a whole model."""
+    """Whether this is the folder of a full model, not of an adapter or mixture."""
     if not isinstance(path, str | os.PathLike):
         return False
     folder = Path(os.path.expanduser(path))
@@ -183,5 +188,5 @@ def _is_a_models(path: Any) -> bool:
 
 
 def _fetched(adapters: dict[str, str] | None, token: str | bool) -> dict[str, str]:
-    """The adapters' folders, those on the Hub fetched with this token."""
+    """name -> local folder of the adapters; adapters on the Hub are downloaded with this token."""
     return {name: str(local_folder(at, f"adapter {name!r}", token=token)) for name, at in (adapters or {}).items()}

@@ -1,9 +1,9 @@
-"""Frozen copies of a mixture beside it: what preference training compares its progress with.
+"""Frozen copies of a mixture, as the reference model of preference training.
 
-TRL's trainers (DPO, KTO, RLOO, GRPO) add an adapter "ref" with the options of the one that is trained, and switch to it
-for the reference's likelihoods. Here that is a copy of the gate and the heads as they are then, and of the experts
-where they train too; frozen experts are shared. A copy never trains, drops nothing, and is not saved: whoever starts
-again from the same mixture makes the same copy again.
+TRL's trainers (DPO, KTO, RLOO, GRPO) add an adapter "ref" with the options of the trained adapter, and activate it to
+compute the reference's log-likelihoods. Here it is a copy of the gate and the heads, and of the experts if these are
+trained; frozen experts are shared. A copy is never trained, has no dropout, and is not saved: a new run from the same
+mixture makes the same copy again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from weft.model.heads import wrappers
 
 
 class FrozenCopy(nn.Module):
-    """A gate that stays as it was when it was copied.
+    """A frozen copy of a gate.
 
     Args:
-        gate: which is copied.
+        gate: the gate to copy.
         experts: the names of its experts, in the order of its outputs.
     """
 
@@ -35,15 +35,15 @@ class FrozenCopy(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenCopy:
-        """Stay in evaluation mode: a reference drops nothing."""
+        """Stay in evaluation mode, as a reference has no dropout."""
         return super().train(False)
 
 
 def refuse_frozen_copy(model: Any, name: str) -> None:
-    """Raise where tensors would be loaded into, or saved from, a frozen copy of a PeftModel's mixture.
+    """Raise if adapter `name` of a PeftModel is a frozen copy, which is neither loaded nor saved.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is a frozen copy.
     """
     if name in model.base_model.frozen_copies:
         raise ConfigError(
@@ -53,10 +53,10 @@ def refuse_frozen_copy(model: Any, name: str) -> None:
 
 
 def refuse_loading_into_copy(tuner: Any, state_dict: dict[str, Any], *others: Any) -> None:
-    """A hook for what loads an X-LoRA model's state: while a frozen copy acts, it must not go to the mixture itself.
+    """A hook that runs before a state dict is loaded: raise if a frozen copy is active.
 
     Raises:
-        ConfigError: a copy acts.
+        ConfigError: a frozen copy is active.
     """
     if tuner.active_adapter in tuner.frozen_copies:
         raise ConfigError(
@@ -66,12 +66,12 @@ def refuse_loading_into_copy(tuner: Any, state_dict: dict[str, Any], *others: An
 
 
 def copy_experts(base: nn.Module, names: Iterable[str], prefix: str) -> list[str]:
-    """Copy experts in every LoRA layer that has them; the copies are frozen.
+    """Make frozen copies of experts in each LoRA layer.
 
     Args:
         base: the base model with its LoRA layers.
-        names: of the experts.
-        prefix: with which their copies' names begin.
+        names: the experts.
+        prefix: prefix of the copies' names.
 
     Returns:
         The copies' names.
@@ -98,7 +98,7 @@ def copy_experts(base: nn.Module, names: Iterable[str], prefix: str) -> list[str
 
 
 def remove_experts(base: nn.Module, names: Iterable[str]) -> None:
-    """Remove adapters from every LoRA layer."""
+    """Remove adapters from each LoRA layer."""
     for layer in base.modules():
         for container in _containers(layer) if isinstance(layer, LoraLayer) else ():
             for name in names:
@@ -107,14 +107,14 @@ def remove_experts(base: nn.Module, names: Iterable[str]) -> None:
 
 
 def activate_experts(base: nn.Module, names: list[str]) -> None:
-    """Let these adapters act in every LoRA layer; what trains stays what it is."""
+    """Activate these adapters in each LoRA layer, without a change of `requires_grad`."""
     for layer in base.modules():
         if isinstance(layer, LoraLayer):
             layer._active_adapter = list(names)
 
 
 def copy_heads(base: nn.Module, mixture: str, name: str) -> None:
-    """Copy the mixture's heads; the copies are frozen."""
+    """Make frozen copies of the mixture's heads."""
     for _, wrapper in wrappers(base):
         wrapper.modules_to_save[name] = copy.deepcopy(wrapper.modules_to_save[mixture]).requires_grad_(False)
 
@@ -126,12 +126,12 @@ def remove_heads(base: nn.Module, name: str) -> None:
 
 
 def activate_heads(base: nn.Module, name: str) -> None:
-    """Let these heads act; what trains stays what it is."""
+    """Activate these heads, without a change of `requires_grad`."""
     for _, wrapper in wrappers(base):
         wrapper._active_adapter = [name]
 
 
 def _containers(layer: Any) -> list[Any]:
-    """What a LoRA layer keeps by its adapters' names."""
+    """The dicts of a LoRA layer that have an entry for each adapter."""
     found = [getattr(layer, name) for name in kept_by_name(layer)]
     return [one for one in found if isinstance(one, (dict, nn.ModuleDict, nn.ParameterDict))]

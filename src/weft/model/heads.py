@@ -1,11 +1,10 @@
 """The heads of a mixture: modules outside of the backbone that are trained and saved with the gate (option `heads`).
 
-A mixture has one head, whatever its experts have: their outputs are mixed long before it. Experts that were trained
-with a head of their own (peft's `modules_to_save`, which it always adds for classification) keep it in their files, but
-in the mixture it does not act. Where all of them have the same one, the mixture's starts from that, else from the base
-model's.
+A mixture has one head for all experts, as their outputs are mixed in earlier layers. Experts may have their own heads
+(peft's `modules_to_save`, which peft always adds for classification). These stay in the experts' files, but are not
+used in the mixture. If all of them are equal, the mixture's head is initialised from them, else from the base model.
 
-peft's wrapper holds a head, so that peft saves and restores it, and `disable_adapter()` gives the base model's.
+The head is in peft's wrapper, so that peft saves and loads it, and `disable_adapter()` uses the base model's head.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from weft.model.inject import key_problems
 
 
 def find_heads(base: nn.Module, backbone: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """The heads' full names in the base model.
+    """The full names of the heads in the base model.
 
     Args:
         base: the base model, without adapters.
-        backbone: what runs before its heads.
-        names: full names, or their last parts.
+        backbone: its backbone.
+        names: full names of modules, or the last parts of them.
 
     Raises:
-        ConfigError: a name is no module's, or one inside of the backbone or that shares parameters with it.
+        ConfigError: there is no such module, or it is in the backbone or shares parameters with it.
     """
     inside, shared = set(backbone.modules()), {id(parameter) for parameter in backbone.parameters()}
     found: list[str] = []
@@ -59,10 +58,10 @@ def find_heads(base: nn.Module, backbone: nn.Module, names: Sequence[str] | None
 
 
 def refuse_task_of_peft(config: PeftConfig) -> None:
-    """Raise where peft itself builds the model, by a class for the task that cannot do without `modules_to_save`.
+    """Raise if `get_peft_model` builds the model with a class of peft that needs `modules_to_save`.
 
     Raises:
-        ConfigError: it is such a task.
+        ConfigError: the task has such a class.
     """
     if config.peft_type is PeftType.XLORA and config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
         raise ConfigError(
@@ -74,14 +73,14 @@ def refuse_task_of_peft(config: PeftConfig) -> None:
 def add_heads(
     base: nn.Module, paths: Sequence[str], adapters: list[Adapter], mixture_name: str, *, inference_mode: bool
 ) -> None:
-    """Wrap the heads, and let them start from their experts' where those agree.
+    """Wrap the heads, and initialise them from the experts' heads if those are equal.
 
     Args:
         base: the base model, with its adapters.
         paths: full names of the heads.
         adapters: the experts.
         mixture_name: peft's name of the mixture.
-        inference_mode: freeze them.
+        inference_mode: freeze the heads.
 
     Raises:
         ConfigError: a head has LoRA layers.
@@ -112,7 +111,7 @@ def add_heads(
 
 
 def switch_heads(base: nn.Module, mixture_name: str, *, inference_mode: bool) -> None:
-    """Let the mixture's heads act, and train unless in inference mode."""
+    """Activate the mixture's heads; they are trainable unless `inference_mode`."""
     for _, wrapper in wrappers(base):
         wrapper.set_adapter(mixture_name, inference_mode=inference_mode)
 
@@ -125,13 +124,14 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of the mixture's heads, under the names that peft saves them by."""
-    heads = {path: next(iter(wrapper.modules_to_save.values())) for path, wrapper in wrappers(model)}  # copies follow
+    """All tensors of the mixture's heads, under peft's keys."""
+    # The first entry is the mixture's head, the others are frozen copies.
+    heads = {path: next(iter(wrapper.modules_to_save.values())) for path, wrapper in wrappers(model)}
     return {f"{path}.{key}": value for path, head in heads.items() for key, value in head.state_dict().items()}
 
 
 def _common(path: str, adapters: list[Adapter]) -> dict[str, Tensor] | None:
-    """The tensors of the head that all experts with one have; None where they have none, or differ."""
+    """The tensors of the experts' heads at this path if all are equal; None if there are none or they differ."""
     prefix = f"{KEY_PREFIX}{path}."
     own = [
         {key.removeprefix(prefix): value for key, value in adapter.heads.items() if key.startswith(prefix)}

@@ -1,6 +1,7 @@
-"""Putting LoRA adapters into a base model as experts, and taking them out.
+"""Adds LoRA adapters to a base model as experts, and removes them.
 
-Parameters are made by peft and filled from what `adapters.py` has read: an adapter is either wholly in or not at all.
+peft makes the parameters, and the tensors that `checkpoint/adapters.py` has read are copied into them. If one tensor
+does not fit, the adapter is refused.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from weft.files.tensors import SHOWN, not_finite, preview
 
 
 def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
-    """Put the adapters into the base model's layers, in float32 where they would be in half precision.
+    """Add the adapters to the base model's layers. Parameters in half precision are cast to float32.
 
-    The parameters are cast before they are filled, so that float32 files lose nothing in a bfloat16 model.
+    They are cast before the values are copied, so that values from float32 files are not rounded in a bfloat16 model.
 
     Raises:
         AdapterError: an adapter's targets or tensors do not fit this base model. The caller restores the base model.
@@ -41,15 +42,15 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
             else:
                 lora_model.peft_config[adapter.name] = config
                 lora_model.inject_adapter(base, adapter.name)
-            if not dict(adapter_parameters(base, adapter.name)):  # of which peft before 0.21 tells the first alone
+            if not dict(adapter_parameters(base, adapter.name)):  # peft before 0.21 checks only the first adapter
                 raise ValueError(f"target modules {config.target_modules} not found in the base model")
         except torch.OutOfMemoryError:
             raise
-        except Exception as err:  # whatever its options make peft do, in layers of whatever kind
+        except Exception as err:  # depends on the options and the kind of layer
             raise AdapterError(
                 f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
             ) from err
-        remove_wrappers(base)  # peft's, around modules of the adapter's own: they do not act in a mixture
+        remove_wrappers(base)  # peft's wrappers around full modules of the adapter, which are not used in a mixture
         lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
         _leave_meta(base, adapter.name)
         _fill(base, adapter)
@@ -58,7 +59,7 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
 
 
 def _leave_meta(base: nn.Module, name: str) -> None:
-    """Bring an adapter to where its layers compute, whose own weights are offloaded; peft puts it beside these."""
+    """Allocate an adapter on the execution device of offloaded layers; peft makes it on the meta device."""
     for module in base.modules():
         if not isinstance(module, LoraLayer) or not is_offloaded(module.get_base_layer()):
             continue
@@ -74,7 +75,7 @@ def _leave_meta(base: nn.Module, name: str) -> None:
 
 
 def warn_of_different_bases(base: nn.Module, adapters: list[Adapter]) -> None:
-    """Say once that adapters which fit a base model name several."""
+    """Warn if the adapters name different base models although all of them fit this one."""
     named = different_bases(adapters)
     if named is not None:
         warnings.warn(
@@ -85,19 +86,19 @@ def warn_of_different_bases(base: nn.Module, adapters: list[Adapter]) -> None:
 
 
 def remove_adapters(base: nn.Module) -> None:
-    """Put the base layers back in the place of all LoRA layers, and of modules that are trained as a whole."""
+    """Replace all LoRA layers and wrapped modules by the base model's own modules."""
     remove_wrappers(base)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     for name, module in layers.items():
         parent, _, attribute = name.rpartition(".")
-        if parent not in layers:  # else it is around the same base layer, as peft puts a parameter's around another's
+        if parent not in layers:  # else nested LoRA layers around one base layer, as peft makes for single parameters
             setattr(base.get_submodule(parent), attribute, module.get_base_layer())
     if hasattr(base, "peft_config"):
         del base.peft_config
 
 
 def remove_wrappers(base: nn.Module) -> None:
-    """Put the base model's own modules back in the place of those that are trained as a whole."""
+    """Replace peft's wrappers of fully trained modules by the base model's own modules."""
     for name, module in list(base.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             parent, _, attribute = name.rpartition(".")
@@ -105,7 +106,7 @@ def remove_wrappers(base: nn.Module) -> None:
 
 
 def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    """(key in an adapter file, parameter) of everything adapter `name` has in the base model."""
+    """(key in an adapter file, parameter) for all parameters of adapter `name` in the base model."""
     for layer_name, module in base.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -124,7 +125,7 @@ def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor
 
 
 def _fill(base: nn.Module, adapter: Adapter) -> None:
-    """Copy an adapter's tensors into its parameters, all of them or none."""
+    """Copy an adapter's tensors into its parameters. If one does not fit, none is copied."""
     parameters = dict(adapter_parameters(base, adapter.name))
     weights = fitted(adapter.weights, parameters)
     if weights.keys() != parameters.keys():
@@ -154,10 +155,10 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
 
 
 def refuse_not_finite(base: nn.Module, name: str) -> None:
-    """Raise where an adapter's numbers in the base model are NaN or infinite, as after a cast to a narrower dtype.
+    """Raise if an adapter has NaN or infinite values in the base model, for example after a cast to a narrower dtype.
 
     Raises:
-        AdapterError: it is so.
+        AdapterError: it has such values.
     """
     broken = not_finite(dict(adapter_parameters(base, name)))
     scalings = {
@@ -173,7 +174,7 @@ def refuse_not_finite(base: nn.Module, name: str) -> None:
 
 
 def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> list[str]:
-    """Missing keys, unexpected keys and wrong shapes, apart and sorted; empty where the tensors fit."""
+    """The missing keys, unexpected keys and wrong shapes, as separate sorted lists; empty if the tensors fit."""
     missing = sorted(parameters.keys() - weights.keys())
     unexpected = sorted(weights.keys() - parameters.keys())
     problems = []
@@ -193,7 +194,7 @@ def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> l
 
 
 def converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names of today's transformers, where the base model's layers were renamed since."""
+    """The weights under the present names of the base model's layers, if transformers has renamed them."""
     if not hasattr(getattr(base, "config", None), "model_type"):
         return weights
     converted = in_todays_names(weights, base, adapter.config, adapter.name)

@@ -1,7 +1,7 @@
-"""A mixture that transformers puts into a base model by itself: `AutoModelForCausalLM.from_pretrained`, `pipeline`.
+"""A mixture that transformers itself loads into a base model: `AutoModelForCausalLM.from_pretrained`, `pipeline`.
 
-transformers then has the base model and no `PeftModel` around it. So the base holds the gate, which moves along with
-it, and knows that the mixture's tensors are loaded, for which transformers would look under names of its own.
+The user then has the base model without a `PeftModel`. So the gate becomes a submodule of the base model, and moves
+with it. transformers would look for the mixture's tensors under other keys, so its loading of them is skipped.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _METHODS = ("_load_pretrained_model", "disable_adapters", "enable_adapters", "sa
 
 
 def settle_in(base: Any, tuner: Any, saved: SavedMixture) -> None:
-    """Load the rest of a saved mixture, whose experts are in the base model, and let this answer for it.
+    """Load the gate of a saved mixture whose experts are in the base model, and adapt the base model's methods.
 
     Args:
         base: a model of transformers.
         tuner: the `XLoraModel` around it.
-        saved: its folder.
+        saved: the mixture's folder.
 
     Raises:
-        CheckpointError: the gate is missing, broken, or of another mixture.
+        CheckpointError: the gate is missing, broken, or belongs to another mixture.
     """
-    outer = nn.Module()  # in the place of a PeftModel, whose names the file has
+    outer = nn.Module()  # replaces the PeftModel, whose names are in the file's keys
     outer.base_model = tuner
     load_gate(outer, saved)
     base.add_module(_GATE, tuner.internal_xlora_classifier)
     if not base.training:
-        base.eval()  # what was put in as well, which transformers before 5.4 left in training mode
+        base.eval()  # transformers before 5.4 leaves new modules in training mode
     base.disable_adapters, base.enable_adapters = tuner.disable_adapter_layers, tuner.enable_adapter_layers
     base.save_pretrained = functools.partial(_refuse_saving, str(saved.folder))
     load = getattr(base, "_load_pretrained_model", None)
@@ -46,14 +46,14 @@ def settle_in(base: Any, tuner: Any, saved: SavedMixture) -> None:
 
 
 def leave(base: nn.Module) -> None:
-    """Undo `settle_in`, if it was done."""
+    """Undo `settle_in`, if it was called."""
     base._modules.pop(_GATE, None)
     for name in _METHODS:
         base.__dict__.pop(name, None)
 
 
 def _load_others(load: Any, folder: Path, *args: Any, load_config: Any, **kwargs: Any) -> Any:
-    """transformers' loading of tensors into the model, but for the mixture's own, which are there."""
+    """transformers' loading of an adapter's tensors, without the mixture's own, which are loaded already."""
     path = getattr(load_config, "pretrained_model_name_or_path", None)
     if path is None or Path(path).resolve() != folder.resolve():
         return load(*args, load_config=load_config, **kwargs)

@@ -1,7 +1,6 @@
 """The X-LoRA model: a base model with its experts and a gate, as a tuner of peft.
 
-It puts the parts together (experts, layers, gate, passes), answers to the methods of peft's X-LoRA, and takes
-everything out again. What happens in a call is in `passes/base.py`.
+It creates and removes the parts: experts, layers, gate and passes. The passes of a call are in `passes/base.py`.
 """
 
 from __future__ import annotations
@@ -51,24 +50,26 @@ from weft.passes.seq2seq import Seq2SeqPasses
 class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
     """A base model with several LoRA experts and a gate that mixes them per token and layer (arXiv 2402.07148).
 
-    Use `weft.from_adapters` or, after `weft.register_with_peft()`, peft's `get_peft_model` to make one; both give a
-    peft `PeftModel` around it, which forwards the methods below.
+        y_t = W x_t + Σ_e  λ_{t,e} · s_e · g · B_e A_e x_t        λ = gate(hidden states of a pass without the experts)
+
+    for token t in each LoRA layer (equation 3). To make a model, use `weft.from_adapters`, or `get_peft_model` of peft
+    after `weft.register_with_peft()`. Both return a `PeftModel` of peft, which forwards the methods below.
 
     Args:
-        model: the base model. Its LoRA layers are added in place; `unload()` takes them out again.
-        config: the options, or {adapter_name: options}; peft's own `XLoraConfig` is accepted.
-        adapter_name: peft's name for the mixture as a whole; the experts have their own names.
+        model: the base model. LoRA layers are added in place; `unload()` removes them.
+        config: the options, or {adapter_name: options}; peft's `XLoraConfig` is accepted too.
+        adapter_name: peft's name for the whole mixture; the experts have other names.
 
     Attributes:
-        xlora_config: the options in force.
+        xlora_config: the present options.
         lora_model: peft's `LoraModel` with the experts.
         internal_xlora_classifier: the gate.
-        expert_heads: by expert, tensors of heads of its own, which do not act but are saved with it.
-        expert_cards: by expert, its model card where that declares a licence, which is saved with it.
+        expert_heads: expert -> tensors of its own heads, which are not used but are saved with it.
+        expert_cards: expert -> its model card if it declares a licence, which is saved with it; else None.
 
     Raises:
         AdapterError, ConfigError: the experts, the options and the base model do not fit together. The base model is
-            then as it was before.
+            unchanged then.
 
     Example:
         >>> model = weft.from_adapters(base, {"math": "adapters/math", "code": "adapters/code"})
@@ -90,7 +91,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
     ) -> None:
         nn.Module.__init__(self)
         model = uncompiled(model)
-        # A copy: one config may serve several models, and each writes its own layers and options into it.
+        # A copy, as a config can be used for several models, and each one writes its layers and options into it.
         given = config[adapter_name] if isinstance(config, dict) else config
         refuse_task_of_peft(given)
         given = XLoraConfig.from_peft(given)
@@ -127,7 +128,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.frozen_copies = nn.ModuleDict()
         self.register_load_state_dict_pre_hook(refuse_loading_into_copy)
         self.given_experts: dict[str, Tensor] = {}
-        # peft freezes the base model when it adds adapters; `unload` gives the flags back.
+        # peft freezes the base model when it adds adapters; `unload` restores `requires_grad`.
         self._base_flags = Flags(model)
         self._input_gradient_hooks = input_gradient_hooks(model)
         self._kept_unpacked = keep_unpacked(model)
@@ -135,7 +136,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         try:
             self.retrained.use(True)
             self.lora_model = inject_adapters(model, adapters)
-            if options.layer_names is None:  # else it is a saved mixture, whose maker has been told
+            if options.layer_names is None:  # only for a new mixture
                 warn_of_different_bases(model, adapters)
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
@@ -153,7 +154,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             raise
 
     def _finish(self, options: XLoraConfig, model: Any) -> None:
-        """Everything that needs the LoRA layers in place."""
+        """Make everything that needs the LoRA layers."""
         names = list(options.adapters or {})
         frozen = options.inference_mode or not options.use_trainable_adapters
         self.lora_model.set_adapter(names, inference_mode=frozen)
@@ -194,30 +195,38 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.passes.attach(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base model; its hooks run the scaling pass first."""
+        """Call the base model with its own arguments. Hooks on it run the scaling pass first; see `passes/base.py`.
+
+        Raises:
+            ConfigError: `adapter_names` does not have one name for each row of the batch.
+            ThreadError: another thread is using the model.
+        """
         self.passes.thread.enter()
         try:
             self.passes.check_rows(self.backbone.named_arguments(args, kwargs))
             return self.lora_model.model(*args, **kwargs)
-        finally:  # also after an interrupt, which the forward hook does not see
+        finally:  # the forward hook does not run after a KeyboardInterrupt
             self.carrier.clear()
             self.passes.thread.leave()
 
     def generate(self, *args: Any, freeze_scalings_after: int | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`, with all it offers; both passes keep a key/value cache unless `use_cache=False`.
+        """transformers' `generate`, with all its options. Both passes have a KV cache unless `use_cache=False`.
 
         Args:
-            *args: as transformers takes them.
-            freeze_scalings_after: ask the gate for the prompt and so many new tokens only. From then on each sequence
-                keeps the mean of its scalings so far, and a token costs one pass; None never freezes.
-            **kwargs: as transformers takes them.
+            *args: arguments of transformers' `generate`.
+            freeze_scalings_after: run the gate only for the prompt and this number of new tokens. From then on each
+                sequence uses the mean of its scalings, and a token needs one pass. None never freezes.
+            **kwargs: arguments of transformers' `generate`.
+
+        Returns:
+            The result of transformers' `generate`: token ids `[batch, seq]` by default.
 
         Raises:
-            ConfigError: `freeze_scalings_after` cannot work with the other options.
+            ConfigError: `freeze_scalings_after` cannot be used with the other options.
             ThreadError: another thread is using the model.
         """
         with self.passes.thread.held():
-            self._restack(own=not others_have_parameters())  # for a decoding step that is compiled
+            self._restack(own=not others_have_parameters())  # a compiled decoding step cannot do it
             frozen: AbstractContextManager[None] = nullcontext()
             if freeze_scalings_after is not None:
                 self.passes.check_frozen_scalings(freeze_scalings_after, kwargs)
@@ -231,15 +240,15 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
                 self.carrier.clear()
 
     def fixed_scalings(self, weights: ConstantWeights) -> AbstractContextManager[None]:
-        """Use chosen weights for every token instead of the gate's, without a scaling pass.
+        """In this block, use the same weights for all tokens, without the gate and without a scaling pass.
 
         Args:
-            weights: expert name -> weight in all layers (left out: 0; one expert at 1 is that adapter alone), or a
-                table [layer, expert] with a row for each of `xlora_config.layer_names`. `global_scaling_weight`
-                multiplies them, as it does the gate's.
+            weights: expert name -> weight in all layers, 0 for experts that are not named; or a table [layer, expert]
+                with a row for each of `xlora_config.layer_names`. {name: 1} is that adapter alone. The weights are
+                multiplied by `global_scaling_weight`, as the gate's scalings are.
 
         Raises:
-            ConfigError: a name is no expert's, the table has another shape, or a weight is no finite number.
+            ConfigError: a name is unknown, the table has another shape, or a weight is not finite.
 
         Example:
             >>> with model.fixed_scalings({"math": 0.5, "code": 0.5}):
@@ -249,7 +258,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         return self.passes.fixed_scalings(constant_scalings(weights, names, len(layers)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the model, and its stacks with it."""
+        """Move or cast the model, and stack the experts again."""
         super()._apply(fn, recurse)
         self._restack()
         return self
@@ -263,15 +272,15 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
 
     @property
     def disabled(self) -> bool:
-        """Whether the experts are switched off, as inside `disable_adapter()`."""
+        """Whether the experts are off, as in `disable_adapter()`."""
         return self.passes.disabled
 
     def enable_adapter_layers(self) -> None:
-        """Let the experts act again."""
+        """Switch the experts on again."""
         self._switch_layers(enabled=True)
 
     def disable_adapter_layers(self) -> None:
-        """Leave the experts out: the output is exactly the base model's."""
+        """Switch the experts off: the output is exactly the base model's."""
         self._switch_layers(enabled=False)
 
     def _switch_layers(self, *, enabled: bool) -> None:
@@ -279,11 +288,11 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.retrained.use(enabled)
         for module in self.lora_model.model.modules():
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                # The flag alone: peft's own switch also changes what is trainable, which is the user's to say.
+                # Only the flag, as peft's `enable_adapters` also changes `requires_grad`.
                 module._disable_adapters = not enabled
 
     def unload(self) -> nn.Module:
-        """Take the experts, the gate and the hooks out, and return the base model as it was."""
+        """Remove the experts, the gate and the hooks, and return the unchanged base model."""
         model = self.lora_model.model
         self.carrier.clear()
         Passes.detach(model)
@@ -297,7 +306,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         return model
 
     def _cannot_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises: a mixture cannot be merged into the base weights."""
+        """Raise a ValueError: a mixture cannot be merged into the base weights."""
         raise ValueError(
             "an X-LoRA model cannot be merged, as its weights depend on the token: weft.fold(model, folder, weights) "
             "writes a constant mixture as one ordinary LoRA adapter, which peft merges; unload() gives the base model "
@@ -306,7 +315,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
 
     merge_and_unload = merge_adapter = _cannot_merge
 
-    # ------------------------------------------------------------------ peft's machinery
+    # ------------------------------------------------------------------ methods of peft's BaseTuner
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("the experts are injected by their own LoraModel")
@@ -315,7 +324,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            if name in ("lora_model", "xlora_config"):  # not there yet
+            if name in ("lora_model", "xlora_config"):  # not set yet
                 raise
             return getattr(self.lora_model, name)
 
@@ -325,10 +334,10 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
 
 
 def _take_out_earlier(base: nn.Module) -> None:
-    """Take an earlier mixture of weft's out of a base model.
+    """Remove an earlier mixture of weft from a base model.
 
     Warns:
-        UserWarning: there was one, which is of no use any more.
+        UserWarning: there was one; it cannot be used any more.
     """
     layers = (module for module in base.modules() if isinstance(module, LoraLayer))
     earlier = next((tuner for layer in layers if (tuner := mixture_of(layer)) is not None), None)
@@ -344,9 +353,9 @@ def _take_out_earlier(base: nn.Module) -> None:
 
 @contextmanager
 def at_own_weight(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
-    """In this block a mixture follows these weights in all layers, at a `global_scaling_weight` of 1.
+    """In this block, a mixture uses these weights in all layers, with a `global_scaling_weight` of 1.
 
-    `fixed_scalings` alone takes the place of the gate, and the mixture's own weight multiplies what it gives.
+    In contrast to `fixed_scalings`, the weights are not multiplied by the mixture's global weight.
 
     Args:
         model: a mixture.

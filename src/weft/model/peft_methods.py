@@ -1,4 +1,4 @@
-"""What a mixture answers to because peft and transformers ask for it: setters, the log, names of rows, batches."""
+"""The methods that peft and transformers call, or that peft's X-LoRA has: setters, log, `adapter_names`, batching."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from weft.passes.rows import rows_of_names
 
 
 class PeftMethods:
-    """The methods of `XLoraModel` that peft and transformers call, or that peft's own X-LoRA has."""
+    """The part of `XLoraModel` with the methods that peft and transformers call, or that peft's X-LoRA has."""
 
     xlora_config: XLoraConfig
     passes: Passes
@@ -44,23 +44,31 @@ class PeftMethods:
     training: bool
 
     def set_topk_lora(self, value: int | None) -> None:
-        """Keep `value` experts per token, 1 to the number of experts; None keeps all. Written to the config.
+        """Set `top_k_lora` in the config: the number of experts that each token keeps; None keeps all.
 
         Raises:
-            ConfigError: out of that range.
+            ConfigError: the value is not between 1 and the number of experts.
         """
         self._set_option("top_k_lora", value)
 
     def get_global_scaling_weight(self) -> float:
-        """The weight of the whole mixture."""
+        """`global_scaling_weight` of the config: the factor of all scalings."""
         return self.xlora_config.global_scaling_weight
 
     def set_global_scaling_weight(self, weight: float) -> None:
-        """Set the weight of the whole mixture; written to the config."""
+        """Set `global_scaling_weight` in the config: the factor of all scalings.
+
+        Raises:
+            ConfigError: the weight is not finite.
+        """
         self._set_option("global_scaling_weight", weight)
 
     def set_scaling_pass_value(self, value: float | None) -> None:
-        """Set every expert's weight in the scaling pass; None means 1/N. Written to the config."""
+        """Set `scaling_pass_value` in the config: the weight of each expert in the scaling pass; None means 1/N.
+
+        Raises:
+            ConfigError: the value is not finite.
+        """
         self._set_option("scaling_pass_value", 1 / self.xlora_config.num_experts if value is None else value)
 
     def _set_option(self, name: str, value: Any) -> None:
@@ -72,56 +80,57 @@ class PeftMethods:
             raise ConfigError(problems[0])
 
     def get_latest_scalings(self) -> Float[Tensor, "batch seq layer expert"] | None:
-        """The scalings of the last pass that used the gate, gradients included; None before the first.
+        """The gate's output in the last call, before top-k and with gradients; None before the first call.
 
-        Of an encoder-decoder, those of the target tokens; `passes.latest_source_scalings` has the source tokens'.
+        For an encoder-decoder these are the scalings of the target tokens. Those of the source tokens are in
+        `passes.latest_source_scalings`.
         """
         return self.passes.latest_scalings
 
     def enable_scalings_logging(self) -> None:
-        """Record the scalings of each pass: detached, on the CPU, the last `scalings_log_size` of them."""
+        """Log the scalings of each pass, detached and on the CPU; the last `scalings_log_size` passes are kept."""
         self.passes.log.enabled = True
 
     def disable_scalings_logging(self) -> None:
-        """Stop recording; what is recorded stays."""
+        """Stop logging; the entries are kept."""
         self.passes.log.enabled = False
 
     def get_scalings_log(self) -> list[Tensor]:
-        """The recorded scalings, oldest first, each `[batch, seq, layer, expert]`."""
+        """The logged scalings, oldest first, each `[batch, seq, layer, expert]`."""
         return self.passes.log.entries()
 
     def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Sequence length -> (indices in the log, scalings)."""
+        """Sequence length -> (indices in the log, scalings `[batch, seq, layer, expert]`)."""
         return self.passes.log.by_sequence_length()
 
     def clear_scalings_log(self) -> None:
-        """Forget the recorded scalings."""
+        """Remove all entries of the log."""
         self.passes.log.clear()
 
     @property
     def gate_metrics(self) -> GateMetrics:
-        """What the gate does in training calls: set `enabled`, and `read()` the means when you log."""
+        """The metrics of the gate in training calls: set `enabled`, and call `read()` to get the means."""
         return self.passes.losses.metrics
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching, for a mixture of one pass (`gate_layer`).
+        """transformers' continuous batching, for a mixture with one pass (`gate_layer`).
 
         Raises:
-            CacheError: there are two passes, which would share its paged cache.
+            CacheError: the mixture has two passes, which would share the paged cache.
         """
         return self._continuous("generate_batch")(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """The manager of transformers' continuous batching; as `generate_batch`."""
+        """The manager of transformers' continuous batching; for mixtures as in `generate_batch`."""
         return self._continuous("init_continuous_batching")(*args, **kwargs)
 
     def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
-        """The manager of transformers' continuous batching, for a block; as `generate_batch`."""
+        """The manager of transformers' continuous batching, for a block; for mixtures as in `generate_batch`."""
         return self._continuous("continuous_batching_context_manager")(*args, **kwargs)
 
     def _continuous(self, name: str) -> Any:
         if self.passes.gate_decides and self.xlora_config.gate_layer is None:
-            # Here, because the threads of transformers would keep an error to themselves.
+            # Raised here, because an error in a thread of transformers would not reach the caller.
             raise CacheError(
                 f"{name} cannot be used with a scaling pass (gate_layer is None): both passes would share the paged "
                 "cache of continuous batching. Use generate, or make the mixture with gate_layer, which has one pass"
@@ -130,10 +139,10 @@ class PeftMethods:
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft's `adapter_names` in a block: a row of the batch follows one expert, none (`__base__`), or the gate.
+        """peft's `adapter_names` in a block: each row of the batch uses one expert, none (`__base__`), or the gate.
 
         Raises:
-            ConfigError: the names do not fit the mixture or the batch, or the model is not in evaluation mode.
+            ConfigError: the names do not fit the mixture or the batch, or the model is in training mode.
         """
         if kwargs.get("alora_offsets") is not None:
             raise ConfigError("alora_offsets cannot be used: no expert of a mixture acts on a part of the text only")
@@ -163,10 +172,10 @@ class PeftMethods:
     # ------------------------------------------------------------------ frozen copies
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """peft's switch between adapters: the mixture, or a frozen copy of it.
+        """Activate the mixture or a frozen copy of it, as peft's `set_adapter`.
 
         Raises:
-            ValueError: another name.
+            ValueError: the name is another one.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1 or names[0] not in (self.mixture_name, *self.frozen_copies):
@@ -191,10 +200,10 @@ class PeftMethods:
         switch_heads(base, self.mixture_name, inference_mode=inference_mode)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """peft's `add_adapter` with the mixture's own options: a frozen copy of it as it is now (see `frozen_copies`).
+        """Add a frozen copy of the mixture (see `frozen_copies.py`): peft's `add_adapter` with the mixture's options.
 
         Raises:
-            ValueError: other options, as the experts of a mixture are fixed when it is made.
+            ValueError: the options are other ones; experts cannot be added to a live mixture.
         """
         given = self.peft_config.get(adapter_name)
         if given is None or XLoraConfig.from_peft(given).to_dict() != self.xlora_config.to_dict():
@@ -208,7 +217,7 @@ class PeftMethods:
             names = copy_experts(base, names, adapter_name)
         copy_heads(base, self.mixture_name, adapter_name)
         self.frozen_copies[adapter_name] = FrozenCopy(self.internal_xlora_classifier, names)
-        # Options of its own, by which saving knows it.
+        # A separate config object, by which `write_beside_gate` recognises the copy.
         self.peft_config[adapter_name] = options = copy.copy(self.xlora_config)
         options.bind_model(self)  # type: ignore[arg-type]
 
@@ -216,7 +225,7 @@ class PeftMethods:
         """Remove a frozen copy.
 
         Raises:
-            ValueError: it is the mixture itself, which `unload()` takes out.
+            ValueError: it is not a frozen copy; `unload()` removes the mixture itself.
         """
         if adapter_name not in self.frozen_copies:
             raise ValueError(f"adapter {adapter_name!r} cannot be deleted: use unload() to get the base model back")

@@ -1,4 +1,4 @@
-"""What peft asks of a tuner when it casts its adapters, saves them and loads them."""
+"""The methods with which peft casts, saves and loads a tuner's adapters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ let_peft_ask()
 
 
 class PeftStateMethods:
-    """The part of `XLoraModel` that peft calls."""
+    """The part of `XLoraModel` with the methods for casting, saving and loading."""
 
     lora_model: Any
     xlora_config: Any
     unload: Any
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """peft's request for the adapters' dtype: float32 (how they were loaded), or each layer's own."""
+        """Cast the adapters to each layer's dtype if `autocast_adapter_dtype` is off; else they stay in float32."""
         if autocast_adapter_dtype:
             return
         for module in self.lora_model.model.modules():
@@ -46,7 +46,7 @@ class PeftStateMethods:
             raise
 
     def save_beside_gate(self, config: PeftConfig, folder: Path, auto_mapping: dict[str, str] | None) -> None:
-        """Write experts and options beside the gate, which peft has just written: its config asks for it."""
+        """Write experts and options beside the gate that peft has written; for `XLoraConfig.save_pretrained`."""
         write_beside_gate(self, config, folder, auto_mapping)
 
     @classmethod
@@ -63,16 +63,16 @@ class PeftStateMethods:
         if adapter_name in tuner.frozen_copies:
             return {}
         state_dict = {without_wrappers(key): value for key, value in state_dict.items()}
-        tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which come later
+        tuner.given_experts = given_experts(tuner, state_dict)  # for the experts' files, which are written later
         return {key: value for key, value in state_dict.items() if GATE_KEY in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check a gate's tensors before peft loads them: peft itself would only warn of missing ones."""
+        """Check a gate's tensors before peft loads them, as peft only warns about missing ones."""
         refuse_frozen_copy(model, adapter_name)
-        # peft has put its own names for the heads into the keys already.
+        # peft has already added its own names for the heads to the keys.
         saved = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in state_dict.items()}
         problems = gate_problems(model, saved)
         if problems:

@@ -1,7 +1,7 @@
-"""How weft's model gets into peft's `PeftModel`.
+"""Builds peft's `PeftModel` with weft's model in it.
 
-peft finds the class of a model in a table by its type. `register_with_peft` puts weft's classes there for X-LoRA;
-without it, peft's table stays as it is, and `peft_model_of` builds the same object.
+peft has tables from the type of an adapter to its classes. `register_with_peft` enters weft's classes there for X-LoRA.
+Without it peft's tables are unchanged; `peft_model_of` builds the same object in both cases.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ _peft_own: dict[str, Any] = {}
 def register_with_peft() -> None:
     """Let peft's `get_peft_model` and `PeftModel.from_pretrained` build weft's X-LoRA, also from peft's `XLoraConfig`.
 
-    So do transformers' own functions that take an adapter's folder: `AutoModelForCausalLM.from_pretrained`, `pipeline`.
-    Idempotent; `unregister_from_peft` undoes it. Models that exist already stay what they are.
+    This includes functions of transformers that take an adapter's folder: `AutoModelForCausalLM.from_pretrained`,
+    `pipeline`. It can be called several times; `unregister_from_peft` undoes it. Existing models are not changed.
 
     Example:
         >>> weft.register_with_peft()
-        >>> model = peft.get_peft_model(base, peft.XLoraConfig(...))  # an existing script, as it was
+        >>> config = peft.XLoraConfig(adapters={"math": "adapters/math", "code": "adapters/code"})
+        >>> model = peft.get_peft_model(base, config)
     """
     if not _peft_own:
         _peft_own["from_pretrained"] = PeftConfigMixin.__dict__["from_pretrained"]
@@ -52,7 +53,12 @@ def register_with_peft() -> None:
 
 
 def unregister_from_peft() -> None:
-    """Give peft its own X-LoRA back. Idempotent."""
+    """Restore peft's own X-LoRA. Without an earlier `register_with_peft` it does nothing.
+
+    Example:
+        >>> weft.register_with_peft()
+        >>> weft.unregister_from_peft()
+    """
     if _peft_own:
         PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = _peft_own["config"]
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = _peft_own["model"]
@@ -62,9 +68,9 @@ def unregister_from_peft() -> None:
 
 
 def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-    """peft's `from_pretrained` of configs, after which a mixture's knows its folder, by whatever class it was read.
+    """peft's `from_pretrained` for configs; the config of a mixture is read by `XLoraConfig`, whatever `cls` is.
 
-    transformers reads it by `PeftConfig`, which looks for the experts in the present directory.
+    transformers reads it with `PeftConfig`, which would look for the experts in the working directory.
     """
     settle(Path(path, subfolder or ""))
     config = _peft_own["from_pretrained"].__get__(None, cls)(path, subfolder=subfolder, **kwargs)
@@ -75,28 +81,28 @@ def _config_of_folder(cls: type, path: Any, subfolder: str | None = None, **kwar
 
 
 def _type_of_folder(cls: type, model_id: Any, **kwargs: Any) -> Any:
-    """peft's look at an adapter's folder, before which its old files are put back where a writer was killed."""
+    """peft's function for the type of an adapter's folder, which is first restored after a killed write."""
     settle(Path(model_id, kwargs.get("subfolder") or ""))
     return _peft_own["type_of"].__get__(None, cls)(model_id, **kwargs)
 
 
 def peft_model_of(model: nn.Module, options: XLoraConfig) -> PeftModel:
-    """peft's model class for the task, with weft's X-LoRA in it whether or not weft is registered."""
+    """Build peft's model class for the task with weft's X-LoRA in it, whether or not weft is registered."""
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(options.task_type or "", PeftModel)
     if options.task_type in WITH_HEADS:
-        # peft's own classes would take the gate for a head, by the end of its name; the mixture adds its heads itself.
+        # The name of the gate ends in "classifier", so peft's classes would treat it as a head.
         wrapper = PeftModel
     with _private_type(options), deprecations_of_peft_hidden():
         peft_model = wrapper(model, options)
     peft_model.peft_type = PeftType.XLORA
-    # peft writes file by file, over those of the model that was saved there before.
+    # peft's own save_pretrained would overwrite an earlier model file by file.
     peft_model.save_pretrained = partial(save_whole, peft_model)  # type: ignore[method-assign]
     return peft_model
 
 
 @contextmanager
 def _private_type(options: XLoraConfig) -> Iterator[None]:
-    """Give the config a type of its own in peft's table, so that no other user of peft's X-LoRA sees weft's."""
+    """Give the config a temporary type in peft's table, so that other users of peft's X-LoRA are not affected."""
     own_type: Any = f"WEFT_{uuid.uuid4().hex}"
     PEFT_TYPE_TO_TUNER_MAPPING[own_type] = XLoraModel
     options.peft_type = own_type

@@ -1,12 +1,12 @@
-"""Weights of the base model that its adapters bring along: embeddings of new tokens, heads, norms.
+"""Full base-model weights in adapters: embeddings of new tokens, heads, norms.
 
-peft saves them with an adapter where the vocabulary was resized, where a module was trained as a whole
-(`modules_to_save`), and where rows of an embedding were (`trainable_token_indices`). They are the base's, and a mixture
-has one base: where all experts that bring a weight bring the same, the mixture's base has it; where they differ, the
-mixture has no meaning.
+peft saves such weights with an adapter if the vocabulary was resized, if a module was trained fully
+(`modules_to_save`), or if rows of an embedding were trained (`trainable_token_indices`). They replace weights of the
+base model, which the mixture has only once. So all experts with such a weight must have the same values; otherwise the
+mixture is refused.
 
-The base model's own parameters give way to them while the mixture acts, and come back in `disable_adapter()` and
-`unload()`. Each expert is saved with what it brought, as the ordinary adapter that it was.
+These weights replace the base model's own parameters while the mixture is on. `disable_adapter()` and `unload()`
+restore the base model's parameters. Each expert is saved with its weights, as an ordinary adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from weft.model.inject import converted
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter is: `owner` holds the attribute of both the base's own and the experts'."""
+    """A parameter to replace: the module and attribute, the base model's own value and the experts' value."""
 
     owner: nn.Module
     attribute: str
@@ -40,15 +40,15 @@ class _Place:
 
 
 class Retrained:
-    """What the adapters of a mixture bring along for its base model. Nothing is changed before `use`.
+    """The full base-model weights in the adapters of a mixture. The base model is not changed before `use`.
 
     Args:
         base: the base model, without adapters.
-        adapters: as read; what they bring moves from their `weights` to their `heads`.
-        backbone: what runs before the heads of the base model; None where the mixture can have none of its own.
+        adapters: the adapters; their full weights are moved from `weights` to `heads`.
+        backbone: the backbone of the base model; None if the mixture cannot have heads.
 
     Raises:
-        AdapterError: they bring weights that differ, that do not fit, or that hold numbers which overflow.
+        AdapterError: the weights of two adapters differ, do not fit, or overflow in the base model's dtype.
     """
 
     def __init__(self, base: Any, adapters: Sequence[Adapter], backbone: nn.Module | None = None) -> None:
@@ -70,7 +70,7 @@ class Retrained:
         for name, value in () if problems else wanted.items():
             problems += self._problems(name, value)
             if not problems:
-                # Names that were tied, and get equal numbers, stay tied.
+                # Tied parameters with equal new values stay tied.
                 tie = (
                     id(self._parameters[name]),
                     next(
@@ -96,13 +96,13 @@ class Retrained:
         return bool(self._places)
 
     def use(self, brought: bool) -> None:
-        """Put what the experts brought into the base model, or (False) the base model's own back."""
+        """Put the experts' weights (True) or the base model's own (False) into the base model."""
         for place in self._places.values():
             present = getattr(place.owner, place.attribute)
             wanted = place.brought if brought else place.own
             if present is wanted:
                 continue
-            # What was set aside did not move along with the model.
+            # A parameter that was not in the model was not moved with it.
             wanted.data = wanted.data.to(present.device, present.dtype)
             setattr(place.owner, place.attribute, wanted)
             _tell_size(place.owner, wanted)
@@ -111,13 +111,13 @@ class Retrained:
             _set_vocabulary(self._base, len(embedding.brought) if brought else self._own_vocabulary)
 
     def modules(self) -> dict[str, nn.Module]:
-        """The modules that have brought parameters, by name."""
+        """name -> module, for the modules with replaced parameters."""
         return {name.rpartition(".")[0]: place.owner for name, place in self._places.items()}
 
-    # ------------------------------------------------------------------ what an adapter brings
+    # ------------------------------------------------------------------ the weights of one adapter
 
     def _brought(self, adapter: Adapter) -> dict[str, Tensor]:
-        """Parameter name -> what it is to be, of one adapter."""
+        """Parameter name -> new value, for one adapter."""
         keys = {key: value for key, value in adapter.weights.items() if ".lora_" not in key}
         names = self._names(adapter, keys)
         full: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ class Retrained:
         for key, name in names.items():
             value = adapter.weights.pop(key)
             if OF_LAYER in key and TOKEN_LAYER not in key and self._is_own(name, value):
-                continue  # a copy, which peft adds where LoRA adapts the embeddings
+                continue  # a copy of the base weight, which peft adds if LoRA adapts the embeddings
             adapter.heads[key] = value
             (rows if TOKEN_ROWS in key else full)[name] = value
         for name in list(full):
@@ -150,7 +150,7 @@ class Retrained:
         return full
 
     def _names(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """key -> the parameter of the base model that is meant, of those that are understood."""
+        """key -> parameter name in the base model, for the keys that belong to a parameter."""
         found: dict[str, str] = {}
         for key in tensors:
             plain = key.replace(TOKEN_ROWS, ".weight").replace(TOKEN_LAYER, ".").replace(OF_LAYER, ".")
@@ -165,7 +165,7 @@ class Retrained:
         return found
 
     def _own(self, name: str) -> Tensor | None:
-        """The base model's own numbers; None where they are not here."""
+        """The base model's own value on the CPU; None if it is on the meta device."""
         own: Tensor = self._parameters[name]
         if own.is_meta:
             path, _, attribute = name.rpartition(".")
@@ -184,7 +184,7 @@ class Retrained:
         own = self._parameters[name]
         return [other for other, parameter in self._parameters.items() if parameter is own and other != name]
 
-    # ------------------------------------------------------------------ what can be wrong with it
+    # ------------------------------------------------------------------ checks
 
     def _difference(self, name: str, adapters: list[str], backbone: nn.Module | None) -> str:
         module = name.rpartition(".")[0]
@@ -195,7 +195,7 @@ class Retrained:
             if backbone is not None and find_heads(self._base, backbone, [module]):
                 way_out = f"let the mixture train one of its own, by heads=[{module!r}], or {way_out}"
         except ConfigError:
-            pass  # it is none that a mixture could have
+            pass  # this module cannot be a head
         return f"{adapters} each bring their own {name}, and these differ, but a mixture has one: {way_out}"
 
     def _problems(self, name: str, value: Tensor) -> list[str]:
@@ -222,7 +222,7 @@ class Retrained:
         return [] if broken is None else [f"in this base model {broken}: load it in a wider dtype"]
 
     def _vocabulary_problems(self) -> list[str]:
-        """Where only one of the input and output embeddings would get another size."""
+        """A problem if only one of the input and output embeddings would get another size."""
         names = [name for name in self._embeddings() if name.endswith("weight")]
         sizes = [len(self._places[name].brought if name in self._places else self._parameters[name]) for name in names]
         before = [len(self._parameters[name]) for name in names]
@@ -235,7 +235,7 @@ class Retrained:
         ]
 
     def _embeddings(self) -> list[str]:
-        """The names of what has a row for each token: input embeddings, output embeddings."""
+        """The names of parameters with a row for each token: input and output embeddings."""
         modules = [_embedding(self._base, method) for method in ("get_input_embeddings", "get_output_embeddings")]
         paths = {id(module): path for path, module in self._base.named_modules()}
         return [
@@ -248,13 +248,13 @@ class Retrained:
 
 
 def _are_rows(value: Tensor, indices: list[int], whole: Tensor) -> bool:
-    """Whether these can be the rows of those numbers."""
+    """Whether `value` has the shape of the rows `indices` of `whole`."""
     inside = min(indices) >= 0 and max(indices) < len(whole)
     return inside and list(value.shape) == [len(indices), *whole.shape[1:]]
 
 
 def _token_indices(adapter: Adapter, name: str) -> list[int] | None:
-    """Which rows of this embedding an adapter trains."""
+    """The rows of this embedding that an adapter trains."""
     indices = adapter.config.trainable_token_indices
     if isinstance(indices, dict):
         module = name.rpartition(".")[0]
@@ -263,7 +263,7 @@ def _token_indices(adapter: Adapter, name: str) -> list[int] | None:
 
 
 def _embedding(base: Any, method: str) -> nn.Module | None:
-    """The input or output embeddings; None where a model has none, such as one of images."""
+    """The input or output embeddings; None if the model has none, such as an image model."""
     try:
         return getattr(base, method, lambda: None)()
     except NotImplementedError:
@@ -283,7 +283,7 @@ def _vocabulary(base: Any) -> int | None:
 
 
 def _set_vocabulary(base: Any, size: int) -> None:
-    """As transformers does when it resizes embeddings; the loss is computed with it."""
+    """Set the vocabulary size, which the loss uses, as transformers does when it resizes embeddings."""
     base.config.get_text_config().vocab_size = size
     if hasattr(base, "vocab_size"):
         base.vocab_size = size

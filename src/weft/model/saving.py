@@ -1,4 +1,4 @@
-"""A mixture written as a self-contained folder (`checkpoint/folder.py` has its layout), and its gate read into one."""
+"""Saves a mixture as a self-contained folder (layout: `checkpoint/folder.py`), and loads its gate into a model."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from weft.model.inject import adapter_parameters, key_problems
 
 
 def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-    """peft's `save_pretrained`, after which the folder holds all of the model, or else what it held before.
+    """peft's `save_pretrained`, but atomic: the folder has the complete new model or is unchanged.
 
-    A README.md that a person wrote stays as it is.
+    A README.md that a person wrote is kept.
 
     Raises:
-        ConfigError: the folder holds something that is no mixture's and would be replaced.
+        ConfigError: files that are not part of a mixture would be replaced.
         CheckpointError: the disk is full, or the folder cannot be written.
     """
     folder = Path(save_directory)
@@ -52,7 +52,7 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
     kwargs.setdefault("selected_adapters", [tuner.mixture_name])
     if kwargs.get("state_dict") is not None:
         kwargs["state_dict"] = {without_wrappers(key): value for key, value in kwargs["state_dict"].items()}
-    kwargs.setdefault("save_embedding_layers", False)  # the experts are saved with what they brought
+    kwargs.setdefault("save_embedding_layers", False)  # full weights are saved with the experts
     if not kwargs.get("is_main_process", True):
         save(model, str(folder), *args, **kwargs)
         return
@@ -70,13 +70,13 @@ def save_whole(model: PeftModel, save_directory: str | os.PathLike[str], *args: 
 
 
 def write_beside_gate(model: Any, config: Any, folder: Path, auto_mapping: dict[str, str] | None) -> None:
-    """Write the experts and the options of a model beside the gate, which peft has just written there.
+    """Write the experts and the options of a model beside the gate, which peft has written.
 
     Args:
         model: an X-LoRA model.
-        config: that is being saved: the model's, or a frozen copy's, of which nothing is saved.
-        folder: where the gate is.
-        auto_mapping: peft's, which goes into the options.
+        config: the config that peft saves: the model's, or that of a frozen copy, which is not saved.
+        folder: the folder with the gate.
+        auto_mapping: peft's value, which is added to the options.
 
     Raises:
         CheckpointError: the gate was written as a pickle, or the folder cannot be written.
@@ -90,7 +90,7 @@ def _write_beside_gate(model: Any, config: Any, folder: Path, replaced: dict[str
     gate_file = folder / SAFETENSORS_WEIGHTS_NAME
     if config is not model.xlora_config:
         gate_file.unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else's files are in it
+        with suppress(OSError):  # the folder has other files
             folder.rmdir()
         return
     if (folder / "adapter_model.bin").exists():
@@ -111,7 +111,7 @@ def _write_beside_gate(model: Any, config: Any, folder: Path, replaced: dict[str
 
 
 def complete_folder(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
-    """Write the manifest of a folder in which gate and experts are, and then the options."""
+    """Write the manifest, and then the options, of a folder that has gate and experts."""
     assert config.expert_names is not None
     assert config.layer_names is not None
     manifest = manifest_of(folder, config.expert_names, config.layer_names)
@@ -124,10 +124,10 @@ def complete_folder(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
 
 
 def load_gate(model: torch.nn.Module, saved: SavedMixture) -> None:
-    """Load the gate's tensors into a PeftModel, all of them or none.
+    """Load the gate's tensors into a PeftModel. If one does not fit, none is loaded.
 
     Raises:
-        CheckpointError: the file is missing, broken, or of another gate.
+        CheckpointError: the file is missing, broken, or belongs to another gate.
     """
     weights = saved.gate()
     problems = gate_problems(model, weights)
@@ -139,7 +139,7 @@ def load_gate(model: torch.nn.Module, saved: SavedMixture) -> None:
 
 
 def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
-    """What hinders these tensors from being a PeftModel's gate and heads; copies of its experts' beside them do not."""
+    """Why these tensors are not a PeftModel's gate and heads; copies of its experts are ignored."""
     own, everything = _mixture_tensors(model), model.state_dict()
     problems = key_problems({key: value for key, value in weights.items() if key in own or key not in everything}, own)
     broken = not_finite({key: value.to(own[key].dtype) for key, value in weights.items() if key in own})
@@ -147,15 +147,15 @@ def gate_problems(model: torch.nn.Module, weights: dict[str, Any]) -> list[str]:
 
 
 def _mixture_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The tensors of a PeftModel's gate and heads, under the names that peft saves them by."""
+    """The tensors of a PeftModel's gate and heads, under peft's keys."""
     gate = {key: value for key, value in model.state_dict().items() if GATE_KEY in key}
     return {**gate, **head_tensors(model)}
 
 
 def _add_trained_experts(model: Any, names: list[str], file: Path) -> None:
-    """Put trained experts beside the gate, under their names in the model.
+    """Add the trained experts to the gate's file, under their names in the model.
 
-    So every tool that loads the gate through peft (a Trainer that resumes or takes the best checkpoint) gets them too.
+    Then every tool that loads the gate through peft (a Trainer that resumes or loads the best checkpoint) loads them.
     """
     experts = {
         f"base_model.{name}": parameter for name, parameter in model.named_parameters() if expert_of_key(name) in names
@@ -165,10 +165,10 @@ def _add_trained_experts(model: Any, names: list[str], file: Path) -> None:
 
 
 def given_experts(model: torch.nn.Module, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-    """The experts' tensors in a state dict of a sharded model; nothing where the model has them itself.
+    """The experts' tensors in the state dict of a sharded model; empty if the model is not sharded.
 
     Raises:
-        CheckpointError: the state dict has shards too.
+        CheckpointError: the tensors in the state dict are shards, too.
     """
     own = {key: value for key, value in state_dict.items() if is_expert_key(key) or GATE_KEY in key}
     if not any(is_sharded(parameter) for name, parameter in model.named_parameters() if is_expert_key(name)):
@@ -182,7 +182,7 @@ def given_experts(model: torch.nn.Module, state_dict: dict[str, Any]) -> dict[st
 
 
 def _whole(model: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """These parameters as tensors of their own; those that FSDP shards are taken from the given state dict."""
+    """Copies of these parameters; sharded ones are taken from the state dict that was given."""
     names = {id(parameter): f"base_model.{name}" for name, parameter in model.named_parameters()}
     tensors = {}
     for key, parameter in parameters.items():
@@ -199,7 +199,7 @@ def _whole(model: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_mismatch(saved: list[str], found: list[str]) -> str:
-    """How the LoRA layers that a gate was saved for differ from those in the model."""
+    """How a saved gate's LoRA layers differ from those in the model, for a message."""
     missing = sorted(set(saved) - set(found))
     unexpected = sorted(set(found) - set(saved))
     return (
