@@ -1,10 +1,10 @@
-"""Text from a mixture, token by token, with what each expert had to do with it.
+"""Generation token by token, with each expert's share.
 
-Knows no screen and no server.
+There is no screen and no server here.
 
-    stream.py           weft.stream, weft.generate: reading and writing, a step per token
-    reader.py           a model reads a text into its cache: logits, shares of the experts
-    sampling.py         logits -> the next token
-    detokenizer.py      tokens, one at a time -> text that can be printed
-    speculation.py      drafts of the coming tokens, several of which one call checks
+    stream.py           weft.stream, weft.generate: one step per token
+    reader.py           runs a model on a text with a KV cache: logits, shares of the experts
+    sampling.py         chooses the next token from the logits
+    detokenizer.py      converts tokens, one at a time, to text that can be printed
+    speculation.py      drafts tokens for speculative decoding
 """

@@ -1,7 +1,7 @@
-"""From tokens, one at a time, to text that can be printed: a character may need several tokens.
+"""Converts tokens, one at a time, to text that can be printed. A character may need several tokens.
 
-A token's text depends on its neighbours (the bytes of one character, the space before a word), so it is the difference
-between the texts of a window of tokens with and without it.
+The text of a token depends on its neighbours (the bytes of a character, the space before a word). So it is computed as
+the difference between the texts of a window of tokens with and without the token.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# What tokenizers give for bytes that are no character, or not yet.
+# The text of bytes that are not a valid character, or not yet.
 _INCOMPLETE = "\ufffd"
-# Tokens decoded again with each new one: at most _WINDOW, of which _CONTEXT stay. A character has at most four bytes.
+# At most _WINDOW tokens are decoded with each new one; then all except _CONTEXT are dropped from the window.
 _CONTEXT, _WINDOW = 16, 64
 
 
 class Detokenizer:
-    """Gives the text that each new token adds.
+    """Returns the text that each new token adds.
 
-    The pieces together are what `tokenizer.decode` adds to the context's text when the new tokens come after it
-    (without special tokens, and without "cleaning up" spaces, which would change what is printed already).
+    All pieces together are the text that `tokenizer.decode` adds to the context's text for the new tokens, without
+    special tokens, and without "cleaning up" spaces, which would change text that is printed already.
 
     Args:
-        tokenizer: of transformers.
-        context: the tokens before, whose text is not given again.
+        tokenizer: a tokenizer of transformers.
+        context: the tokens before, whose text is not returned.
 
     Example:
         >>> detokenizer = Detokenizer(tokenizer)
@@ -37,11 +37,11 @@ class Detokenizer:
         self._printed = self._decode().rstrip(_INCOMPLETE)
 
     def add(self, token: int) -> str:
-        """The new text that is certain with this token; "" in the middle of a character."""
+        """Add a token; returns the new text that cannot change any more, "" inside a character."""
         self._window.append(token)
         text = self._decode()
         certain = text.rstrip(_INCOMPLETE)
-        # Bytes that turn out to be no character can take earlier ones with them, until a later token mends it.
+        # Invalid bytes can change the decoding of earlier bytes, until a later token completes a character.
         new = self._advance(certain) if certain.startswith(self._printed) else ""
         if len(self._window) >= _WINDOW and self._printed == text:
             self._window = self._window[-_CONTEXT:]
@@ -49,7 +49,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What was held back, incomplete as it is; for the end."""
+        """The remaining text at the end, which may be incomplete."""
         return self._advance(self._decode())
 
     def _advance(self, text: str) -> str:

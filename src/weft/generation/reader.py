@@ -1,4 +1,4 @@
-"""A model reads a text into its cache and gives the logits and each expert's share."""
+"""Runs a model on a text with a KV cache; returns the logits and each expert's share."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from weft.passes.cache import tokens_in
 
 
 class Reader:
-    """Lets a model read a text into its cache.
+    """Runs a model on the tokens that its KV cache does not have yet.
 
     Args:
         model: a mixture.
-        cache: what it has read.
-        freeze_at: freeze the scalings at so many tokens; None never.
+        cache: the KV cache.
+        freeze_at: number of tokens from which the scalings are frozen; None never freezes.
     """
 
     def __init__(self, model: Any, cache: Cache, freeze_at: int | None = None) -> None:
@@ -42,27 +42,27 @@ class Reader:
         *,
         every_position: bool = False,
     ) -> tuple[Float[Tensor, "1 position vocab"], list[int]]:
-        """Read the tokens that the cache lacks, and drafted ones after them.
+        """Run the model on the tokens that are not in the cache, and on drafted tokens after them.
 
-        An exception on the way empties the cache: some layers may have the new tokens by then, and others not.
+        An exception during the call empties the cache, as only some layers may have the new tokens.
 
         Args:
             input_ids: the whole text.
-            speculation: drafts the coming tokens; or None.
-            limit: at most so many drafted tokens.
-            every_position: give the logits after each token that is read, not after the text's last one alone.
+            speculation: drafts tokens; None for no drafts.
+            limit: maximum number of drafted tokens.
+            every_position: return the logits of all tokens that were read, not only of the text's last token.
 
         Returns:
             The logits after the text and after each drafted token, and the drafted tokens.
         """
-        # A cache of recurrent states does not tell how many tokens it has read.
+        # A cache of recurrent states does not have its number of tokens.
         unread = input_ids[:, self._number_read if is_recurrent(self.cache) else tokens_in(self.cache) :]
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.tuner.passes.thread.held())
                 drafted, hidden = ([], None) if speculation is None else speculation(unread, limit)
                 positions = len(drafted) + 1
-                # Not inference mode: what is in the cache then could not be used where gradients are wanted.
+                # Not inference mode: its tensors in the cache could not be used later with gradients.
                 stack.enter_context(torch.no_grad())
                 if hidden is not None:
                     stack.enter_context(self.tuner.passes.after_scaling_steps(hidden))
@@ -86,11 +86,11 @@ class Reader:
         return output.logits if every_position else output.logits[:, -positions:], drafted
 
     def forget(self, number: int) -> None:
-        """Take the last tokens out of the cache again."""
+        """Remove the last `number` tokens from the cache."""
         forget(self.cache, number)
 
     def shares(self, index: int) -> dict[str, float]:
-        """Each expert's share after the text (0) or after a drafted token (1, 2, ...), as the mean over the layers."""
+        """Each expert's share, as the mean over the layers: after the text (0) or after drafted token 1, 2, ..."""
         return self._shares[min(index, len(self._shares) - 1)]
 
     def _note_shares(self, positions: int) -> None:
@@ -100,10 +100,10 @@ class Reader:
 
 
 def tuner_of(model: Any) -> XLoraModel:
-    """The X-LoRA model itself, of what users have of it.
+    """The `XLoraModel` of a mixture, which users have as a `PeftModel`.
 
     Raises:
-        ConfigError: there is none in it.
+        ConfigError: `model` is not a mixture.
     """
     tuner = model if isinstance(model, XLoraModel) else getattr(model, "base_model", None)
     if not isinstance(tuner, XLoraModel):

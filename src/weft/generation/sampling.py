@@ -1,7 +1,7 @@
-"""From the logits of one position to the next token; knows nothing of models.
+"""Chooses the next token from the logits of one position.
 
-The processors are transformers' own, in the order in which `generate` applies them. The random numbers come from a
-generator of the sampler's own, so that a seed means the same whatever else the program draws.
+The logits processors are those of transformers, in the order of `generate`. The sampler has its own random generator,
+so that the result for a seed does not depend on other random numbers in the program.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from weft.files.reading import is_number, is_whole, shown
 
 
 def check_decoding(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise where these options cannot work; the command line asks before it loads a model.
+    """Raise if an option is not valid. The command line calls this before it loads a model.
 
     Raises:
-        ConfigError: one or more are out of range; all are named.
+        ConfigError: one or more options are out of range; all at once.
     """
     problems = []
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
@@ -43,14 +43,14 @@ def check_decoding(*, max_new_tokens: int, temperature: float, top_k: int | None
 
 
 class Sampler:
-    """Chooses the next token: the likeliest, or a random one.
+    """Chooses the next token: the most likely one, or a sample.
 
     Args:
-        temperature: 0 takes the likeliest token; above 0 samples from softmax(logits / temperature).
-        top_k: sample from so many of the likeliest tokens only; None from all.
-        top_p: sample from the fewest of the likeliest tokens that have this probability together; None from all.
-        repetition_penalty: transformers' factor against tokens that the text has already; 1 is none.
-        seed: of the random numbers; None starts anywhere.
+        temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
+        top_k: sample only from this number of most likely tokens; None samples from all.
+        top_p: sample only from the smallest set of most likely tokens with this total probability; None from all.
+        repetition_penalty: transformers' penalty for tokens that are in the text already; 1 for none.
+        seed: seed of the random generator; None takes a random seed.
 
     Raises:
         ConfigError: the penalty or the seed is out of range.
@@ -90,8 +90,8 @@ class Sampler:
             self.processors.append(TopPLogitsWarper(float(top_p)))
 
     def __call__(self, input_ids: Int[Tensor, "1 seq"], logits: Float[Tensor, "1 vocab"]) -> Int[Tensor, "1"]:
-        """The token after `input_ids`, of which `logits` are the model's."""
-        # The type is that of any callable; what it gives is scores.
+        """The token after `input_ids`; `logits` are the model's at their last position."""
+        # LogitsProcessorList has no useful return type.
         scores: Tensor = self.processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
         if self.greedy:
             return scores.argmax(-1)

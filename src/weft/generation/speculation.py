@@ -1,12 +1,12 @@
-"""Drafts of the coming tokens, so that one call of the model can check several.
+"""Drafts of the next tokens for speculative decoding: one call of the model checks several of them.
 
-Two sources. The text's own n-grams cost nothing: what followed the last tokens the last time they occurred may follow
-again, as it does where code is edited or a text is quoted. The scaling pass costs a pass per drafted token, but one
-whose result is needed anyway if the token is right: it is the base model reading the text, and with the LM head it says
-what the base model would write.
+There are two sources. The n-grams of the text cost nothing: the tokens that followed the last earlier occurrence of the
+text's last tokens may follow again, for example in edited code or quotations. The scaling pass needs one pass for each
+drafted token; but it is a pass of the base model, whose result is needed anyway if the token is accepted. With the LM
+head it gives the base model's next token.
 
-A drafted token is kept where it is the token that would have been chosen without it (see `stream.py`), so drafts change
-the time alone. When they miss, they get shorter, and pause.
+A drafted token is accepted if it is the token that would be chosen without the draft (see `stream.py`), so drafts only
+change the speed. After rejected drafts, the drafts become shorter, and then pause.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Lengths of the endings that are looked up, the longest first.
+# Lengths of the n-grams, the longest first.
 NGRAM_LENGTHS = (4, 3, 2)
-# A source that has missed again and again is tried again after so many tokens, at most.
+# Maximum number of calls without drafts after repeated rejections.
 LONGEST_PAUSE = 64
 
 
 class NGramDrafts:
-    """The text goes on as it did after the latest earlier occurrence of its last tokens.
+    """Drafts the tokens that followed the latest earlier occurrence of the text's last tokens.
 
     Args:
-        tokens: of the text so far.
+        tokens: the tokens of the text so far.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens: list[int] = []
-        # n-gram -> the index after its latest occurrence, of those that something follows.
+        # n-gram -> the index after its latest occurrence that is followed by a token.
         self._indices: dict[tuple[int, ...], int] = {}
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Tokens that follow the text."""
+        """Add tokens to the text."""
         for token in tokens:
             index = len(self.tokens)
             for length in NGRAM_LENGTHS:
@@ -48,7 +48,7 @@ class NGramDrafts:
             self.tokens.append(token)
 
     def __call__(self, limit: int) -> list[int]:
-        """At most so many tokens; none where the text's end is new."""
+        """Draft at most `limit` tokens; none if the last tokens have not occurred before."""
         for length in NGRAM_LENGTHS:
             index = self._indices.get(tuple(self.tokens[-length:]))
             if index is not None and len(self.tokens) >= length:
@@ -57,10 +57,10 @@ class NGramDrafts:
 
 
 class DraftLength:
-    """How many tokens a source may draft: more while they are right, fewer when they are not, then none for a while.
+    """The number of tokens that a source drafts: it grows with accepted drafts, and shrinks and pauses without.
 
     Args:
-        largest: never more.
+        largest: the maximum.
     """
 
     def __init__(self, largest: int) -> None:
@@ -70,14 +70,14 @@ class DraftLength:
         self._pause = 0
 
     def now(self) -> int:
-        """For the coming call."""
+        """The number for the next call."""
         if self._pause > 0:
             self._pause -= 1
             return 0
         return self._length
 
     def note(self, right: int, drafted: int) -> None:
-        """How many of the drafted tokens were right."""
+        """Record how many of the drafted tokens were accepted."""
         if right == drafted:
             self._length = min(self.largest, 2 * self._length)
         elif right == 0:
@@ -89,17 +89,17 @@ class DraftLength:
 
 
 class DraftTimer:
-    """Whether drafting with the scaling pass is faster than not to draft, by the clock.
+    """Measures whether drafting with the scaling pass is faster than no drafts.
 
-    After a few plain tokens it is tried, and again now and then: the text may have become easier.
+    It is tried after a few tokens, and again at intervals, as the text may have become easier to predict.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[bool, float] = {}  # drafting or not -> per token
+        self._seconds: dict[bool, float] = {}  # drafting or not -> seconds per token
         self._until_next_try = 4
 
     def draft_now(self) -> bool:
-        """For the coming call."""
+        """Whether to draft in the next call."""
         if False not in self._seconds:
             return False
         if self._until_next_try > 0:
@@ -109,7 +109,7 @@ class DraftTimer:
         return True
 
     def note(self, drafting: bool, seconds: float, tokens: int) -> None:
-        """What a call took, and how many tokens it brought."""
+        """Record the time of a call and the number of new tokens."""
         before = self._seconds.get(drafting)
         now = seconds / tokens
         self._seconds[drafting] = now if before is None else 0.8 * before + 0.2 * now
@@ -120,10 +120,10 @@ class Speculation:
 
     Args:
         tuner: the X-LoRA model.
-        cache: the double cache that the text is read into.
-        tokens: of the prompt.
-        largest: at most so many drafted tokens per call.
-        with_base: also draft with the scaling pass, where there is a whole one.
+        cache: the KV cache of both passes.
+        tokens: the tokens of the prompt.
+        largest: maximum number of drafted tokens in a call.
+        with_base: also draft with the scaling pass, if it runs all layers.
     """
 
     def __init__(self, tuner: Any, cache: Any, tokens: Sequence[int], largest: int, *, with_base: bool = True) -> None:
@@ -139,11 +139,11 @@ class Speculation:
         self._started = 0.0
 
     def __call__(self, unread: Tensor, limit: int) -> tuple[list[int], Float[Tensor, "1 seq hidden"] | None]:
-        """A draft of the tokens after `unread`, and what the scaling pass read on the way, if the draft is its own.
+        """Draft the tokens after `unread`; returns also the result of the scaling pass if it made the draft.
 
         Args:
-            unread: `[1, seq]`, the tokens at the end of the text that the cache lacks.
-            limit: at most so many.
+            unread: `[1, seq]`, the last tokens of the text, which are not in the cache.
+            limit: maximum number of drafted tokens.
         """
         self._started = time.perf_counter()
         self._source, drafted = self._ngram_length, self.ngrams(min(limit, self._ngram_length.now()))
@@ -156,7 +156,7 @@ class Speculation:
         return self._by_base(unread, min(limit, max(1, self._base_length.now())))
 
     def note(self, right: int, drafted: int, tokens: Sequence[int]) -> None:
-        """What became of the draft, and the tokens that the call brought."""
+        """Record how many drafted tokens were accepted, and the new tokens of the call."""
         self.ngrams.extend(tokens)
         if self._source is not self._ngram_length:
             self._timer.note(self._source is not None, time.perf_counter() - self._started, len(tokens))
@@ -171,6 +171,6 @@ class Speculation:
             with passes.as_scaling_pass():
                 token = head(hidden[-1]).argmax(-1)  # [1, 1]
             drafted.append(int(token))
-        # The last token is read too: where all are right, the call brings one token more.
+        # The last drafted token is read too: if all are accepted, the call gives one more token.
         hidden.append(passes.scaling_step(token, self.cache))
         return drafted, torch.cat(hidden, 1)

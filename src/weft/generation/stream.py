@@ -1,12 +1,12 @@
-"""Generation token by token, with what the experts had to do with each.
+"""Generation token by token, with each expert's share.
 
-Three parts that know nothing of each other: a `Reader` lets the model read tokens into its cache, a `Sampler` chooses,
-a `Detokenizer` makes text of it. `stream` puts them together.
+A `Reader` runs the model with a KV cache, a `Sampler` chooses the token, a `Detokenizer` converts it to text. `stream`
+combines them.
 
-With `speculate`, one call reads drafted tokens too, and the sampler chooses at each of them as if it stood alone: as
-long as it chooses the drafted token, the next position counts as well. So the tokens (and their distribution, where
-they are sampled) are those of plain decoding, whatever is drafted; this is speculative sampling (arXiv 2211.17192) for
-drafts without probabilities of their own, which are accepted with the probability that the model gives them.
+With `speculate`, one call also reads drafted tokens, and the sampler chooses a token at each position. If it chooses
+the drafted token, the next position is used too. So the tokens, or their distribution with sampling, are those of plain
+decoding for any draft. This is speculative sampling (arXiv 2211.17192) for drafts without probabilities, which are
+accepted with the probability that the model gives them.
 """
 
 from __future__ import annotations
@@ -37,16 +37,14 @@ class Step:
     """One generated token.
 
     Attributes:
-        token: its id.
-        text: the text that can be printed now, "" in the middle of a character; without special tokens, and always ""
-            where `stream` was given no tokenizer.
-        shares: expert name -> its weight, as the mean over the LoRA layers of the scalings that they followed (top-k
-            applied) at the position that predicted this token: the one before it, which is the last token of the
-            prompt for the first step. They sum to 1 where the gate ends in a softmax over all experts and all are kept.
-            Inside `fixed_scalings` they are its weights; with the experts off there are none.
-        guessed: whether `speculate` had guessed it, so that it took no call of its own.
-        finish_reason: None while there is more to come; "stop" at a token that ends the text, "length" after
-            `max_new_tokens` or at the model's last position.
+        token: the token id.
+        text: the text that can be printed now, without special tokens; "" inside a character, or without a tokenizer.
+        shares: expert name -> its scaling after top-k, as the mean over the LoRA layers, at the position that predicted
+            this token (the token before it). The shares sum to 1 if the gate has a softmax over all experts and keeps
+            all of them. In `fixed_scalings` they are its weights; with the experts off, the dict is empty.
+        guessed: whether the token was an accepted draft of `speculate`, so that it needed no further call.
+        finish_reason: None if more tokens follow; "stop" at an end token, "length" at `max_new_tokens` or at the
+            model's last position.
 
     Example:
         >>> step = next(weft.stream(model, "The contract", tokenizer=tokenizer))
@@ -77,36 +75,39 @@ def stream(
     speculate: int = 0,
     freeze_scalings_after: int | None = None,
 ) -> Generator[Step, None, None]:
-    """Generate one text, step by step: the tokens of `model.generate` with the same options.
+    """Generate one text, step by step. The tokens are those of `model.generate` with the same options.
 
-    Options are checked at once, the model runs when steps are asked for. Between two steps nothing is under way: the
-    model may be used for something else, and the steps may end early.
+    The options are checked immediately; the model runs when a step is requested. Between two steps the model can be
+    used otherwise, and the generator can be closed early.
 
     Args:
         model: a mixture, from `weft.from_adapters` or `weft.from_pretrained`.
-        prompt: the whole text so far; a string needs a tokenizer, token ids are `[1, seq]`.
-        tokenizer: makes tokens of the prompt and text of the tokens.
-        max_new_tokens: at most so many steps; fewer where the model has no more positions.
-        temperature: 0 takes the likeliest token; above 0 samples, the higher the freer.
-        top_k: sample from so many of the likeliest tokens; None from all (whatever the generation config says).
-        top_p: sample from the likeliest tokens of this total probability; None from all (likewise).
-        repetition_penalty: 1 is none; None takes that of `model.generation_config`.
-        seed: of the sampling, which does not touch torch's global random numbers; None starts anywhere.
-        eos_token_id: tokens that end the text; None takes those of `model.generation_config`, [] is none.
-        past_key_values: a cache to go on from and to go on with, filled in place: empty, or filled by this model with
-            the beginning of the prompt, of which only the rest is read then. The last step's token is never in it. An
-            exception in the middle of a step (Ctrl-C) empties it.
-        speculate: guess up to so many tokens ahead, from the text's own n-grams and with the scaling pass, where that
-            saves time; 0 does not. The tokens are the same.
-        freeze_scalings_after: ask the gate for the prompt and so many new tokens only; from then on the text keeps the
-            mean of its scalings so far, and a token costs one pass. None never freezes. Excludes `speculate`.
+        prompt: the whole text so far: a string, which needs a tokenizer, or token ids `[1, seq]`.
+        tokenizer: tokenizer for the prompt and the text of the steps.
+        max_new_tokens: maximum number of steps; fewer if the model has no more positions.
+        temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
+        top_k: sample only from this number of most likely tokens; None samples from all, whatever the generation config
+            has.
+        top_p: sample only from the most likely tokens with this total probability; None samples from all, whatever the
+            generation config has.
+        repetition_penalty: 1 for none; None takes the one in `model.generation_config`.
+        seed: seed of the sampling, which does not change torch's global random state; None takes a random seed.
+        eos_token_id: tokens that end the text; None takes those of `model.generation_config`, [] means none.
+        past_key_values: a KV cache, which is extended in place. It must be empty, or filled by this model with the
+            beginning of the prompt, which is then not read again. It never has the token of the last step. An exception
+            during a step (Ctrl-C) empties it.
+        speculate: maximum number of tokens to draft in a call, from n-grams of the text and with the scaling pass, if
+            that saves time; 0 for none. The tokens do not change.
+        freeze_scalings_after: run the gate only for the prompt and this number of new tokens. From then on the text
+            uses the mean of its scalings, and a token needs one pass. None never freezes. Excludes `speculate`.
 
     Yields:
-        A `Step` per token.
+        A `Step` for each token.
 
     Raises:
-        ConfigError: an option, or the prompt, cannot work.
-        CacheError: the model keeps no such cache, or this one holds no beginning of the prompt.
+        ConfigError: an option or the prompt is not valid.
+        CacheError: the model does not use such a cache, or the cache does not have the beginning of the prompt.
+        ThreadError: another thread is using the model.
 
     Example:
         >>> for step in weft.stream(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32):
@@ -152,10 +153,14 @@ class Generation:
     """A generated text.
 
     Attributes:
-        tokens: the new ones.
-        text: of the new tokens; "" without a tokenizer.
-        finish_reason: why it ends there, "stop" or "length".
-        num_calls: how often the model was called; less than `len(tokens)` where `speculate` guessed right.
+        tokens: the ids of the new tokens.
+        text: the text of the new tokens; "" without a tokenizer.
+        finish_reason: "stop" at an end token, "length" at `max_new_tokens` or at the model's last position.
+        num_calls: number of calls of the model; less than `len(tokens)` if drafts of `speculate` were accepted.
+
+    Example:
+        >>> generation = weft.generate(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32)
+        >>> generation.text, generation.finish_reason
     """
 
     tokens: list[int]
@@ -165,17 +170,20 @@ class Generation:
 
 
 def generate(model: Any, prompt: str | Tensor, **options: Any) -> Generation:
-    """Generate one text: `stream`, to its end.
+    """Generate one text: all steps of `stream` together.
 
-    For batches, beams and all else that transformers' `generate` offers there is `model.generate`.
+    For batches, beam search and other features of transformers' `generate`, use `model.generate`.
 
     Args:
         model: a mixture.
-        prompt: the whole text so far.
-        **options: of `stream`; `speculate=8` for speed.
+        prompt: the whole text so far: a string, which needs a tokenizer, or token ids `[1, seq]`.
+        **options: the options of `stream`; `speculate=8` for speed.
+
+    Returns:
+        The `Generation`.
 
     Raises:
-        ConfigError, CacheError: as `stream`.
+        ConfigError, CacheError, ThreadError: as in `stream`.
 
     Example:
         >>> weft.generate(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32, speculate=8).text
@@ -192,7 +200,7 @@ def generate(model: Any, prompt: str | Tensor, **options: Any) -> Generation:
 
 
 def end_tokens(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end a text, as configs have them: none, one or several."""
+    """The end tokens as a set, from the value in a config: None, one token, or several."""
     if eos_token_id is None:
         return frozenset()
     return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
@@ -232,12 +240,12 @@ def _steps(
                 yield step
             except GeneratorExit:
                 if given < len(steps):
-                    reader.forget(len(steps) - given)  # tokens that nobody has asked for
+                    reader.forget(len(steps) - given)  # tokens that were not yielded
                 raise
 
 
 def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_scalings_after: int | None) -> None:
-    """Raise where guessing or freezing cannot work."""
+    """Raise if `speculate` or `freeze_scalings_after` is not valid."""
     if isinstance(speculate, bool) or not isinstance(speculate, int) or speculate < 0:
         raise ConfigError(f"speculate ({speculate!r}) must be a whole number of at least 0: tokens to guess ahead")
     if freeze_scalings_after is not None:
@@ -266,7 +274,7 @@ def _token_ids(prompt: str | Tensor, tokenizer: Any) -> Int[Tensor, "1 seq"]:
 
 
 def _that_fit(max_new_tokens: int, tuner: XLoraModel, input_ids: Tensor, cache: Cache) -> int:
-    """`max_new_tokens`, or fewer where the model has no positions to read them at."""
+    """`max_new_tokens`, or fewer if the model does not have so many positions."""
     length, cached = input_ids.shape[1], tokens_in(cache)
     if cached >= length:
         raise CacheError(
@@ -280,4 +288,4 @@ def _that_fit(max_new_tokens: int, tuner: XLoraModel, input_ids: Tensor, cache: 
         raise ConfigError(
             f"prompt ({length} tokens) must be at most the model's number of positions ({positions}): shorten it"
         )
-    return min(max_new_tokens, positions - length + 1)  # the last one is not read
+    return min(max_new_tokens, positions - length + 1)  # the last token needs no position
