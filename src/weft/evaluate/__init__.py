@@ -1,17 +1,17 @@
-"""`weft eval`: the mixture beside the base, its experts, static merges, Arrow and the oracle, on the user's own data.
+"""`weft eval`: compares the mixture with the base model, its experts, static merges, Arrow and the oracle.
 
-Knows no way to train, and no way to save a mixture.
+Nothing is trained, and no mixture is saved here.
 
-    data_sets.py    what a column is measured on: texts in windows, multiple choice, questions
-    scoring.py      one model on one data set: a score for every part of every example
-    intervals.py    intervals by resampling examples
-    usage.py        seconds and memory
-    contestants.py  what is compared, loaded onto one base model in turn
-    merges.py       static merges of the experts, and the search for the best weights of one
-    rows.py         the rows: what is carried, and how it is run
-    cell_store.py   finished cells, found again by a digest
-    report.py       the table on screen, as JSON, Markdown and CSV
-    run.py          all of it
+    data_sets.py    the data set of a column: texts in windows, multiple choice, questions
+    scoring.py      the scores of one model on one data set
+    intervals.py    bootstrap intervals
+    usage.py        time and memory
+    contestants.py  the models to compare, loaded one after the other onto one base model
+    merges.py       static merges of the experts, and the search for their best weights
+    rows.py         the rows of the table: a model and its settings
+    cell_store.py   finished cells, stored by a digest
+    report.py       the table on screen, and as JSON, Markdown and CSV
+    run.py          the whole evaluation
 """
 
 from weft.data.padded import padded_batches

@@ -1,7 +1,7 @@
-"""Finished cells of the table, kept beside it, so that a stopped evaluation goes on and a repeated one is quick.
+"""Finished cells of the table, stored beside it, so that an evaluation can be resumed or quickly repeated.
 
-A cell is found again by a digest of all that it depends on: base, experts or mixture, data and options. What has
-changed has another digest, and is measured anew.
+A cell is stored by a digest of everything that it depends on: base model, experts or mixture, data and options. After a
+change the digest is another one, and the cell is measured again.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _SAMPLED = 64  # values of each of the base's parameters
 
 @dataclass(frozen=True)
 class Cell:
-    """What one row gave on one data set.
+    """The result of one row on one data set.
 
     Attributes:
-        scores: of each part, what is summed up and how much it counts.
-        seconds: how long it took.
-        peak_mb: memory at the peak; None where it cannot be told.
-        note: what was chosen on the way, such as a merge's weights.
+        scores: for each part of the examples, (sum, weight): see `Scores`.
+        seconds: time of the measurement.
+        peak_mb: peak memory in MB; None if it cannot be measured.
+        note: a choice that was made, such as a merge's weights.
     """
 
     scores: list[tuple[float, float]]
@@ -41,16 +41,17 @@ class Cell:
 
 
 class CellStore:
-    """Cells in a file of JSON lines; without a file they are only remembered.
+    """Stores cells in a file of JSON lines, or only in memory.
 
     Args:
-        file: is added to; lines that are not whole, after a process that was killed, are passed over.
+        file: the file, to which cells are appended; None for memory only. Incomplete lines from a killed process are
+            ignored.
     """
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self._known: dict[str, Cell] = {}
-        self._broken = False  # whether the last line ends half-way
+        self._broken = False  # whether the last line is incomplete
         if file is not None and os.path.lexists(file):
             data = read_bytes(file, most=None)
             self._broken = bool(data) and not data.endswith(b"\n")
@@ -63,7 +64,7 @@ class CellStore:
 
     @staticmethod
     def check(file: Path) -> None:
-        """Raise where a file could not be added to, before anything is measured.
+        """Raise if a file cannot be written. To be called before anything is measured.
 
         Raises:
             ConfigError: it is not writable.
@@ -86,10 +87,10 @@ class CellStore:
         return self._known[digest]
 
     def keep(self, digest: str, row: str, data: str, cell: Cell) -> None:
-        """Remember a cell, and write it down at once.
+        """Store a cell, and write it to the file immediately.
 
         Raises:
-            CheckpointError: it cannot be written; what was kept before is.
+            CheckpointError: it cannot be written; earlier cells are kept.
         """
         self._known[digest] = cell
         if self.file is not None:
@@ -101,10 +102,10 @@ class CellStore:
 
 
 def _cell(scores: Any, seconds: Any, peak_mb: Any, note: Any = "") -> Cell:
-    """A cell from what a line holds.
+    """Make a cell from the values of a line.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: the values are not a cell.
     """
     if not isinstance(note, str):
         raise TypeError("a text is expected")
@@ -113,18 +114,18 @@ def _cell(scores: Any, seconds: Any, peak_mb: Any, note: Any = "") -> Cell:
 
 
 def _measured(value: Any) -> float:
-    if not is_number(value) and not isinstance(value, float):  # NaN too, where the model gave it
+    if not is_number(value) and not isinstance(value, float):  # NaN is allowed: it can be a model's loss
         raise TypeError("a number is expected")
     return float(value)
 
 
 def digest_of(*parts: Any) -> str:
-    """One digest of several things that JSON can hold."""
+    """The digest of several JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def folder_digest(path: str) -> str:
-    """Of all options and tensors of a mixture or an adapter."""
+    """The digest of all options and tensors of a mixture or an adapter."""
     folder, digest = local_folder(path, "model"), hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".json", ".safetensors") and "checkpoints" not in file.relative_to(folder).parts:
@@ -139,7 +140,7 @@ def folder_digest(path: str) -> str:
 
 @torch.no_grad()
 def base_digest(base: Any) -> str:
-    """Of a base model in memory: its options, and some values of every parameter, as reading all would take long."""
+    """The digest of a base model in memory: its config, and some values of each parameter (all would take long)."""
     options = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for name, parameter in sorted(base.named_parameters()):

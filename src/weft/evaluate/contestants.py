@@ -1,7 +1,7 @@
-"""What is compared, loaded onto one base model in turn: a mixture, adapters side by side, peft's Arrow.
+"""The models to compare, loaded one after the other onto one base model: a mixture, adapters, peft's Arrow.
 
-All contestants share the base's weights. After each turn the base is as it was, so that a mixture that comes back from
-its folder is the same, bit for bit.
+All of them share the base model's weights. The base model is restored after each one, so that a mixture that is loaded
+again from its folder is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from weft.model.build import from_pretrained
 from weft.model.inject import inject_adapters, remove_adapters
 from weft.model.retrained import Retrained
 
-# What loading a contestant gives: the model, and a function that lets the base be as it was.
+# (the loaded model, a function that restores the base model)
 Loaded = tuple[Any, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that is compared.
+    """A model to compare.
 
     Args:
-        key: what it is; equal keys need not be loaded twice in a row.
+        key: identifies it; if the next contestant has the same key, it is not loaded again.
         load: loads it onto a base model.
     """
 
@@ -40,7 +40,7 @@ class Contestant:
 
 
 class SharedBase:
-    """A base model and the contestant on it.
+    """A base model and the contestant that is loaded onto it.
 
     Args:
         base: a causal language model without adapters.
@@ -48,7 +48,7 @@ class SharedBase:
     Example:
         >>> shared = SharedBase(base)
         >>> shared.load(mixture("my-mixture"))(input_ids)
-        >>> shared.clear()  # the base as it was
+        >>> shared.clear()  # restores the base model
     """
 
     def __init__(self, base: Any) -> None:
@@ -59,7 +59,7 @@ class SharedBase:
         self._leave: Callable[[], Any] = lambda: None
 
     def load(self, contestant: Contestant) -> Any:
-        """Load it onto the base, instead of the one that is there."""
+        """Load a contestant onto the base model, in place of the present one; returns the model to run."""
         if self._key != contestant.key:
             self.clear()
             try:
@@ -73,7 +73,7 @@ class SharedBase:
         return self._model
 
     def clear(self) -> None:
-        """Let the base be as it was."""
+        """Restore the base model."""
         self._leave()
         self._key, self._model, self._leave = None, None, lambda: None
         self._flags.restore(self.base)
@@ -95,7 +95,7 @@ def mixture(folder: str) -> Contestant:
 
 
 def adapters(paths: dict[str, str]) -> Contestant:
-    """Ordinary adapters side by side, as peft's `LoraModel`; the first one acts."""
+    """Ordinary adapters as peft's `LoraModel`; the first one is active."""
 
     def load(base: Any) -> Loaded:
         read = read_adapters(paths, allow_dora=True, base_is_known=True)
@@ -118,9 +118,9 @@ def adapters(paths: dict[str, str]) -> Contestant:
 
 
 def arrow(paths: dict[str, str], seed: int) -> Contestant:
-    """peft's Arrow (arXiv 2405.11157): each token goes to the experts whose prototypes it resembles; nothing learns.
+    """peft's Arrow (arXiv 2405.11157): routes each token to the experts with the most similar prototypes, untrained.
 
-    Loading it raises what peft raises where the experts differ in rank or targets.
+    Loading it raises an error of peft if the experts differ in rank or targets.
     """
 
     def load(base: Any) -> Loaded:

@@ -1,7 +1,7 @@
 """The data sets of an evaluation: texts, multiple choice, and questions with an answer to generate.
 
-What a row is follows from its keys. Every example falls into one or more *parts* that have one expert's domain each;
-scores are kept by part, so that the oracle can take each from its own expert, and resampled by example.
+The keys of the rows determine the kind. Each example has one or more *parts*, each of one expert's domain. Scores are
+kept for each part, so that the oracle can take each part from its own expert. Intervals are resampled by example.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GENERATION = {"prompt", "answer"}
 
 
 class Window(NamedTuple):
-    """A stretch of a text that is read at once: tokens `start` to `end`, of which those from `first` on are scored."""
+    """The part of a text for one forward pass: tokens `start` to `end`; those from `first` on are scored."""
 
     start: int
     end: int
@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """One text: its tokens, the number of the part that each is of, and how it is read."""
+    """One text: its tokens, the index of each token's part, and its windows."""
 
     tokens: list[int]
     parts: list[int]
@@ -42,7 +42,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Choice:
-    """One question: each choice's tokens after the question's, where its own begin, and its length in characters."""
+    """One multiple-choice question.
+
+    Attributes:
+        sequences: for each choice, the tokens of the question and the choice.
+        firsts: for each choice, the index of its first token in the sequence.
+        lengths: for each choice, its length in characters.
+        answer: index of the right choice.
+    """
 
     sequences: list[list[int]]
     firsts: list[int]
@@ -52,7 +59,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the answers that count as right."""
+    """A prompt and its right answers."""
 
     tokens: list[int]
     answers: list[str]
@@ -60,15 +67,15 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What one column of the table is measured on.
+    """The data set of one column of the table.
 
     Attributes:
-        name: as the user calls it.
-        metric: what is measured.
-        examples: all of one kind.
-        example_of_part: for each part, the number of its example.
+        name: the user's name for it.
+        metric: the metric of its kind.
+        examples: `Text`s, `Choice`s or `Question`s.
+        example_of_part: for each part, the index of its example.
         labels: for each part, the expert of its domain, or None.
-        max_new_tokens: for answers to be generated.
+        max_new_tokens: maximum length of generated answers.
     """
 
     name: str
@@ -80,25 +87,26 @@ class DataSet:
     digest: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Labels are left out: they change the oracle, which is made from scores, and no score.
+        # Without labels: they change the oracle, which is computed from scores, but no score.
         content = [self.metric, [vars(example) for example in self.examples], self.example_of_part, self.max_new_tokens]
         object.__setattr__(self, "digest", hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
     @property
     def steps(self) -> int:
-        """How many forward passes or generations it takes, one at a time."""
+        """The number of windows or examples, for the progress display."""
         if self.metric == "perplexity":
             return sum(len(text.windows) for text in self.examples)
         return len(self.examples)
 
 
 def token_windows(length: int, window: int, stride: int = 0) -> list[Window]:
-    """How a text of `length` tokens is read, `window` at a time.
+    """The windows of a text of `length` tokens.
 
-    Without a stride the windows stand side by side and the first token of each, before which nothing is read, is not
-    scored. With a stride each window after the first moves on by so many tokens and scores these only: every token but
-    the text's first is scored once, after at least window - stride others (but at the text's start). The last window
-    is as long as the others, as in lm-evaluation-harness' rolling windows.
+    Without a stride, the windows do not overlap, and the first token of each window is not scored, as it has no
+    context. With a stride, each window after the first begins `stride` tokens later, and only its new tokens are
+    scored. So each token except the text's first is scored once, with at least window - stride tokens of context
+    (except at the start of the text). The last window is as long as the others, as in the rolling windows of
+    lm-evaluation-harness.
 
     Example:
         >>> token_windows(10, 4, stride=3)
@@ -126,22 +134,22 @@ def read_data_set(
     max_sequences: int = 0,
     max_new_tokens: int = 32,
 ) -> DataSet:
-    """Read one source; its rows' keys say what is measured.
+    """Read one data set. The keys of its rows determine the metric.
 
     Args:
-        name: of the data set; where it is an expert's, all of it is of that expert's domain.
-        source: as for `read_tokens`. Rows with text or messages are texts; with question, choices and answer, multiple
-            choice; with prompt (a text, or messages) and answer, questions. "expert" names the domain of a
-            row, and "experts" ([[start, name], ...], from which character on) those of a text's parts.
-        tokenizer: the base model's.
-        expert_names: labels of other names are none.
-        sequence_length: tokens that are read at once.
+        name: name of the data set. If it is an expert's name, all examples are of that expert's domain.
+        source: as for `read_tokens`. Rows with text or messages are texts; rows with question, choices and answer are
+            multiple choice; rows with prompt (a text, or messages) and answer are questions. "expert" is the domain of
+            a row, and "experts" ([[start, name], ...], with character positions) are the domains of a text's parts.
+        tokenizer: the base model's tokenizer.
+        expert_names: the experts; other labels are ignored.
+        sequence_length: number of tokens in a window.
         stride: see `token_windows`.
-        max_sequences: at most so many windows or examples, the first ones; 0 takes all.
-        max_new_tokens: for answers to be generated.
+        max_sequences: maximum number of windows or examples, from the start; 0 takes all.
+        max_new_tokens: maximum length of generated answers.
 
     Raises:
-        DataError: it cannot be read or holds nothing to measure on.
+        DataError: the source cannot be read, or has no usable rows.
     """
     rows = list(read_rows(source))
     keys = set(rows[0][1]) if rows and isinstance(rows[0][1], dict) else set()
@@ -195,7 +203,7 @@ def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Cho
     context = at_place(place, prompt_tokens, question.rstrip(), tokenizer)
     sequences, firsts = [], []
     for choice in choices:
-        # Encoded together, since tokens may reach over the space between them.
+        # Encoded together, as a token can contain the space between them.
         whole = at_place(place, prompt_tokens, f"{question.rstrip()} {choice}", tokenizer)
         cut = max(0, len(whole) - length)
         sequences.append(whole[cut:])
@@ -204,7 +212,7 @@ def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Cho
 
 
 def _answer(answer: Any, choices: list[str], place: str) -> int:
-    """The number of the right choice, which may be given by its text, its number from 0, or its letter."""
+    """The index of the right choice, which is given as its text, its index from 0, or its letter."""
     if answer in choices:
         return choices.index(answer)
     letters = [chr(ord("A") + number) for number in range(len(choices))]

@@ -1,6 +1,6 @@
-"""Static merges of the experts by peft's methods, and the search for the best weights of one.
+"""Static merges of the experts with peft's methods, and the search for their best weights.
 
-A search varies equal weights and the density, and takes what has the lowest perplexity on texts that are given for it.
+The search varies the common weight and the density, and takes the merge with the lowest perplexity on separate texts.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from weft.evaluate.scoring import Runner, score
 from weft.options import EvalOptions
 
 MERGES = ("linear", "cat", "ties", "dare_ties", "dare_linear", "magnitude_prune")
-_MEANS = ("ties", "dare_ties")  # divide by the number of experts themselves
+_MEANS = ("ties", "dare_ties")  # these divide by the number of experts themselves
 _UNPRUNED = ("linear", "cat")
 _MERGED = "weft_merged"
 
 
 @dataclass(frozen=True)
 class Merge:
-    """How experts are merged: peft's name of it, the weight of each, and the share of values that are kept.
+    """The options of a merge: peft's name of the method, the weight of each expert, the fraction of kept values.
 
-    By default TIES has weight 1, as it takes a mean itself, and the others, which are sums, 1/N.
+    The default weight is 1 for TIES, which computes a mean, and 1/N for the others, which compute a sum.
     """
 
     kind: str
@@ -39,11 +39,11 @@ class Merge:
 
     @classmethod
     def default(cls, kind: str, num_experts: int) -> Merge:
-        """The equal weights of a mean."""
+        """The merge with the weights of a mean."""
         return cls(kind, 1.0 if kind in _MEANS else 1 / num_experts)
 
     def variations(self) -> list[Merge]:
-        """This one, and others with equal weights and with other densities."""
+        """This merge, and variations of its weight and density."""
         densities = [self.density] if self.kind in _UNPRUNED else [self.density, 0.2, 0.8]
         return [
             Merge(self.kind, self.weight * factor, density) for factor in (1.0, 0.5, 2.0, 4.0) for density in densities
@@ -56,22 +56,22 @@ class Merge:
 
 @contextmanager
 def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
-    """The base model with one static merge of all adapters, by peft's `add_weighted_adapter`.
+    """In this block, the base model with one static merge of all adapters, by peft's `add_weighted_adapter`.
 
     Raises:
-        AdapterError: an adapter has what the merge would drop.
-        ValueError: peft cannot merge these adapters so.
+        AdapterError: an adapter has an option that the merge would ignore.
+        ValueError: peft cannot merge these adapters with this method.
     """
     names = list(lora_model.peft_config)
     refuse_unmergeable(lora_model.peft_config)
     first: Any = lora_model.peft_config[names[0]]
     rslora, kind = first.use_rslora, cast(Any, merge.kind)
     try:
-        # peft copies the first adapter's options; with rank-stabilised scaling the merge would count sqrt(rank) times.
+        # peft copies the first adapter's options; rank-stabilised scaling would multiply the merge by sqrt(rank).
         first.use_rslora = False
         with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(seed)  # dare drops values at random
+            torch.manual_seed(seed)  # DARE drops random values
             lora_model.add_weighted_adapter(
                 names, [merge.weight] * len(names), _MERGED, combination_type=kind, density=merge.density
             )
@@ -87,17 +87,17 @@ def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
 
 
 def best_merge(lora_model: Any, merge: Merge, data: DataSet, tokenizer: Any, options: EvalOptions) -> Merge:
-    """The variation with the lowest perplexity; the merge itself where all are alike.
+    """The variation with the lowest perplexity; the merge itself if all are equal.
 
     Args:
-        lora_model: peft's, with the experts.
-        merge: where the search starts.
-        data: texts that are neither trained on nor in the table.
-        tokenizer: the base model's.
-        options: batch size and seed.
+        lora_model: peft's `LoraModel` with the experts.
+        merge: the start of the search.
+        data: texts that are neither training data nor in the table.
+        tokenizer: the base model's tokenizer.
+        options: for batch size and seed.
 
     Raises:
-        ValueError: peft cannot merge these adapters so.
+        ValueError: peft cannot merge these adapters with this method.
     """
     found = {}
     for variation in merge.variations():
@@ -109,7 +109,11 @@ def best_merge(lora_model: Any, merge: Merge, data: DataSet, tokenizer: Any, opt
 
 
 def refuse_unmergeable(configs: dict[str, Any]) -> None:
-    """Raise where an adapter has what merges and Arrow would leave out without a word."""
+    """Raise if an adapter has an option that merges and Arrow would silently ignore.
+
+    Raises:
+        AdapterError: it has such an option.
+    """
     for name, config in configs.items():
         for option in ("use_dora", "lora_bias"):
             if getattr(config, option, False):

@@ -1,4 +1,4 @@
-"""The finished table: on a terminal, and as JSON, Markdown and CSV."""
+"""The finished table, on a terminal and as JSON, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ _INTERVALS = "In brackets the 95% bootstrap interval."
 
 @dataclass(frozen=True)
 class Measurement:
-    """One cell as it is shown.
+    """One cell of the table.
 
     Attributes:
-        value: of the metric.
-        low: where the 95% bootstrap interval begins; NaN with one example.
-        high: where it ends.
-        minus_weft: the interval of the difference to the mixture on the same examples, paired; None without one.
-        examples: how many texts or questions.
-        weight: tokens scored, or examples.
-        seconds: how long it took; NaN where it was made from other cells.
-        peak_mb: memory at the peak; None where it cannot be told.
+        value: the value of the metric.
+        low: lower end of the 95% bootstrap interval; NaN with one example.
+        high: upper end of the interval; NaN with one example.
+        examples: number of texts or questions.
+        weight: number of scored tokens, or of examples.
+        seconds: time of the measurement; NaN if it was computed from other cells.
+        peak_mb: peak memory in MB; None if it cannot be measured.
+        minus_weft: interval of the paired difference to the mixture on the same examples; None without the mixture.
+        note: a choice that was made, such as a merge's weights.
     """
 
     value: float
@@ -56,13 +57,13 @@ class Measurement:
 
 @dataclass
 class Report:
-    """All that was measured.
+    """All results of an evaluation.
 
     Attributes:
-        metrics: data set -> what is measured on it.
-        cells: row -> data set -> measurement; rows in the order in which they are shown.
+        metrics: data set -> metric.
+        cells: row -> data set -> measurement; the rows are in the order of the table.
         impossible: row -> why it could not be measured.
-        settings: what the numbers depend on.
+        settings: options on which the results depend.
     """
 
     metrics: dict[str, Metric]
@@ -71,7 +72,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def values(self, metric: str | None = None) -> dict[str, dict[str, float]]:
-        """Row -> data set -> value, of one metric or of all."""
+        """Row -> data set -> value, for one metric or for all."""
         found = {
             row: {data: cell.value for data, cell in cells.items() if metric is None or self.metrics[data] == metric}
             for row, cells in self.cells.items()
@@ -79,7 +80,7 @@ class Report:
         return {row: values for row, values in found.items() if values}
 
     def best(self) -> dict[str, float]:
-        """Data set -> the best finite value; the oracle, which knows the domains, does not compete."""
+        """Data set -> the best finite value, without the oracle, which is given the domains."""
         best = {}
         for data, metric in self.metrics.items():
             values = [cells[data].value for row, cells in self.cells.items() if row != ORACLE and data in cells]
@@ -89,19 +90,19 @@ class Report:
         return best
 
     def speed(self, row: str) -> float:
-        """Scored tokens per second over all data sets of texts; NaN where there is none."""
+        """Scored tokens per second over all data sets of texts; NaN without such data sets."""
         cells = [cell for data, cell in self.cells[row].items() if self.metrics[data] == "perplexity"]
         seconds = sum(cell.seconds for cell in cells)
         return sum(cell.weight for cell in cells) / seconds if seconds > 0 else math.nan
 
     def peak(self, row: str) -> float:
-        """MB at the peak over all data sets; NaN where it cannot be told."""
+        """Peak memory in MB over all data sets; NaN if it cannot be measured."""
         peaks = [cell.peak_mb for cell in self.cells[row].values() if cell.peak_mb is not None]
         return max(peaks, default=math.nan)
 
 
 def render(report: Report) -> Table:
-    """The table for a terminal: values with half of their interval's width; the best of each data set is bold."""
+    """The table for a terminal: values with half the width of their intervals; the best of each data set is bold."""
     shown = Table(title="± half of the 95% interval")
     shown.add_column("")
     for data, metric in report.metrics.items():
@@ -120,7 +121,7 @@ def render(report: Report) -> Table:
 
 
 def notes(report: Report) -> list[str]:
-    """What is to be said below the table, a line each."""
+    """The notes below the table, one line each."""
     lines = [f"{row}: not possible: {reason}" for row, reason in report.impossible.items()]
     for row, cells in report.cells.items():
         lines += sorted({f"{row}: {cell.note}" for cell in cells.values() if cell.note})
@@ -129,7 +130,7 @@ def notes(report: Report) -> list[str]:
 
 
 def _not_finite(report: Report, data: str) -> Iterable[str]:
-    """Rows whose loss on a data set is no number, so that they have no place in the comparison."""
+    """A note for rows whose loss on a data set is not finite, so that they cannot be compared."""
     for kind, is_kind in (("NaN", math.isnan), ("infinite", math.isinf)):
         rows = [row for row, cells in report.cells.items() if data in cells and is_kind(cells[data].value)]
         if rows:
@@ -140,7 +141,7 @@ def _not_finite(report: Report, data: str) -> Iterable[str]:
 
 
 def _verdict(report: Report, data: str) -> Iterable[str]:
-    """Whether the mixture is the best on a data set, beyond what the choice of its examples explains."""
+    """The rows that are better than the mixture on a data set, beyond the uncertainty from the choice of examples."""
     lower = report.metrics[data] == "perplexity"
     better, open_ = [], []
     for row, cells in report.cells.items():
@@ -163,11 +164,11 @@ def _verdict(report: Report, data: str) -> Iterable[str]:
 
 
 def check_outputs(files: list[str]) -> list[Path]:
-    """The files to write.
+    """Check the files to write, and return their paths.
 
     Raises:
-        ConfigError: an ending is none of the known ones, a folder is missing, a file cannot be written, or one is there
-            that is no such table.
+        ConfigError: a suffix is unknown, a folder is missing, a file cannot be written, or an existing file is not such
+            a table.
     """
     for file in map(Path, files):
         if file.suffix not in _WRITERS:
@@ -190,13 +191,13 @@ def _is_table(file: Path) -> bool:
 
 
 def write(report: Report, file: Path) -> None:
-    """Write the table in the format that the file's ending names."""
+    """Write the table in the format of the file's suffix."""
     text = _WRITERS[file.suffix](report)
     replace_file(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def as_json(report: Report) -> str:
-    """All numbers; `perplexity`, `accuracy` and `exact_match` are row -> data set -> value, null where not finite."""
+    """All results; `perplexity`, `accuracy` and `exact_match` are row -> data set -> value, null if not finite."""
     metrics = {
         metric: {
             row: {data: _finite(value) for data, value in values.items()}
@@ -224,7 +225,7 @@ def as_json(report: Report) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """A table for a page: values with their intervals."""
+    """A Markdown table with values and intervals, and the notes."""
     heads = [f"{data} ({_UNITS[metric]})" for data, metric in report.metrics.items()]
     lines = [f"| | {' | '.join(heads)} | tokens/s | peak MB |", "| --- |" + " ---: |" * (len(heads) + 2)]
     best = report.best()
@@ -246,7 +247,7 @@ def as_markdown(report: Report) -> str:
 
 
 def as_csv(report: Report) -> str:
-    """A line for each row and data set."""
+    """A CSV file with one line for each row and data set."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)

@@ -1,4 +1,4 @@
-"""The rows of the table: each is a model and a way to run it."""
+"""The rows of the table: each is a model with its settings."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from weft.model.model import at_own_weight
 
 GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
 ORACLE = "oracle"
-# A model on the base -> the same, set so that it can be run.
+# A context manager: the loaded model -> the model with the settings of a row.
 Setting = Callable[[Any], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: as it is shown.
-        group: what `--rows` may choose it by.
-        contestant: what is loaded onto the base model for it.
-        setting: gives the model to run, for a time.
-        depends_on: which files its results depend on, beside the base: "experts", "mixture" or a folder.
+        name: the name in the table.
+        group: the group, by which `--rows` can select it.
+        contestant: the model that is loaded onto the base model.
+        setting: context manager that applies the row's settings to the model.
+        depends_on: the files on which its results depend, besides the base model: "experts", "mixture" or a folder.
         freeze_after: see `Runner`.
-        merge: where it is a static merge, which.
-        may_fail: errors that make the row impossible, and leave the others: of another's method, which need not work
-            with every base and expert, all.
+        merge: the merge, for a static merge; else None.
+        may_fail: errors after which the row is skipped and the others are measured. Methods of other libraries, which
+            do not work with all base models and experts, may raise any error.
     """
 
     name: str
@@ -50,17 +50,21 @@ class Row:
     may_fail: tuple[type[Exception], ...] = ()
 
     def with_merge(self, merge: Merge, seed: int) -> Row:
-        """The same row with other weights; its cells are still found by where the search started."""
+        """The row with another merge. The digest of its cells still has the merge from which the search started."""
         return replace(self, setting=partial(_merged, merge, seed))
 
 
 def only(name: str) -> str:
-    """The row of one expert alone."""
+    """The name of the row of one expert."""
     return f"only {name}"
 
 
 def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freeze_after: int, seed: int) -> list[Row]:
-    """Every row there is for a mixture, but the oracle, which is made from others."""
+    """All rows for a mixture, except the oracle, which is computed from other rows.
+
+    Raises:
+        ConfigError: `compare` has the name of another row, or something that is neither a mixture nor an adapter.
+    """
     paths = dict(config.adapters or {})
     own = mixture(folder)
     rows = [Row("base", "base", base_alone())]
@@ -77,7 +81,7 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
     rows.append(Row("weft", "weft", own, depends_on="mixture"))
     ways = {1: "top-1", 2: "top-2", len(paths): "dense"}
     for number, name in ways.items():
-        if number <= len(paths) and number != (config.top_k_lora or len(paths)):  # else it is the row above
+        if number <= len(paths) and number != (config.top_k_lora or len(paths)):  # else the same as the row "weft"
             top = None if name == "dense" else number
             rows.append(Row(f"weft {name}", "topk", own, partial(_top_k, top), "mixture"))
     name, setting = f"weft frozen after {freeze_after}", partial(_freezable, freeze_after)
@@ -90,10 +94,10 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
 
 
 def chosen(rows: list[Row], wanted: list[str]) -> tuple[list[Row], bool]:
-    """The rows of these names and groups, and whether the oracle is one; all where none is named.
+    """The rows with these names or groups, and whether the oracle is wanted; all rows if nothing is named.
 
     Raises:
-        ConfigError: a name is neither.
+        ConfigError: a name is not that of a row or a group.
     """
     if not wanted:
         return rows, True

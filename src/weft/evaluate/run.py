@@ -1,4 +1,4 @@
-"""`weft eval`: is the mixture better than what its user has already? Row by row, on their own data."""
+"""`weft eval`: measures each row of the table on the user's data, and prints and saves the table."""
 
 from __future__ import annotations
 
@@ -32,17 +32,24 @@ from weft.options import EvalOptions
 from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown
 
-FORMAT = 2  # of cells: those that were kept in another one are not found
+FORMAT = 2  # version of the cells; stored cells of other versions are ignored
 
 
 def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     """Measure, print and (with `output`) save the table.
 
+    Args:
+        options: the options of `weft eval`.
+
     Returns:
-        Row name -> data set -> perplexity, accuracy or share of exact matches, by what the data set's rows are.
+        Row name -> data set -> perplexity, accuracy or fraction of exact matches, depending on the data set.
 
     Raises:
-        WeftError: the model, the options or the data cannot work.
+        WeftError: the model, an option or a data set is not valid.
+
+    Example:
+        >>> options = EvalOptions(model="my-mixture", data=["code=code.jsonl", "law=law.jsonl"])
+        >>> evaluate(options)["weft"]["code"]
     """
     _check(options)
     outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
@@ -97,13 +104,13 @@ def _check(options: EvalOptions) -> None:
 
 
 class _Reader:
-    """Reads data sets as the options say."""
+    """Reads data sets according to the options."""
 
     def __init__(self, tokenizer: Any, expert_names: list[str], options: EvalOptions) -> None:
         self.tokenizer, self.expert_names, self.options = tokenizer, expert_names, options
 
     def read(self, name: str, source: str) -> DataSet:
-        """One of them."""
+        """Read one data set."""
         options = self.options
         return read_data_set(
             name,
@@ -118,10 +125,10 @@ class _Reader:
 
 
 class _Measuring:
-    """Measures what is not known yet, on one base model.
+    """Measures the cells that are not stored yet, on one base model.
 
     Attributes:
-        impossible: row -> why.
+        impossible: row -> why it could not be measured.
     """
 
     def __init__(
@@ -134,7 +141,7 @@ class _Measuring:
         self._folder_digests: dict[str, str] = {}
 
     def digest(self, row: Row, data: DataSet) -> str:
-        """Of all that a cell depends on."""
+        """The digest of everything that a cell depends on."""
         depends: list[Any] = []
         if row.depends_on == "experts":
             folders = (self.config.adapters or {}).items()
@@ -157,7 +164,7 @@ class _Measuring:
         return digest in self.cells and len(self.cells[digest].scores) == len(data.example_of_part)
 
     def measure(self, wanted: list[tuple[Row, DataSet]]) -> None:
-        """Fill in the cells that are missing; the base is afterwards as it was."""
+        """Measure the missing cells, then restore the base model."""
         missing = [(row, data) for row, data in wanted if not self._is_known(row, data)]
         by_row: dict[str, tuple[Row, list[DataSet]]] = {}
         for row, data in missing:
@@ -206,7 +213,7 @@ def _reason(err: Exception) -> str:
 
 
 def _wanted(rows: list[Row], data_sets: list[DataSet], of_oracle: dict[str, Row] | None) -> list[tuple[Row, DataSet]]:
-    """All cells to be measured: those of the rows, and those that the oracle is made from, if there is to be one."""
+    """All cells to measure: those of the rows, and those from which the oracle is computed, if it is wanted."""
     wanted = [(row, data) for row in rows for data in data_sets]
     if of_oracle is not None:
         shown = {row.name for row in rows}
@@ -219,7 +226,7 @@ def _wanted(rows: list[Row], data_sets: list[DataSet], of_oracle: dict[str, Row]
 
 
 def is_labelled(data: DataSet) -> bool:
-    """Whether every part has its expert, so that there is an oracle."""
+    """Whether each part has an expert's label, which the oracle needs."""
     return None not in data.labels
 
 
@@ -252,16 +259,16 @@ def _report(
 
 
 def _oracle(table: _Measuring, data: DataSet, options: EvalOptions) -> Cell:
-    """Each part by its own domain's expert."""
+    """The scores of the oracle: for each part, those of its domain's expert."""
     everything = all_rows(options.model, table.config, {}, freeze_after=options.freeze_after, seed=options.seed)
     rows = {row.name: row for row in everything}
     of_label = {label: table.cells[table.digest(rows[only(str(label))], data)].scores for label in set(data.labels)}
     return Cell([of_label[label][part] for part, label in enumerate(data.labels)], math.nan, None)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is said in words
+@np.errstate(over="ignore", invalid="ignore")  # values that are not finite are reported in the notes
 def measurement(data: DataSet, cell: Cell, weft: Cell | None, seed: int) -> Measurement:
-    """A cell's value and its interval over the data set's examples."""
+    """A cell's value, its interval, and the interval of its difference to the mixture's cell."""
     values, weights = by_example(data, cell.scores)
     value = value_of(data, float(values.sum()), float(weights.sum()))
     low = high = math.nan
@@ -282,7 +289,7 @@ def _samples(data: DataSet, scores: Scores, seed: int) -> np.ndarray:
 
 
 def by_example(data: DataSet, scores: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores summed over each example's parts: what is summed up, and how much it counts."""
+    """(sums, weights) of each example, [example]: the scores of its parts, added."""
     sums = np.zeros((2, len(data.examples)))
     for example, pair in zip(data.example_of_part, scores, strict=True):
         sums[:, example] += pair

@@ -1,4 +1,4 @@
-"""One model on one data set: a score for every part of every example. It knows nothing of rows and tables."""
+"""The scores of one model on one data set, for each part of each example."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weft.data.padded import padded_batches
 from weft.evaluate.data_sets import DataSet
 from weft.generation.stream import end_tokens
 
-# Of each part: what is summed up, and how much it counts (nats and tokens; or right answers and 1).
+# (sum, weight) for each part: negative log-likelihood in nats and number of tokens, or 1 if right and 1.
 Scores = list[tuple[float, float]]
 Advance = Callable[[int], None]
 
@@ -29,13 +29,14 @@ def _ignore(done: int) -> None:
 
 @dataclass(frozen=True)
 class Runner:
-    """A model as it is run.
+    """A model and how to run it.
 
     Args:
         model: called like a causal language model of transformers.
-        tokenizer: the base model's.
-        batch_size: sequences per forward pass.
-        freeze_after: freeze a mixture's scalings after so many tokens of a text, or after the prompt; None never.
+        tokenizer: the base model's tokenizer.
+        batch_size: number of sequences per forward pass.
+        freeze_after: freeze a mixture's scalings after this number of tokens of a text, or after a prompt; None never
+            freezes.
     """
 
     model: Any
@@ -46,7 +47,7 @@ class Runner:
     def logits(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Of one batch of sequences."""
+        """The logits of one batch of sequences."""
         if self.freeze_after is None:
             return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         parts, cache = [], None
@@ -65,15 +66,15 @@ class Runner:
         return torch.cat(parts, 1)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        """The likeliest continuation of each prompt."""
+        """The greedy continuation of each prompt."""
         longest = max(len(prompt) for prompt in prompts)
         pad = self.tokenizer.pad_token_id
         rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         device = execution_device(self.model)
-        # By the prompt alone, so that all of the answer is written with frozen scalings.
+        # Frozen after the prompt, so that the whole answer is generated with frozen scalings.
         frozen = {} if self.freeze_after is None else {"freeze_scalings_after": 0}
-        # The base's own end of text, and what its tokenizer ends a message with.
+        # The base model's end of text, and the tokenizer's end of a message.
         ends = end_tokens(self.model.generation_config.eos_token_id) | end_tokens(self.tokenizer.eos_token_id)
         output = self.model.generate(
             input_ids=torch.tensor(rows, device=device),
@@ -89,7 +90,7 @@ class Runner:
 
 @torch.no_grad()
 def score(runner: Runner, data: DataSet, advance: Advance = _ignore) -> Scores:
-    """A score for every part of the data set, in its order."""
+    """The scores of all parts of the data set, in its order."""
     if data.metric == "accuracy":
         return _choices(runner, data, advance)
     if data.metric == "exact_match":
@@ -98,19 +99,19 @@ def score(runner: Runner, data: DataSet, advance: Advance = _ignore) -> Scores:
 
 
 def value_of(data: DataSet, total: float, weight: float) -> float:
-    """The metric from summed scores; NaN where nothing counts."""
+    """The metric, from the sum and weight of all scores; NaN if the weight is 0."""
     if weight == 0:
         return math.nan
     return _exp(total / weight) if data.metric == "perplexity" else total / weight
 
 
 def _exp(mean: float) -> float:
-    """e to the mean; infinite where that is above what a float can hold."""
+    """e to the mean; infinity if it is larger than a float can be."""
     return math.inf if mean > math.log(sys.float_info.max) else math.exp(mean)
 
 
 def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
-    """Summed negative log-likelihood and number of the scored tokens of each part."""
+    """The sum of the negative log-likelihoods and the number of scored tokens of each part."""
     offsets = [data.example_of_part.index(number) for number in range(len(data.examples))]
     sums = torch.zeros(len(data.labels), dtype=torch.float64)
     counts = torch.zeros_like(sums)
@@ -126,7 +127,7 @@ def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
 
 
 def _choices(runner: Runner, data: DataSet, advance: Advance) -> Scores:
-    """1 where the right choice has the highest log-likelihood per character; NaN where one of them is NaN."""
+    """1 if the right choice has the highest log-likelihood per character, else 0; NaN if one of them is NaN."""
     sequences = [sequence for example in data.examples for sequence in example.sequences]
     losses = token_losses(runner, sequences)
     found: Scores = []
@@ -143,7 +144,7 @@ def _choices(runner: Runner, data: DataSet, advance: Advance) -> Scores:
 
 
 def _answers(runner: Runner, data: DataSet, advance: Advance) -> Scores:
-    """1 where the generated text is one of the answers."""
+    """1 if the generated text is one of the answers, else 0."""
     found: Scores = []
     for start in range(0, len(data.examples), runner.batch_size):
         batch = data.examples[start : start + runner.batch_size]
@@ -154,14 +155,17 @@ def _answers(runner: Runner, data: DataSet, advance: Advance) -> Scores:
 
 
 def is_answer(text: str, answers: list[str]) -> bool:
-    """Whether a generated text is an answer, spaces around it apart; after a one-line answer other lines may follow."""
+    """Whether a generated text is one of the answers, without spaces around it.
+
+    For an answer of one line, only the first line of the text is compared.
+    """
     text = text.strip()
     first_line = text.partition("\n")[0].strip()
     return any(answer.strip() == (text if "\n" in answer.strip() else first_line) for answer in answers)
 
 
 def token_losses(runner: Runner, sequences: list[list[int]], advance: Advance = _ignore) -> Iterator[Tensor]:
-    """Of each sequence, the negative log-likelihood of every token but the first, in nats: float32, on the CPU."""
+    """For each sequence, the negative log-likelihoods of all tokens except the first, in nats; float32 on the CPU."""
     device = execution_device(runner.model)
     for input_ids, attention_mask in padded_batches(sequences, runner.batch_size):
         with torch.no_grad():
@@ -173,10 +177,20 @@ def token_losses(runner: Runner, sequences: list[list[int]], advance: Advance = 
 
 
 def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freeze_after: int | None = None) -> float:
-    """exp of the mean negative log-likelihood per predicted token, over all tokens of all sequences.
+    """The perplexity of a model on token sequences.
 
-    Padding is never predicted; the first token of a sequence, which nothing precedes, is not predicted either. The sum
-    runs in float64 over float32 log-likelihoods. `freeze_after` is `Runner`'s.
+        exp( mean of -ln p(token | earlier tokens) )        over all tokens except the first of each sequence
+
+    Padding is not in the mean. The log-likelihoods are in float32, their sum is in float64.
+
+    Args:
+        model: called like a causal language model of transformers, in evaluation mode.
+        sequences: token ids of each sequence.
+        batch_size: number of sequences per forward pass.
+        freeze_after: see `Runner`.
+
+    Example:
+        >>> perplexity(model, tokenizer(["The contract says", "def f(x):"])["input_ids"], batch_size=2)
     """
     losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), sequences))
     return _exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))

@@ -1,4 +1,4 @@
-"""How long something takes and how much memory it needs at its peak."""
+"""The time and peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass
 class Usage:
-    """Seconds; and MB at the peak, all that the process (or the GPU) held; None where this cannot be told."""
+    """Time in seconds, and peak memory of the process or the GPU in MB; None if it cannot be measured."""
 
     seconds: float = 0.0
     peak_mb: float | None = None
@@ -24,7 +24,7 @@ class Usage:
 
 @contextmanager
 def measured(device: torch.device) -> Iterator[Usage]:
-    """Fill in the `Usage` of what runs inside."""
+    """Measure the `Usage` of the block, which is complete at its end."""
     usage = Usage()
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -43,7 +43,7 @@ def measured(device: torch.device) -> Iterator[Usage]:
 def _reset_peak() -> bool:
     try:
         _RESET.write_text("5")
-    except OSError:  # not Linux, or not allowed here
+    except OSError:  # not Linux, or no permission
         return False
     return True
 
