@@ -1,18 +1,18 @@
-"""A saved mixture in another form: another library's layout, one ordinary adapter, other experts, the Hub.
+"""Changes the form of a saved mixture: other layouts, one ordinary adapter, other experts, the Hub.
 
-Knows no live model but where it folds one or adds an expert.
+A model is loaded only to fold a mixture or to add an expert.
 
-    mixture.py          a saved mixture of any layout, read without its base model
-    convert.py          `weft convert`: written in another layout
-    layout.py           what the other libraries' layouts have in common
-    peft.py             that of peft's X-LoRA
-    xlora.py            that of the original xlora library
-    mistralrs.py        that of mistral.rs
-    folding.py          a constant mixture as one LoRA adapter
-    experts.py          an expert added to or removed from a saved mixture
-    card.py             its model card
-    publication.py      what of it goes to the Hub
-    hub.py              to the Hub and back
+    mixture.py          reads a saved mixture of any layout, without its base model
+    convert.py          `weft convert`: writes a mixture in another layout
+    layout.py           shared by the writers of other libraries' layouts
+    peft.py             writes the layout of peft's X-LoRA
+    xlora.py            writes the layout of the original xlora library
+    mistralrs.py        writes the layout of mistral.rs
+    folding.py          folds a constant mixture to one LoRA adapter
+    experts.py          adds or removes an expert of a saved mixture
+    card.py             the model card
+    publication.py      selects and checks the files for the Hub
+    hub.py              push and pull
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model card of a saved mixture: what it is made of, under which licences, how good it is, and how to load it."""
+"""The model card of a saved mixture: its experts, licences, evaluation results, and how to load it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weft.files.reading import read_json
 from weft.files.writing import replace_file
 
 EVAL_FILE = "eval.json"
-PICTURES = ("gate.png", "gate.svg")  # of which `weft inspect --figure` writes one
+PICTURES = ("gate.png", "gate.svg")  # `weft inspect --figure` writes one of them
 _UNDECLARED = "not declared"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -35,23 +35,23 @@ def write_card(
     evaluation: str | os.PathLike[str] | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write a saved mixture's model card, its README.md, in the place of peft's blank one.
+    """Write the model card (README.md) of a saved mixture, which replaces peft's template.
 
-    A gate.png or gate.svg in the folder is shown in it.
+    A gate.png or gate.svg in the folder is included.
 
     Args:
-        folder: of a mixture that weft saved.
-        name: the mixture's name or Hub id; None takes the folder's.
-        base: the base model's Hub id; None takes what the mixture says.
-        license: of the mixture itself, as the Hub writes it (apache-2.0, mit, ...); None declares none.
-        evaluation: what `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
-        licence: the earlier spelling of `license`, until 0.2.
+        folder: the folder of a mixture that weft saved.
+        name: name or Hub id of the mixture; None takes the folder's name.
+        base: Hub id of the base model; None takes the one that the mixture names.
+        license: licence of the mixture, as a Hub identifier (apache-2.0, mit, ...); None declares none.
+        evaluation: a file that `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
+        licence: the old spelling of `license`, until 0.2.
 
     Returns:
-        The card's file.
+        The path of the card.
 
     Raises:
-        CheckpointError: the folder is no whole mixture of weft's, or the evaluation cannot be read.
+        CheckpointError: the folder is not a complete mixture of weft, or the evaluation cannot be read.
 
     Example:
         >>> weft.write_card("my-mixture", base="HuggingFaceTB/SmolLM2-135M", license="apache-2.0")
@@ -65,10 +65,10 @@ def write_card(
 
 
 def todays_license(license: str | None, licence: str | None) -> str | None:
-    """The value of a public function's argument `license`, or of its earlier spelling.
+    """The value of a public function's argument `license`, or of its old spelling `licence`.
 
     Warns:
-        FutureWarning: it is the earlier one.
+        FutureWarning: `licence` is given.
     """
     if licence is None:
         return license
@@ -84,7 +84,7 @@ def card_text(
     license: str | None = None,
     evaluation: str | os.PathLike[str] | None = None,
 ) -> str:
-    """The card as text (see `write_card`)."""
+    """The text of the card (see `write_card`)."""
     config, folder = XLoraConfig.of_saved(saved), saved.folder
     if config.format_version is None:
         raise CheckpointError(
@@ -111,7 +111,7 @@ def card_text(
 
 
 def _front_matter(config: XLoraConfig, base: str, license: str | None) -> str:
-    import yaml  # of huggingface_hub
+    import yaml  # a dependency of huggingface_hub
 
     values: dict[str, Any] = {"library_name": "weft", "tags": ["weft", "x-lora", "lora", "mixture-of-experts"]}
     if config.task_type == TaskType.CAUSAL_LM:
@@ -124,12 +124,12 @@ def _front_matter(config: XLoraConfig, base: str, license: str | None) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a base model's name is one that others can load, rather than a folder here."""
+    """Whether a base model's name is a Hub id, which others can load, and not a local folder."""
     return _HUB_ID.fullmatch(name) is not None and not os.path.isdir(name)
 
 
 def _shown(base: str) -> str:
-    """A base model's Hub id; of a folder, whose place is nobody else's matter, the last part."""
+    """A base model's Hub id, or the last part of a local folder's path, as the full path should not be published."""
     return base if is_hub_id(base) else Path(base).name
 
 
@@ -147,7 +147,7 @@ def _experts_section(folder: Path, config: XLoraConfig, base: str) -> str:
 
 
 def _base_license(base: str) -> str | None:
-    """As its card declares it: in its folder, on the Hub, or in the Hub's cache."""
+    """The licence in the base model's card: in its folder, on the Hub, or in the Hub's cache."""
     if os.path.isdir(base) or not is_hub_id(base):
         return declared_license(Path(base) / CARD)
     from huggingface_hub import hf_hub_download
@@ -177,7 +177,7 @@ def _gate_section(saved: SavedMixture, config: XLoraConfig) -> str:
 
 
 def _results_section(file: Path, *, required: bool) -> str:
-    """The tables of `weft eval`: every entry of the form {row: {data set: number}}."""
+    """The tables of `weft eval`: all entries of the form {row: {data set: number}}."""
     if not os.path.isfile(file) and not required:
         return ""
     values = read_json(file)
@@ -197,7 +197,7 @@ def _results_section(file: Path, *, required: bool) -> str:
 
 
 def has_results(file: Path) -> bool:
-    """Whether a file is there with the tables of `weft eval`."""
+    """Whether the file exists and has tables of `weft eval`."""
     try:
         return any(_is_table(rows) for rows in read_json(file).values())
     except CheckpointError:
@@ -225,7 +225,7 @@ def _number(value: float | int | None) -> str:
 
 def _loading_section(name: str, base: str, config: XLoraConfig) -> str:
     given = "" if base == config.base_model_name_or_path else f", base={json.dumps(base)}"
-    if not is_hub_id(base):  # a folder that only this machine has
+    if not is_hub_id(base):  # a local folder
         given = ', base="..."'
     call = f"weft.from_pretrained({json.dumps(name)}{given})"
     return (
@@ -246,5 +246,5 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Text that stays in its cell, and is no HTML."""
+    """Text for a table cell, with `|` and HTML escaped."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,6 +1,6 @@
-"""A saved mixture in another library's layout, with the same logits there, or an error that names what hinders.
+"""Writes a saved mixture in another library's layout, with the same logits, or refuses it with all reasons.
 
-Nothing is computed: the gate's numbers and the experts' files are written under other names, so that the base model's
+Nothing is computed: the gate's tensors and the experts' files are written under other names. So the base model's
 weights are not needed.
 """
 
@@ -29,7 +29,7 @@ from weft.formats.xlora import write_xlora, xlora_problems
 from weft.model.saving import complete_folder
 
 Base = nn.Module | str | os.PathLike[str] | None
-# Options of weft that only matter in training, or not to the logits.
+# Options of weft that do not change the logits.
 TRAINING_OPTIONS = (
     "balance_loss_weight",
     "entropy_loss_weight",
@@ -48,23 +48,23 @@ def convert_mixture(
     rename: dict[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write a saved mixture in another layout; its logits there are the same.
+    """Write a saved mixture in another layout, with the same logits.
 
     Args:
-        source: folder or Hub id, in weft's layout, peft's, the original xlora library's or mistral.rs's.
+        source: folder or Hub id, in the layout of weft, peft, the original xlora library or mistral.rs.
         to: "weft", "peft", "xlora" or "mistralrs".
         output: a new or empty folder.
-        base: the base model, or its name or path, of which only the config is read; for "mistralrs" the name that the
-            engine will load it by. None takes the one that the source names.
-        adapters: name -> where the experts are, if not where the source says.
+        base: the base model, its folder or its Hub id, of which only the config is read. For "mistralrs", the name with
+            which the engine will load it. None takes the one that the source names.
+        adapters: name -> path of the experts, if they are not where the source says.
         rename: old name -> new name of experts.
-        trust_remote_code: run the code that a base model brings along, where its config is read.
+        trust_remote_code: run code that comes with the base model, if its config is read.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ConfigError: the target cannot hold the mixture (all reasons at once), or the output is not empty.
+        ConfigError: the layout does not support the mixture (all reasons at once), or the output is not empty.
         CheckpointError, AdapterError: the source cannot be read.
 
     Example:
@@ -90,7 +90,7 @@ def convert_mixture(
 
 
 def left_out(source: str | os.PathLike[str], to: str) -> list[str]:
-    """The options of a saved mixture that another layout has no place for, and that do not change the logits."""
+    """The options of a saved mixture that another layout does not have, and that do not change the logits."""
     file = local_folder(source, "the mixture") / CONFIG_NAME
     if to == "weft" or not os.path.lexists(file):
         return []

@@ -1,18 +1,19 @@
-"""One expert more or less in a saved mixture: what the gate has learned of the others stays as it is.
+"""Adds an expert to a saved mixture, or removes one. The gate's weights for the other experts do not change.
 
-The gate's last linear layer has a row for each LoRA layer l and expert e, e running fastest, with the logit z_{l,e}.
+The gate's last linear layer has one row for each LoRA layer l and expert e, which computes the logit z_{l,e}. The rows
+are in the order [layer, expert], flattened.
 
-Dropping an expert takes its rows out. The shares are a softmax over the experts, so the others keep their ratios, as if
-the dropped one's logits were -inf.
+To drop an expert, its rows are removed. The shares are a softmax over the experts, so the ratios of the other shares do
+not change, as if the logits of the dropped expert were -inf.
 
-A new expert starts neutral, with the mean of the others' rows (weights and biases), so with their mean logit:
+A new expert is initialised with the mean of the others' rows (weights and biases), so its logit is their mean logit:
 
     z_{l,new} = 1/N Σ_e z_{l,e}        share_new = exp(z_new) / (Σ_e exp(z_e) + exp(z_new)) <= 1/(N+1)
 
-Where the gate makes no difference its share is 1/(N+1), and the surer the gate is of one of the others, the smaller.
-Without any softmax (`enable_softmax` and `enable_softmax_topk` both off) the gate's outputs are the weights themselves,
-and the new expert's are 0. A LoRA layer that only the new expert adapts starts with the mean of the gate's rows over
-all layers:
+Its share is 1/(N+1) if all logits are equal, and smaller the more the gate prefers one of the others. Without a softmax
+(`enable_softmax` and `enable_softmax_topk` both off) the gate's outputs are the weights themselves, and those of the
+new expert are initialised with 0. A LoRA layer that only the new expert adapts is initialised with the mean of the
+gate's rows over all layers:
 
     z_{new,e} = 1/L Σ_l z_{l,e}
 """
@@ -47,7 +48,7 @@ from weft.model.saving import complete_folder, write_expert
 from weft.passes.gate_position import first_following_layer
 
 _TRAINING_STATE = "trainer_state.json"
-_NOT_CARRIED = {".bin", ".pt", ".pth", ".part"}  # pickles, and what a process that was killed has left of a file
+_NOT_CARRIED = {".bin", ".pt", ".pth", ".part"}  # pickles, and leftovers of killed processes
 _WEFTS_OWN = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME}
 
 
@@ -61,28 +62,28 @@ def add_expert(
     base: nn.Module | str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Add an expert to a saved mixture, as its last one; the gate's rows of the others are kept bit for bit.
+    """Add an expert to a saved mixture, as the last one. The gate's rows for the others do not change, bit for bit.
 
-    The new expert starts with the others' mean logit, z_{l,new} = 1/N Σ_e z_{l,e} (see `weft.formats.experts`), and the
-    gate should then be trained further. A `scaling_pass_value` of 1/N becomes 1/(N+1); other options stay.
+    The new expert starts with the mean logit of the others, z_{l,new} = 1/N Σ_e z_{l,e} (see `weft.formats.experts`).
+    The gate should then be trained further. A `scaling_pass_value` of 1/N becomes 1/(N+1); other options do not change.
 
     Args:
         model: folder or Hub id of a mixture that weft saved.
-        name: of the new expert.
+        name: name of the new expert.
         adapter: folder or Hub id of a LoRA adapter of the same base model.
-        output: a folder for the new mixture, which must be new or empty, or the model's own, which is then replaced;
-            None takes MODEL-with-NAME.
-        base: the base model (left as it was), or its name or path; None takes the one that the mixture names.
-        trust_remote_code: run the code that a base model brings along.
+        output: folder for the new mixture: a new or empty one, or the model's own, which is then replaced. None takes
+            MODEL-with-NAME.
+        base: the base model (it is not changed), its folder or its Hub id; None takes the one that the mixture names.
+        trust_remote_code: run code that comes with the base model.
 
     Returns:
-        The folder. Checkpoints of a training are not carried over: they belong to the mixture as it was.
+        The output folder. Checkpoints of a training are not copied, as they belong to the old mixture.
 
     Raises:
-        ConfigError: the name is taken or impossible, or the output folder holds something else.
+        ConfigError: the name is taken or not valid, or the output folder has other files.
         AdapterError: the adapter cannot be read, or does not fit the base model.
-        CheckpointError: the mixture or its base model cannot be read, or the folder not be written. Nothing is left
-            half-written.
+        CheckpointError: the mixture or its base model cannot be read, or the folder cannot be written. The folder is
+            unchanged then.
 
     Example:
         >>> weft.add_expert("my-mixture", "chem", "adapters/chem")
@@ -117,25 +118,25 @@ def add_expert(
 
 @torch.no_grad()
 def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathLike[str] | None = None) -> Path:
-    """Take an expert out of a saved mixture; the gate's rows of the others are kept bit for bit.
+    """Remove an expert from a saved mixture. The gate's rows for the others do not change, bit for bit.
 
-    share_e becomes share_e / (1 - share_dropped) for each of the others, in every layer and for every token: their
-    ratios stay. Layers that only the dropped expert adapted leave the mixture. The base model is not needed. A
-    `scaling_pass_value` of 1/N becomes 1/(N-1); other options stay.
+    share_e becomes share_e / (1 - share_dropped) for each of the others, in each layer and for each token. Layers that
+    only the dropped expert adapts are removed from the mixture. The base model is not needed. A `scaling_pass_value` of
+    1/N becomes 1/(N-1); other options do not change.
 
     Args:
         model: folder or Hub id of a mixture that weft saved.
-        name: of the expert.
-        output: a folder for the new mixture, which must be new or empty, or the model's own, which is then replaced;
-            None takes MODEL-without-NAME.
+        name: name of the expert.
+        output: folder for the new mixture: a new or empty one, or the model's own, which is then replaced. None takes
+            MODEL-without-NAME.
 
     Returns:
-        The folder. Checkpoints of a training are not carried over: they belong to the mixture as it was.
+        The output folder. Checkpoints of a training are not copied, as they belong to the old mixture.
 
     Raises:
-        ConfigError: there is no such expert, it is the only one, `top_k_lora` would be above the number of experts, no
-            layer would be left for the gate, or the output folder holds something else.
-        CheckpointError: the mixture cannot be read, or the folder not be written. Nothing is left half-written.
+        ConfigError: there is no such expert, it is the only one, `top_k_lora` would be larger than the number of
+            experts, no layer would use the gate, or the output folder has other files.
+        CheckpointError: the mixture cannot be read, or the folder cannot be written. The folder is unchanged then.
 
     Example:
         >>> weft.drop_expert("my-mixture", "chem")
@@ -194,12 +195,13 @@ def _open(model: str | os.PathLike[str]) -> tuple[SavedMixture, XLoraConfig]:
 
 
 def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLike[str] | None, what: str) -> Path:
-    """Where the new mixture goes: nowhere where it would replace anything but the old one."""
+    """The output folder; it is refused if anything other than the old mixture would be replaced."""
     if output is not None:
         target = Path(output).expanduser()
     else:
         beside = Path(model).expanduser()
-        beside = Path(os.path.abspath(beside)) if beside.is_dir() else Path(beside.name)  # a Hub id: here
+        # For a Hub id, the output is in the working directory.
+        beside = Path(os.path.abspath(beside)) if beside.is_dir() else Path(beside.name)
         target = beside.with_name(f"{beside.name}-{what}")
     problem = naming_problem(target)
     if problem is not None:
@@ -217,9 +219,9 @@ def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLi
 
 
 def _changed(config: XLoraConfig, adapters: dict[str, str]) -> XLoraConfig:
-    """The options for other experts; their layers are not known yet."""
+    """The options for other experts, without their layers, which are not known yet."""
     value = config.scaling_pass_value
-    if value == 1 / config.num_experts:  # an even share stays one
+    if value == 1 / config.num_experts:  # the mean of the experts
         value = 1 / len(adapters)
     return dataclasses.replace(
         config, adapters=adapters, expert_names=list(adapters), layer_names=None, scaling_pass_value=value
@@ -227,14 +229,14 @@ def _changed(config: XLoraConfig, adapters: dict[str, str]) -> XLoraConfig:
 
 
 def _take_gate(saved: SavedMixture) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The gate, and the heads beside it; without copies of trained experts."""
+    """(tensors of the gate, tensors of the heads), without copies of trained experts."""
     tensors = saved.gate()
     gate = {key: value for key, value in tensors.items() if GATE_KEY in key}
     return gate, {key: value for key, value in tensors.items() if key not in gate and not is_expert_key(key)}
 
 
 def _followers(gate: dict[str, Tensor], config: XLoraConfig) -> list[str]:
-    """The LoRA layers that follow the gate: all but those before `gate_layer`."""
+    """The LoRA layers that use the gate's scalings: all except those before `gate_layer`."""
     layers = config.layer_names or []
     if config.layerwise_scalings:
         return layers[len(layers) - len(gate[_head_keys(gate)[0]]) // config.num_experts :]
@@ -245,20 +247,20 @@ def _followers(gate: dict[str, Tensor], config: XLoraConfig) -> list[str]:
 
 
 def _head_keys(gate: dict[str, Tensor]) -> list[str]:
-    """The keys of the gate's last linear layer, which has the largest number."""
+    """The keys of the gate's last linear layer, which has the largest index."""
     number = {key: int(key.rsplit(".", 2)[1]) for key in gate}
     return [key for key in gate if number[key] == max(number.values())]
 
 
 def _map_head(gate: dict[str, Tensor], config: XLoraConfig, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the gate's last linear layer, whose weight and bias `change` sees as [layer, expert, ...]."""
+    """Change the weight and bias of the gate's last linear layer; `change` gets them as [layer, expert, ...]."""
     for key in _head_keys(gate):
         rows = gate[key].unflatten(0, (-1, config.num_experts))
         gate[key] = change(rows).flatten(0, 1).contiguous()
 
 
 def _with_expert(rows: Tensor, before: list[str], after: list[str], config: XLoraConfig) -> Tensor:
-    """The rows [layer, expert, ...] for the layers `after`, with one expert more."""
+    """The rows [layer, expert, ...] for the layers `after`, with one more expert."""
     if config.layerwise_scalings:
         place = {layer: number for number, layer in enumerate(before)}
         mean = rows.mean(0)
@@ -278,14 +280,14 @@ def _tensor_file(saved: SavedMixture, name: str) -> Path:
 
 
 def _copy_expert(folder: Path, new: Path) -> None:
-    """Copy an expert, and what lies beside it; no links to elsewhere, but of what has just been read and verified."""
+    """Copy an expert and the files beside it. Links to other folders are skipped, except the verified files."""
     new.mkdir(parents=True)
     for file in {*own_files(folder), folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME}:
         shutil.copy(file, new / file.name)
 
 
 def _write(part: Path, folder: Path, config: XLoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Write the new mixture, and what lies beside the old one: a tokenizer, a model card, but no optimizer's state."""
+    """Write the new mixture, and copy files beside the old one (tokenizer, model card), but no training state."""
     for file in own_files(folder):
         if file.name not in {*_WEFTS_OWN, _TRAINING_STATE} and file.suffix not in _NOT_CARRIED:
             shutil.copy(file, part / file.name)

@@ -1,13 +1,13 @@
-"""A constant mixture as one ordinary LoRA adapter, which peft, vLLM and LoRAX load like any other.
+"""Folds a mixture with constant weights to one ordinary LoRA adapter, which peft, vLLM and LoRAX can load.
 
-Where the weights w do not depend on the token, the sum over a layer's experts is a LoRA itself, whose rank is the sum
-of theirs:
+If the weights w do not depend on the token, the sum over a layer's experts is a LoRA adapter, whose rank is the sum of
+their ranks:
 
     Σ_e  w_{l,e} · g · s_e · B_e A_e  =  [w_{l,1} g s_1 B_1, w_{l,2} g s_2 B_2, …] [A_1; A_2; …]
 
-with s_e peft's `scaling` and g the global weight. Nothing is approximated. Servers read one rank and one scaling for
-the whole adapter (vLLM knows no `rank_pattern`), so every layer is filled up with zeros to the largest rank, and the
-scaling is 1. What varies from token to token cannot be folded: `mean_scalings` keeps a gate's average.
+with peft's `scaling` s_e and the global weight g. This is exact. Servers use one rank and one scaling for the whole
+adapter (vLLM does not support `rank_pattern`), so each layer is padded with zeros to the largest rank, and the scaling
+is 1. Weights that differ between tokens cannot be folded: `mean_scalings` computes a gate's mean.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from weft.files.writing import check_folder, replace_folder, settle
 from weft.gate.routing import ConstantWeights, constant_scalings
 from weft.model.heads import head_tensors, wrappers
 
-# Beside the adapter: it was folded, and may be folded anew. (Metadata of safetensors have no order, so that two keys
-# there would make files of the same tensors differ.)
+# A file beside the adapter that marks it as folded, so that it may be replaced. (Not in the metadata of safetensors,
+# which have no fixed order: files with equal tensors could differ.)
 MARK = "weft_fold.json"
 
 
@@ -55,7 +55,7 @@ class _Part:
         down: A, [rank, ...].
         up: B, [out, rank / groups, ...].
         scale: w · g · s.
-        bias: g · s · b, whatever w: a `lora_bias` stands outside of the weights.
+        bias: g · s · b, without w, as the weights do not apply to a `lora_bias`; None if there is none.
     """
 
     down: Tensor
@@ -66,32 +66,33 @@ class _Part:
 
 @torch.no_grad()
 def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -> LoraConfig:
-    """Write the mixture with these constant weights as one ordinary LoRA adapter.
+    """Write a mixture with constant weights as one ordinary LoRA adapter.
 
-    Its change of layer l is Σ_e w_{l,e} · g · s_e · B_e A_e, exactly that of `model.fixed_scalings(weights)`. An expert
-    whose weight is 0 in a layer takes no rank there; a layer where none acts is no target of the adapter. Where experts
-    have a `lora_bias`, so has the adapter: peft loads it, servers may not. The mixture's heads become the adapter's
-    `modules_to_save`.
+        ΔW_l = Σ_e  w_{l,e} · g · s_e · B_e A_e        for each layer l
+
+    This is exactly `model.fixed_scalings(weights)`. An expert with weight 0 in a layer adds no rank there, and a layer
+    in which all weights are 0 is not a target of the adapter. If experts have a `lora_bias`, the adapter has one too,
+    which peft loads but servers may not. The mixture's heads become the adapter's `modules_to_save`.
 
     Args:
-        model: an X-LoRA model, as `weft.from_pretrained` gives it; it stays as it is.
-        output: a new or empty folder, or that of an ordinary adapter, which is replaced.
-        weights: expert name -> weight in all layers, experts left out having weight 0; or a table [layer, expert] with
-            a row for each of `model.xlora_config.layer_names`, such as `mean_scalings` gives.
+        model: a mixture; it is not changed.
+        output: a new or empty folder, or one with an adapter that was folded before, which is replaced.
+        weights: expert name -> weight in all layers, 0 for experts that are not named; or a table [layer, expert] with
+            a row for each of `model.xlora_config.layer_names`, such as the result of `mean_scalings`.
 
     Returns:
-        The adapter's config as written; its `r` is the rank to serve.
+        The adapter's config; its `r` is the rank, which servers need.
 
     Raises:
-        ConfigError: the weights do not fit the model or are all 0, or the folder holds something else.
-        AdapterError: the experts' `lora_bias` cannot be written together with an embedding, or an expert that acts has
-            DoRA.
-        CheckpointError: the folder cannot be written; it is as it was.
+        ConfigError: the weights do not fit the model or are all 0, or the folder has other files.
+        AdapterError: an expert with a weight other than 0 has DoRA, or experts have a `lora_bias` and others adapt an
+            embedding.
+        CheckpointError: the folder cannot be written; it is unchanged.
 
     Example:
         >>> model = weft.from_pretrained("my-mixture")
         >>> weft.fold(model, "folded", {"math": 0.5, "code": 0.5})
-        >>> peft.PeftModel.from_pretrained(base, "folded")
+        >>> peft.PeftModel.from_pretrained(base, "folded")  # base: a base model without the mixture
     """
     folder, options = Path(output), model.xlora_config
     check_output(folder, options)
@@ -142,21 +143,23 @@ def mean_scalings(
     batch_size: int = 4,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Float[Tensor, "layer expert"]:
-    """The gate's scalings, after top-k, on average over all tokens of some texts: weights for `fold`.
+    """The gate's mean scalings, after top-k, over all tokens of some texts, as weights for `fold`.
 
-    w_{l,e} = mean over tokens t of λ_{t,l,e}. This keeps how much of each expert the gate takes in each layer, and
-    loses what it decides from token to token.
+        w_{l,e} = mean over tokens t of λ_{t,l,e}
 
     Args:
-        model: an X-LoRA model in evaluation mode.
-        sequences: token ids; every token counts the same.
-        batch_size: sequences per forward pass; without effect on the result.
-        advance: called with the number of sequences done, after each forward pass.
+        model: a mixture in evaluation mode.
+        sequences: token ids of each text; all tokens have the same weight.
+        batch_size: number of sequences per forward pass; no effect on the result.
+        advance: called after each forward pass with its number of sequences.
+
+    Returns:
+        The table of weights, float32 on the CPU.
 
     Raises:
         ConfigError: the base model is an encoder-decoder.
         DataError: there are no sequences.
-        RuntimeError: the gate does not run, inside of `fixed_scalings` or `disable_adapter`.
+        RuntimeError: the gate does not run, because of `fixed_scalings` or `disable_adapter`.
 
     Example:
         >>> weights = weft.mean_scalings(model, tokenizer(texts)["input_ids"])
@@ -184,11 +187,10 @@ def mean_scalings(
 
 
 def check_output(folder: Path, options: XLoraConfig) -> None:
-    """Raise where writing an adapter to this folder would spoil something.
+    """Raise if a folded adapter cannot be written to this folder, or would replace other files.
 
     Raises:
-        ConfigError: it is an expert's own, holds something else than an adapter that was folded before, or cannot be
-            written.
+        ConfigError: it is the folder of an expert, has other files than a folded adapter, or cannot be written.
     """
     settle(folder, leftovers=True)
     for name, path in (options.adapters or {}).items():
@@ -200,7 +202,7 @@ def check_output(folder: Path, options: XLoraConfig) -> None:
 
 
 def _parts(layer: Any, weights: dict[str, float], global_weight: float) -> list[_Part]:
-    """The experts that a layer has; `weights` has g in it."""
+    """The experts of a layer; `weights` are already multiplied by g."""
     parts = []
     for expert, weight in weights.items():
         if expert in layer.lora_A:
@@ -225,7 +227,7 @@ def _groups(layer: Any) -> int:
 
 
 def _common_rank(layers: dict[str, tuple[Any, list[_Part]]]) -> int:
-    """The smallest rank that holds every layer's experts, and that the groups of every convolution divide."""
+    """The smallest rank for the experts of all layers that is a multiple of the groups of each convolution."""
     needed = max((sum(len(part.down) for part in parts if part.scale) for _, parts in layers.values()), default=0)
     groups = math.lcm(*(_groups(layer) for layer, _ in layers.values()))
     return math.ceil(needed / groups) * groups
@@ -235,7 +237,7 @@ def _with_bias(layers: dict[str, tuple[Any, list[_Part]]]) -> bool:
     """Whether the adapter needs `lora_bias`.
 
     Raises:
-        AdapterError: it does, and peft knows none for one of the layers.
+        AdapterError: it needs one, but peft does not support it for one of the layers.
     """
     with_bias = any(part.bias is not None for _, parts in layers.values() for part in parts)
     for name, (layer, _) in layers.items():
@@ -248,8 +250,8 @@ def _with_bias(layers: dict[str, tuple[Any, list[_Part]]]) -> bool:
 
 
 def _folded(layer: Any, parts: list[_Part], rank: int, dtype: torch.dtype, *, with_bias: bool) -> dict[str, Tensor]:
-    """A layer's tensors, under their names in an adapter file."""
-    # The ranks of a grouped convolution belong to one group after the other, so experts are joined within each group.
+    """A layer's tensors, under their keys in an adapter file."""
+    # The ranks of a grouped convolution are in group-major order, so the experts are joined in each group.
     groups = _groups(layer)
     some = parts[0]
     down = torch.zeros(groups, rank // groups, *some.down.shape[1:], dtype=dtype)
@@ -278,7 +280,7 @@ def _heads(base: nn.Module) -> dict[str, Tensor]:
 
 
 def _retrained(model: Any, adapted: Container[str]) -> dict[str, Tensor]:
-    """What the experts brought along for the base model, under the names by which peft puts it there."""
+    """The full base-model weights of the experts, under peft's keys."""
     return {
         f"{KEY_PREFIX}{path}.{'base_layer.' if path in adapted else ''}{key}": value.clone()
         for path, module in model.retrained.modules().items()
@@ -291,7 +293,7 @@ def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias:
     expert = model.lora_model.peft_config[options.expert_names[0]]
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank,  # the scaling is 1: each expert's own is in B
+        lora_alpha=rank,  # the scaling is 1, as B includes each expert's scaling
         lora_bias=with_bias,
         fan_in_fan_out=any(isinstance(base.get_submodule(name).get_base_layer(), Conv1D) for name in layer_names),
         base_model_name_or_path=options.base_model_name_or_path or expert.base_model_name_or_path,
@@ -299,7 +301,7 @@ def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias:
         auto_mapping=expert.auto_mapping,
         inference_mode=True,
     )
-    # Not through the constructor, which makes a set of it, whose order in the file is chance.
+    # Not by the constructor, which converts it to a set without a fixed order in the file.
     config.target_modules = _target_modules(base, layer_names)
     whole = [path for path in model.retrained.modules() if path not in layer_names]
     config.modules_to_save = [*(path for path, _ in wrappers(base)), *whole] or None
@@ -307,7 +309,10 @@ def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias:
 
 
 def _target_modules(base: nn.Module, layer_names: list[str]) -> list[str] | str:
-    """The shortest endings of these layers' names that no other module's name has; a pattern where there are none."""
+    """The shortest suffixes of these layers' names that match no other module; a regular expression if there are none.
+
+    peft's `target_modules` are such suffixes.
+    """
     adapted = [name for name, module in base.named_modules() if isinstance(module, lora.LoraLayer)]
     inside = tuple(f"{name}." for name in adapted)
     own = {name for name, _ in base.named_modules() if not name.startswith(inside)}
@@ -322,6 +327,6 @@ def _target_modules(base: nn.Module, layer_names: list[str]) -> list[str] | str:
 
 
 def _endings(name: str) -> list[str]:
-    """What peft's `target_modules` match this name by: "a.b.c" -> ["c", "b.c", "a.b.c"]."""
+    """The suffixes with which peft's `target_modules` match a name: "a.b.c" -> ["c", "b.c", "a.b.c"]."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]

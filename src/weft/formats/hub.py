@@ -1,6 +1,6 @@
-"""`weft.push` and `weft.pull`: a saved mixture to the Hugging Face Hub and back, through huggingface_hub.
+"""`weft.push` and `weft.pull`: upload a saved mixture to the Hugging Face Hub, and download it, with huggingface_hub.
 
-What goes up is in `publication.py`.
+The files for the upload are selected in `publication.py`.
 """
 
 from __future__ import annotations
@@ -38,31 +38,30 @@ def push(
     dry_run: bool = False,
     licence: str | None = None,
 ) -> str:
-    """Put a saved mixture on the Hub, with a model card, in one commit.
+    """Upload a saved mixture to the Hub, with a model card, in one commit.
 
-    Sent are gate, options, manifest, experts, a tokenizer, licences, the card, and the eval.json and gate.png or
-    gate.svg that weft wrote beside them; nothing else that lies there, and nothing through a link. Folders of this
-    machine that options name as base model are left out, or `base` stands in their place.
+    Uploaded are gate, options, manifest, experts, tokenizer, licences, the card, and the files eval.json and gate.png
+    or gate.svg that weft wrote. Other files and links are not. If the options name a local folder as the base model, it
+    is replaced by `base` or left out.
 
     Args:
-        folder: of a mixture that weft saved.
-        repo_id: user/name; made if it is not there.
-        private: of a repository that is made; one that exists stays as it is.
-        base: the base model's Hub id, where the mixture names a folder; written to the card and the config there.
-        license: of the mixture itself; None declares none.
-        evaluation: what `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
-        message: of the commit.
-        dry_run: send nothing; return what would be sent.
-        licence: the earlier spelling of `license`, until 0.2.
+        folder: the folder of a mixture that weft saved.
+        repo_id: user/name; the repository is created if it does not exist.
+        private: create a private repository; no effect on an existing one.
+        base: Hub id of the base model, if the mixture names a local folder; written to the uploaded card and config.
+        license: licence of the mixture, as a Hub identifier; None declares none.
+        evaluation: a file that `weft eval --output` wrote; None takes the folder's eval.json, if there is one.
+        message: message of the commit.
+        dry_run: upload nothing, and return a list of what would be uploaded.
+        licence: the old spelling of `license`, until 0.2.
 
     Returns:
-        The commit's address; in a dry run a line for each file, and for what would be changed in them.
+        The URL of the commit; with `dry_run`, one line for each file and for each change.
 
     Raises:
-        ConfigError: the repository's or the base model's name cannot be one, or a file to be sent holds a path of this
-            machine.
-        CheckpointError: the folder is not whole, or not weft's, or has a link in the place of a file.
-        HubError: no token, no right to write, or no Hub in reach. What could not be committed changes nothing.
+        ConfigError: `repo_id` or `base` is not valid, or a file contains a local path.
+        CheckpointError: the folder is not a complete mixture of weft, or has a link in place of a file.
+        HubError: no token, no permission to write, or no connection. Nothing is committed then.
 
     Example:
         >>> weft.push("my-mixture", "me/my-mixture", base="HuggingFaceTB/SmolLM2-135M", license="apache-2.0")
@@ -89,20 +88,20 @@ def push(
 
 
 def pull(repo_id: str, output: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
-    """Get a mixture from the Hub into a folder, whole and verified, or not at all.
+    """Download a mixture from the Hub to a folder. It is verified before the folder is written.
 
     Args:
-        repo_id: user/name, of a mixture in weft's layout, peft's or the original xlora library's.
-        output: a new or empty folder; None takes one of the repository's name here.
+        repo_id: user/name of a mixture in the layout of weft, peft or the original xlora library.
+        output: a new or empty folder; None takes the repository's name, in the working directory.
         revision: branch, tag or commit; None takes the main branch.
 
     Returns:
-        The folder.
+        The output folder.
 
     Raises:
-        ConfigError: the name cannot be one, or the output is not empty.
-        HubError: there is no such repository or revision, no right to read it, or no Hub in reach.
-        CheckpointError: what is there is no mixture, or damaged.
+        ConfigError: `repo_id` is not valid, or the output is not empty.
+        HubError: there is no such repository or revision, no permission to read it, or no connection.
+        CheckpointError: the repository is not a mixture, or is damaged.
 
     Example:
         >>> model = weft.from_pretrained(weft.pull("me/my-mixture"))
@@ -143,7 +142,12 @@ def _check_id(repo_id: str) -> None:
 
 @contextlib.contextmanager
 def _errors_of(what: str) -> Iterator[None]:
-    """What huggingface_hub raises as one error that says what to do."""
+    """Turn an error of huggingface_hub in the block into one that says what to do.
+
+    Raises:
+        HubError: the request failed.
+        CheckpointError: the Hub's cache cannot be written.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -154,7 +158,7 @@ def _errors_of(what: str) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    network: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library that huggingface_hub uses
+    network: Any = HfHubHTTPError.__bases__[0]  # the base error of huggingface_hub's HTTP library
     try:
         yield
     except GatedRepoError as err:

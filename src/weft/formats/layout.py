@@ -1,4 +1,4 @@
-"""What the other libraries' layouts have in common: what none of them holds, and how an expert's files are written."""
+"""Shared by the writers of other libraries' layouts: what none of them supports, and the files of an expert."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from weft.files.tensors import preview
 from weft.formats.mixture import MixtureFiles
 
 _LAYOUT_FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME, ORIGINAL_CONFIG, ORIGINAL_GATE, ORDERING}
-_COMPANIONS = {".json", ".jinja", ".model", ".txt"}  # tokenizers, and what else is no pickle
+_COMPANIONS = {".json", ".jinja", ".model", ".txt"}  # tokenizers and similar files; no pickles
 
 
 def common_problems(files: MixtureFiles, library: str) -> list[str]:
-    """What no library but weft has a place for, a sentence each."""
+    """What only weft supports, one sentence each."""
     config, problems = files.config, []
     for name in ("gate_layer", "scaling_pass_layers", "heads"):
         if getattr(config, name) is not None:
@@ -50,7 +50,7 @@ def common_problems(files: MixtureFiles, library: str) -> list[str]:
 
 
 def layers_where(files: MixtureFiles, condition: Callable[[str, Tensor], bool]) -> list[str]:
-    """The LoRA layers with a tensor (key, value) of an expert's for which the condition holds."""
+    """The LoRA layers in which an expert has a tensor (key, value) with this condition."""
     found = {
         key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
         for adapter in files.adapters
@@ -61,7 +61,7 @@ def layers_where(files: MixtureFiles, condition: Callable[[str, Tensor], bool]) 
 
 
 def copy_expert(adapter: Adapter, folder: Path) -> None:
-    """Write an expert as an ordinary adapter, with its card where that declares a licence."""
+    """Write an expert as an ordinary adapter, with its card if that declares a licence."""
     folder.mkdir(parents=True)
     shutil.copy(adapter.folder / CONFIG_NAME, folder / CONFIG_NAME)
     save_tensors({**adapter.weights, **adapter.heads}, folder / SAFETENSORS_WEIGHTS_NAME)
@@ -70,7 +70,7 @@ def copy_expert(adapter: Adapter, folder: Path) -> None:
 
 
 def copy_mixture(files: MixtureFiles, part: Path) -> None:
-    """Write the experts and the gate as weft and peft lay them out, with the tokenizer and the like beside them."""
+    """Write the experts and the gate in the layout of weft and peft, and copy the tokenizer and similar files."""
     for adapter in files.adapters:
         copy_expert(adapter, part / EXPERTS_FOLDER / adapter.name)
     _copy_companions(files.folder, part)
@@ -89,5 +89,5 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write a table as a JSON file."""
+    """Write a dict as a JSON file."""
     file.write_text(json.dumps(values, indent=2), encoding="utf-8")

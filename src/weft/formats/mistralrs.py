@@ -1,4 +1,4 @@
-"""mistral.rs's layout (`checkpoint/mistralrs_layout.py` reads it)."""
+"""Writes the layout of mistral.rs (`checkpoint/mistralrs_layout.py` reads it)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNREAD = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "layers_t
 
 
 def mistralrs_problems(files: MixtureFiles) -> list[str]:
-    """What mistral.rs cannot hold of a mixture, a sentence each."""
+    """What mistral.rs does not support in a mixture, one sentence each."""
     problems = xlora_problems(files, "mistral.rs")
     config, first = files.config, files.adapters[0]
     names = list(config.adapters or {})
@@ -56,14 +56,14 @@ def mistralrs_problems(files: MixtureFiles) -> list[str]:
 
 
 def write_mistralrs(files: MixtureFiles, layers: list[str], part: Path, target: Path) -> None:
-    """Write a mixture into the folder `part`, which becomes `target`."""
+    """Write a mixture to the folder `part`, which will become `target`."""
     names = [adapter.name for adapter in files.adapters]
     for adapter in files.adapters:
-        # Side by side: the engine does not look into the folders of a folder.
+        # In one folder, as the engine does not read subfolders.
         shutil.copy(adapter.folder / CONFIG_NAME, part / f"{adapter.name}_config.json")
         save_tensors({**adapter.weights, **adapter.heads}, part / f"{adapter.name}_model.safetensors")
     save_tensors(original_gate(files, stride=1), part / ORIGINAL_GATE)
-    # It leaves dropout on.
+    # The engine applies dropout also in inference, so it is set to 0.
     config = original_config(files) | {"adapters": {name: name for name in names}, "xlora_dropout_p": 0.0}
     write_json(part / ORIGINAL_CONFIG, config)
     ordering = {

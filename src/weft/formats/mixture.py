@@ -1,7 +1,6 @@
-"""A saved mixture as it lies in a folder of any layout, read without its base model's weights.
+"""Reads a saved mixture of any layout, without its base model's weights.
 
-Layouts: weft's, peft's X-LoRA, the original xlora library's, and mistral.rs's (that of the original, flat, with a file
-that numbers the LoRA layers).
+The layouts are those of weft, peft's X-LoRA, the original xlora library, and mistral.rs.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from weft.checkpoint.mistralrs_layout import ORDERING, is_flat, unfolded
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError
 
-MIXTURE_NAME = "default"  # which peft gives to an adapter without a name
+MIXTURE_NAME = "default"  # peft's name for an adapter without a name
 _LINEAR = re.compile(r"layers\.(\d{1,9})\.(?:weight|bias)")
 
 
 @dataclass(frozen=True)
 class MixtureFiles:
-    """What a folder holds.
+    """The content of a mixture's folder.
 
     Args:
-        folder: where it lies.
-        config: its options; the adapters' paths are those of their folders.
-        tensors: the gate's and the heads' tensors, under peft's names.
+        folder: the folder.
+        config: the options; `adapters` has the paths of the experts' folders.
+        tensors: the tensors of gate and heads, under peft's keys.
         adapters: the experts in the order of the gate's outputs.
-        layers: the LoRA layers by name, in no order.
-        layer_names: the same in the order of the gate's outputs; None where the folder does not tell it.
+        layers: the names of the LoRA layers.
+        layer_names: the same in the order of the gate's outputs; None if the folder does not have the order.
     """
 
     folder: Path
@@ -52,7 +51,11 @@ class MixtureFiles:
     layer_names: list[str] | None
 
     def linear_layers(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, bias) of the gate's linear layers, the first one first."""
+        """(weight, bias) of each linear layer of the gate, in order.
+
+        Raises:
+            CheckpointError: the gate has other tensors.
+        """
         gate = {key.partition(GATE_KEY)[2]: value for key, value in self.tensors.items() if GATE_KEY in key}
         numbers = sorted({int(found[1]) for key in gate if (found := _LINEAR.fullmatch(key))})
         expected = {f"layers.{number}.{part}" for number in numbers for part in ("weight", "bias")}
@@ -67,12 +70,12 @@ class MixtureFiles:
         """The LoRA layers in the order of the gate's outputs.
 
         Args:
-            base: the base model, or its name or path, where the folder does not tell the order; only its config is
-                read. None takes the one that the folder names.
-            trust_remote_code: run code that comes with it.
+            base: the base model, its folder or its Hub id, used if the folder does not have the order; only its config
+                is read. None takes the one that the folder names.
+            trust_remote_code: run code that comes with the base model.
 
         Raises:
-            CheckpointError: there is no such base model, or it has other layers.
+            CheckpointError: there is no such base model, or it does not have these layers.
         """
         if self.layer_names is not None:
             return self.layer_names
@@ -100,12 +103,12 @@ def opened(
 
     Args:
         source: folder or Hub id.
-        adapters: where the experts are, if not where the folder says.
-        rename: new names of experts, {old: new}.
-        base_is_given: the base model is known, though the folder may not name it.
+        adapters: name -> path of the experts, if they are not where the folder says.
+        rename: old name -> new name of experts.
+        base_is_given: the base model is known even if the folder does not name it.
 
     Raises:
-        WeftError: a file is missing or broken, or they do not belong together.
+        WeftError: a file is missing or broken, or the files do not fit together.
     """
     folder = local_folder(source, "the mixture")
     with contextlib.ExitStack() as stack:
@@ -126,7 +129,7 @@ def opened(
             config.adapters or {},
             allow_dora=config.allow_dora,
             heads=heads,
-            # A mixture that weft saved has been on one.
+            # The experts of a mixture that weft saved have been on one base model.
             base_is_known=base_is_given or (config.layer_names or config.base_model_name_or_path) is not None,
             opened=saved.tensors,
         )
@@ -144,7 +147,7 @@ def opened(
 
 
 def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:
-    """{present name: new name} of all experts."""
+    """present name -> new name, for all experts."""
     names = list(config.adapters or {})
     strangers = sorted(set(rename) - set(names))
     if strangers:
@@ -158,7 +161,7 @@ def _renamed(config: XLoraConfig, rename: dict[str, str]) -> dict[str, str]:
 
 
 def _check_gate(files: MixtureFiles) -> None:
-    """Raise where the gate has not as many outputs as there are experts and layers; `gate_layer` leaves layers out."""
+    """Raise if the gate's outputs do not fit the experts and layers. With `gate_layer`, not all layers have outputs."""
     config, linear = files.config, files.linear_layers()
     if not linear:
         raise CheckpointError(f"{files.folder} holds no gate")
@@ -178,7 +181,7 @@ def _check_gate(files: MixtureFiles) -> None:
 def _empty_base(
     base: nn.Module | str | os.PathLike[str] | None, config: XLoraConfig, *, trust_remote_code: bool
 ) -> nn.Module:
-    """The base model without its weights."""
+    """The base model on the meta device, without weights."""
     if isinstance(base, nn.Module):
         return base
     name: Any = base or config.base_model_name_or_path

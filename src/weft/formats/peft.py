@@ -1,4 +1,4 @@
-"""The layout of peft's X-LoRA."""
+"""Writes the layout of peft's X-LoRA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weft.formats.mixture import MixtureFiles
 
 
 def peft_problems(files: MixtureFiles) -> list[str]:
-    """What peft's X-LoRA cannot hold of a mixture, a sentence each."""
+    """What peft's X-LoRA does not support in a mixture, one sentence each."""
     problems = common_problems(files, "peft's X-LoRA")
     names = list(files.config.adapters or {})
     numbers = [str(number) for number in range(len(names))]
@@ -33,11 +33,11 @@ def peft_problems(files: MixtureFiles) -> list[str]:
 
 
 def write_peft(files: MixtureFiles, layers: list[str], part: Path, target: Path) -> None:
-    """Write a mixture into the folder `part`, which becomes `target`."""
+    """Write a mixture to the folder `part`, which will become `target`."""
     copy_mixture(files, part)
     kept = (*SHARED_OPTIONS, "base_model_name_or_path", "task_type", "auto_mapping", "revision")
     values = {name: getattr(files.config, name) for name in kept}
-    # peft looks for relative paths in the directory in which it is started.
+    # peft resolves relative paths in the working directory.
     paths = {a.name: str(target.resolve() / EXPERTS_FOLDER / a.name) for a in files.adapters}
     values |= {"adapters": paths, "peft_type": PeftType.XLORA.value, "inference_mode": True}
     write_json(part / CONFIG_NAME, values)

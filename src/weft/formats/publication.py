@@ -1,9 +1,9 @@
-"""What of a saved mixture goes to the Hub: the files on a list, and no path of this machine.
+"""Selects and checks the files of a saved mixture for the Hub. No local path is published.
 
-A mixture's own files, its experts', a tokenizer's, licences, and what `weft eval` and `weft inspect` put beside it. No
-link is followed. Where options and cards name a folder here as base model, the copy that goes up has the base model's
-Hub id, or none; the folder itself stays as it is. A path of this machine anywhere else is an error, and nothing is
-sent.
+Only files on a list are uploaded: those of the mixture, its experts and a tokenizer, licences, and results of
+`weft eval` and `weft inspect`. Links are not followed. If options and cards name a local folder as the base model, the
+uploaded copy has the base model's Hub id or no base model; the local files are not changed. A local path in any other
+place is an error, and nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from weft.files.reading import read_json, read_text
 from weft.formats.card import EVAL_FILE, PICTURES, card_text, has_results
 
 _ADAPTER = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-# Of transformers' tokenizers and processors.
+# Files of transformers' tokenizers and processors.
 _TOKENIZER = (
     *("added_tokens.json", "chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json"),
     *("processor_config.json", "sentencepiece.bpe.model", "source.spm", "special_tokens_map.json", "spiece.model"),
@@ -36,20 +36,20 @@ _TOKENIZER = (
 _TEMPLATES = "additional_chat_templates"
 _LICENSE = re.compile(r"(LICEN[SC]E|NOTICE)(\.md|\.txt)?")
 _TEXTS = {".json", ".jinja", ".md", ".txt", ""}
-_VOCABULARIES = {"merges.txt", "tokenizer.json", "vocab.json", "vocab.txt"}  # any piece of a path may be a token
-# Options that name where a model or tokenizer came from.
+_VOCABULARIES = {"merges.txt", "tokenizer.json", "vocab.json", "vocab.txt"}  # parts of a path may be tokens
+# Options with the path or Hub id from which a model or tokenizer was loaded.
 _ORIGINS = ("base_model_name_or_path", "name_or_path", "_name_or_path")
 
 
 @dataclass
 class Publication:
-    """The files to send.
+    """The files to upload.
 
     Attributes:
-        folder: of the mixture.
-        names: of all files, relative to it.
-        texts: those that differ from the folder's, or are not in it.
-        notes: what was changed, a sentence each.
+        folder: the mixture's folder.
+        names: names of all files, relative to the folder.
+        texts: name -> content, for files that differ from those in the folder or are not in it.
+        notes: the changes, one sentence each.
     """
 
     folder: Path
@@ -58,11 +58,11 @@ class Publication:
     notes: list[str] = field(default_factory=list)
 
     def content(self, name: str) -> bytes | str:
-        """What a file is to hold: its bytes, or its path here."""
+        """The content of a file as bytes, or its local path."""
         return self.texts[name].encode() if name in self.texts else str(self.folder / name)
 
     def listing(self) -> str:
-        """The files with their sizes, and what was changed, as text."""
+        """The files with their sizes in bytes, and the changes, as text."""
         sizes = {
             name: len(self.texts[name].encode()) if name in self.texts else (self.folder / name).stat().st_size
             for name in self.names
@@ -73,18 +73,18 @@ class Publication:
 def publication(
     folder: Path, *, name: str, base: str | None, license: str | None, evaluation: str | os.PathLike[str] | None
 ) -> Publication:
-    """What is to be sent of a mixture, verified.
+    """The files of a mixture for the upload; the folder is verified first.
 
     Args:
-        folder: of the mixture.
-        name: its Hub id.
-        base: the base model's Hub id; None takes what the mixture says, where that is one.
-        license: of the mixture, for its card.
-        evaluation: what `weft eval --output` wrote, for its card.
+        folder: the mixture's folder.
+        name: the mixture's Hub id.
+        base: Hub id of the base model; None takes the one that the mixture names, if it is a Hub id.
+        license: licence of the mixture, for its card.
+        evaluation: a file that `weft eval --output` wrote, for its card.
 
     Raises:
-        CheckpointError: the folder is not whole, not weft's, or has a link where one of the files should be.
-        ConfigError: it is no folder here, or a file holds a path of this machine.
+        CheckpointError: the folder is not a complete mixture of weft, or has a link in place of a file.
+        ConfigError: it is not a local folder, or a file contains a local path.
     """
     if not folder.is_dir():
         raise ConfigError(f"folder ({folder}) must be a saved mixture's folder here")
@@ -101,7 +101,7 @@ def publication(
 
 
 def _wanted(folder: Path, experts: list[str]) -> Iterator[str]:
-    """The files on the list that are there."""
+    """The names of files that are on the list and exist."""
     entries = sorted(entry.name for entry in folder.iterdir())
     for name in (*_ADAPTER, MANIFEST_NAME, CARD, *PICTURES, *_TOKENIZER):
         if name in entries:
@@ -132,7 +132,7 @@ def _refuse_links(folder: Path, names: list[str]) -> None:
 
 
 def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
-    """Put the base model's Hub id, or nothing, in the place of folders here; returns these."""
+    """Replace local folders of the base model by its Hub id, or remove them; returns these folders."""
     local: list[str] = []
     changed: dict[str, dict[str, Any]] = {}
     for name in found.names:
@@ -147,7 +147,7 @@ def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
     for name, rewritten in changed.items():
         found.texts[name] = json.dumps(rewritten, indent=2, sort_keys=True)
     experts = [name for name in changed if name.startswith(f"{EXPERTS_FOLDER}/")]
-    if experts:  # whose options the manifest has digests of
+    if experts:  # the manifest has digests of their options
         manifest: dict[str, Any] = read_json(found.folder / MANIFEST_NAME)
         manifest["options"] |= {name: options_digest(changed[name]) for name in experts}
         found.texts[MANIFEST_NAME] = json.dumps(manifest, indent=1)
@@ -165,14 +165,18 @@ def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a base model's name is a path of this machine rather than a Hub id."""
+    """Whether a base model's name is a local path and not a Hub id."""
     return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
 
 
 def _refuse_paths(found: Publication, local: list[str]) -> None:
-    """Raise where a text that would be sent holds a path of this machine."""
+    """Raise if a text file for the upload contains a local path.
+
+    Raises:
+        ConfigError: a file contains one; all of them at once.
+    """
     here = [str(Path.home()), str(found.folder.resolve()), str(Path.cwd()), *local]
-    # Whole paths: a home folder of "/" or a model named "llama" is in every text.
+    # Only full paths: a home folder "/" or a model named "llama" would be found in any text.
     paths = {path for path in here if path.count("/") + path.count("\\") > 1 or (path.startswith("/") and path != "/")}
     whole = {path: re.compile(rf"(?<![\w/.]){re.escape(path)}(?![\w-])") for path in paths}
     problems = []

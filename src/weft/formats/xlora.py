@@ -1,4 +1,4 @@
-"""The layout of the original xlora library (`checkpoint/xlora_layout.py` reads it)."""
+"""Writes the layout of the original xlora library (`checkpoint/xlora_layout.py` reads it)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weft.formats.mixture import MixtureFiles
 
 
 def xlora_problems(files: MixtureFiles, library: str = "the original xlora") -> list[str]:
-    """What the original library, or one that has taken over its layout, cannot hold of a mixture, a sentence each."""
+    """What the original library, or one with its layout, does not support in a mixture, one sentence each."""
     problems = common_problems(files, library)
     embeddings = layers_where(files, lambda key, value: ".lora_embedding_" in key)
     if embeddings:
@@ -27,7 +27,7 @@ def xlora_problems(files: MixtureFiles, library: str = "the original xlora") -> 
 
 
 def write_xlora(files: MixtureFiles, layers: list[str], part: Path, target: Path) -> None:
-    """Write a mixture into the folder `part`, which becomes `target`."""
+    """Write a mixture to the folder `part`, which will become `target`."""
     trained = files.config.use_trainable_adapters
     for adapter in files.adapters:
         copy_expert(adapter, part / (TRAINED_ADAPTERS if trained else "") / adapter.name)
@@ -48,7 +48,7 @@ def original_config(files: MixtureFiles) -> dict[str, Any]:
 
 
 def original_gate(files: MixtureFiles, stride: int) -> dict[str, Tensor]:
-    """The gate under the original library's names; `stride` is how far apart it counts two linear layers."""
+    """The gate under the original library's keys; `stride` is the difference of two linear layers' indices."""
     *inner, last = files.linear_layers()
     named = {f"inner.{number * stride}": layer for number, layer in enumerate(inner)} | {"last": last}
     return {
