@@ -1,11 +1,11 @@
-"""What a gate did with texts: recorded, kept in a file, and shown.
+"""Traces: the scalings of a gate for texts, recorded, saved and displayed.
 
-Knows no training; only record.py knows models.
+Only record.py runs a model.
 
-    record.py       a mixture reads texts, and what its layers followed is kept
-    numbers.py      the numbers, and what follows from them: shares, entropy, perplexities
-    trace.py        a trace: these numbers, their file, their table, their cell in a notebook
-    summary.py      what a trace says, in a few sentences
+    record.py       runs a mixture on texts and records the scalings of its layers
+    numbers.py      the data of a trace, and quantities computed from it: shares, entropy, perplexities
+    trace.py        Trace: the data with its file, its tables and its display in a notebook
+    summary.py      a summary of a trace in a few sentences
     figures.py      figures for papers
     page/           one HTML file that shows traces
 """

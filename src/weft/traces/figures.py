@@ -21,11 +21,10 @@ _WIDTH = 6.75  # inches: the text of a two-column paper
 
 
 def check_figure(file: str | os.PathLike[str]) -> None:
-    """Raise where a figure cannot be written to this file.
+    """Raise if a figure cannot be written to this file.
 
     Raises:
-        ConfigError: matplotlib is missing, the file's name says no format of a figure, or a file is there that is no
-            figure of weft's.
+        ConfigError: matplotlib is not installed, the suffix is unknown, or an existing file is not a figure of weft.
     """
     if Path(file).suffix.lower() not in _FORMATS:
         raise ConfigError(f"figure ({file}) must end in one of {', '.join(_FORMATS)}")
@@ -37,13 +36,18 @@ def check_figure(file: str | os.PathLike[str]) -> None:
 
 
 def write_figure(trace: TraceNumbers, file: str | os.PathLike[str]) -> None:
-    """Write the figure of a trace to a .pdf, .png or .svg file, all of it or nothing.
+    """Write the figure of a trace to a file, which is replaced only if the new one is complete.
+
+    Args:
+        trace: the trace.
+        file: a .pdf, .png or .svg file.
 
     Raises:
         ConfigError: see `check_figure`.
         CheckpointError: the file cannot be written.
 
     Example:
+        >>> trace = weft.trace(model, "The contract says", tokenizer=tokenizer)
         >>> write_figure(trace, "gates.pdf")
     """
     check_figure(file)
@@ -55,7 +59,8 @@ def write_figure(trace: TraceNumbers, file: str | os.PathLike[str]) -> None:
 def figure(trace: TraceNumbers) -> Any:
     """A matplotlib figure: shares over position, layers and experts, entropy per layer, experts by data set.
 
-    Entropy and layers are left out where one value holds for all layers, data sets where there is one.
+    The panels of layers and entropy are left out if all layers share the scalings; the panel of data sets is left out
+    if there is only one.
     """
     from matplotlib.figure import Figure
 
@@ -88,7 +93,7 @@ def _positions(trace: TraceNumbers, axis: Any) -> None:
         linewidth=0,
     )
     for number, area in enumerate(areas):
-        if number >= len(PALETTE):  # whose colour another one has
+        if number >= len(PALETTE):  # the colours repeat
             area.set(hatch="////", edgecolor="white")
     axis.set(xlim=(0, len(trace)), ylim=(0, 1), xlabel="token", title="shares over position")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
@@ -126,5 +131,5 @@ def _data_sets(trace: TraceNumbers, axis: Any) -> None:
 
 
 def _plain(name: str) -> str:
-    """A name that matplotlib takes as it stands: `$` would begin a formula, `_` hide it from the legend."""
+    """A name, escaped for matplotlib: `$` would begin a formula, a leading `_` would hide it from the legend."""
     return name.replace("$", r"\$").lstrip("_") or name

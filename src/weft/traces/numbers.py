@@ -1,4 +1,4 @@
-"""The numbers of a trace, and what follows from them: shares, entropy, perplexities. No file and no screen."""
+"""The data of a trace, and quantities computed from it: shares, entropy, perplexities. No file and no screen."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TENSORS = ("scalings", "token_ids", "log_probs", "base_log_probs")
 
 @dataclass(frozen=True)
 class TracedText:
-    """One text in a trace, read without the ones before it.
+    """One text in a trace. Each text was read separately.
 
     Attributes:
-        name: of its data set; "" where there is none.
-        num_tokens: how many of the trace's tokens it has.
-        prompt_length: tokens before the generated ones; None where nothing was generated.
+        name: name of its data set; "" for none.
+        num_tokens: number of its tokens in the trace.
+        prompt_length: number of tokens before the generated ones; None if nothing was generated.
     """
 
     name: str
@@ -34,26 +34,27 @@ class TracedText:
 
 @dataclass(frozen=True, eq=False)
 class TraceNumbers:
-    """The scalings of texts, with the tokens and how well they were predicted.
+    """The scalings of texts, with their tokens and log-probabilities.
 
-    Token t has the scalings λ_{t,l,e} with which the model *read* it, top-k applied; the model predicted it one token
-    earlier. The axis `layer` is 1 where one value holds for all layers. Padding is not in it.
+    Token t has the scalings λ_{t,l,e}, after top-k, of the position at which the model *reads* it. The model predicts
+    the token at the position before. The axis `layer` has size 1 if all layers share the scalings. Padding is removed.
 
     Args:
-        scalings: λ, as the layers followed them.
-        token_ids: of all texts, one after the other.
-        log_probs: ln p(token | the text before it), under the mixture; NaN for each text's first token, and for all
-            where the model predicts none.
-        base_log_probs: the same under the base model, the experts off.
-        pieces: the text of each token; "" where a character ends in a later one.
-        expert_names: in the order of the axis `expert`.
-        layer_names: in the order of the axis `layer`.
-        texts: how the tokens fall into texts.
-        title: what was traced, for people.
-        num_left_out: tokens of the texts that the limit kept out of the trace.
+        scalings: λ, as the layers used them.
+        token_ids: the tokens of all texts, one text after the other.
+        log_probs: ln p(token | earlier tokens of the text) of the mixture, in nats; NaN for the first token of each
+            text, and for all tokens if the model is not causal.
+        base_log_probs: the same for the base model (with the experts off).
+        pieces: the text of each token; "" if a later token completes its character.
+        expert_names: the experts in the order of the axis `expert`.
+        layer_names: the layers in the order of the axis `layer`.
+        texts: the texts, with their numbers of tokens.
+        title: a title for display.
+        num_left_out: number of the texts' tokens that are not in the trace, because of the limit.
 
     Example:
-        >>> numbers.shares()[0]  # of the first token: one for each expert
+        >>> numbers = weft.trace(model, "The contract says", tokenizer=tokenizer)
+        >>> numbers.shares()[0]  # the first token's share for each expert
         >>> numbers.leading().tolist()
         >>> numbers.perplexities()
     """
@@ -82,29 +83,29 @@ class TraceNumbers:
         return f"<weft.Trace {self.title!r}: {', '.join(f'{name} {size}' for name, size in sizes.items())}>"
 
     def weights(self) -> Float[Tensor, "token expert"]:
-        """Each token's scalings, as the mean over the layers."""
-        # Not scalings.float(): that is the whole trace a second time.
+        """The mean over the layers of each token's scalings."""
+        # Not scalings.float(), which would copy the whole trace.
         return self.scalings.mean(1, dtype=torch.float32)
 
     def shares(self) -> Float[Tensor, "token expert"]:
-        """What part of a token's weight is each expert's: max(0, w_e) / Σ max(0, w_i), w the mean over the layers.
+        """Each expert's share of a token: max(0, w_e) / Σ_i max(0, w_i), with w from `weights`.
 
-        They sum to 1, whatever the gate's last function; they are 0 where no expert acts.
+        The shares of a token sum to 1, also without a softmax in the gate; they are 0 if all weights are 0.
         """
         positive = self.weights().clamp(min=0)
         return positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
     def leading(self) -> Int[Tensor, " token"]:
-        """The number of the expert with the largest share."""
+        """The index of the expert with the largest share, for each token."""
         return self.shares().argmax(-1)
 
     def entropy(self) -> Float[Tensor, "token layer"]:
-        """How undecided the gate was: 0 for one expert alone, 1 for equal shares."""
+        """The normalised entropy of the scalings: 0 if one expert has the whole share, 1 for equal shares."""
         positive = self.scalings.float().clamp(min=0)
         return normalised_entropy(positive / positive.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))
 
     def by_name(self) -> dict[str, Float[Tensor, " expert"]]:
-        """The mean shares of each data set: the expert-by-domain matrix, a row per name."""
+        """Data set -> the mean shares of its tokens."""
         shares = self.shares()
         rows: dict[str, list[Tensor]] = {}
         for text, start in self.starts():
@@ -112,14 +113,14 @@ class TraceNumbers:
         return {name: torch.cat(parts).mean(0) for name, parts in rows.items()}
 
     def starts(self) -> Iterator[tuple[TracedText, int]]:
-        """Each text, and the index of its first token."""
+        """(text, index of its first token) for each text."""
         start = 0
         for text in self.texts:
             yield text, start
             start += text.num_tokens
 
     def perplexities(self) -> tuple[float, float] | None:
-        """exp of the mean -ln p per predicted token, under the mixture and the base; None where none is predicted."""
+        """(perplexity of the mixture, perplexity of the base model); None if no token is predicted."""
         predicted = ~self.log_probs.isnan()
         if not predicted.any():
             return None
@@ -129,7 +130,7 @@ class TraceNumbers:
         return mixture, base
 
     def head(self: _Own, num_tokens: int) -> _Own:
-        """The first so many tokens."""
+        """The trace of the first `num_tokens` tokens."""
         if num_tokens >= len(self):
             return self
         texts = [
@@ -141,7 +142,7 @@ class TraceNumbers:
         return self._part(torch.arange(len(self)) < num_tokens, texts, left_out)
 
     def only(self: _Own, name: str) -> _Own:
-        """The texts of one data set."""
+        """The trace of one data set."""
         texts = [text for text in self.texts if text.name == name]
         return self._part(
             torch.cat([torch.full((text.num_tokens,), text.name == name) for text in self.texts]), texts, 0

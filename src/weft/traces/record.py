@@ -1,7 +1,7 @@
-"""Recording traces: a mixture reads texts, and what its layers followed is kept, with how well it predicted them.
+"""Records traces: runs a mixture on texts, and keeps the scalings of its layers and the log-probabilities.
 
-Each text is read once by the mixture and once by the base model, without a cache. A generation is recorded from its
-finished text: a causal model reads it just as it did while it wrote it.
+Each text is read once by the mixture and once by the base model, without a KV cache. For a generation, the finished
+text is read again: in a causal model the scalings are the same as during the generation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weft.generation.stream import stream
 from weft.model.model import XLoraModel
 from weft.traces.trace import Trace, TracedText
 
-# With 210 layers and 16 experts 4,096 tokens are 28 MB.
+# With 210 layers and 16 experts, 4,096 tokens need 28 MB.
 MAX_TOKENS = 4096
 
 
@@ -37,20 +37,23 @@ def trace(
     title: str = "",
     max_tokens: int = MAX_TOKENS,
 ) -> Trace:
-    """Record what the gate does with a text.
+    """Record the gate's scalings for a text.
 
     Args:
-        model: a mixture in evaluation mode. Inside of `fixed_scalings` its weights are recorded.
-        text: a text, which needs a tokenizer, or token ids ([seq] or [1, seq]), as `tokenizer.apply_chat_template`
-            gives them for a conversation.
-        tokenizer: makes tokens of the text and text of the tokens; without it tokens are shown as numbers.
-        title: what it is, for people.
-        max_tokens: the trace has at most so many, the first ones. A text longer than the model's positions is read in
-            parts.
+        model: a mixture in evaluation mode. In `fixed_scalings`, the fixed weights are recorded.
+        text: a string, which needs a tokenizer, or token ids ([seq] or [1, seq]), such as those of
+            `tokenizer.apply_chat_template` for a conversation.
+        tokenizer: tokenizer for the text; without it, tokens are shown by their ids.
+        title: a title for display.
+        max_tokens: maximum number of tokens in the trace, from the start. A text with more tokens than the model has
+            positions is read in parts.
+
+    Returns:
+        The `Trace`.
 
     Raises:
-        ConfigError: the model is no decoder or encoder with its experts on, or the text has no token.
-        DataError: the text or the title holds half of a character.
+        ConfigError: the model is an encoder-decoder or its experts are off, or the text has no tokens.
+        DataError: the text or the title contains half of a character (a lone surrogate).
 
     Example:
         >>> trace = weft.trace(model, "The contract says", tokenizer=tokenizer)
@@ -74,20 +77,23 @@ def trace_data(
     batch_size: int = 4,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Trace:
-    """Record what the gate does with data sets, each of which has an equal part of the trace.
+    """Record the gate's scalings for several data sets, with the same number of tokens for each.
 
     Args:
         model: a mixture in evaluation mode.
         data: name -> file (as for `weft train`), or texts.
-        tokenizer: of the base model.
-        title: what it is, for people.
-        max_tokens: the trace has at most so many, the first ones of each data set.
-        sequence_length: tokens per sequence; longer texts are cut into several.
-        batch_size: sequences per forward pass.
-        advance: called with the number of tokens done, after each forward pass.
+        tokenizer: the base model's tokenizer.
+        title: a title for display.
+        max_tokens: maximum number of tokens in the trace; the first tokens of each data set are taken.
+        sequence_length: number of tokens per sequence; longer texts are split.
+        batch_size: number of sequences per forward pass.
+        advance: called after each forward pass with its number of tokens.
+
+    Returns:
+        The `Trace`.
 
     Raises:
-        ConfigError: as `trace`.
+        ConfigError: as in `trace`.
         DataError: the data cannot be read.
 
     Example:
@@ -131,18 +137,21 @@ def trace_generation(
     max_tokens: int = MAX_TOKENS,
     **options: Any,
 ) -> Trace:
-    """Let the mixture continue a text, and record both.
+    """Let the mixture continue a prompt, and record the gate's scalings for the prompt and the new tokens.
 
     Args:
         model: a mixture in evaluation mode.
         prompt: the text to continue, or token ids [1, seq].
-        tokenizer: as for `trace`.
-        title: what it is, for people.
-        max_tokens: the trace has at most so many, the first ones.
-        **options: of `weft.stream`, but for `past_key_values` and `freeze_scalings_after`.
+        tokenizer: as in `trace`.
+        title: a title for display.
+        max_tokens: maximum number of tokens in the trace, from the start.
+        **options: the options of `weft.stream`, except `past_key_values` and `freeze_scalings_after`.
+
+    Returns:
+        The `Trace`.
 
     Raises:
-        ConfigError: as `trace`, or an option cannot work.
+        ConfigError: as in `trace`, or an option is not valid.
 
     Example:
         >>> trace = weft.trace_generation(model, "The contract says", tokenizer=tokenizer, max_new_tokens=32)
@@ -158,7 +167,7 @@ def trace_generation(
     prompt_ids = _token_ids(prompt, tokenizer, tokens_of=prompt_tokens)
     steps = stream(model, torch.tensor([prompt_ids]), tokenizer=tokenizer, **options)
     token_ids = prompt_ids + [step.token for step in steps]
-    # A last token that nobody has read has no scalings.
+    # A last token beyond the model's positions is not read, so it has no scalings.
     length = num_positions(tuner.backbone.base.config) or len(token_ids)
     return _record(
         tuner,
@@ -208,7 +217,7 @@ def _token_ids(
 
 
 def _first(sequences: Iterable[list[int]], limit: int) -> tuple[list[list[int]], int]:
-    """The first `limit` tokens, and how many there are beyond."""
+    """(sequences with the first `limit` tokens, number of the other tokens)."""
     kept: list[list[int]] = []
     beyond = 0
     for sequence in sequences:
@@ -261,7 +270,7 @@ def _record(
 def _read(
     tuner: XLoraModel, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scalings and both log-probabilities of the tokens of a batch, its padding left out."""
+    """(scalings, log-probabilities of mixture and base model) of the tokens of a batch, without padding."""
     device, present = execution_device(tuner.backbone.base), attention_mask.bool()
     arguments: dict[str, Any] = {
         "input_ids": input_ids.to(device),
@@ -283,7 +292,7 @@ def _read(
 
 
 def _log_probs(tuner: XLoraModel, output: Any, input_ids: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq"]:
-    """ln p of each token after those before it; NaN for the first, and for all with a model that is not causal."""
+    """ln p(token | earlier tokens); NaN for the first token, and for all if the model is not causal."""
     found = torch.full(input_ids.shape, torch.nan)
     if tuner.backbone.shifts_labels:
         found[:, 1:] = -negative_log_likelihoods(output.logits, input_ids).cpu()
@@ -291,7 +300,7 @@ def _log_probs(tuner: XLoraModel, output: Any, input_ids: Int[Tensor, "batch seq
 
 
 def _pieces(token_ids: list[int], tokenizer: Any) -> list[str]:
-    """The text of each token: together the text, with special tokens by their names."""
+    """The text of each token, with the names of special tokens; together they are the whole text."""
     if tokenizer is None:
         return [f"#{token} " for token in token_ids]
     detokenizer, special = Detokenizer(tokenizer), set(tokenizer.all_special_ids)

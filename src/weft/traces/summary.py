@@ -1,4 +1,4 @@
-"""What a trace says, in a few sentences: who leads, what it brings, where the gate is sure."""
+"""A summary of a trace in a few sentences: leading experts, perplexities, layers with low and high entropy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from weft.screen.visible import shortened
 from weft.traces.numbers import TraceNumbers
 
-# A difference in perplexity below this share of it is called none.
+# A relative difference of perplexities below this is reported as no difference.
 _SAME = 0.005
-# Experts that are named; the others are counted.
+# Number of experts that are named; the others are counted.
 _NAMED = 3
 
 
 def summarise(trace: TraceNumbers) -> str:
-    """A summary for a reader who sees nothing else.
+    """The summary of a trace as text.
 
     Example:
         >>> summarise(trace)

@@ -1,9 +1,9 @@
-"""A trace of what a gate did with texts: its numbers (`numbers.py`), its file, its table and its cell in a notebook.
+"""Trace: the data (`numbers.py`) with its file, its tables and its display in a notebook.
 
-A trace knows nothing of models: `record.py` makes it; the page, `figures.py` and the terminal show it.
+`record.py` makes traces; `page`, `figures.py` and the terminal display them.
 
-The file is a safetensors file. Its header's metadata say that it is a trace and of which version, and hold all that is
-no tensor as JSON: names, the tokens' text, the texts' lengths.
+The file is a safetensors file. Its metadata have the format and its version, and everything that is not a tensor as
+JSON: names, the text of the tokens, the lengths of the texts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from weft.traces.page import notebook_cell
 
 FORMAT, VERSION = "weft-trace", 1
 _TEXTS = ("pieces", "expert_names", "layer_names")
-# Tokens that a notebook's cell shows: a page of a long trace has megabytes.
+# Maximum number of tokens in a notebook cell, as the page of a long trace has megabytes.
 _NOTEBOOK_TOKENS = 512
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace(TraceNumbers):
-    """What a gate did with texts; the numbers are those of `TraceNumbers`.
+    """The scalings of a gate for texts. The fields and methods for the data are those of `TraceNumbers`.
 
     Example:
         >>> trace = weft.trace(model, "The contract says", tokenizer=tokenizer)
@@ -47,11 +47,11 @@ class Trace(TraceNumbers):
     # ------------------------------------------------------------------ the file
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write the trace, all of it or nothing.
+        """Write the trace to a file, which is replaced only if the new one is complete.
 
         Raises:
-            ConfigError: a file is there that is no trace.
-            CheckpointError: the file cannot be written; what was there before is unchanged.
+            ConfigError: an existing file is not a trace.
+            CheckpointError: the file cannot be written; an existing one is unchanged.
         """
         self.check_file(file)
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
@@ -62,19 +62,19 @@ class Trace(TraceNumbers):
 
     @staticmethod
     def check_file(file: str | os.PathLike[str], what: str = "file") -> None:
-        """Raise where a file is there that is no trace.
+        """Raise if an existing file is not a trace.
 
         Raises:
-            ConfigError: it is.
+            ConfigError: it is not a trace.
         """
         refuse_strangers_file(Path(file), _is_trace, what, "trace")
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Trace:
-        """Read a trace.
+        """Read a trace from a file.
 
         Raises:
-            CheckpointError: there is no such file, or it is broken, no trace, or one of a newer weft.
+            CheckpointError: the file is missing, broken or not a trace, or comes from a newer version of weft.
         """
         path = Path(file)
         if not os.path.isfile(path):
@@ -94,17 +94,17 @@ class Trace(TraceNumbers):
             raise CheckpointError(f"{path} is no whole trace ({first_line(err)}): record it again") from err
         return _assembled(path, tensors, header)
 
-    # ------------------------------------------------------------------ for those who want the numbers
+    # ------------------------------------------------------------------ tables
 
     def to_arrow(self, *, layers: bool = False) -> Any:
-        """A pyarrow table with a row per token, or per token and layer.
+        """A pyarrow table with one row for each token, or for each token and layer.
 
-        Columns: text (its number), name, position (in the text), token_id, piece, generated, log_prob, base_log_prob,
-        leading; then a column per expert. A row per token has the experts' shares, a row per token and layer the
-        scalings of the column layer.
+        The columns are text (its index), name (of the data set), position (in the text), token_id, piece, generated,
+        log_prob, base_log_prob, leading (an expert), and one column for each expert with its share. With `layers` there
+        is also a column layer, and the columns of the experts have the scalings of this layer.
 
         Args:
-            layers: a row per token and layer, layer by layer for each token.
+            layers: one row for each token and layer.
         """
         import pyarrow as pa
 
@@ -152,7 +152,11 @@ def _is_trace(path: Path) -> bool:
 
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """The JSON of a trace's header, if it is one that this version reads."""
+    """The JSON in the metadata of a trace.
+
+    Raises:
+        CheckpointError: the file is not a trace, is broken, or has a newer version.
+    """
     found, version = metadata.get("format"), metadata.get("version", "")
     if found != FORMAT:
         raise CheckpointError(
@@ -174,7 +178,7 @@ def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _text(name: Any, num_tokens: Any, prompt_length: Any = None) -> TracedText:
-    """A text of a header; TypeError, ValueError where it is none."""
+    """A text from the header; TypeError or ValueError if the values are not valid."""
     return TracedText(str(name), _count(num_tokens), None if prompt_length is None else _count(prompt_length))
 
 
@@ -185,7 +189,11 @@ def _count(value: Any) -> int:
 
 
 def _assembled(path: Path, tensors: dict[str, Any], header: dict[str, Any]) -> Trace:
-    """The trace of these parts, which must fit together."""
+    """Make the trace from its parts.
+
+    Raises:
+        CheckpointError: the parts do not fit together.
+    """
     try:
         names: dict[str, Any] = {name: tuple(map(str, header[name])) for name in _TEXTS}
         texts = tuple(_text(**text) for text in header["texts"])

@@ -1,7 +1,7 @@
-"""One HTML file that shows traces: it needs no other file and no network.
+"""One HTML file that shows traces; it needs no other files and no network.
 
-Here numbers become compact text; what is seen is the scripts' matter: codec.js (numbers again), text.js, charts.js,
-panels.js and app.js (what is chosen, mouse and keys), after those that all pages share (weft/web).
+The data are encoded as compact text here. The scripts decode and display them: codec.js (decodes), text.js, charts.js,
+panels.js and app.js (selection, mouse and keyboard), and before them those that all pages share (`screen/web`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _MARK = b'<meta name="generator" content="weft inspect">'
 
 
 def write_page(traces: Sequence[TraceNumbers], file: str | os.PathLike[str]) -> None:
-    """Write the page of one or more traces, between which it switches.
+    """Write a page with one or more traces, between which the reader can switch.
 
     Args:
-        traces: one or more; those of the same texts are compared token by token.
-        file: an .html file; all of it is written, or nothing.
+        traces: one or more traces; traces of the same texts are compared token by token.
+        file: an .html file, which is replaced only if the new one is complete.
 
     Raises:
-        ConfigError: a file is there that is no such page.
-        CheckpointError: it cannot be written.
+        ConfigError: there are no traces, or an existing file is not such a page.
+        CheckpointError: the file cannot be written.
 
     Example:
         >>> write_page([weft.trace(model, text, tokenizer=tokenizer)], "gates.html")
@@ -50,10 +50,10 @@ def write_page(traces: Sequence[TraceNumbers], file: str | os.PathLike[str]) -> 
 
 
 def check_page(file: str | os.PathLike[str]) -> None:
-    """Raise where a file is there that is no page of weft's.
+    """Raise if an existing file is not a page of weft.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: it is not such a page.
     """
     refuse_strangers_file(Path(file), lambda path: _MARK in path.read_bytes(), "html", "page")
 
@@ -62,21 +62,21 @@ def page(traces: Sequence[TraceNumbers]) -> str:
     """The page as a string."""
     if not traces:
         raise ConfigError("traces is empty: the page needs at least one")
-    # Experts of one name have one colour in all traces.
+    # An expert has the same colour in all traces.
     names = list(dict.fromkeys(name for trace in traces for name in trace.expert_names))
     data = {"palette": PALETTE, "traces": [_encoded(trace, names) for trace in traces]}
     return one_file(__package__, _SCRIPTS, data, visible(shortened(traces[0].title)) or "trace")
 
 
 def notebook_cell(trace: TraceNumbers) -> str:
-    """The page in a frame of its own, which can do nothing to the notebook around it."""
+    """The page in a sandboxed frame, so that its scripts cannot change the notebook."""
     frame = f'<iframe sandbox="allow-scripts" style="width:100%;height:{_CELL_HEIGHT}px;border:0" srcdoc="'
     return f'{frame}{html.escape(page([trace]))}" title="weft trace"></iframe>'
 
 
 def _encoded(trace: TraceNumbers, names: list[str]) -> dict[str, Any]:
     scalings = trace.scalings.float()
-    # Almost always 0 and 1; a gate without a softmax has other weights.
+    # Usually 0 and 1; without a softmax the scalings can have other values.
     low, high = min(0.0, float(scalings.min())), max(1.0, float(scalings.max()))
     return {
         "title": shortened(trace.title),
