@@ -65,7 +65,7 @@ class Vllm:
             architecture = json.loads(Path(asked["model"], "config.json").read_text())["architectures"][0]
             values["hf_overrides"] = {"architectures": [f"Weft{architecture}"]}
             values["additional_config"] = {"weft": asked["mixture"]}
-            values["logits_processors"] = ["weft.serve.choices:WhoSitsWhere"]
+            values["logits_processors"] = ["weft.serve.choices:RequestRows"]
         if asked.get("lora"):
             values |= {"enable_lora": True, "max_lora_rank": 16}
         self.lora = LoRARequest("one", 1, asked["lora"]) if asked.get("lora") else None

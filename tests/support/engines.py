@@ -142,7 +142,7 @@ def engine(base, mixture=None, **options):
         values |= {
             "hf_overrides": {"architectures": [f"Weft{architecture}"]},
             "additional_config": {"weft": str(mixture)},
-            "logits_processors": ["weft.serve.choices:WhoSitsWhere"],
+            "logits_processors": ["weft.serve.choices:RequestRows"],
             "worker_extension_cls": "weft.serve.choices.WorkerExtension",
         }
     made = LLM(model=str(base), **{**values, **options})

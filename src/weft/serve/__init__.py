@@ -1,19 +1,19 @@
-"""Serving: a mixture inside vLLM, as a plugin of it.
+"""Serving: a mixture in vLLM, as a plugin, or in the embedded engine.
 
-    plugin.py       what vLLM calls in each of its processes
-    model.py        the base model's class, with a mixture in it
+    plugin.py       the plugin's entry point, which vLLM calls in each of its processes
+    model.py        vLLM's class of the base model with a mixture in it
     passes.py       scaling pass and adapted pass in one call
-    following.py    the gate, and what the layers follow
-    layers.py       the experts around vLLM's linear layers, also where these are spread over processes
-    mixture.py      the saved folder as plain tensors, and what cannot be served
-    command.py      `weft serve`: what is checked, and vLLM's server with everything set
-    launch.py       that server's process
-    requests.py     what a request may ask for
-    choices.py      what each request of a batch has asked for, as tensors
-    front.py        what turns it into vLLM's requests; answers.py: and vLLM's answers into what was asked for
+    following.py    the gate, and the scalings that the layers use
+    layers.py       the experts in vLLM's linear layers, also with tensor parallelism
+    mixture.py      the saved folder as plain tensors, and checks of what can be served
+    command.py      `weft serve`: checks, and the command line of vLLM's server
+    launch.py       the process of that server
+    requests.py     the options of a request
+    choices.py      the options of the requests in a batch, as tensors
+    front.py        converts requests for vLLM; answers.py converts vLLM's answers
     prometheus.py   numbers for /metrics
     page/           the page at `/`
-    embedded/       what serves where vLLM is not
+    embedded/       the embedded engine, for use without vLLM
 
-What runs inside vLLM imports nothing of peft or of weft's model: all but command.py and embedded/.
+Code that runs in vLLM (all except command.py and embedded/) imports nothing from peft or from weft's model.
 """

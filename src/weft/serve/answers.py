@@ -1,4 +1,4 @@
-"""vLLM's answers, mended on their way to a client: the name that was asked for, and each token's shares."""
+"""Changes vLLM's answers before they are sent: inserts the requested model name and the shares of each token."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _EVENT = b"data: "
 
 
 class Rewritten:
-    """A `send` that gives the client another body, once the server has said all of it.
+    """An ASGI `send` that collects the whole body, changes it and then sends it.
 
     Args:
-        send: the client's.
-        rewrite: the body, if the server was content.
+        send: sends to the client.
+        rewrite: changes the body of an answer with status 200.
     """
 
     def __init__(self, send: Send, rewrite: Callable[[bytes], Awaitable[bytes]]) -> None:
@@ -28,7 +28,7 @@ class Rewritten:
         self._parts: list[bytes] = []
 
     async def __call__(self, message: Message) -> None:
-        """Keep what the server sends, and send it when it is whole."""
+        """Collect a message of the server; send the answer when it is complete."""
         if message["type"] == "http.response.start":
             self._start = message
             return
@@ -43,13 +43,13 @@ class Rewritten:
 
 
 class Shares:
-    """The shares of one text, fetched from where they were computed.
+    """The shares of one text, which are fetched from vLLM's workers.
 
     Args:
-        ask_workers: asks all workers.
-        experts: names, in order.
-        name: by which the workers keep them.
-        tokens_too: the client has asked for the tokens' ids, by which they are counted here.
+        ask_workers: calls a method in all workers.
+        experts: the experts' names, in order.
+        name: the key of the text in the workers.
+        tokens_too: whether the client has requested token ids. vLLM always returns them here, as they are counted.
     """
 
     def __init__(self, ask_workers: Ask, experts: tuple[str, ...], name: str, *, tokens_too: bool) -> None:
@@ -61,7 +61,7 @@ class Shares:
         self._found: dict[int, list[float]] = {}
 
     async def put_into(self, choice: dict[str, Any]) -> None:
-        """Give a choice of an answer, or of a part of one, the shares of its tokens."""
+        """Add the shares of its tokens to a choice of an answer or of a stream event."""
         tokens = choice.get("token_ids") or []
         if not self.tokens_too:
             choice.pop("token_ids", None)
@@ -75,16 +75,16 @@ class Shares:
         choice["weft"] = {"shares": [row and dict(zip(self.experts, row, strict=True)) for row in rows]}
 
     async def forget(self) -> None:
-        """Nobody asks for this text's shares any more."""
+        """Remove this text's shares from the workers."""
         await self.ask_workers("weft_shares", self.name, True)
 
 
 class Answer:
-    """How one answer is to be mended.
+    """The changes of one answer.
 
     Args:
-        model: the name that the client asked for.
-        shares: of its text; None where they were not asked for.
+        model: the model name in the request.
+        shares: the shares of its text; None if they were not requested.
     """
 
     def __init__(self, model: str, shares: Shares | None) -> None:
@@ -92,7 +92,7 @@ class Answer:
         self.shares = shares
 
     def sent_by(self, send: Send) -> Send:
-        """A `send` that mends what goes through it: a stream event by event, anything else as a whole."""
+        """A `send` that changes the answer: event by event for a stream, else the whole body."""
         whole = Rewritten(send, self._whole)
         held = bytearray()
         streams = False
@@ -117,12 +117,12 @@ class Answer:
         return mended
 
     async def _events(self, held: bytearray, *, last: bool) -> bytes:
-        """The events that are whole, mended, taken out of what is held."""
+        """Take the complete events out of the buffer `held`, and return them changed."""
         found = bytearray()
         while (end := held.find(b"\n\n")) >= 0:
             event = bytes(held[: end + 2])
             del held[: end + 2]
-            # An event may have a line with its kind before its data.
+            # An event may have a line with its type before the data.
             before, mark, data = event.rpartition(_EVENT) if not event.startswith(_EVENT) else (b"", _EVENT, event[6:])
             if mark and data.strip().startswith(b"{"):
                 data = await self._whole(data) + b"\n\n"
@@ -134,7 +134,7 @@ class Answer:
 
     async def _whole(self, raw: bytes) -> bytes:
         body = json.loads(raw)
-        for part in (body, body.get("response"), body.get("message")):  # of completions, responses and messages
+        for part in (body, body.get("response"), body.get("message")):  # completions; responses; messages
             if isinstance(part, dict) and "model" in part:
                 part["model"] = self.model
         if self.shares is not None:

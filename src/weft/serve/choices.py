@@ -1,8 +1,8 @@
-"""What each request of a batch has chosen, as tensors by token: the engine's side of `requests.py`.
+"""The options of the requests in a batch (`requests.py`), as tensors for each token.
 
-vLLM tells a logits processor which request sits in which row of the batch, and the attention's metadata which tokens
-are a row's. The processor here changes no logits. Where nobody has chosen anything, an eager step on the CPU skips all
-of it; elsewhere it is part of the graph, on the device.
+vLLM tells a logits processor the batch row of each request; the attention metadata have the tokens of each row. The
+logits processor here does not change the logits. In eager mode on the CPU, a step without such options skips all of
+this; otherwise it is part of the graph and runs on the device.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from weft.serve.mixture import ServedMixture
 from weft.serve.requests import FIELD, SHARES, Choice
 
-_MOST_KEPT = 1024  # texts whose shares wait for somebody
+_MOST_KEPT = 1024  # maximum number of texts whose shares are kept until they are fetched
 _OF_ENGINE: WeakValueDictionary[int, Choices] = WeakValueDictionary()
 
 
 class Choices(nn.Module):
-    """What tokens follow, where requests have chosen it, and what they followed.
-
-    Attributes:
-        static: everything is computed at every step, in the graph; else only where a request has chosen something.
-        in_use: a request in the batch has.
-        gated: [row, 1]: whether the gate decides; rows are requests, the last one is nobody's.
-        fixed: [row, expert]: λ where it does not.
-        weight: [row, 1]: g.
-        biased: [row, expert]: how much of an expert's `lora_bias` acts.
-        kept: [row, 1]: how many experts the gate keeps.
-        shares: [token, expert]: mean over the layers of the λ that each token followed in the last step.
+    """The options of the requests in the batch, and the shares of the last step.
 
     Args:
-        mixture: what is served.
-        rows: requests that a batch has at most.
-        tokens: that a batch has at most.
-        static: see there.
+        mixture: the served mixture.
+        rows: maximum number of requests in a batch.
+        tokens: maximum number of tokens in a batch.
+        static: see the attribute.
+
+    Attributes:
+        static: compute everything in each step, in the graph; else only if a request in the batch has options.
+        in_use: whether a request in the batch has options.
+        gated: [row, 1]: whether the row uses the gate. The rows are requests; the last row is for padding tokens.
+        fixed: [row, expert]: λ of rows that do not use the gate.
+        weight: [row, 1]: the global weight g.
+        biased: [row, expert]: the factor of each expert's `lora_bias`.
+        kept: [row, 1]: number of experts that the gate keeps for each token.
+        shares: [token, expert]: mean over the layers of λ of each token in the last step.
+        gate_shares: [expert]: sums of the shares of all tokens that used the gate.
+        gate_tokens: number of these tokens.
     """
 
     gated: Tensor
@@ -88,15 +90,15 @@ class Choices(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether this step follows choices."""
+        """Whether this step uses the tables."""
         return self.static or self.in_use
 
     def of_tokens(self, name: str, num_tokens: int) -> Tensor:
-        """One of the tables by token."""
+        """One of the tables, [token, ...] instead of [row, ...]."""
         return getattr(self, name)[self._row[:num_tokens]]
 
     def before(self, positions: Int[Tensor, " token"]) -> None:
-        """Find out whose each token is, before a step."""
+        """Before a step: find the row of each token."""
         self._positions, self._ends = positions, _ends()
         if self.active and self._ends is not None:
             numbers = self._numbers[: positions.shape[-1]]
@@ -104,9 +106,9 @@ class Choices(nn.Module):
             self._row[: len(numbers)].copy_(row.clamp_(max=len(self.gated) - 1))
 
     def after(self) -> None:
-        """Count what the gate decided in a step, for the texts that it decides for."""
+        """After a step: add the shares of the tokens that used the gate to the sums."""
         if self._ends is None or self._positions is None:
-            return  # a trial run of the engine's
+            return  # a dummy run of the engine
         numbers = self._numbers[: self._positions.shape[-1]]
         counted = (numbers < self._ends[-1])[:, None]
         if self.active:
@@ -115,7 +117,7 @@ class Choices(nn.Module):
         self.gate_tokens.add_(counted.sum())
 
     def put(self, chosen: dict[int, InBatch]) -> None:
-        """Write down what the requests of the batch have chosen."""
+        """Write the options of the requests in the batch to the tables."""
         deciding = {row: each.choice for row, each in chosen.items() if each.choice.decides}
         if not deciding and not self.in_use:
             return
@@ -126,7 +128,7 @@ class Choices(nn.Module):
         rows, choices = list(deciding), list(deciding.values())
         fixed = [self._fixed(each) for each in choices]
         weight = [self._weight(each) for each in choices]
-        # A bias stands outside of λ: all of them act, but for an expert alone.
+        # λ does not apply to biases: all of them are added, except for a single expert.
         biased = [
             [of] * len(self.experts) if each.alone is None else alone
             for each, of, alone in zip(choices, weight, fixed, strict=True)
@@ -160,7 +162,7 @@ class Choices(nn.Module):
         return [float(choice.alone == name) for name in self.experts]
 
     def keep_shares(self, chosen: dict[int, InBatch]) -> None:
-        """Set aside the shares that predicted the tokens to be sampled now, where they were asked for."""
+        """Keep the requested shares at the positions whose next tokens are sampled now."""
         wanted = {row: each for row, each in chosen.items() if each.shares is not None}
         if not wanted or self._ends is None or self._positions is None:
             return
@@ -180,9 +182,9 @@ class InBatch:
     """A request in a row of the batch.
 
     Attributes:
-        choice: what it asks of the mixture.
-        shares: by which name its shares are asked for; None where they are not.
-        prompt_tokens: of its prompt.
+        choice: its options.
+        shares: the key for its shares; None if they are not requested.
+        prompt_tokens: number of tokens of its prompt.
     """
 
     choice: Choice
@@ -190,12 +192,16 @@ class InBatch:
     prompt_tokens: int
 
 
-class WhoSitsWhere(LogitsProcessor):
-    """Learns the rows of the batch from vLLM, and leaves the logits as they are."""
+class RequestRows(LogitsProcessor):
+    """Gets the batch rows of the requests from vLLM; the logits are not changed."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise where a request's choice cannot be read; weft's server writes it, clients do not."""
+        """Raise if a request's options cannot be read. weft's server writes them, not clients.
+
+        Raises:
+            VLLMValidationError: they cannot be read.
+        """
         line = (sampling_params.extra_args or {}).get(FIELD)
         if line is None:
             return
@@ -209,26 +215,26 @@ class WhoSitsWhere(LogitsProcessor):
         self.chosen: dict[int, InBatch] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """No, or greedy requests would pass it by."""
+        """False, as vLLM skips the other processors for greedy requests."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Take over who came, left and moved, before a step."""
+        """Before a step: update the rows of requests that were added, removed or moved."""
         if process_dict_updates(self.chosen, batch_update, _in_batch):
             _OF_ENGINE[self.engine].put(self.chosen)
 
     def apply(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-        """The step has been computed: keep the shares that are asked for."""
+        """After a step: keep the requested shares."""
         if self.chosen:
             _OF_ENGINE[self.engine].keep_shares(self.chosen)
         return logits
 
 
 class WorkerExtension:
-    """What weft's server asks of vLLM's workers, by `collective_rpc`."""
+    """The methods that weft's server calls in vLLM's workers, by `collective_rpc`."""
 
     def weft_shares(self, name: str, last: bool) -> list[tuple[int, list[float]]]:
-        """The shares of a text that nobody has fetched yet, with their tokens' numbers."""
+        """(token number, shares) of a text's tokens that were not fetched yet."""
         waiting = _OF_ENGINE[id(self.vllm_config)].waiting  # type: ignore[attr-defined]
         found = waiting.pop(name, {})
         if not last:
@@ -236,13 +242,13 @@ class WorkerExtension:
         return sorted(found.items())
 
     def weft_gate(self) -> tuple[list[float], int]:
-        """Sums of shares over all tokens that the gate decided for, and the number of these."""
+        """(sums of each expert's shares over all tokens that used the gate, number of these tokens)."""
         choices = _OF_ENGINE[id(self.vllm_config)]  # type: ignore[attr-defined]
         return choices.gate_shares.tolist(), int(choices.gate_tokens)
 
 
 def register(vllm_config: Any, choices: Choices) -> None:
-    """Let this engine's processor and worker find the choices of its model."""
+    """Register the choices of an engine's model, so that its logits processor and worker can find them."""
     _OF_ENGINE[id(vllm_config)] = choices
 
 
@@ -255,10 +261,10 @@ def _in_batch(params: SamplingParams, prompt: list[int] | None, _: list[int]) ->
 
 
 def _ends() -> Tensor | None:
-    """Behind which token each row of the batch ends; None in a trial run of the engine's.
+    """The end of each row of the batch, as an index of tokens; None in a dummy run of the engine.
 
     Raises:
-        RuntimeError: vLLM's attention does not say it: it is new, or reads a batch in two halves.
+        RuntimeError: the attention metadata do not have it: an unknown attention backend, or a batch in two halves.
     """
     metadata = get_forward_context().attn_metadata
     if metadata is None:
@@ -268,5 +274,7 @@ def _ends() -> Tensor | None:
     )
     found = next((each for each in starts if each is not None), None)
     if found is None:
-        raise RuntimeError("vLLM's attention does not say whose tokens are whose, which requests' choices need")
+        raise RuntimeError(
+            "vLLM's attention metadata have no query_start_loc, with which weft finds a request's tokens"
+        )
     return found[1:]

@@ -1,7 +1,4 @@
-"""`weft serve`: looks whether a mixture can be served, and starts vLLM's OpenAI server with everything set.
-
-Where vLLM is not, the embedded engine serves it.
-"""
+"""`weft serve`: checks that a mixture can be served, and starts vLLM's OpenAI server for it, or the embedded engine."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from weft.serve.mixture import ServedMixture, read_mixture
 from weft.serve.plugin import PREFIX
 from weft.serve.requests import Served
 
-# Flags of vLLM's that weft sets itself, and those whose meaning with a mixture is not known or not possible.
+# Flags of vLLM that weft sets itself, and flags that do not work with a mixture.
 _SET = (
     "--model",
     "--logits-processors",
@@ -48,14 +45,14 @@ _SHORT = {"-pp": "--pipeline-parallel-size", "-tp": "--tensor-parallel-size"}
 
 
 def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
-    """Become a mixture's server: vLLM's, or the embedded engine.
+    """Serve a mixture: replace this process by vLLM's server, or run the embedded engine.
 
     Args:
-        options: of `weft serve`.
-        of_vllm: flags that are vLLM's own, handed on as they are.
+        options: the options of `weft serve`.
+        of_vllm: flags of vLLM, which are passed on unchanged.
 
     Raises:
-        ConfigError: what is to serve is not installed, knows no such base model, or a flag cannot be used.
+        ConfigError: the engine is not installed or does not support the base model, or a flag cannot be used.
         CheckpointError: the mixture or its base model cannot be read.
     """
     if options.api_key == "":
@@ -64,7 +61,7 @@ def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
     if options.engine == "vllm" or (options.engine == "auto" and importlib.util.find_spec("vllm") is not None):
         command, announcement = server_command(options, of_vllm)
         say(announcement)
-        # Which request sits where is learnt from vLLM's first model runner; the second has another interface for it.
+        # RequestRows needs vLLM's first model runner; the second one has another interface.
         os.execve(command[0], command, {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"})
     _check_embedded(options, of_vllm)
     from weft.serve.embedded.server import serve_embedded
@@ -73,7 +70,11 @@ def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
 
 
 def _check_embedded(options: ServeOptions, of_vllm: Sequence[str]) -> None:
-    """Raise where the embedded engine cannot be started so."""
+    """Raise if the embedded engine cannot be started with these options.
+
+    Raises:
+        ConfigError: there are flags of vLLM, or a package is not installed.
+    """
     why = "without vLLM, which is not installed here" if options.engine == "auto" else "with --engine embedded"
     flags = [flag for flag in of_vllm if flag.startswith("-")]
     if flags:
@@ -86,7 +87,7 @@ def _check_embedded(options: ServeOptions, of_vllm: Sequence[str]) -> None:
 
 
 def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[list[str], str]:
-    """What `serve` runs, and the line that it says before."""
+    """The command that `serve` runs, and the line that it prints before."""
     _refuse_flags(of_vllm)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
@@ -103,9 +104,9 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
     command = [sys.executable, "-m", "weft.serve.launch"]
     command += ["--model", base, "--served-model-name", name, "--host", options.host, "--port", str(options.port)]
     command += ["--hf-overrides", json.dumps({"architectures": [f"{PREFIX}{architecture}"]})]
-    # vLLM hashes it, so that another mixture never finds this one's compiled graph.
+    # vLLM includes it in the hash of compiled graphs, so that each mixture has its own.
     command += ["--additional-config", json.dumps({"weft": str(folder.resolve()), "digest": manifest})]
-    command += ["--logits-processors", "weft.serve.choices:WhoSitsWhere"]
+    command += ["--logits-processors", "weft.serve.choices:RequestRows"]
     command += ["--worker-extension-cls", "weft.serve.choices.WorkerExtension"]
     command += ["--middleware", "weft.serve.front.Front"]
     command += ["--api-key", options.api_key] if options.api_key else []
@@ -113,10 +114,10 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
 
 
 def _check_plugin() -> None:
-    """Raise where vLLM's processes would not have the plugin: one that fails is only logged there.
+    """Raise if vLLM's processes cannot load the plugin, as they only log such an error.
 
     Raises:
-        ConfigError: it is not installed, left out, or made for another vLLM.
+        ConfigError: the plugin is not installed, is excluded, or does not fit this version of vLLM.
     """
     if not importlib.metadata.entry_points(group=_PLUGINS, name="weft"):
         raise ConfigError(
@@ -162,10 +163,10 @@ def _refuse_flags(flags: Sequence[str]) -> None:
 
 
 def _architecture(base: str) -> str:
-    """The class that the base model's config names, which vLLM must have.
+    """The architecture in the base model's config.
 
     Raises:
-        ConfigError: vLLM has none of that name.
+        ConfigError: vLLM does not have it.
     """
     from transformers import AutoConfig
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS

@@ -1,7 +1,7 @@
-"""The gate inside an engine, and what the adapted layers follow at a moment.
+"""The gate in an engine, and the scalings that the layers use at present.
 
-Tokens of all requests lie in one row: scalings are [token, layer, expert], 1 token or layer standing for all. What a
-request has chosen (choices.py) takes the gate's place, or changes how it decides, for its own tokens.
+The tokens of all requests are in one axis. Scalings are [token, layer, expert]; a token or layer axis of 1 is for all.
+The options of a request (choices.py) replace the gate's scalings of its tokens, or change their top-k or weight.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:  # it needs vLLM
 
 
 class Following(nn.Module):
-    """The gate of a mixture, and the scalings that the layers follow in the pass under way.
-
-    Attributes:
-        of_layers: λ · g of the pass for each of the engine's layers, [token, slice * expert, 1], in the model's dtype;
-            None where the experts are left out.
-        of_biases: how much of each expert's `lora_bias` acts, [token, expert]; None where it is g for all.
+    """The gate of a mixture, and the scalings of the present pass.
 
     Args:
-        mixture: read from its folder.
-        choices: of the requests in the batch.
-        dtype: of the model.
+        mixture: the mixture.
+        choices: the options of the requests in the batch.
+        dtype: dtype of the model.
+
+    Attributes:
+        of_layers: λ · g for each of the engine's layers, [token, slice * expert, 1], in the model's dtype; None if the
+            experts are left out.
+        of_biases: factor of each expert's `lora_bias`, [token, expert]; None if it is g for all.
     """
 
     _constant: Tensor
@@ -56,14 +56,14 @@ class Following(nn.Module):
         self.register_buffer("_constant", constant, persistent=False)
 
     def arrange(self, layers: list[list[int]]) -> None:
-        """Take up the engine's layers, each with its LoRA layers: `of_layers` is in their order."""
+        """Set the engine's layers, each with the numbers of its LoRA layers: the order of `of_layers`."""
         numbers = [number for of in layers for number in of]
         self._widths = [len(of) * self.num_experts for of in layers]
         if numbers != list(range(self.num_layers)):
             self._order = torch.tensor(numbers, device=self._constant.device)
 
     def read(self, num_tokens: int) -> None:
-        """Follow what a scaling pass follows."""
+        """Set the scalings of a scaling pass."""
         self.of_layers = self.of_biases = None
         if not self.constant_weight:
             return
@@ -75,17 +75,17 @@ class Following(nn.Module):
         self.of_biases = weight.expand(-1, self.num_experts)
 
     def begin(self, num_tokens: int) -> None:
-        """Follow what the layers before the one that the gate reads at follow."""
+        """Set the scalings of the layers before the gate, with `gate_layer`."""
         if not self.choices.active:
             self.read(num_tokens)
             return
         scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
         self._follow(scalings)
-        out = not self.constant_weight  # for texts that the gate will decide for, biases and all
+        out = not self.constant_weight  # then rows with the gate have no experts and no biases in these layers
         self.of_biases = biases * ~self.choices.of_tokens("gated", num_tokens) if out else biases
 
     def ask(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> None:
-        """Follow λ · g of each token, top-k applied; constant weights before the layer that the gate reads at."""
+        """Run the gate on `hidden`, and set λ · g after top-k, with constant weights in layers before the gate."""
         scalings = self._top_k(self._gate(hidden.to(torch.float32), normalise=normalise))
         if self.first_layer:
             before = self._constant.expand(len(scalings), self.first_layer, -1)
@@ -104,11 +104,11 @@ class Following(nn.Module):
         self.choices.shares[: len(shares)].copy_(shares)
 
     def end(self) -> None:
-        """Nothing is followed any more."""
+        """Reset the scalings."""
         self.of_layers = self.of_biases = None
 
     def _follow(self, scalings: Float[Tensor, "token layer expert"]) -> None:
-        """Give each layer its own tensor: at once, and so that the graphs of equal layers are equal."""
+        """Split the scalings into one tensor per layer, so that equal layers have equal graphs."""
         if scalings.shape[1] == 1:
             scalings = scalings.expand(-1, self.num_layers, -1)
         if self._order is not None:
@@ -136,7 +136,7 @@ class Following(nn.Module):
     def _chosen(
         self, scalings: Float[Tensor, "token layer expert"]
     ) -> tuple[Float[Tensor, "token layer expert"], Float[Tensor, "token expert"]]:
-        """λ · g and how much of the biases acts, where requests have chosen what is followed."""
+        """(λ · g, factors of the biases) with the options of the requests."""
         names = ("gated", "fixed", "weight", "biased")
         gated, fixed, weight, biased = (self.choices.of_tokens(name, len(scalings)) for name in names)
         return torch.where(gated[:, None], scalings, fixed[:, None]) * weight[:, None], biased

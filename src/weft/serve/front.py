@@ -1,8 +1,9 @@
-"""What stands between clients and vLLM's server: an ASGI middleware that understands `requests.py`.
+"""An ASGI middleware between clients and vLLM's server, for the options in `requests.py`.
 
-It turns a request's choice into what vLLM's engine takes (a line in `vllm_xargs`, and a `cache_salt`, or texts with
-unlike choices would share cached prefixes), refuses what is not allowed, and puts names and shares into the answers.
-Keys are checked by vLLM's own middleware, behind this one: nothing is told here that a key is needed for.
+It converts the options of a request to fields of vLLM: a line in `vllm_xargs`, and a `cache_salt`, as texts with
+different options must not share cached prefixes. It refuses invalid options, and inserts names and shares into the
+answers. API keys are checked by vLLM's own middleware, which runs after this one; requests without a valid key are
+passed on to it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _EXTRAS = ("vllm_xargs", "extra_args")
 
 
 class Front:
-    """The middleware; vLLM is told of it by `--middleware weft.serve.front.Front`.
+    """The middleware, for vLLM's flag `--middleware weft.serve.front.Front`.
 
     Args:
-        app: vLLM's.
+        app: vLLM's application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -48,17 +49,17 @@ class Front:
         self.server: Server | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, refuse, or hand on a request and mend the answer."""
+        """Answer a request, refuse it, or pass it on and change the answer."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.server is None:  # vLLM puts the middleware up before it knows what it serves
+        if self.server is None:  # vLLM creates the middleware before it has loaded the model
             self.server = Server(scope["app"].state)
         server = self.server
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         route = (scope["method"], path)
         if not server.allows(scope, path):
-            await self.app(scope, receive, send)  # which refuses it
+            await self.app(scope, receive, send)  # vLLM refuses it
         elif route == ("GET", "/"):
             await HTMLResponse(page(), headers=HEADERS)(scope, receive, send)
         elif route == ("GET", "/v1/weft"):
@@ -83,7 +84,7 @@ class Front:
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
-            body = None  # vLLM says what is wrong with it
+            body = None  # vLLM reports the error
         if not isinstance(body, dict):
             await self.app(scope, _again(raw, receive), send)
             return
@@ -93,7 +94,7 @@ class Front:
         except RequestError as err:
             await JSONResponse(err.body(), err.status)(scope, receive, send)
             return
-        # What vLLM reads is what was read here, also where the bytes could be read in two ways.
+        # Encoded again, as the original bytes could be parsed differently by vLLM (duplicate keys).
         raw = json.dumps(body).encode()
         scope = {**scope, "headers": [*_without_length(scope), (b"content-length", str(len(raw)).encode())]}
         try:
@@ -104,10 +105,10 @@ class Front:
 
 
 class Server:
-    """What of vLLM's server is asked for.
+    """The parts of vLLM's server that the middleware uses.
 
     Args:
-        state: of its application.
+        state: the state of vLLM's application.
     """
 
     def __init__(self, state: Any) -> None:
@@ -117,17 +118,17 @@ class Server:
         name = state.openai_serving_models.base_model_paths[0].name
         self.served = Served(name, tuple(self.options["expert_names"]))
         keys = [key for key in (state.args.api_key or [envs.VLLM_API_KEY]) if key]
-        app: Any = None  # that it would guard
+        app: Any = None  # not used: only verify_token is called
         self._guard = AuthenticationMiddleware(app, keys) if keys else None
 
     def allows(self, scope: Scope, path: str) -> bool:
-        """Whether vLLM will let a request in: it has the key, or needs none."""
+        """Whether vLLM will accept a request: it has a valid key, or needs none."""
         if self._guard is None or not path.startswith(GUARDED_PREFIX):
             return True
         return self._guard.verify_token(Headers(scope=scope))
 
     def description(self) -> dict[str, Any]:
-        """What runs here."""
+        """The answer of /v1/weft."""
         tokenizer = self.client.renderer.tokenizer
         return self.served.about(
             scheme=scheme_of(self.options),
@@ -137,14 +138,14 @@ class Server:
         )
 
     async def with_all_names(self, body: bytes) -> bytes:
-        """vLLM's list of models, with each expert and the base."""
+        """Add the experts and the base model to vLLM's list of models."""
         models = json.loads(body)
         first = models["data"][0]
         models["data"] = [{**first, "id": name} for name in self.served.names()]
         return json.dumps(models).encode()
 
     async def with_gate(self, body: bytes) -> bytes:
-        """vLLM's metrics, with what the gate did; as they are where the engine does not answer."""
+        """Add the gate's metrics to vLLM's; unchanged if the engine does not answer in time."""
         try:
             answers = await asyncio.wait_for(self.ask_workers("weft_gate"), _PATIENCE)
         except (TimeoutError, EngineDeadError):
@@ -153,21 +154,21 @@ class Server:
         return body + written(of_the_gate(self.served.experts, sums, sum(tokens for _, tokens in answers))).encode()
 
     async def ask_workers(self, method: str, *args: Any) -> list[Any]:
-        """What the first worker of each engine answers: those of one engine know the same."""
+        """Call a method in all workers; returns the result of the first worker of each engine, as they are equal."""
         call = self.client.engine_core.call_utility_all_async
         return [of_engine[0] for of_engine in await call("collective_rpc", method, None, args, None)]
 
 
 def _choose(server: Server, path: str, body: dict[str, Any]) -> Answer | None:
-    """Turn a body into one that vLLM understands, in place; how its answer is to be mended, if it is.
+    """Convert a request's body for vLLM, in place; returns the changes of the answer, or None.
 
     Raises:
-        RequestError: it asks for what is not allowed.
+        RequestError: an option is not valid.
     """
     if path not in _TEXTS:
         if FIELD in body:
             raise RequestError(f"weft is for {', '.join(_TEXTS)}", FIELD)
-        return None  # vLLM knows no name here but the mixture's
+        return None  # other routes have only the mixture's name
     asked, served = body.get("model"), server.served
     choice = served.choice(asked, body.pop(FIELD, None))
     if choice.decides and body.get("use_beam_search"):
@@ -220,7 +221,11 @@ def _object(body: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _refuse_extras(body: dict[str, Any]) -> None:
-    """A client does not write the engine's own line: it would bring no salt."""
+    """Refuse a client's own `weft` in vLLM's fields for extra arguments, as it would have no cache salt.
+
+    Raises:
+        RequestError: there is one.
+    """
     for values in _dicts(body):
         for name in _EXTRAS:
             extras = values.get(name)
@@ -240,7 +245,7 @@ def _dicts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """All of a request; None where the client has gone."""
+    """The whole body of a request; None if the client has disconnected."""
     parts = []
     while True:
         message = await receive()
@@ -252,7 +257,7 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _again(raw: bytes, receive: Receive) -> Receive:
-    """A request's body once more, and then what comes after it."""
+    """A `receive` that returns the body again, and then later messages."""
     messages = [{"type": "http.request", "body": raw, "more_body": False}]
 
     async def next_message() -> Message:

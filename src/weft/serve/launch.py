@@ -1,4 +1,4 @@
-"""What `weft serve` becomes: `vllm serve`, also where vLLM's package is not named vllm, as that of the CPU."""
+"""Runs `vllm serve`, also if vLLM's package has another name, such as the one for CPUs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def parsed(flags: Sequence[str] | None = None) -> Namespace:
-    """The flags of `vllm serve`, checked by vLLM."""
+    """The flags of `vllm serve`, parsed and checked by vLLM."""
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     validate_parsed_serve_args(args)
     return args
 
 
 def main() -> None:
-    """Serve: with an API server, or, with --headless, engines for one on another machine."""
+    """Run the server; with --headless only the engines, for an API server on another machine."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args

@@ -1,9 +1,9 @@
-"""A vLLM linear layer with a mixture in it: its own method of computing, and the experts' sum added to what that gives.
+"""A linear layer of vLLM with a mixture in it: the sum of the experts is added to the output of the layer's own method.
 
     y_t = W x_t + Σ_e  λ_{t,l,e} · g · s_{l,e} · B_{l,e} A_{l,e} x_t
 
-for every slice l of a layer that vLLM has fused (q, k and v; gate and up). In a row-parallel layer vLLM sums y over the
-processes afterwards, and what was added with it.
+for each slice l of a layer that vLLM has fused (q, k and v; gate and up). See arXiv 2402.07148, equation 3. In a
+row-parallel layer, vLLM sums y over the processes after this, and with it the experts' parts.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Slice:
     """A part of a layer's output that experts adapt.
 
     Attributes:
-        number: of the LoRA layer, on the layer axis of the scalings.
-        start: where it begins in the output.
-        width: of the output.
-        factors: of each expert; None where it does not adapt this layer.
+        number: number of the LoRA layer, in the layer axis of the scalings.
+        start: index of its first channel in the output.
+        width: number of its channels.
+        factors: the factors of each expert; None for an expert that does not adapt this layer.
     """
 
     number: int
@@ -77,15 +77,15 @@ class Product:
 
 
 class MixtureMethod(LinearMethodBase):
-    """A layer's `quant_method`, which does what the one before it does, and adds the experts.
+    """A layer's `quant_method` that calls the original one and adds the experts.
 
     Args:
-        method: the layer's own.
+        method: the layer's original `quant_method`.
         following: has the scalings.
-        place: of the layer in `of_layers`.
-        slices: what experts adapt of this layer, in the order of the output.
-        layer_width: of the whole output.
-        device: of the layer, whose weights may be of any kind.
+        place: index of the layer in `of_layers`.
+        slices: the adapted slices, in the order of the output.
+        layer_width: number of channels of the whole output.
+        device: device of the layer.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class MixtureMethod(LinearMethodBase):
         self.biases = [(each, bias.to(**options)) for each, bias in biases if bias is not None]
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
-        """The layer has its weights already."""
+        """Not used: the layer has its weights already."""
         raise NotImplementedError
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What the layer's own method gives, and the experts' sum."""
+        """The output of the original method plus the sum of the experts."""
         output = self.method.apply(layer, x, bias)
         of_layers = self.following.of_layers
         if of_layers is None:
@@ -135,7 +135,7 @@ class MixtureMethod(LinearMethodBase):
         return output
 
     def _of_biases(self, biases: Tensor) -> Tensor:
-        """What `lora_bias` adds, which stands outside of λ."""
+        """The term of `lora_bias`, to which λ does not apply."""
         of_tokens = self.following.of_biases
         if of_tokens is None:
             return biases.sum(0) * self.following.choices.own_weight
@@ -143,19 +143,19 @@ class MixtureMethod(LinearMethodBase):
 
 
 def own_part(layer: Any, factors: tuple[Factors | None, ...], place: int, width: int) -> tuple[Factors | None, ...]:
-    """What this process has of a slice's factors, where vLLM spreads a layer over several (tensor parallelism).
+    """The shard of a slice's factors for this process, with tensor parallelism.
 
-    A column-parallel layer has some rows of W, so of B; a row-parallel one some columns of W, so of A, and the bias is
-    the first process's, as the outputs are summed up.
+    A column-parallel layer has some rows of W, and so of B. A row-parallel layer has some columns of W, and so of A;
+    only the first process adds the bias, as the outputs are summed.
 
     Args:
-        layer: vLLM's.
-        factors: whole ones.
-        place: of the slice among the layer's.
-        width: of the slice's output here.
+        layer: vLLM's layer.
+        factors: the full factors.
+        place: index of the slice in the layer.
+        width: number of the slice's channels in this process.
 
     Raises:
-        ConfigError: q, k and v are one layer to the experts, too, whose parts cannot be told apart here.
+        ConfigError: the experts adapt a fused layer as a whole, so its parts cannot be sharded separately.
     """
     rank, size = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
     if size == 1 or isinstance(layer, ReplicatedLinear):
@@ -171,7 +171,7 @@ def own_part(layer: Any, factors: tuple[Factors | None, ...], place: int, width:
             f"tensor_parallel_size ({size}) must be 1: the experts adapt a layer whose parts (q, k and v, or gate and "
             f"up) are fused in the base model, too"
         )
-    # Where there are more processes than heads of keys and values, several have the same one.
+    # If there are more processes than key/value heads, several processes have the same head.
     number = rank // layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and place > 0 else rank
     rows = slice(number * width, (number + 1) * width)
     return tuple(
@@ -181,7 +181,7 @@ def own_part(layer: Any, factors: tuple[Factors | None, ...], place: int, width:
 
 
 def _stacked_down(part: Slice, rank: int) -> Tensor:
-    """A of all experts one after the other, [expert * rank, in]; zeros where there is none."""
+    """A of all experts, [expert * rank, in]; zeros for experts that do not adapt the layer."""
     width = next(each.down.shape[1] for each in part.factors if each is not None)
     stacked = torch.zeros(len(part.factors), rank, width)
     for number, each in enumerate(part.factors):
@@ -200,7 +200,7 @@ def _stacked_up(part: Slice, rank: int) -> Tensor:
 
 
 def _stacked_bias(part: Slice) -> Tensor | None:
-    """s · b of all experts, [expert, out]; None where none has a `lora_bias`."""
+    """s · b of all experts, [expert, out]; None if no expert has a `lora_bias`."""
     if all(each is None or each.bias is None for each in part.factors):
         return None
     stacked = torch.zeros(len(part.factors), part.width)

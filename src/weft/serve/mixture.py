@@ -1,7 +1,7 @@
-"""A saved mixture as a serving engine needs it: gate, experts and options as plain tensors.
+"""A saved mixture for a serving engine: gate, experts and options as plain tensors.
 
-Nothing of peft or of the model code is imported: an engine has layers of its own. What weft can serve is checked here,
-before an engine starts.
+Nothing from peft or from weft's model is imported, as an engine has its own layers. It is checked here, before an
+engine starts, that the mixture can be served.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Factors:
-    """What one expert adds to one layer: scaling * (x A^T B^T + bias).
+    """The factors of one expert in one layer, which add scaling * (x A^T B^T + bias).
 
     Attributes:
         down: A, [rank, in].
         up: B, [out, rank].
-        scaling: peft's, of alpha and rank.
-        bias: of B, [out], or None.
+        scaling: peft's scaling, from alpha and rank.
+        bias: `lora_bias`, [out], or None.
     """
 
     down: Tensor
@@ -44,15 +44,15 @@ class Factors:
 
 @dataclass(frozen=True)
 class ServedMixture:
-    """A mixture, read and checked.
+    """A mixture that was read and checked.
 
     Attributes:
-        folder: where it lies.
-        options: of its adapter_config.json.
-        experts: names in the order of the gate's outputs.
-        layers: names of the LoRA layers in that order.
-        gate: (weight, bias) of the gate's linear layers, float32.
-        factors: layer -> one for each expert, None where it does not adapt the layer.
+        folder: its folder.
+        options: the content of its adapter_config.json.
+        experts: names of the experts, in the order of the gate's outputs.
+        layers: names of the LoRA layers, in the order of the gate's outputs.
+        gate: (weight, bias) of each linear layer of the gate, float32.
+        factors: layer -> the factors of each expert; None for an expert that does not adapt the layer.
     """
 
     folder: Path
@@ -64,16 +64,20 @@ class ServedMixture:
 
     @property
     def base(self) -> str | None:
-        """The base model that the mixture names."""
+        """The base model that the mixture names, or None."""
         return self.options.get("base_model_name_or_path") or None
 
     @property
     def scheme(self) -> str:
-        """How the gate gets what it reads, in a few words."""
+        """The passes of the mixture, as text."""
         return scheme_of(self.options)
 
     def following(self) -> range:
-        """The numbers of the layers that follow the gate: all but those before `gate_layer`."""
+        """The numbers of the layers that use the gate's scalings: all except those before `gate_layer`.
+
+        Raises:
+            CheckpointError: there is no such layer.
+        """
         gate_layer = self.options.get("gate_layer")
         if gate_layer is None:
             return range(len(self.layers))
@@ -87,7 +91,7 @@ class ServedMixture:
 
 
 def scheme_of(options: Mapping[str, Any]) -> str:
-    """How the gate of a mixture with these options gets what it reads, in a few words."""
+    """The passes of a mixture with these options, as text."""
     if options.get("gate_layer") is not None:
         return f"one pass, the gate at decoder layer {options['gate_layer']}"
     if options.get("scaling_pass_layers") is not None:
@@ -96,17 +100,17 @@ def scheme_of(options: Mapping[str, Any]) -> str:
 
 
 def decoder_layer(name: str) -> int | None:
-    """The number of the decoder layer that a module lies in; None where it lies in none."""
+    """The number of the decoder layer of a module; None if the module is in no decoder layer."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
-    """Read a mixture that weft saved.
+    """Read and verify a mixture that weft saved.
 
     Raises:
-        CheckpointError: the folder is no mixture of weft's, not whole, or altered since it was saved.
-        ConfigError: the mixture has what no engine can serve.
+        CheckpointError: the folder is not a mixture of weft, is incomplete, or was changed after it was saved.
+        ConfigError: the mixture cannot be served.
     """
     path = Path(folder).expanduser()
     options = read_json(path / CONFIG_NAME)
@@ -132,7 +136,7 @@ def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
 
 
 def _problems(options: dict[str, Any], adapters: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What cannot be served, a sentence each."""
+    """Why the mixture cannot be served, one sentence each."""
     problems = []
     if options.get("heads"):
         problems.append(f"heads ({options['heads']}) are trained modules beside the LM head, which engines do not have")
@@ -168,13 +172,13 @@ def _factors(folder: Path, name: str, tensors: dict[str, Tensor], adapter: dict[
 
 
 def _scaling(adapter: dict[str, Any], layer: str, rank: int) -> float:
-    """peft's: alpha / r, or alpha / sqrt(r) where it is rank-stabilised (arXiv 2312.03732)."""
+    """peft's scaling: alpha / r, or alpha / sqrt(r) if it is rank-stabilised (arXiv 2312.03732)."""
     alpha = _of_pattern(adapter.get("alpha_pattern") or {}, layer, adapter["lora_alpha"])
     return alpha / math.sqrt(rank) if adapter.get("use_rslora") else alpha / rank
 
 
 def _of_pattern(patterns: dict[str, Any], layer: str, otherwise: Any) -> Any:
-    """The value of the first pattern that is the layer's name, or the end of it."""
+    """The value of the first pattern that matches the layer's name or its end."""
     for pattern, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return value
@@ -188,5 +192,5 @@ def _gate(saved: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
 
 
 def padded_rank(factors: Iterable[Factors | None]) -> int:
-    """The largest rank among experts; the others are filled up with zeros."""
+    """The largest rank of the experts, to which the others are padded with zeros."""
     return max((len(each.down) for each in factors if each is not None), default=0)

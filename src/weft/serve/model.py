@@ -1,4 +1,4 @@
-"""A base model's class of vLLM with a mixture in it: `Weft` and the architecture's name, made when it is asked for."""
+"""vLLM's class of a base model with a mixture in it, named `Weft` + architecture; it is made on first access."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTING = "weft"  # in vLLM's additional_config: the mixture's folder
 
 
 def __getattr__(name: str) -> Any:
-    """The class of an architecture; vLLM asks for it by name, in each of its processes."""
+    """The class of an architecture, which vLLM gets by name in each of its processes."""
     if not name.startswith(PREFIX):
         raise AttributeError(name)
     made = globals()[name] = mixture_class(name.removeprefix(PREFIX))
@@ -33,11 +33,11 @@ def __getattr__(name: str) -> Any:
 
 
 def mixture_class(architecture: str) -> Any:
-    """vLLM's class of this architecture, with a mixture in it."""
+    """Make vLLM's class of this architecture with a mixture in it."""
     base: Any = ModelRegistry._try_load_model_cls(architecture)
 
     class WithMixture(base):
-        """Set up by vLLM as the base model is, and given the experts when its weights are in place."""
+        """vLLM creates it like the base model; the experts are added after the weights are loaded."""
 
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -57,7 +57,7 @@ def mixture_class(architecture: str) -> Any:
             return output
 
         def process_weights_after_loading(self) -> None:
-            """vLLM's hook behind the layers' own: put the experts around their methods."""
+            """vLLM's hook, after those of the layers: add the experts to the layers' methods."""
             _give_experts(self)
 
     WithMixture.__name__ = WithMixture.__qualname__ = f"{PREFIX}{architecture}"
@@ -65,7 +65,7 @@ def mixture_class(architecture: str) -> Any:
 
 
 def _graft(model: Any, vllm_config: Any) -> None:
-    """Give a model the gate, and the passes that ask it."""
+    """Add the gate and the passes to a model."""
     mixture = read_mixture(vllm_config.additional_config[SETTING])
     choices = Choices(
         mixture,
@@ -80,7 +80,7 @@ def _graft(model: Any, vllm_config: Any) -> None:
     scaling = None
     if gate_layer is None:
         scaling = scaling_backbone(vllm_config, backbone, mixture.options.get("scaling_pass_layers"))
-        # Its attention modules are the model's, too; all else in it is there already.
+        # Only its attention modules become submodules of the model; all other modules are shared and in it already.
         attention = [part for part in scaling.modules() if isinstance(part, AttentionLayerBase)]
         model.weft_scaling_attention = nn.ModuleList(attention)
     else:
@@ -91,7 +91,7 @@ def _graft(model: Any, vllm_config: Any) -> None:
 
 
 def _ask_at(layer: nn.Module, following: Following) -> None:
-    """Let the gate read what enters a decoder layer, which vLLM hands on in one part or in two."""
+    """Run the gate on the input of a decoder layer, which in vLLM is one tensor, or hidden states and residual."""
     names = list(inspect.signature(layer.forward).parameters)
     hidden_at = names.index("hidden_states")
     residual_at = names.index("residual") if "residual" in names else None
@@ -107,15 +107,15 @@ def _ask_at(layer: nn.Module, following: Following) -> None:
 
 
 def _give_experts(model: Any) -> None:
-    """Put the experts around the methods of the layers that they adapt.
+    """Add the experts to the methods of the layers that they adapt.
 
     Raises:
-        ConfigError: the model has no such layers.
+        ConfigError: the model does not have these layers.
     """
     mixture: ServedMixture = model.weft_mixture
     number = {layer: place for place, layer in enumerate(mixture.layers)}
     packed = getattr(model, "packed_modules_mapping", {})
-    found: list[list[int]] = []  # of each layer, its LoRA layers
+    found: list[list[int]] = []  # for each layer, the numbers of its LoRA layers
     for name, layer in model.named_modules():
         if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, MixtureMethod):
             continue
@@ -144,6 +144,6 @@ def _give_experts(model: Any) -> None:
 
 
 def _widths(layer: Any, parts: int) -> list[int]:
-    """The widths of a layer's slices on this process."""
+    """The numbers of channels of a layer's slices in this process."""
     sizes = list(getattr(layer, "output_partition_sizes", [layer.output_size]))
     return sizes if len(sizes) == parts else [sum(sizes)]

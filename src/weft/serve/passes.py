@@ -1,7 +1,7 @@
-"""Scaling pass and adapted pass in one call of the model, so that vLLM schedules, caches and compiles them as one.
+"""Scaling pass and adapted pass in one call of the model, so that vLLM schedules, caches and compiles them together.
 
-The scaling pass is a second backbone that has everything of the first one but its attention modules: these register
-with vLLM by themselves and get key/value blocks of their own.
+The scaling pass is a second backbone that shares all modules with the first one, except the attention modules. These
+register themselves with vLLM and get their own KV cache blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weft.errors import ConfigError
 from weft.serve.following import Following
 
 SCALING_PREFIX = "weft_scaling"
-# What vLLM's models call their backbone, and a backbone its decoder layers and the norm behind them.
+# The names in vLLM's models of the backbone, its decoder layers, and the norm after them.
 _BACKBONES = ("model", "transformer", "gpt_neox", "backbone")
 _LAYERS = ("layers", "h", "blocks")
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
@@ -27,12 +27,12 @@ _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 
 @dataclass(frozen=True)
 class Decoder:
-    """Where a backbone has its decoder layers.
+    """The decoder layers of a backbone.
 
     Attributes:
         owner: the module that has them.
-        layers: by which name.
-        norm: the name of the norm behind them; None where there is none.
+        layers: name of the attribute with the layers.
+        norm: name of the norm after them; None if there is none.
     """
 
     owner: Any
@@ -41,10 +41,10 @@ class Decoder:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The part of a model of vLLM that gives the last hidden state.
+    """The part of a model of vLLM that computes the last hidden state.
 
     Raises:
-        ConfigError: it is not where vLLM's text models have it.
+        ConfigError: the model has no part with a known name.
     """
     for name in _BACKBONES:
         found = getattr(model, name, None)
@@ -57,10 +57,10 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(backbone: nn.Module) -> Decoder:
-    """Where the decoder layers are.
+    """The decoder layers of a backbone.
 
     Raises:
-        ConfigError: under none of the known names.
+        ConfigError: the backbone has no layers with a known name.
     """
     for owner in (backbone, getattr(backbone, "decoder", None)):
         layers = next((name for name in _LAYERS if isinstance(getattr(owner, name, None), nn.ModuleList)), None)
@@ -74,24 +74,24 @@ def decoder_of(backbone: nn.Module) -> Decoder:
 
 
 class Residual(nn.Module):
-    """In the place of a backbone's last norm: the residual stream as it is, which a short scaling pass reads."""
+    """Replaces a backbone's last norm for `scaling_pass_layers`, as the gate reads the residual stream without it."""
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
-        """The sum of the two parts that vLLM's layers hand on; a pair where the norm gives one."""
+        """The sum of hidden states and residual of vLLM's layers; a pair if the norm returns a pair."""
         return hidden if residual is None else (hidden + residual, None)
 
 
 def scaling_backbone(vllm_config: Any, backbone: nn.Module, num_layers: int | None) -> nn.Module:
-    """A backbone that shares all weights with the given one, and whose attention has caches of its own.
+    """A backbone that shares all weights with the given one, but has its own KV cache.
 
     Args:
-        vllm_config: of the engine.
-        backbone: the model's, such as vLLM's `LlamaModel`.
-        num_layers: of a short scaling pass; None for all.
+        vllm_config: the engine's config.
+        backbone: the model's backbone, such as vLLM's `LlamaModel`.
+        num_layers: number of layers (`scaling_pass_layers`); None for all.
     """
     known = vllm_config.compilation_config.static_forward_context
     before = set(known)
-    with torch.device("meta"):  # or memory would double while the model loads
+    with torch.device("meta"):  # to avoid twice the memory while the model is loaded
         twin: Any = type(backbone)(vllm_config=vllm_config, prefix=SCALING_PREFIX)
     _share(twin, backbone)
     if num_layers is not None:
@@ -108,7 +108,7 @@ def scaling_backbone(vllm_config: Any, backbone: nn.Module, num_layers: int | No
 
 
 def _share(twin: nn.Module, module: nn.Module) -> None:
-    """Give a second instance everything of the first but its attention modules."""
+    """Share all modules of the first instance with the second one, except attention modules."""
     twin._parameters, twin._buffers = module._parameters, module._buffers
     for name, child in list(twin.named_children()):
         if isinstance(child, AttentionLayerBase):
@@ -120,7 +120,7 @@ def _share(twin: nn.Module, module: nn.Module) -> None:
 
 
 def _take_tensors(attention: nn.Module, other: nn.Module) -> None:
-    """Give an attention module, which was made without memory, the other's scales of keys and values and the like."""
+    """Copy tensors, such as the scales of keys and values, to an attention module that was made on the meta device."""
     pairs: list[tuple[Any, Any]] = [
         (attention, other),
         (getattr(attention, "impl", None), getattr(other, "impl", None)),
@@ -135,14 +135,14 @@ def _take_tensors(attention: nn.Module, other: nn.Module) -> None:
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class BothPasses(nn.Module):
-    """Both passes as one function, of which torch.compile makes one graph; the backbones do not compile themselves.
+    """Both passes as one module, which torch.compile compiles to one graph; the backbones are not compiled separately.
 
     Args:
-        vllm_config: of the engine.
-        prefix: vLLM's.
-        backbone: of the adapted pass.
-        scaling: of the scaling pass; None where the gate reads in the only pass.
-        following: the gate, and what the layers follow.
+        vllm_config: the engine's config.
+        prefix: vLLM's prefix of names.
+        backbone: the backbone of the adapted pass.
+        scaling: the backbone of the scaling pass; None with `gate_layer`.
+        following: the gate and the scalings.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class BothPasses(nn.Module):
     ) -> None:
         super().__init__()
         self.following = following
-        # In a tuple, which hides them from named_modules: they are the model's.
+        # In a tuple, so that they are not submodules: they are submodules of the model already.
         backbones: list[Any] = [backbone, scaling]
         for each in backbones:
             if each is not None:
@@ -170,7 +170,7 @@ class BothPasses(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> Any:
-        """What the backbone gives, its layers following the gate."""
+        """The output of the backbone, with the gate's scalings."""
         backbone, scaling = self.backbones
         following, num_tokens = self.following, positions.shape[-1]
         if scaling is None:

@@ -1,4 +1,4 @@
-"""The entry point `vllm.general_plugins`: vLLM calls it in each of its processes, before it looks for a class."""
+"""The entry point `vllm.general_plugins`, which vLLM calls in each of its processes before it loads a model class."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ PREFIX = "Weft"
 
 
 def register() -> None:
-    """Let vLLM know a class with a mixture in it for each of its text-generation models, by name; none is imported."""
+    """Register a class with a mixture for each of vLLM's text-generation models, by name; nothing is imported."""
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS, ModelRegistry
 
     for architecture in _TEXT_GENERATION_MODELS:

@@ -1,15 +1,15 @@
-"""Numbers as Prometheus reads them, and those that both engines tell of the gate."""
+"""Prometheus' text format, and the metrics of the gate for both engines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# (name, kind, what it is, [(labels in braces or "", value)])
+# (name, kind, help text, [(labels in braces or "", value)])
 Family = tuple[str, str, str, Sequence[tuple[str, int | float]]]
 
 
 def written(families: Sequence[Family]) -> str:
-    """Prometheus' text format.
+    """Metrics in Prometheus' text format.
 
     Example:
         >>> print(written([("weft_gate_tokens_total", "counter", "Tokens.", [("", 12)])]), end="")
@@ -25,12 +25,12 @@ def written(families: Sequence[Family]) -> str:
 
 
 def of_the_gate(experts: Sequence[str], sums: Sequence[float], tokens: int) -> list[Family]:
-    """What the gate did since the start.
+    """The metrics of the gate since the start.
 
     Args:
-        experts: their names, in order.
-        sums: of each expert's shares, over all tokens.
-        tokens: how many the gate decided for.
+        experts: the experts' names, in order.
+        sums: sum of each expert's shares over all tokens.
+        tokens: number of tokens for which the gate was used.
     """
     means = [
         (f'{{expert="{_escaped(name)}"}}', total / max(1, tokens)) for name, total in zip(experts, sums, strict=True)

@@ -1,4 +1,4 @@
-"""What a request may ask of a mixture: which model name, and the field `weft` of its body. No engine is known here.
+"""The options of a request for a mixture: the model name, and the field `weft` of the body. For both engines.
 
 {"model": "my-mixture:code"}                            one expert alone
 {"model": "my-mixture:base"}                            the base model
@@ -18,18 +18,18 @@ from weft.errors import ConfigError
 from weft.files.reading import is_number, is_whole, shown
 
 FIELD = "weft"
-SHARES = "weft_shares"  # for the engine alone: by which name a text's shares are kept
+SHARES = "weft_shares"  # vLLM's extra argument with the key of a text's shares
 BASE = "base"
 _FIELDS = ("weights", "top_k", "global_weight", "shares")
-_LARGEST = 3.4e38  # of float32, in which scalings are computed
+_LARGEST = 3.4e38  # the largest float32, the dtype of scalings
 
 
 class RequestError(ConfigError):
-    """A request that cannot be answered as it is.
+    """A request is not valid.
 
     Attributes:
-        status: of HTTP.
-        field: of the request's body that is wrong; None where it is another part of the request.
+        status: the HTTP status.
+        field: the wrong field of the body; None if another part of the request is wrong.
     """
 
     def __init__(self, message: str, field: str | None, status: int = 400) -> None:
@@ -38,21 +38,22 @@ class RequestError(ConfigError):
         self.status = status
 
     def body(self) -> dict[str, Any]:
-        """As OpenAI's servers put it."""
+        """The body of the answer, in OpenAI's format."""
         kind = "NotFoundError" if self.status == 404 else "BadRequestError"
         return {"error": {"message": str(self), "type": kind, "param": self.field, "code": self.status}}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one request asks of a mixture.
+    """The options of one request for a mixture.
 
     Attributes:
-        alone: an expert's name: that adapter alone, at its own weight; "" is the base model; None is the mixture.
-        weights: constant weights of the experts in their order, in the gate's place; None lets the gate decide.
-        top_k: how many experts the gate keeps for each token; None is the mixture's own number.
-        global_weight: multiplies gate or weights; None is the mixture's own.
-        shares: whether the answer tells each token's shares.
+        alone: the name of an expert: that adapter alone, without the global weight; "" for the base model; None for the
+            mixture.
+        weights: constant weights of the experts, in their order; None uses the gate.
+        top_k: number of experts that the gate keeps for each token; None takes the mixture's option.
+        global_weight: factor of all scalings or weights; None takes the mixture's option.
+        shares: whether the answer has each token's shares.
     """
 
     alone: str | None = None
@@ -63,16 +64,16 @@ class Choice:
 
     @property
     def decides(self) -> bool:
-        """Whether it changes what the model computes."""
+        """Whether the options change the model's output."""
         return replace(self, shares=False) != Choice()
 
     def written(self) -> str:
-        """As one line, the same for the same choice."""
+        """The options as one line of JSON; equal options have equal lines."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def read(line: str) -> Choice:
-        """The choice that `written` gave."""
+        """The options from a line of `written`."""
         values = json.loads(line)
         weights = values.pop("weights")
         return Choice(weights=None if weights is None else tuple(weights), **values)
@@ -80,14 +81,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Served:
-    """What clients can choose from.
+    """The model names that are served.
 
     Attributes:
-        name: of the mixture.
-        experts: their names, in order.
+        name: the name of the mixture.
+        experts: the experts' names, in order.
 
     Raises:
-        ConfigError: an expert's name would stand for the base model.
+        ConfigError: an expert is named "base", which means the base model.
     """
 
     name: str
@@ -100,30 +101,30 @@ class Served:
             )
 
     def names(self) -> list[str]:
-        """All model names: the mixture, each expert alone, the base."""
+        """All model names: the mixture, each expert, the base model."""
         return [self.name, *(f"{self.name}:{expert}" for expert in (*self.experts, BASE))]
 
     def about(self, *, scheme: str, engine: str, base: str, chat: bool) -> dict[str, Any]:
-        """What /v1/weft tells.
+        """The answer of /v1/weft.
 
         Args:
-            scheme: how the gate gets what it reads.
-            engine: what runs.
+            scheme: the passes of the mixture (`scheme_of`).
+            engine: name and version of the engine.
             base: the base model's name.
-            chat: whether that has a chat template.
+            chat: whether the base model has a chat template.
         """
         known = {"name": self.name, "experts": list(self.experts), "scheme": scheme, "engine": engine, "base": base}
         return {**known, "shares": True, "chat": chat}
 
     def choice(self, model: Any, options: Any = None) -> Choice:
-        """What a request asks for.
+        """Read and check the options of a request.
 
         Args:
-            model: its `model`; none is the mixture.
-            options: its `weft`; none asks for nothing.
+            model: the field `model`; None for the mixture.
+            options: the field `weft`; None for no options.
 
         Raises:
-            RequestError: a name or a value is not allowed.
+            RequestError: a name or a value is not valid.
         """
         alone = self._alone(model)
         if options is None:
@@ -189,13 +190,13 @@ class Served:
 
 
 def refuse_beside_shares(**wrong: tuple[Any, str]) -> None:
-    """Raise where shares would not be those of one text's new tokens.
+    """Raise if a request for shares is not for the new tokens of a single text.
 
     Args:
-        **wrong: field -> (whether it stands in the way, what it must be).
+        **wrong: field -> (whether its value is not allowed, the allowed value).
 
     Raises:
-        RequestError: one does.
+        RequestError: a value is not allowed.
     """
     for field, (stands_in_the_way, right) in wrong.items():
         if stands_in_the_way:
@@ -203,14 +204,17 @@ def refuse_beside_shares(**wrong: tuple[Any, str]) -> None:
 
 
 def cache_salt(choice: Choice, clients: str | None) -> str | None:
-    """What keeps a request's keys and values apart from those of requests with another choice.
+    """The salt that separates a request's cached keys and values from those of requests with other options.
 
-    An engine finds cached prefixes by their tokens and by a salt, and knows nothing of weights. A client's own salt
-    goes through the same function, so that none can be made that meets another choice's.
+    An engine finds cached prefixes by tokens and salt, not by the experts' weights. A client's own salt is hashed too,
+    so that it cannot be equal to the salt of other options.
 
     Args:
-        choice: of the request.
-        clients: the salt that the client sent, if any.
+        choice: the options of the request.
+        clients: the salt in the request, or None.
+
+    Returns:
+        The salt; None if there are no options and no client's salt.
     """
     if not choice.decides and clients is None:
         return None

@@ -1,13 +1,15 @@
-"""The embedded engine: a mixture behind OpenAI's endpoints, on transformers alone, for a laptop.
+"""The embedded engine: an OpenAI server for a mixture that needs only transformers, for small machines.
 
-bodies.py       what a request asks for, read and checked
+bodies.py       reads and checks the body of a request
 fields.py       the fields of a JSON body
-stops.py        text that ends at a stop string, of which nothing is let out
-following.py    what a request lets the model follow
+stops.py        stop strings
+following.py    applies the options of a request to the model
 generating.py   one text, token by token
-engine.py       one thread that uses the model, and whose turn it is
-answers.py      what clients get, as OpenAI's servers put it
-metrics.py      what was done, for Prometheus
+tickets.py      the requests and their texts in the engine
+batching.py     several texts in one call, with transformers' continuous batching
+engine.py       the thread that runs the model, and the queue of texts
+answers.py      the answers, in OpenAI's format
+metrics.py      counters for Prometheus
 app.py          the routes
 server.py       `weft serve` without vLLM
 """

@@ -1,4 +1,4 @@
-"""What clients get: pieces of texts as OpenAI's servers put them, whole or in parts."""
+"""Answers in OpenAI's format, whole or as stream events."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from weft.serve.embedded.generating import Piece, Told
 from weft.serve.requests import FIELD, RequestError
 
 DONE = "data: [DONE]\n\n"
-_LEAST = -9999.0  # as vLLM writes what JSON has no number for
+_LEAST = -9999.0  # for -inf, which JSON does not have; the same as in vLLM
 
 
 class Answers:
-    """The answer to one request, in either way.
+    """The answer to one request, whole or as stream events.
 
     Args:
         wanted: the request.
@@ -40,10 +40,10 @@ class Answers:
         }
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The answer in one.
+        """The whole answer.
 
         Args:
-            pieces: all of all choices.
+            pieces: all pieces of all choices.
         """
         by_choice: dict[int, list[Piece]] = {}
         for piece in pieces:
@@ -120,7 +120,8 @@ class Answers:
             return None
         found: dict[str, float] = {}
         for token, logprob in (*told.alternatives, (told.token, told.logprob)):
-            found.setdefault(self._text(token), _finite(logprob))  # parts of characters look alike: the likeliest
+            # Tokens that are parts of characters can have equal texts: the most likely one is kept.
+            found.setdefault(self._text(token), _finite(logprob))
         return found
 
     def _of_chat(self, told: Told) -> dict[str, Any]:
@@ -132,15 +133,15 @@ class Answers:
         return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
     def _text(self, token: int) -> str:
-        """A token's text, as it stands after others."""
+        """The text of a token, as it is after other tokens."""
         text: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
         name = self._tokenizer.convert_ids_to_tokens(token)
-        # Tokenizers that write spaces so leave them out at the beginning of a text.
+        # Tokenizers with this symbol for a space remove the space at the start of a text.
         return f" {text}" if isinstance(name, str) and name.startswith("\u2581") and not text.startswith(" ") else text
 
 
 def error_body(err: BaseException) -> tuple[int, dict[str, Any]]:
-    """The status and body that tell a client of an error."""
+    """The HTTP status and body for an error."""
     if isinstance(err, RequestError) and err.status < 500:
         return err.status, err.body()
     message = f"{type(err).__name__}: {first_line(err)}" if not isinstance(err, RequestError) else str(err)
@@ -148,7 +149,7 @@ def error_body(err: BaseException) -> tuple[int, dict[str, Any]]:
 
 
 def error_event(err: BaseException) -> str:
-    """An error in the middle of a stream, and its end."""
+    """The events for an error during a stream, which end it."""
     return f"data: {json.dumps(error_body(err)[1])}\n\n{DONE}"
 
 

@@ -25,17 +25,17 @@ from weft.serve.embedded.tickets import Delivered, Ticket
 from weft.serve.page import HEADERS, page
 from weft.serve.requests import RequestError
 
-_MOST_BYTES = 32 * 2**20  # of a body
-_LARGE = 2**18  # bytes, above which bodies are read one after the other
+_MOST_BYTES = 32 * 2**20  # maximum size of a body
+_LARGE = 2**18  # size in bytes from which bodies are read one after the other
 
 
 @dataclass(frozen=True)
 class About:
-    """What /v1/weft tells.
+    """Values for the answer of /v1/weft.
 
     Attributes:
-        scheme: how the gate gets what it reads.
-        engine: what runs.
+        scheme: the passes of the mixture (`scheme_of`).
+        engine: name and version of the engine.
         base: the base model's name.
     """
 
@@ -45,18 +45,18 @@ class About:
 
 
 def make_app(engine: Engine, reads: Reads, about: About, api_key: str | None = None) -> FastAPI:
-    """The application, for uvicorn.
+    """Make the ASGI application, for uvicorn.
 
     Args:
-        engine: answers.
-        reads: what is served, and how requests are read.
-        about: what is told of it.
-        api_key: what clients must send; None asks for none.
+        engine: generates the texts.
+        reads: for reading requests.
+        about: for /v1/weft.
+        api_key: the key that clients must send; None for no key.
 
     Example:
         >>> uvicorn.run(make_app(engine, reads, about))
     """
-    # Its pages of documentation would load scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from other servers.
     app = FastAPI(lifespan=_closing(engine), docs_url=None, redoc_url=None, openapi_url=None)
     routes = Routes(engine, reads, about)
     for path, method, function in (
@@ -76,10 +76,10 @@ def make_app(engine: Engine, reads: Reads, about: About, api_key: str | None = N
 
 
 class Routes:
-    """What answers to each path.
+    """The functions of the routes.
 
     Args:
-        engine, reads, about: as for `make_app`.
+        engine, reads, about: as in `make_app`.
     """
 
     def __init__(self, engine: Engine, reads: Reads, about: About) -> None:
@@ -88,11 +88,11 @@ class Routes:
         self._large = asyncio.Lock()
 
     async def models(self, request: Request) -> Response:
-        """All names."""
+        """/v1/models: all model names."""
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self._reads.served.names()]})
 
     async def model(self, request: Request) -> Response:
-        """One name."""
+        """/v1/models/NAME: one model name."""
         name = request.path_params["name"]
         try:
             self._reads.served.choice(name)
@@ -101,29 +101,29 @@ class Routes:
         return JSONResponse(self._model(name))
 
     async def completions(self, request: Request) -> Response:
-        """Texts that go on."""
+        """/v1/completions."""
         return await self._answer(request, chat=False)
 
     async def chats(self, request: Request) -> Response:
-        """Conversations."""
+        """/v1/chat/completions."""
         return await self._answer(request, chat=True)
 
     async def about(self, request: Request) -> Response:
-        """What is served."""
+        """/v1/weft: what is served."""
         chat = self._reads.tokenizer.chat_template is not None
         return JSONResponse(self._reads.served.about(**vars(self._about), chat=chat))
 
     async def health(self, request: Request) -> Response:
-        """Whether answers can be expected."""
+        """/health: whether the engine runs."""
         return Response(status_code=200 if self._engine.alive else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """For Prometheus."""
+        """/metrics: for Prometheus."""
         written = self._engine.metrics.written(running=self._engine.running, waiting=self._engine.waiting)
         return PlainTextResponse(written, media_type=CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:
-        """For people."""
+        """/: the page for a browser."""
         return HTMLResponse(page(), headers=HEADERS)
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -141,14 +141,14 @@ class Routes:
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         try:
             raw = await _body(request)
-            # In a thread, as long texts take their time to become tokens; and their memory, so one after the other.
+            # In a thread, as the tokenization of long texts takes long. Large bodies one at a time, to limit memory.
             async with self._large if len(raw) > _LARGE else nullcontext():
                 wanted = await asyncio.to_thread(_read, raw, self._reads, chat=chat)
             del raw
             return await self._answered(request, wanted)
         except (ClientGone, ClientDisconnect):
-            return Response(status_code=499)  # which nobody gets
-        except Exception as err:  # whatever it is, of this request alone: it becomes an answer
+            return Response(status_code=499)  # not received by the client
+        except Exception as err:  # any error of this request becomes its answer
             status, error = error_body(err)
             return JSONResponse(error, status)
 
@@ -158,7 +158,7 @@ class Routes:
         answers = Answers(wanted, self._reads.tokenizer)
         streams = False
         try:
-            # An error before the first piece has a status of its own, streamed or not.
+            # Before the first piece, an error can still set the status, also for a stream.
             first = _piece(await _unless_gone(request, delivered.get()))
             if wanted.stream:
                 streams = True
@@ -170,11 +170,11 @@ class Routes:
 
 
 class Stream(StreamingResponse):
-    """An answer in parts; the engine ends with whoever reads them.
+    """A streamed answer. If the client disconnects, the request is cancelled.
 
     Args:
         parts: the events.
-        ticket: of the request.
+        ticket: the ticket of the request.
     """
 
     def __init__(self, parts: AsyncIterator[str], ticket: Ticket) -> None:
@@ -182,7 +182,7 @@ class Stream(StreamingResponse):
         self._ticket = ticket
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send them."""
+        """Send the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -190,16 +190,16 @@ class Stream(StreamingResponse):
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer."""
+    """The client has disconnected."""
 
 
 class Guard:
-    """Asks for the key, and counts answers.
+    """Middleware that checks the API key and counts answers.
 
     Args:
-        app: what answers.
+        app: the application.
         engine: has the metrics.
-        api_key: what clients must send; None asks for none.
+        api_key: the key that clients must send; None for no key.
     """
 
     def __init__(self, app: Any, engine: Engine, api_key: str | None) -> None:
@@ -207,7 +207,7 @@ class Guard:
         self._wanted = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Handle one request."""
         path = scope.get("path", "")
         if scope["type"] != "http" or not path.startswith("/v1/"):
             await self._app(scope, receive, send)
@@ -224,7 +224,7 @@ class Guard:
         await self._app(scope, receive, counted)
 
     def _knows(self, given: bytes) -> bool:
-        # In constant time, so that no key can be found byte by byte.
+        # In constant time, so that the time does not reveal how many bytes are right.
         return self._wanted is not None and hmac.compare_digest(given, self._wanted)
 
 
@@ -241,7 +241,7 @@ def _closing(engine: Engine) -> Any:
 
 
 async def _as_openai(request: Request, err: Exception) -> Response:
-    """Errors of the routing in OpenAI's shape."""
+    """Errors of the routing, in OpenAI's format."""
     assert isinstance(err, HTTPException)
     told = RequestError(f"{request.method} {request.url.path}: {err.detail}", None, err.status_code)
     return JSONResponse(told.body(), told.status, headers=err.headers)
@@ -251,10 +251,10 @@ async def _body(request: Request) -> bytes:
     """The body of a request.
 
     Raises:
-        RequestError: it is no JSON, or too large.
+        RequestError: the content type is not JSON, or the body is too large.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # another page in a browser may send other kinds without asking
+    if kind != "application/json":  # browsers send other types for any page, without a CORS preflight
         raise RequestError(f"content-type ({shown(kind)}) must be application/json", "content-type", 415)
     too_large = RequestError(f"the body has more than {_MOST_BYTES:,} bytes", "body", 413)
     length = request.headers.get("content-length", "")
@@ -269,10 +269,10 @@ async def _body(request: Request) -> bytes:
 
 
 def _read(raw: bytes, reads: Reads, *, chat: bool) -> Wanted:
-    """What a body asks for.
+    """Parse, read and check a body.
 
     Raises:
-        RequestError: it is no JSON, or asks for what cannot be.
+        RequestError: it is not valid JSON, or a field is not valid.
     """
     try:
         body = parse_json(raw.decode())
@@ -282,21 +282,21 @@ def _read(raw: bytes, reads: Reads, *, chat: bool) -> Wanted:
 
 
 def _into(delivered: asyncio.Queue[Delivered]) -> Any:
-    """What the engine's thread calls to put something there."""
+    """A function with which the engine's thread puts something into the queue."""
     loop = asyncio.get_running_loop()
 
     def deliver(one: Delivered) -> None:
-        with suppress(RuntimeError):  # the loop has ended
+        with suppress(RuntimeError):  # the event loop has ended
             loop.call_soon_threadsafe(delivered.put_nowait, one)
 
     return deliver
 
 
 async def _unless_gone(request: Request, awaited: Any) -> Any:
-    """What is awaited, unless the client hangs up.
+    """Await something, or raise if the client disconnects first.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: the client has disconnected.
     """
     work = asyncio.ensure_future(awaited)
     gone = asyncio.ensure_future(_hung_up(request))
@@ -316,7 +316,7 @@ async def _hung_up(request: Request) -> None:
 
 
 async def _all(first: Piece | None, delivered: asyncio.Queue[Delivered]) -> list[Piece]:
-    """All pieces."""
+    """Wait for all pieces."""
     found: list[Piece] = []
     one = first
     while one is not None:
@@ -332,14 +332,14 @@ async def _parts(first: Piece | None, delivered: asyncio.Queue[Delivered], answe
         while one is not None:
             yield answers.part(one)
             one = _piece(await delivered.get())
-    except Exception as err:  # the stream has begun, so it is told in it
+    except Exception as err:  # the stream has begun, so the error becomes an event
         yield error_event(err)
         return
     yield answers.ending()
 
 
 def _piece(one: Delivered) -> Piece | None:
-    """What was delivered; an error is raised."""
+    """The piece that was delivered, or None at the end; a delivered error is raised."""
     if isinstance(one, BaseException):
         raise one
     return one

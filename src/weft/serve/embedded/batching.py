@@ -1,7 +1,7 @@
-"""Several texts in one call: transformers' continuous batching, for mixtures of one pass (`gate_layer`).
+"""Several texts in one call, with transformers' continuous batching, for mixtures with one pass (`gate_layer`).
 
-Its manager reads, caches and schedules; which token comes next is each text's own to say, as where it is read alone.
-What its tokens have to do with the experts is asked for in a hook on the base model.
+transformers' manager runs the model, caches and schedules. The next token is chosen by each text itself, as for texts
+that are generated separately. A hook on the base model records the shares of the experts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from weft.serve.embedded.metrics import Metrics
 from weft.serve.embedded.tickets import Delivered, Task, Ticket
 from weft.serve.requests import Choice
 
-_PAGE = 32  # tokens
-_MOST_TOKENS = 32_768  # in the cache, of all texts together
-_MOST_BYTES = 2**30  # of the cache
-_MOST_TEXTS = 32  # in a call
-_CHUNK = 512  # tokens of prompts in a call
-# Two texts that are written in both ways when the engine starts.
+_PAGE = 32  # tokens in a page of the cache
+_MOST_TOKENS = 32_768  # maximum number of tokens in the cache
+_MOST_BYTES = 2**30  # maximum size of the cache
+_MOST_TEXTS = 32  # maximum number of texts in a call
+_CHUNK = 512  # maximum number of prompt tokens in a call
+# Two prompts that are continued in both ways when the engine starts, to compare the tokens.
 _TRIAL = ([1, 2, 3, 4, 5], [3, 2, 1])
 _TRIAL_TOKENS = 4
 _TRIAL_SECONDS = 300
@@ -43,26 +43,26 @@ _FAILED = "transformers' continuous batching has stopped: send the request again
 
 
 class Batch:
-    """Texts that are written together.
+    """Texts that are generated together.
 
     Args:
-        model: a mixture of one pass.
-        tokens: for how many the cache has room.
+        model: a mixture with one pass.
+        tokens: size of the cache in tokens.
         hand_over: takes a text that has become too long.
 
     Attributes:
-        most: tokens that a text may have here.
+        most: maximum number of tokens of a text.
     """
 
     def __init__(self, model: Any, tokens: int, hand_over: Callable[[Task], None]) -> None:
-        self.most = tokens // 2  # the manager fails where one text fills its cache
+        self.most = tokens // 2  # the manager fails if one text fills the cache
         self._model, self._blocks, self._hand_over = model, tokens // _PAGE, hand_over
         self._passes = tuner_of(model).passes
         self._names = tuner_of(model).xlora_config.expert_names or []
-        # The manager is told by a token that a text ends, for whatever reason: where it cancels texts, it may forget
-        # to go on with those that wait. A text that really has this token begins anew in the batch, as it stands.
+        # Each text is ended for the manager by this token, as after a cancellation the manager may not continue with
+        # waiting texts. A text that really has this token is added to the batch again with all its tokens.
         self._end = len(tuner_of(model).backbone.base.get_input_embeddings().weight) - 1
-        self._tasks: dict[int, Task] = {}  # of the manager
+        self._tasks: dict[int, Task] = {}  # the texts in the manager
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._stopped: BaseException | None = None
@@ -72,16 +72,16 @@ class Batch:
 
     @classmethod
     def where_exact(cls, model: Any, tokenizer: Any, hand_over: Callable[[Task], None]) -> Batch | None:
-        """Such a batch, if the mixture has one pass and a trial gives the tokens of texts that are read alone.
+        """A batch if the mixture has one pass and a trial gives the same tokens as separate generation; else None.
 
         Args:
             model: a mixture.
-            tokenizer: the base model's.
-            hand_over: as above.
+            tokenizer: the base model's tokenizer.
+            hand_over: see the class.
         """
         tuner = tuner_of(model)
         base = tuner.backbone.base
-        manager = getattr(transformers, "ContinuousBatchingManager", None)  # older ones let nobody in between
+        manager = getattr(transformers, "ContinuousBatchingManager", None)  # older versions cannot pause
         if tuner.xlora_config.gate_layer is None or not hasattr(manager, "pause"):
             return None
         if getattr(base.config, "_attn_implementation", None) != "sdpa":
@@ -94,9 +94,9 @@ class Batch:
             device = execution_device(base)
             if batch._trial(tokenizer, device) == [_alone(model, prompt, device) for prompt in _TRIAL]:
                 return batch
-        except Exception as err:  # of transformers' manager: other versions, bases that it does not know
+        except Exception as err:  # transformers' manager: other versions, base models that it does not support
             logging.getLogger(__name__).debug("no continuous batching: %s", err)
-        except BaseException:  # its thread would outlive an interrupt
+        except BaseException:  # the manager's thread would go on after an interrupt
             batch.close()
             raise
         batch.close()
@@ -104,14 +104,14 @@ class Batch:
 
     @property
     def running(self) -> int:
-        """How many texts are being written."""
+        """The number of texts in the batch."""
         return len(self._tasks)
 
     def add(self, task: Task) -> bool:
-        """Write a text together with the others; False where it cannot be.
+        """Add a text to the batch; False if it must be generated separately.
 
         Args:
-            task: of the text.
+            task: the text.
         """
         alone = task.ticket.wanted.choice.decides or task.writing.wants_every_place
         length = task.writing.ids.shape[1]
@@ -123,13 +123,13 @@ class Batch:
                 return True
             try:
                 self._start()
-            except Exception as err:  # of transformers' manager, for whoever waits for it
+            except Exception as err:  # an error of transformers' manager goes to the client
                 task.ticket.fail(err)
                 return True
             number = next(self._numbers)
             manager, tasks = self._manager, self._tasks
             tasks[number] = task
-        # One token more than is wanted: it is the text that says when it ends.
+        # One token more than requested, as the text itself decides when it ends.
         most, tokens = task.writing.prompt.max_tokens + 1, task.writing.ids[0].tolist()
         taken = manager.add_request(
             tokens, request_id=str(number), max_new_tokens=most, eos_token_id=self._end, number=number
@@ -140,21 +140,21 @@ class Batch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """In this block the model is the calling thread's."""
+        """In this block only the calling thread uses the model."""
         manager = self._manager
         with ExitStack() as stack:
             if manager is not None and manager.is_running():
-                with suppress(RuntimeError):  # it has just ended
+                with suppress(RuntimeError):  # the manager has ended in the meantime
                     stack.enter_context(manager.pause())
             else:
-                stack.enter_context(self._lock)  # no other is begun meanwhile
+                stack.enter_context(self._lock)  # so that no manager is started
             yield
 
     def stop(self, err: BaseException) -> None:
-        """Write nothing more.
+        """End all texts with an error, and accept no more.
 
         Args:
-            err: what is told to whoever waits.
+            err: the error.
         """
         with self._lock:
             self._stopped = err
@@ -162,7 +162,7 @@ class Batch:
             task.ticket.fail(err)
 
     def close(self) -> None:
-        """End the manager, and give the base model back."""
+        """Stop the manager, and remove the hook from the base model."""
         self._hook.remove()
         manager, self._manager = self._manager, None
         if manager is not None:
@@ -171,7 +171,7 @@ class Batch:
     # ------------------------------------------------------------------ the manager
 
     def _start(self) -> None:
-        """Have a manager that runs: one fails as a whole, with all that it reads."""
+        """Start a manager if none is running. After an error a manager stops, with all its texts."""
         if self._manager is not None and self._manager.is_running():
             return
         from transformers import ContinuousBatchingConfig
@@ -201,7 +201,7 @@ class Batch:
         threading.Thread(target=self._watch, args=(manager, tasks), name="weft serve: batch", daemon=True).start()
 
     def _watch(self, manager: Any, tasks: dict[int, Task]) -> None:
-        """Tell of what the manager fails at: what ends well leaves it before it does."""
+        """Pass on the manager's errors. Texts that end normally are removed from `tasks` before."""
         for result in manager:
             task = tasks.pop(int(result.request_id), None)
             if task is not None:
@@ -215,11 +215,11 @@ class Batch:
         self._shares = [] if followed is None or places is None else followed[0, places].mean(1).tolist()
 
     def _choose(self, tasks: dict[int, Task], logits: Tensor, numbers: list[int]) -> list[int]:
-        """The next token of each text, in the manager's thread."""
+        """The next token of each text; called in the manager's thread."""
         return [self._next(tasks, number, logits[row : row + 1], row) for row, number in enumerate(numbers)]
 
     def _next(self, tasks: dict[int, Task], number: int, logits: Tensor, row: int) -> int:
-        """A text's next token, or the one by which the manager leaves it alone."""
+        """A text's next token, or the token with which the manager ends it."""
         task = tasks.get(number)
         if task is None:
             return self._end
@@ -234,7 +234,7 @@ class Batch:
         return self._end
 
     def _trial(self, tokenizer: Any, device: Any) -> list[list[int]]:
-        """What is written of the prompts of the trial."""
+        """The new tokens of the trial's prompts, from the batch."""
         delivered: list[queue.SimpleQueue[Delivered]] = [queue.SimpleQueue() for _ in _TRIAL]
         for prompt, of_text in zip(_TRIAL, delivered, strict=True):
             ticket = Ticket(_greedy(prompt), of_text.put)
@@ -243,7 +243,7 @@ class Batch:
 
 
 def _tokens(delivered: queue.SimpleQueue[Delivered]) -> list[int]:
-    """Those of a text that is being written."""
+    """Wait for the end of a text, and return its tokens."""
     found: list[int] = []
     while (one := delivered.get(timeout=_TRIAL_SECONDS)) is not None:
         if isinstance(one, BaseException):
@@ -253,7 +253,7 @@ def _tokens(delivered: queue.SimpleQueue[Delivered]) -> list[int]:
 
 
 def _greedy(prompt: list[int]) -> Wanted:
-    """A request for the likeliest tokens, nothing else."""
+    """A request for greedy decoding."""
     return Wanted(
         chat=False,
         model="",
@@ -276,14 +276,14 @@ def _greedy(prompt: list[int]) -> Wanted:
 
 
 def _alone(model: Any, prompt: list[int], device: Any) -> list[int]:
-    """The same from a text that is read alone."""
+    """The new tokens of a prompt, generated separately."""
     ids = torch.tensor([prompt], device=device)
     steps = stream(model, ids, max_new_tokens=_TRIAL_TOKENS, eos_token_id=[], repetition_penalty=1.0)
     return [step.token for step in steps]
 
 
 def _tokens_that_fit(base: Any) -> int:
-    """For how many tokens the cache has room."""
+    """The size of the cache in tokens."""
     config = base.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -292,7 +292,7 @@ def _tokens_that_fit(base: Any) -> int:
 
 
 def _of_texts(choose: Callable[[Tensor, list[int]], list[int]]) -> Any:
-    """What the manager asks for the next tokens: the texts themselves, which leave nothing else to be chosen."""
+    """A logits processor of the manager that lets `choose` decide: all other tokens get -inf."""
     from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
     class OfTexts(ContinuousBatchingLogitsProcessor):

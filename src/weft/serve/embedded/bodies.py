@@ -1,6 +1,6 @@
-"""What a request to /v1/completions or /v1/chat/completions asks for: its body, read and checked, in tokens.
+"""Reads and checks the body of a request to /v1/completions or /v1/chat/completions.
 
-What would change the answer and is not supported is refused by the field's name, and so is what nobody knows.
+A field that would change the answer but is not supported is refused, and so is an unknown field.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from weft.files.reading import shown
 from weft.serve.embedded.fields import Fields
 from weft.serve.requests import FIELD, Choice, RequestError, Served, refuse_beside_shares
 
-_MOST_CHOICES = 128  # of a prompt
-_MOST_TEXTS = 4096  # in an answer
-_MOST_ALTERNATIVES = 20  # as vLLM has them
+_MOST_CHOICES = 128  # maximum number of choices for a prompt
+_MOST_TEXTS = 4096  # maximum number of texts in an answer
+_MOST_ALTERNATIVES = 20  # maximum number of alternatives for a token, as in vLLM
 _MOST_STOPS = 16
-# Tokens where a request names no number: OpenAI's own for texts; for chats what the model has room for, or this.
+# Default numbers of new tokens: for texts OpenAI's; for chats all free positions, or this if there is no limit.
 _TEXT_TOKENS, _CHAT_TOKENS = 16, 4096
-# Below it softmax(logits / temperature) is all on the likeliest token, and the quotients overflow.
+# At lower temperatures the most likely token has probability 1, and logits / temperature can overflow.
 _LEAST_TEMPERATURE = 1e-5
-# Whose absence or value changes no answer.
+# Fields that do not change the answer.
 _HARMLESS = (
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "prediction", "cache_salt"),
 )
-# field -> values that change nothing
+# Fields that are not supported -> values that are allowed because they change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "presence_penalty": (0,),
@@ -53,16 +53,16 @@ _REFUSED_IN_CHATS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Reads:
-    """What reading a request needs to know of what is served.
+    """What is needed to read a request.
 
     Attributes:
-        served: its names.
-        tokenizer: the base model's.
-        num_tokens: how many there are in the model's vocabulary.
-        positions: how many the model has; None where there is no limit.
-        characters: of a text that may have fewer tokens than that; None where there is no limit.
+        served: the model names.
+        tokenizer: the base model's tokenizer.
+        num_tokens: size of the model's vocabulary.
+        positions: number of the model's positions; None for no limit.
+        characters: maximum number of characters of a text that can fit into these positions; None for no limit.
         text_ends: tokens that end a text.
-        chat_ends: tokens that end an answer.
+        chat_ends: tokens that end an answer of a chat.
     """
 
     served: Served
@@ -76,12 +76,12 @@ class Reads:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to go on from.
+    """A text to continue.
 
     Attributes:
         tokens: its tokens.
-        text: as it was sent, or of the tokens.
-        max_tokens: how many new ones.
+        text: its text, as it was sent or decoded from the tokens.
+        max_tokens: maximum number of new tokens.
     """
 
     tokens: tuple[int, ...]
@@ -91,22 +91,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks for.
+    """A request that was read and checked.
 
     Attributes:
-        chat: whether it is a conversation.
-        model: the name that was asked for.
-        choice: what is to be followed.
-        prompts: one or more.
-        n: choices for each.
-        temperature, top_k, top_p, repetition_penalty, seed: of a `Sampler`.
+        chat: whether it is for /v1/chat/completions.
+        model: the model name in the request.
+        choice: the options for the mixture.
+        prompts: one or more prompts.
+        n: number of choices for each prompt.
+        temperature, top_k, top_p, repetition_penalty, seed: options of `Sampler`.
         stop: strings that end a text.
-        ends: tokens that do.
-        logprobs: how many alternatives stand beside each token's log-probability; None asks for none of it.
-        echo: whether the prompt is part of the answer.
-        stream: whether the answer comes in parts.
-        usage: whether the last part tells the numbers of tokens.
-        token_ids: whether tokens' ids are told.
+        ends: tokens that end a text.
+        logprobs: number of alternatives with each token's log-probability; None for no log-probabilities.
+        echo: whether the answer includes the prompt.
+        stream: whether the answer is streamed.
+        usage: whether the stream has a last event with the numbers of tokens.
+        token_ids: whether the answer has token ids.
     """
 
     chat: bool
@@ -132,12 +132,12 @@ def read_body(body: Any, reads: Reads, *, chat: bool) -> Wanted:
     """Read and check a body.
 
     Args:
-        body: of the request, as JSON has it.
-        reads: of what is served.
-        chat: whether it is of /v1/chat/completions.
+        body: the parsed JSON.
+        reads: for reading requests.
+        chat: whether it is for /v1/chat/completions.
 
     Raises:
-        RequestError: it asks for what cannot be.
+        RequestError: a field is missing, unknown, not valid or not supported.
     """
     if not isinstance(body, Mapping):
         raise RequestError(f"the body ({shown(body)}) must be a JSON object", "body")
@@ -230,7 +230,7 @@ def _usage(fields: Fields, stream: bool) -> bool:
 
 
 def _texts(fields: Fields, reads: Reads, n: int) -> list[tuple[list[int], str]]:
-    """Tokens and text of each prompt, of which there are `n` choices."""
+    """(tokens, text) of each prompt."""
     prompt = fields.take("prompt")
     if prompt is None:
         raise RequestError("prompt is missing: a text, token ids, or a list of either", "prompt")
@@ -267,7 +267,7 @@ def _text(prompt: Any, reads: Reads) -> tuple[list[int], str]:
 
 
 def _check_length(characters: int, reads: Reads, field: str) -> None:
-    """Raise where a text is so long that nobody has to count its tokens, which takes time and memory."""
+    """Raise if a text is too long for the model's positions in any case, so that it need not be tokenized."""
     if reads.characters is not None and characters > reads.characters:
         raise RequestError(
             f"{field} ({characters:,} characters) must be shorter: the model has {reads.positions} positions, for "
@@ -277,11 +277,11 @@ def _check_length(characters: int, reads: Reads, field: str) -> None:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # of any size, which is told as wrong
+    return isinstance(value, int) and not isinstance(value, bool)  # the range is checked later
 
 
 def _messages(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
-    """Tokens of a conversation."""
+    """The tokens of a conversation."""
     messages = fields.take("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages ({shown(messages)}) must be a list of one or more", "messages")
@@ -299,7 +299,7 @@ def _messages(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
         tokens = conversation_tokens(tokenizer, cleaned, add_generation_prompt=True)
     except WeftError as err:
         raise RequestError(str(err), "messages") from err
-    except Exception as err:  # whatever the template, which is a program of its own, raises
+    except Exception as err:  # a template is a program and may raise anything
         raise RequestError(f"the chat template refuses the messages: {first_line(err)}", "messages") from err
     if not tokens:
         raise RequestError("messages have no tokens, expected at least one to answer", "messages")
@@ -307,9 +307,9 @@ def _messages(fields: Fields, reads: Reads) -> list[tuple[list[int], str]]:
 
 
 def _message(message: Any, where: str) -> Any:
-    """A message without what is null in it."""
+    """A message without null values."""
     if not isinstance(message, Mapping):
-        return message  # what checks messages says so
+        return message  # `check_messages` refuses it
     fields = Fields(message, where)
     for name, *neutral in (("tool_calls", []), ("function_call",), ("tool_call_id",), ("audio",), ("refusal",)):
         fields.refuse(name, *neutral)
@@ -319,7 +319,11 @@ def _message(message: Any, where: str) -> Any:
 
 
 def _fitted(tokens: list[int], text: str, max_tokens: int | None, reads: Reads, *, chat: bool) -> Prompt:
-    """The prompt with its number of new tokens, for all of which the model must have room."""
+    """The prompt with its maximum number of new tokens.
+
+    Raises:
+        RequestError: the model does not have enough positions.
+    """
     room = None if reads.positions is None else reads.positions - len(tokens)
     if room is not None and (room < (max_tokens or 0) or (room < 1 and max_tokens != 0)):
         new = f"max_tokens ({1 if max_tokens is None else max_tokens})"

@@ -1,4 +1,4 @@
-"""Who uses the model, and when: one thread for all that is read alone, and transformers' batches between its steps."""
+"""The engine: one thread generates texts one after the other, and transformers' batches run between its steps."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from weft.serve.embedded.tickets import Delivered, Task, Ticket, tasks_of
 
 
 class Stopped(WeftError):
-    """The engine has ended before the answer did."""
+    """The engine was stopped before the answer was complete."""
 
 
 class Engine:
-    """Answers requests.
+    """Generates the texts of requests.
 
     Args:
         model: a mixture.
-        tokenizer: the base model's.
-        metrics: count what is done.
+        tokenizer: the base model's tokenizer.
+        metrics: the counters.
 
     Attributes:
-        running: how many texts are being written.
-        batch: what writes several at once; None where all are written one after the other.
+        running: number of texts that are being generated.
+        batch: generates several texts at once; None if all texts are generated one after the other.
 
     Example:
         >>> engine = Engine(model, tokenizer, Metrics(["code", "law"]))
@@ -54,11 +54,14 @@ class Engine:
         self._thread.start()
 
     def submit(self, wanted: Wanted, deliver: Callable[[Delivered], None]) -> Ticket:
-        """Let a request wait for its turn.
+        """Add a request to the queue or the batch.
 
         Args:
-            wanted: what it asks for.
-            deliver: is given its pieces, and None or an error at the end, in the engine's threads.
+            wanted: the request.
+            deliver: called in the engine's threads with each piece, and at the end with None or an error.
+
+        Returns:
+            The ticket, with which the request can be cancelled.
         """
         ticket = Ticket(wanted, deliver)
         if self._stopped.is_set():
@@ -75,28 +78,28 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many texts are being written."""
+        """The number of texts that are being generated."""
         return self._writes + (0 if self.batch is None else self.batch.running)
 
     @property
     def waiting(self) -> int:
-        """How many texts wait for their turn."""
+        """The number of texts in the queue."""
         return self._alone.qsize()
 
     @property
     def alive(self) -> bool:
-        """Whether there is anybody who answers."""
+        """Whether the engine's thread is running."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Begin no other answer, and end the present ones at their next token; whoever waits is told."""
+        """Begin no more texts, and end the present ones with an error at their next token."""
         self._stopped.set()
         if self.batch is not None:
             self.batch.stop(Stopped("the server is shutting down"))
         self._alone.put(None)
 
     def close(self) -> None:
-        """Stop, and wait for it."""
+        """Stop, and wait for the threads to end."""
         self.stop()
         self._thread.join()
         if self.batch is not None:
@@ -112,7 +115,7 @@ class Engine:
                 task.ticket.fail(Stopped("the server is shutting down"))
 
     def _write(self, task: Task) -> None:
-        """Write a text to its end, and let others have the model between its steps."""
+        """Generate a text to its end; the batch can use the model between the steps."""
         try:
             reader = Reader(self.model, self._tuner.backbone.empty_cache())
             none = dict.fromkeys(self._tuner.xlora_config.expert_names or (), 0.0)
@@ -123,11 +126,11 @@ class Engine:
                 with turn, following(self.model, task.ticket.wanted.choice):
                     logits, _ = reader.read(task.writing.ids, every_position=task.writing.wants_every_place)
                 task.take(logits[0], reader.shares(0) or none)
-        except Exception as err:  # of this request alone: the others go on
+        except Exception as err:  # ends this request only
             task.ticket.fail(err)
 
     def _count(self, base: nn.Module, args: Any, output: Any) -> None:
-        """After a call of the model: which shares the gate gave its tokens."""
+        """A hook after each call of the model: add the gate's shares to the metrics."""
         passes = self._tuner.passes
         if passes.gate_decides and not passes.carrier.in_scaling_pass and (followed := passes.followed()) is not None:
             self.metrics.decided(followed[0].mean(1))

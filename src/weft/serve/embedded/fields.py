@@ -1,4 +1,4 @@
-"""The fields of a JSON body: each is read once, by kind and range, and what nobody reads is refused by name."""
+"""The fields of a JSON body: checked by type and range; a field that was not read is refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from weft.serve.requests import RequestError
 
 
 class Fields:
-    """A JSON object from which values are taken.
+    """A JSON object whose fields are read.
 
     Args:
-        values: its content.
-        where: the path of keys that leads to it, for messages.
+        values: the content; null is the same as a missing field.
+        where: the path of the object, for messages.
 
     Example:
         >>> fields = Fields({"n": 2})
@@ -29,19 +29,19 @@ class Fields:
         self._where = where
 
     def take(self, name: str) -> Any:
-        """The value as it is; None where there is none."""
+        """The value, without a check; None if it is missing."""
         self._unread.discard(name)
         return self._values.get(name)
 
     def flag(self, name: str) -> bool:
-        """A boolean, false where there is none."""
+        """A boolean; False if it is missing."""
         value = self.take(name)
         if value is not None and not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return bool(value)
 
     def whole(self, name: str, default: int | None, least: int, most: int | None = None) -> int | None:
-        """A whole number in a range."""
+        """A whole number in a range; `default` if it is missing."""
         value = self.take(name)
         if value is None:
             return default
@@ -51,7 +51,7 @@ class Fields:
         return int(value)
 
     def number(self, name: str, default: float, above: float | None = None, most: float | None = None) -> float:
-        """A finite number of at least 0, or above `above`, and at most `most`."""
+        """A finite number of at least 0, or above `above`, and at most `most`; `default` if it is missing."""
         value = self.take(name)
         if value is None:
             return default
@@ -62,7 +62,7 @@ class Fields:
         return float(value)
 
     def strings(self, name: str, most: int) -> tuple[str, ...]:
-        """A string or a list of some, none of them empty."""
+        """A string or a list of at most `most` strings, none of them empty; () if it is missing."""
         value = self.take(name)
         if value is None:
             return ()
@@ -72,11 +72,15 @@ class Fields:
         return tuple(found)
 
     def ignore(self, *names: str) -> None:
-        """Let fields pass that change no answer."""
+        """Accept fields that do not change the answer."""
         self._unread.difference_update(names)
 
     def refuse(self, name: str, *neutral: Any) -> None:
-        """Refuse a field whose value is none of those that change nothing."""
+        """Refuse a field, except for the values in `neutral`, which change nothing.
+
+        Raises:
+            RequestError: it has another value.
+        """
         value = self.take(name)
         if value is not None and not any(_same(value, one) for one in neutral):
             raise RequestError(
@@ -85,10 +89,10 @@ class Fields:
             )
 
     def refuse_the_rest(self) -> None:
-        """Refuse what nobody has read.
+        """Refuse fields that were not read.
 
         Raises:
-            RequestError: there is something.
+            RequestError: there is such a field.
         """
         if self._unread:
             name = min(self._unread)

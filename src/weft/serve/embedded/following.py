@@ -1,4 +1,4 @@
-"""What a request lets the model follow: the gate, weights of its own, one expert, or none."""
+"""Applies the options of a request to the model: the gate, fixed weights, one expert, or none."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from weft.serve.requests import Choice
 
 @contextmanager
 def following(model: Any, choice: Choice) -> Iterator[None]:
-    """In this block the model does as a request has chosen.
+    """In this block, the model uses the options of a request.
 
     Args:
         model: a mixture.
-        choice: of the request.
+        choice: the options.
 
     Example:
         >>> with following(model, served.choice("my-mixture:law")):
@@ -41,7 +41,7 @@ def following(model: Any, choice: Choice) -> Iterator[None]:
 
 @contextmanager
 def _options_kept(model: Any) -> Iterator[None]:
-    """What the block sets of the model's options is as before after it."""
+    """Restore `top_k_lora` and `global_scaling_weight` at the end of the block."""
     options = model.xlora_config
     top_k, weight = options.top_k_lora, options.global_scaling_weight
     try:

@@ -1,4 +1,4 @@
-"""One text of a request, token by token, from whoever reads it: logits in, pieces of text out."""
+"""One text of a request, token by token: converts logits to pieces of the answer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.stops import StopStrings
 from weft.serve.requests import FIELD, RequestError
 
-_ROWS = 64  # of logits, whose log-probabilities are in memory at a time
+_ROWS = 64  # rows of logits that are converted to log-probabilities at a time, to limit memory
 Score = tuple[float | None, tuple[tuple[int, float], ...]]
 Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Told:
-    """What is told of one token.
+    """The data of one token in the answer.
 
     Attributes:
-        token: its id.
-        offset: where its text begins in the choice's.
-        logprob: of the model, before temperature and penalties; None where none was asked for, and at a text's first
-            token, which nothing predicts.
-        alternatives: the likeliest tokens with theirs, likeliest first.
-        shares: expert name -> its share, where they were asked for.
+        token: the token id.
+        offset: start of its text in the text of the choice, in characters.
+        logprob: log-probability of the model, before temperature and penalties; None if it is not requested, or for the
+            first token of a text.
+        alternatives: (token, log-probability) of the most likely tokens, in descending order.
+        shares: expert name -> share, if requested; else None.
     """
 
     token: int
@@ -43,14 +43,14 @@ class Told:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one choice has more.
+    """The next piece of one choice.
 
     Attributes:
-        index: of the choice.
-        text: to be added.
-        prompt: the tokens that the text begins with, where the prompt is part of the answer.
+        index: index of the choice.
+        text: the next text.
         tokens: the new tokens.
-        finish_reason: None while there is more to come.
+        prompt: the tokens of the prompt, if the answer includes it.
+        finish_reason: None if more pieces follow.
     """
 
     index: int
@@ -61,18 +61,18 @@ class Piece:
 
 
 class Writing:
-    """A text that is being written: the tokens of `model.generate`, if the logits are the model's.
+    """A text that is being generated. With the model's logits, its tokens are those of `model.generate`.
 
     Args:
         wanted: the request.
-        index: of the choice: those of the first prompt come first.
-        tokenizer: the base model's.
-        device: of the logits.
-        penalty: for repetition, where the request names none.
+        index: index of the choice; the choices of the first prompt are first.
+        tokenizer: the base model's tokenizer.
+        device: device of the logits.
+        penalty: repetition penalty if the request has none.
 
     Attributes:
         ids: all tokens so far, [1, seq].
-        finished: nothing more is written.
+        finished: whether the text is complete.
 
     Example:
         >>> writing = Writing(wanted, 0, tokenizer, "cpu")
@@ -95,26 +95,26 @@ class Writing:
         )
         self._detokenizer = Detokenizer(tokenizer, self.prompt.tokens)
         self._stops = StopStrings(wanted.stop)
-        self._length = len(self.prompt.text) if wanted.echo else 0  # of the text
-        self._number = 0  # of new tokens
-        self._waiting: list[Told] = []  # told when text comes: what may become a stop string is held back
+        self._length = len(self.prompt.text) if wanted.echo else 0  # length of the text in characters
+        self._number = 0  # number of new tokens
+        self._waiting: list[Told] = []  # tokens whose text is held back, as it may begin a stop string
 
     @property
     def wants_every_place(self) -> bool:
-        """Whether `take` needs the logits after each token of the prompt: they are scored."""
+        """Whether `take` needs the logits after each token of the prompt, for log-probabilities of the prompt."""
         return self.wanted.echo and self.wanted.logprobs is not None and self._number == 0
 
     def take(self, logits: Float[Tensor, "place vocab"], shares: dict[str, float] | None) -> Iterator[Piece]:
-        """The pieces that come of the next token.
+        """Choose the next token, and return the new pieces.
 
         Args:
-            logits: after the text so far, or after each of its tokens.
-            shares: of the experts there.
+            logits: the logits after the text so far, or after each of its tokens (`wants_every_place`).
+            shares: the experts' shares at the last position, or None.
 
         Raises:
-            RequestError: the logits are not numbers, or the request leaves nothing to choose from.
+            RequestError: the logits are NaN, or the options leave no probabilities to sample from.
         """
-        # Of the last place: a number that is none spreads from wherever it arose.
+        # The last position is enough, as NaN at earlier positions spreads to it.
         if torch.isnan(logits[-1]).any():
             raise self._no_numbers()
         if self._number == 0 and self.wanted.echo:
@@ -133,7 +133,7 @@ class Writing:
     def _next(
         self, logits: Float[Tensor, "1 vocab"], shares: dict[str, float] | None
     ) -> tuple[Told, str, Reason | None]:
-        """The next token, the text that can be let out with it, and why the text ends there, if it does."""
+        """(next token, text that can be sent now, finish reason or None)."""
         chosen = self._choose(logits)
         self.ids = torch.cat([self.ids, chosen[None]], dim=1)
         token, self._number = int(chosen), self._number + 1
@@ -152,7 +152,7 @@ class Writing:
         return told, let_out + self._stops.flush(), "stop" if ended else "length"
 
     def _prompt_told(self, logits: Float[Tensor, "place vocab"]) -> tuple[Told, ...]:
-        """What is told of the prompt's tokens."""
+        """The data of the prompt's tokens."""
         tokens = self.prompt.tokens
         if self.wanted.logprobs is None:
             return tuple(Told(token) for token in tokens)
@@ -174,7 +174,7 @@ class Writing:
             ) from err
 
     def _scores(self, logits: Float[Tensor, "place vocab"], tokens: list[int]) -> list[Score]:
-        """Log-probability of each token, with those of the likeliest ones."""
+        """The log-probability of each token, and those of the most likely tokens."""
         number = min(self.wanted.logprobs or 0, logits.shape[-1])
         found: list[Score] = []
         for start in range(0, len(tokens), _ROWS):

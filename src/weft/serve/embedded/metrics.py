@@ -1,4 +1,4 @@
-"""What was done since the start, as Prometheus reads it."""
+"""The counters of the embedded engine, for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Counters that threads may share.
+    """Thread-safe counters.
 
     Args:
-        experts: their names, in the order of shares.
+        experts: the experts' names, in the order of the shares.
     """
 
     def __init__(self, experts: Sequence[str]) -> None:
@@ -31,32 +31,32 @@ class Metrics:
         self._shares = torch.zeros(len(experts), dtype=torch.float64)
 
     def answered(self, path: str, status: int) -> None:
-        """A request was answered."""
+        """Count an answer."""
         with self._lock:
             self._answers[path, status] += 1
 
     def prompt(self, tokens: int) -> None:
-        """A prompt of so many tokens was begun."""
+        """Count the tokens of a prompt."""
         with self._lock:
             self._prompt_tokens += tokens
 
     def generated(self, tokens: int) -> None:
-        """So many tokens were generated."""
+        """Count generated tokens."""
         with self._lock:
             self._generated_tokens += tokens
 
     def decided(self, shares: Float[Tensor, "token expert"]) -> None:
-        """The gate decided for tokens, with these shares."""
+        """Count tokens for which the gate was used, with their shares."""
         with self._lock:
             self._shares += shares.double().sum(0).cpu()
             self._gate_tokens += len(shares)
 
     def written(self, *, running: int, waiting: int) -> str:
-        """All of it, in Prometheus' text format.
+        """All metrics in Prometheus' text format.
 
         Args:
-            running: texts that are being written.
-            waiting: those that wait for their turn.
+            running: number of texts that are being generated.
+            waiting: number of texts in the queue.
         """
         with self._lock:
             sums, tokens = self._shares.tolist(), self._gate_tokens

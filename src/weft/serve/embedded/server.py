@@ -1,4 +1,4 @@
-"""`weft serve` without vLLM: the mixture is loaded, the port taken, and what runs is said."""
+"""`weft serve` without vLLM: opens the port, loads the mixture, and runs the server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from weft.serve.embedded.metrics import Metrics
 from weft.serve.mixture import scheme_of
 from weft.serve.requests import Served
 
-# Seconds that answers have to end in; no access log; no web sockets.
+# The timeout is in seconds, for answers that are being generated at shutdown.
 _UVICORN: dict[str, Any] = {
     "timeout_graceful_shutdown": 5,
     "log_level": "warning",
@@ -37,13 +37,13 @@ _TOGETHER = "requests that follow the gate in one batch (transformers' continuou
 
 
 def serve_embedded(options: ServeOptions) -> None:
-    """Serve a mixture until the process is told to end.
+    """Serve a mixture until the process gets a signal.
 
     Args:
-        options: of `weft serve`.
+        options: the options of `weft serve`.
 
     Raises:
-        ConfigError: it cannot be served, or the port cannot be had.
+        ConfigError: the mixture cannot be served, or the port cannot be opened.
         CheckpointError: the mixture or its base model cannot be read.
     """
     listening = _listen(options.host, options.port)
@@ -62,20 +62,20 @@ def serve_embedded(options: ServeOptions) -> None:
 
 
 def announcement(served: Served, about: About) -> str:
-    """What runs."""
+    """The line that is printed at the start."""
     experts = f"{len(served.experts)} experts ({', '.join(served.experts)})"
     version = transformers.__version__
     return f"embedded engine (transformers {version}) serves {served.name}, {experts} of {about.base}: {about.scheme}"
 
 
 def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
-    """The engine with a mixture in it, and what is known of that.
+    """Load the mixture; returns the engine, and the values for reading requests and for /v1/weft.
 
     Args:
-        options: of `weft serve`.
+        options: the options of `weft serve`.
 
     Raises:
-        ConfigError, CheckpointError: as `serve_embedded`.
+        ConfigError, CheckpointError: as in `serve_embedded`.
     """
     folder = local_folder(options.model, "model")
     model, tokenizer = load_mixture(str(folder), options.base, "auto")
@@ -108,19 +108,19 @@ def load(options: ServeOptions) -> tuple[Engine, Reads, About]:
 
 
 def _characters(positions: int | None, tokenizer: Any) -> int | None:
-    """How long a text is that has more tokens than the model has positions, whatever they are."""
+    """The number of characters above which any text has more tokens than the model has positions."""
     if positions is None:
         return None
-    # A character may be written as several, which a tokenizer makes one of.
+    # The tokenizer's normalizer can replace several characters by one.
     return 4 * positions * max(map(len, tokenizer.get_vocab()))
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, in which a signal also ends what is being written.
+    """uvicorn's server, in which a signal also stops the engine.
 
     Args:
-        config: of uvicorn.
-        engine: what writes.
+        config: uvicorn's config.
+        engine: the engine.
     """
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
@@ -128,16 +128,16 @@ class Server(uvicorn.Server):
         self._engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """Handle a signal."""
         self._engine.stop()
         super().handle_exit(sig, frame)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket at this address, before anything is loaded.
+    """Open a socket at this address; called before the model is loaded.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be opened.
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"port ({port}) must be from 0 to 65535, where 0 takes a free one")

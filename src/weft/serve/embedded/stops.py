@@ -1,4 +1,4 @@
-"""Text as it may be let out: it ends before a stop string, and what may become one is held back."""
+"""Stop strings: text is sent up to a stop string, and text that may begin one is held back."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through as far as it is certain that no stop string begins in it.
+    """Passes text on as far as it cannot contain the beginning of a stop string.
 
     Args:
         strings: the stop strings, none of them empty.
 
     Attributes:
-        found: a stop string was there; nothing more comes out.
+        found: whether a stop string was found; after it no more text is passed on.
 
     Example:
         >>> stops = StopStrings(["END"])
@@ -26,7 +26,7 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str) -> str:
-        """What can be let out now that this text has come."""
+        """Add text; returns the text that can be sent now."""
         if self.found:
             return ""
         held = self._held + text
@@ -39,12 +39,12 @@ class StopStrings:
         return held[: len(held) - keep]
 
     def flush(self) -> str:
-        """What was held back; for the end of the text."""
+        """The text that was held back; for the end of the text."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, string: str) -> int:
-    """How many characters at the end of the text are a beginning of the string."""
+    """The length of the longest suffix of the text that is a proper prefix of the string."""
     most = min(len(text), len(string) - 1)
     return next((length for length in range(most, 0, -1) if text.endswith(string[:length])), 0)

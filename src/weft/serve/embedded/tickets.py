@@ -1,4 +1,4 @@
-"""A request on its way through the engine: who wants what, and whether anybody still waits for it."""
+"""The requests and their texts in the engine, with cancellation and delivery of results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weft.serve.embedded.bodies import Wanted
 from weft.serve.embedded.generating import Piece, Writing
 from weft.serve.embedded.metrics import Metrics
 
-# A piece; an error, after which nothing comes; None at the end.
+# A piece; an error, which is the last one; None at the end.
 Delivered = Piece | BaseException | None
 
 
@@ -23,34 +23,34 @@ class Ticket:
     """A request in the engine.
 
     Attributes:
-        wanted: what it asks for.
-        deliver: is given its pieces, and None or an error at the end, in the engine's threads.
+        wanted: the request.
+        deliver: called in the engine's threads with each piece, and at the end with None or an error.
     """
 
     wanted: Wanted
     deliver: Callable[[Delivered], None]
     _over: threading.Event = field(default_factory=threading.Event)
-    _lock: Any = field(default_factory=threading.Lock)  # a function before Python 3.13, so no type
+    _lock: Any = field(default_factory=threading.Lock)  # before Python 3.13, Lock is a function and not a type
     _written: int = 0
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more: it ends at the next token."""
+        """Cancel the request: its texts end at the next token."""
         self._over.set()
 
     @property
     def over(self) -> bool:
-        """Whether nothing of it is to be done any more."""
+        """Whether the request is cancelled or has failed."""
         return self._over.is_set()
 
     def fail(self, err: BaseException) -> None:
-        """Deliver an error, and nothing after it."""
+        """Deliver an error, and end the request."""
         with self._lock:
             if not self.over:
                 self.deliver(err)
                 self.cancel()
 
     def written(self) -> None:
-        """One more of its choices is."""
+        """One more choice is complete; after the last one, deliver the end."""
         with self._lock:
             self._written += 1
             if self._written == len(self.wanted.prompts) * self.wanted.n and not self.over:
@@ -62,9 +62,9 @@ class Task:
     """One choice of a request.
 
     Attributes:
-        ticket: of the request.
-        writing: its text.
-        metrics: count what is done.
+        ticket: the ticket of the request.
+        writing: the text of the choice.
+        metrics: the counters.
     """
 
     ticket: Ticket
@@ -73,15 +73,15 @@ class Task:
 
     @property
     def over(self) -> bool:
-        """Whether nothing of it is to be done any more."""
+        """Whether the text is complete, or the request is cancelled or has failed."""
         return self.writing.finished or self.ticket.over
 
     def take(self, logits: Float[Tensor, "place vocab"], shares: dict[str, float] | None) -> None:
-        """Go on by a token; whatever goes wrong is of this request alone.
+        """Generate one token, and deliver the new pieces. An error ends this request only.
 
         Args:
-            logits: for `Writing.take`.
-            shares: of the experts, where they are known.
+            logits: see `Writing.take`.
+            shares: the experts' shares, or None.
         """
         try:
             tokens = self.writing.ids.shape[1]
@@ -91,17 +91,17 @@ class Task:
             self.metrics.generated(self.writing.ids.shape[1] - tokens)
             if self.writing.finished:
                 self.ticket.written()
-        except Exception as err:  # the threads of the engine go on with others
+        except Exception as err:  # the engine's threads continue with other requests
             self.ticket.fail(err)
 
 
 def tasks_of(ticket: Ticket, tokenizer: Any, device: Any, penalty: float, metrics: Metrics) -> list[Task]:
-    """The choices of a request.
+    """Make the tasks of a request, one for each choice.
 
     Args:
-        ticket: of the request.
-        tokenizer, device, penalty: of its writings.
-        metrics: of its tasks.
+        ticket: the ticket of the request.
+        tokenizer, device, penalty: see `Writing`.
+        metrics: the counters.
     """
     number = len(ticket.wanted.prompts) * ticket.wanted.n
     return [Task(ticket, Writing(ticket.wanted, index, tokenizer, device, penalty), metrics) for index in range(number)]

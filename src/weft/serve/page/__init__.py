@@ -1,8 +1,8 @@
-"""The page at `/` of `weft serve`: write or chat, and see which expert leads each token.
+"""The page at `/` of `weft serve`, for completions and chats that show the leading expert of each token.
 
-One file that asks for nothing but the server's own /v1/weft, /v1/completions and /v1/chat/completions. server.js talks
-to it, answers.js shows what it says, settings.js is what a request asks for, app.js what keys and buttons do; they come
-after what all pages share (weft/web). Nothing of torch, transformers or peft is needed here.
+It is one file, which only uses the server's own /v1/weft, /v1/completions and /v1/chat/completions. server.js calls the
+server, answers.js shows the answers, settings.js has the options of a request, app.js handles keys and buttons. Before
+them are the scripts that all pages share (`screen/web`). torch, transformers and peft are not needed here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from weft.screen.web import one_file
 
 _SCRIPTS = ("server.js", "answers.js", "settings.js", "app.js")
 
-# What the page cannot say of itself: no other page may show it in a frame.
+# Sent as a header, as it has no effect in the page itself: no other page may show it in a frame.
 HEADERS = {"content-security-policy": "frame-ancestors 'none'"}
 
 
 @cache
 def page() -> str:
-    """The page as a string, the same for every mixture: it asks /v1/weft which one is served."""
+    """The page as a string. It is the same for each mixture: it gets the served mixture from /v1/weft."""
     return one_file(__package__, _SCRIPTS, {"palette": PALETTE}, "weft")
