@@ -139,8 +139,8 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
         CheckpointError: the mixture cannot be read, or the folder cannot be written. The folder is unchanged then.
 
     Example:
-        >>> weft.drop_expert("my-mixture", "chem")
-        >>> weft.from_pretrained("my-mixture-without-chem").xlora_config.expert_names  # ["math", "code"]
+        >>> weft.drop_expert("my-mixture", "code")
+        >>> weft.from_pretrained("my-mixture-without-code").xlora_config.expert_names  # ["math"]
     """
     saved, config = _open(model)
     assert config.adapters is not None

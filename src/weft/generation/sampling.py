@@ -57,8 +57,8 @@ class Sampler:
 
     Example:
         >>> sampler = Sampler(temperature=0.8, top_p=0.95, seed=0)
-        >>> sampler(input_ids, logits)  # input_ids [1, seq], logits [1, vocab]
-        tensor([42])
+        >>> sampler(torch.tensor([[5, 7]]), torch.zeros(1, 96)).shape  # input_ids [1, seq], logits [1, vocab]
+        torch.Size([1])
     """
 
     def __init__(

@@ -49,8 +49,11 @@ class XLoraLayer(ABC):
             experts are stacked, at the latest in the first forward.
 
     Example:
-        >>> layer = XLoraLinearLayer(model, target, target.forward, layer_number=0, config=config)
-        >>> y = layer.forward(x, scalings=scalings)  # scalings: [batch, seq, layer, expert]
+        >>> target = LoraModel(nn.Sequential(nn.Linear(16, 32)), LoraConfig(target_modules=["0"]), "a").model[0]
+        >>> config = XLoraConfig(adapters={"a": "adapters/a"})
+        >>> layer = XLoraLinearLayer(None, target, target.forward, layer_number=0, config=config)
+        >>> layer.forward(torch.randn(2, 5, 16), scalings=torch.ones(2, 5, 1, 1)).shape
+        torch.Size([2, 5, 32])
     """
 
     layout: StorageLayout

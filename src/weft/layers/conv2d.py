@@ -38,8 +38,11 @@ class XLoraConv2dLayer(XLoraLayer):
     """The mixture around peft's `lora.Conv2d`. See `XLoraLayer` for equation, arguments and errors.
 
     Example:
-        >>> layer = XLoraConv2dLayer(model, target, target.forward, layer_number=0, config=config)
-        >>> y = layer.forward(x, scalings=scalings)  # x: [batch, channel, height, width]
+        >>> target = LoraModel(nn.Sequential(nn.Conv2d(3, 8, 2)), LoraConfig(target_modules=["0"]), "a").model[0]
+        >>> config = XLoraConfig(adapters={"a": "adapters/a"})
+        >>> layer = XLoraConv2dLayer(None, target, target.forward, layer_number=0, config=config)
+        >>> layer.forward(torch.randn(1, 3, 6, 6), scalings=torch.ones(1, 1, 1, 1)).shape
+        torch.Size([1, 8, 5, 5])
     """
 
     layout = _LAYOUT

@@ -64,8 +64,9 @@ def convert_layers_to_xlora(base: nn.Module, xloramodel: nn.Module, config: XLor
             converted then.
 
     Example:
-        >>> number = convert_layers_to_xlora(base, model, config)
-        >>> gate = XLoraClassifier(config, num_experts=2, num_layers=number)
+        >>> lora_model = LoraModel(nn.Sequential(nn.Linear(16, 32)), LoraConfig(target_modules=["0"]), "a")
+        >>> convert_layers_to_xlora(lora_model.model, lora_model, XLoraConfig(adapters={"a": "adapters/a"}))
+        1
     """
     layers: list[XLoraLayer] = []
     for name, module in base.named_modules():

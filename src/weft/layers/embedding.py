@@ -24,8 +24,11 @@ class XLoraEmbeddingLayer(XLoraLayer):
     experts' output is multiplied too. As in peft, there is no dropout on token ids.
 
     Example:
-        >>> layer = XLoraEmbeddingLayer(model, target, target.forward, layer_number=0, config=config)
-        >>> y = layer.forward(input_ids, scalings=scalings)  # input_ids: [batch, seq]
+        >>> target = LoraModel(nn.Sequential(nn.Embedding(9, 16)), LoraConfig(target_modules=["0"]), "a").model[0]
+        >>> config = XLoraConfig(adapters={"a": "adapters/a"})
+        >>> layer = XLoraEmbeddingLayer(None, target, target.forward, layer_number=0, config=config)
+        >>> layer.forward(torch.tensor([[1, 2, 3]]), scalings=torch.ones(1, 3, 1, 1)).shape
+        torch.Size([1, 3, 16])
     """
 
     layout = _LAYOUT
