@@ -90,7 +90,7 @@ def test_saving_replaces_a_mixture_and_nothing_else(llama_adapters, tmp_path):
     adapter = shutil.copytree(llama_adapters["math"], tmp_path / "adapter")
     before = contents(adapter)
     with pytest.raises(
-        ConfigError, match=r"save_directory \(.*adapter\) holds adapter_config.json, .* no mixture's and"
+        ConfigError, match=r"save_directory \(.*adapter\) holds adapter_config.json, .* without a mixture, which"
     ):
         model.save_pretrained(adapter)
     assert contents(adapter) == before
@@ -101,7 +101,7 @@ def test_saving_takes_no_folder_of_adapters_for_experts(llama_adapters, tmp_path
     shutil.copytree(llama_adapters["math"], project / "experts/math")
     before = contents(project)
     model = weft.from_adapters(tiny_llama(), llama_adapters)
-    with pytest.raises(ConfigError, match=r"holds experts, which is no mixture's and would be replaced"):
+    with pytest.raises(ConfigError, match=r"holds experts without a mixture, which would be replaced"):
         model.save_pretrained(project)
     assert contents(project) == before
     quietly(model.save_pretrained, tmp_path / "mixture")

@@ -118,8 +118,8 @@ def test_generation_with_a_head_of_several_layers_is_greedy_decoding_by_hand(tmp
 
 def test_a_table_of_positions_is_refused_by_name(tmp_path):
     paths = adapters(unusual_models.deberta, tmp_path)
-    where = r"layer 'deberta\.encoder\.layer\.0\.attention\.self\.query_proj' is adapted, but sees activations of shape"
-    with pytest.raises(AdapterError, match=where + r" \[1, 16, 'channels'\] where a text has 2 rows of 7 tokens"):
+    where = r"layer 'deberta\.encoder\.layer\.0\.attention\.self\.query_proj' is adapted, but .* its input has shape"
+    with pytest.raises(AdapterError, match=where + r" \[1, 16, 'channels'\] for a text of 2 rows of 7 tokens"):
         weft.from_adapters(unusual_models.deberta(), paths)
     model = mixture(unusual_models.deberta, adapters(unusual_models.deberta, tmp_path, ["value_proj", "dense"]))
     inputs = text()
@@ -135,7 +135,7 @@ def test_positions_that_all_rows_share_are_refused(tmp_path):
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4))
 
     paths = adapters(make, tmp_path, ["wpe", "c_attn"])
-    with pytest.raises(AdapterError, match=r"layer 'transformer\.wpe' is adapted, but sees .* not the text's rows"):
+    with pytest.raises(AdapterError, match=r"layer 'transformer\.wpe' is adapted, but .* without an axis for the rows"):
         weft.from_adapters(make(), paths)
 
 
@@ -158,7 +158,7 @@ def test_what_is_pooled_inside_of_a_causal_model_is_refused(tmp_path):
         return model.eval()
 
     paths = adapters(make, tmp_path, ["q_proj", "gate"])
-    with pytest.raises(AdapterError, match=r"layer 'model\.layers\.1\.gate' .* let its tokens see later ones"):
+    with pytest.raises(AdapterError, match=r"layer 'model\.layers\.1\.gate' .* let tokens depend on later ones"):
         weft.from_adapters(make(), paths)
 
 

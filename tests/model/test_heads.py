@@ -267,7 +267,7 @@ def test_an_expert_more_or_less_leaves_the_heads(bert, ids, tmp_path):
 
 def test_experts_with_heads_need_one_of_the_mixtures(bert):
     with pytest.raises(
-        AdapterError, match=r"\['one', 'two'\] each bring their own classifier.weight, .* by heads=\['classifier'\]"
+        AdapterError, match=r"\['one', 'two'\] each contain their own classifier.weight, .* by heads=\['classifier'\]"
     ):
         weft.from_adapters(tiny("SequenceClassification"), bert)
 

@@ -227,7 +227,7 @@ def test_experts_that_differ_are_refused_with_what_to_do(several, bases):
     before = copy.deepcopy(base.state_dict())
     with pytest.raises(
         AdapterError,
-        match=r"\['a', 'c'\] each bring their own model.embed_tokens.weight, and these differ, .*: leave all but one",
+        match=r"\['a', 'c'\] each contain their own model.embed_tokens.weight, and these differ, .*: leave all but one",
     ) as error:
         quietly(weft.from_adapters, base, {name: several[name] for name in "ac"})
     assert "heads=['model.embed_tokens']" not in str(error.value)
@@ -255,9 +255,9 @@ def test_an_expert_is_added_that_brings_new_tokens_and_only_it_cannot_be_dropped
     expected = quietly(peft.PeftModel.from_pretrained, resized(bases), several["a"]).eval()
     ids = tokens_of(expected.get_base_model())
     torch.testing.assert_close(logits(model, ids, a=1.0), logits(expected, ids), atol=1e-5, rtol=1e-5)
-    with pytest.raises(AdapterError, match=r"\['a', 'c'\] each bring their own model.embed_tokens.weight"):
+    with pytest.raises(AdapterError, match=r"\['a', 'c'\] each contain their own model.embed_tokens.weight"):
         quietly(weft.add_expert, added, "c", several["c"], tmp_path / "two", base=original(bases))
-    with pytest.raises(ConfigError, match=r"name \('a'\) is the only expert that brings .*embed_tokens.weight.* along"):
+    with pytest.raises(ConfigError, match=r"name \('a'\) is the only expert that contains .*embed_tokens.weight, with"):
         weft.drop_expert(added, "a", tmp_path / "dropped")
     assert not (tmp_path / "dropped").exists()
 
@@ -278,9 +278,7 @@ def test_evaluation_carries_what_single_adapters_bring(several, bases):
 def test_other_layouts_cannot_hold_what_experts_bring(to, several, bases, tmp_path):
     model = quietly(weft.from_adapters, original(bases), {"0": several["a"]})
     model.save_pretrained(tmp_path / "mixture")
-    with pytest.raises(
-        ConfigError, match=r"experts \['0'\] bring weights of the base model along \(.*embed_tokens.weight"
-    ):
+    with pytest.raises(ConfigError, match=r"experts \['0'\] contain weights of the base model \(.*embed_tokens.weight"):
         weft.convert_mixture(tmp_path / "mixture", to, tmp_path / "converted")
     weft.convert_mixture(tmp_path / "mixture", "weft", tmp_path / "again")
     loaded = quietly(weft.from_pretrained, tmp_path / "again", original(bases))
@@ -316,11 +314,11 @@ def test_the_model_moves_and_is_copied_with_what_was_brought(several, bases):
 REFUSED = {
     "shape": (
         lambda folder: change(folder, lambda tensors: tensors.update({EMBEDDING: torch.zeros(NEW, 16)})),
-        r"they bring model.embed_tokens.weight of shape \[104, 16\], expected \[96, 32\]",
+        r"they contain model.embed_tokens.weight of shape \[104, 16\], expected \[96, 32\]",
     ),
     "one size only": (
         lambda folder: change(folder, lambda tensors: tensors.pop(HEAD)),
-        r"they bring embeddings of 104 tokens along, but not all of \['model.embed_tokens.weight', 'lm_head.weight'\], "
+        r"they contain embeddings of 104 tokens, but not all of \['model.embed_tokens.weight', 'lm_head.weight'\], "
         r"of which this base model has \[96, 96\]: call model.resize_token_embeddings\(104\) first",
     ),
     "unknown": (

@@ -50,7 +50,7 @@ def test_what_is_asked_for_and_back(model, options, choice):
         ("mix", {"top_k": True}, "weft.top_k .True. must be a whole number"),
         ("mix", {"top_k": 1.0}, "weft.top_k .1.0. must be a whole number"),
         ("mix", {"shares": 1}, "weft.shares .1. must be true or false"),
-        ("mix", {"top_k": 1, "weights": {"code": 1}}, "weft.top_k is the gate's, whose place weft.weights takes"),
+        ("mix", {"top_k": 1, "weights": {"code": 1}}, "weft.top_k and weft.weights exclude each other"),
         ("mix:code", {"top_k": 1}, "weft.top_k is for model 'mix', where experts are mixed, not for 'mix:code'"),
     ],
 )

@@ -69,8 +69,8 @@ def refuse_strangers_folder(folder: Path, what: str = "save_directory") -> None:
         expert_names = read_json(folder / MANIFEST_NAME).get("expert_names")
     if kind != "XLORA":
         raise ConfigError(
-            f"{what} ({folder}) holds {', '.join(there)}, which {'is' if len(there) == 1 else 'are'} no mixture's and "
-            "would be replaced: give another folder, or move them away"
+            f"{what} ({folder}) holds {', '.join(there)} without a mixture, which would be replaced: give another "
+            "folder, or move them away"
         )
     if EXPERTS_FOLDER in there:
         strangers = sorted({entry.name for entry in (folder / EXPERTS_FOLDER).iterdir()} - {*(expert_names or [])})

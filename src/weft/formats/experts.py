@@ -159,8 +159,8 @@ def drop_expert(model: str | os.PathLike[str], name: str, output: str | os.PathL
     alone = brought.pop(name).difference(*brought.values())
     if alone:
         raise ConfigError(
-            f"name ({name!r}) is the only expert that brings {preview(sorted(alone))} along, with which the gate and "
-            "the others run: make a new mixture of the others, with weft.from_adapters, and train its gate"
+            f"name ({name!r}) is the only expert that contains the base model's weights {preview(sorted(alone))}, with "
+            "which the gate was trained: make a new mixture of the others, with weft.from_adapters, and train its gate"
         )
     target = _target(model, saved.folder, output, f"without-{name}")
     new = _changed(config, {other: path for other, path in config.adapters.items() if other != name})

@@ -38,8 +38,8 @@ def common_problems(files: MixtureFiles, library: str) -> list[str]:
     brought = {adapter.name: keys for adapter in files.adapters if (keys := brought_keys(adapter.weights))}
     if brought:
         problems.append(
-            f"experts {list(brought)} bring weights of the base model along ({preview(next(iter(brought.values())))}), "
-            f"for which {library} has no place: put these into a base model of their own, and train on that"
+            f"experts {list(brought)} contain weights of the base model ({preview(next(iter(brought.values())))}), "
+            f"which {library} does not support: save a base model with these weights, and train on that"
         )
     if config.task_type == TaskType.SEQ_2_SEQ_LM:
         problems.append(f"task_type ({config.task_type}): {library} cannot mix experts of an encoder-decoder")

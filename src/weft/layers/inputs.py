@@ -95,7 +95,7 @@ def _kinds_by_path(backbone: Backbone, layers: dict[str, Any]) -> dict[str, Sees
         for path in layers:
             *parents, name = path.split(".")
             if base.can_generate() and name in _SEE_SOURCE and _CROSS_ATTENTION.intersection(parents):
-                _refuse(path, "makes keys and values of cross-attention, of images or of another model's text")
+                _refuse(path, "it computes keys and values of cross-attention, from images or another model's text")
     return kinds | {path: Sees.KEPT for path, layer in layers.items() if layer is output}
 
 
@@ -129,8 +129,8 @@ def _layers_of_source(base: Any, layers: dict[str, Any]) -> list[str]:
 
 def _refuse(path: str, what: str) -> NoReturn:
     raise AdapterError(
-        f"layer {path!r} is adapted, but {what}, which no token's scalings belong to: leave it out of the adapters' "
-        "target_modules (peft's exclude_modules)"
+        f"layer {path!r} is adapted, but scalings of tokens cannot be applied to it, as {what}: leave it out of the "
+        "adapters' target_modules (peft's exclude_modules)"
     )
 
 
@@ -211,7 +211,7 @@ class _Reading:
             found = {self._checked(path, one, len(inputs), causal, padded) for one in inputs}
             if len(found) > 1:
                 shapes = [[*one.sizes, "channels"] for one in inputs]
-                _refuse(path, f"sees activations of several kinds (of shapes {shapes})")
+                _refuse(path, f"its inputs are of several kinds (of shapes {shapes})")
             kinds[path] = found.pop()
         return kinds
 
@@ -236,20 +236,18 @@ class _Reading:
 
     def _checked(self, path: str, one: _Input, calls: int, causal: bool, padded: set[int]) -> Sees:
         sizes, sees = one.sizes, one.sees
-        shown = (
-            f"sees activations of shape {[*sizes, 'channels']} where a text has {_ROWS} rows of {self.tokens} tokens"
-        )
+        shown = f"its input has shape {[*sizes, 'channels']} for a text of {_ROWS} rows of {self.tokens} tokens"
         if sees is None:
-            _refuse(path, f"{shown}: they are not the text's rows")
+            _refuse(path, f"{shown}, without an axis for the rows")
         if sees in _PADDED and (one.changes is None or len(one.changes) not in padded):
-            _refuse(path, f"{shown}: more positions than tokens")
+            _refuse(path, f"{shown}, with more positions than tokens")
         if sees is Sees.SAMPLE and calls > 1 and len(sizes) > 1:
             _refuse(path, f"{shown}, in {calls} parts")
         if causal and sees is Sees.SAMPLE and (len(sizes) > 1 or path in self._inside):
-            _refuse(path, f"{shown}: a mean over the text would let its tokens see later ones")
+            _refuse(path, f"{shown}; a mean over the text would let tokens depend on later ones")
         length = _KEPT if sees is Sees.KEPT else self.tokens
         if causal and sees is not Sees.SAMPLE and not self._in_order(one.changes, length):
-            _refuse(path, f"{shown}: they are not in the text's order")
+            _refuse(path, f"{shown}, not in the order of the tokens")
         return sees
 
     def _in_order(self, changes: Tensor | None, length: int) -> bool:

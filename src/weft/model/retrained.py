@@ -88,7 +88,7 @@ class Retrained:
         if problems:
             who = ", ".join(repr(name) for name, one in brought.items() if one)
             raise AdapterError(
-                f"the adapters cannot be experts of one model, as to what {who} bring along for it:"
+                f"the adapters cannot be experts of one model, because of the base model's weights that {who} contain:"
                 f"{bullet_list(problems)}"
             )
 
@@ -196,21 +196,21 @@ class Retrained:
                 way_out = f"let the mixture train one of its own, by heads=[{module!r}], or {way_out}"
         except ConfigError:
             pass  # this module cannot be a head
-        return f"{adapters} each bring their own {name}, and these differ, but a mixture has one: {way_out}"
+        return f"{adapters} each contain their own {name}, and these differ, but a mixture has one: {way_out}"
 
     def _problems(self, name: str, value: Tensor) -> list[str]:
         own = self._parameters[name]
         if is_sharded(own) or own.is_meta or type(own) is not nn.Parameter or not own.is_floating_point():
             state = "offloaded or sharded" if own.is_meta or is_sharded(own) else f"quantised ({type(own).__name__})"
             return [
-                f"they bring their own {name}, which is {state} in this base model, and cannot be replaced: load "
-                "the base model with this module as it is"
+                f"they contain their own {name}, which is {state} in this base model and cannot be replaced: load the "
+                "base model so that this module is not"
             ]
         shape = list(own.shape)
         if name in self._embeddings():
             shape[0] = len(value)
         if list(value.shape) != shape:
-            return [f"they bring {name} of shape {list(value.shape)}, expected {list(own.shape)}"]
+            return [f"they contain {name} of shape {list(value.shape)}, expected {list(own.shape)}"]
         return []
 
     def _parameter(self, name: str, value: Tensor) -> nn.Parameter:
@@ -230,7 +230,7 @@ class Retrained:
             return []
         wanted = max(sizes)
         return [
-            f"they bring embeddings of {wanted} tokens along, but not all of {names}, of which this base model has "
+            f"they contain embeddings of {wanted} tokens, but not all of {names}, of which this base model has "
             f"{before}: call model.resize_token_embeddings({wanted}) first"
         ]
 

@@ -131,7 +131,7 @@ def _check_plugin() -> None:
         try:
             importlib.import_module(f"weft.serve.{part}")
         except ImportError as err:
-            raise ConfigError(f"vLLM {_vllm_version()} is none that weft can serve in, which is 0.32: {err}") from err
+            raise ConfigError(f"vLLM {_vllm_version()} is not supported, expected vLLM 0.32: {err}") from err
 
 
 def _announcement(mixture: ServedMixture, name: str, base: str, options: ServeOptions) -> str:

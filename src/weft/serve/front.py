@@ -172,7 +172,7 @@ def _choose(server: Server, path: str, body: dict[str, Any]) -> Answer | None:
     asked, served = body.get("model"), server.served
     choice = served.choice(asked, body.pop(FIELD, None))
     if choice.decides and body.get("use_beam_search"):
-        raise RequestError("use_beam_search is for the mixture as it is: vLLM's beams know no options", FIELD)
+        raise RequestError("use_beam_search cannot be combined with weft's options, which vLLM's beams ignore", FIELD)
     salt = cache_salt(choice, _text_or_none(body, "cache_salt"))
     if salt is not None:
         body["cache_salt"] = salt

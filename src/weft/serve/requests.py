@@ -146,7 +146,7 @@ class Served:
                 FIELD,
             )
         if weights is not None and top_k is not None:
-            raise RequestError("weft.top_k is the gate's, whose place weft.weights takes: send one of them", FIELD)
+            raise RequestError("weft.top_k and weft.weights exclude each other: weights replace the gate", FIELD)
         return Choice(
             alone,
             None if weights is None else self._weights(weights),

@@ -47,7 +47,7 @@ def test_the_key_is_asked_for(server):
     [
         ("not installed", "weft is on the path here but not installed, so vLLM does not find its plugin"),
         ("left out", "VLLM_PLUGINS (other,more) leaves weft's plugin out: add weft to it, or unset it"),
-        ("another vLLM", "is none that weft can serve in, which is 0.32: cannot import name"),
+        ("another vLLM", "is not supported, expected vLLM 0.32: cannot import name"),
     ],
 )
 def test_a_plugin_that_vllm_would_not_have_is_told_before_it_starts(broken, message, saved, monkeypatch, capsys):

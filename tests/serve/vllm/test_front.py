@@ -125,7 +125,7 @@ def refused(port, path, body, key="secret"):
         ({"weft": {"shares": True}, "n": 2}, 400, "n must be 1 where weft.shares is true"),
         ({"weft": {"shares": True}, "prompt": ["a", "b"]}, 400, "prompt must be one text where weft.shares is true"),
         ({"weft": {"shares": True}, "echo": True}, 400, "echo must be false where weft.shares is true"),
-        ({"weft": {"top_k": 1}, "use_beam_search": True}, 400, "vLLM's beams know no options"),
+        ({"weft": {"top_k": 1}, "use_beam_search": True}, 400, "which vLLM's beams ignore"),
         ({"vllm_xargs": {"weft": "{}"}}, 400, "vllm_xargs has weft: send it as the body's own field weft"),
         ({"vllm_xargs": {"weft_shares": "a"}}, 400, "vllm_xargs has weft"),
         ({"vllm_xargs": [1], "weft": {"top_k": 1}}, 400, "vllm_xargs ([1]) must be an object"),
