@@ -1,16 +1,16 @@
 """weft: several LoRA adapters of one language model, mixed token by token and layer by layer (X-LoRA).
 
-The rooms, lowest first; each imports from those before it only, and its docstring lists its files:
+The packages and modules, lowest first. Each imports only from those before it, and its docstring lists its files:
 
-    errors, kernels, files, screen, options, distributed    what everything stands on
+    errors, kernels, files, screen, options, distributed    the basis
     checkpoint, config                              a saved mixture as values; its options
-    base_model, gate, data                          the three things that a mixture is made of and for
-    layers, passes, model                           one layer's experts; one call of the model; the model
-    generation, train, evaluate                     what one does with it
-    formats, traces, serve                          what comes out of it
-    cli                                             the screen
+    base_model, gate, data                          base model, gate, training data
+    layers, passes, model                           the experts of a layer; a call of the model; the model
+    generation, train, evaluate                     use of a model
+    formats, traces, serve                          other layouts and the Hub; recordings of the gate; servers
+    cli                                             the command line
 
-The public names are loaded on first use, so that `import weft` costs nothing.
+The public names are loaded on first use, so `import weft` imports neither torch nor transformers.
 """
 
 from __future__ import annotations

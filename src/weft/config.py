@@ -248,7 +248,7 @@ class XLoraConfig(PeftConfig):
         self._saved = saved
         return self
 
-    def let_go(self) -> SavedMixture | None:
+    def take_carried(self) -> SavedMixture | None:
         """Return the opened folder from `carry`, and remove it from the config."""
         return self.__dict__.pop("_saved", None)
 

@@ -46,7 +46,7 @@ def _is_to_come(name: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1")
 
 
-def others_have_parameters() -> bool:
+def parameters_may_be_wrapped() -> bool:
     """Whether a wrapper (DDP, FSDP, ZeRO) may hold references to the parameters' storage, now or later.
 
     Such storage must not be replaced.

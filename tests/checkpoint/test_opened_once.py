@@ -192,12 +192,12 @@ def test_no_copy_of_a_config_holds_what_was_read(copied, folder):
     config = XLoraConfig.from_pretrained(folder)
     twin = copied(config)
     assert (twin, twin.folder) == (config, folder)
-    assert twin.let_go() is None
-    assert len(config.let_go().tensors) == 3
+    assert twin.take_carried() is None
+    assert len(config.take_carried().tensors) == 3
 
 
 def test_a_config_that_is_only_read_holds_no_tensors(folder):
-    assert XLoraConfig.from_pretrained(folder).let_go() is None
+    assert XLoraConfig.from_pretrained(folder).take_carried() is None
     assert open_mixture(folder, keep_experts=False).tensors.keys() == {folder / TENSORS}
     assert open_mixture(folder).tensors.keys() == {folder / file for file in ONCE}
 

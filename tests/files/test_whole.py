@@ -206,7 +206,7 @@ def test_an_undo_that_fails_says_where_the_old_entries_are(folder, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr("weft.files.writing.os.rename", full)
-        with pytest.raises(CheckpointError, match=rf"No space .* \(what was there before lies in {folder}/\.old, and"):
+        with pytest.raises(CheckpointError, match=rf"No space .* \(what was there before is in {folder}/\.old, and"):
             replace_folder(folder, write, "config")
     settle(folder)
     assert contents(folder) == before

@@ -125,7 +125,7 @@ def test_saving_it_by_transformers_is_refused_with_what_to_do(decided, tmp_path)
 def test_a_second_mixture_takes_the_place_of_the_first(decided):
     model = transformers.AutoModelForCausalLM.from_pretrained(decided)
     expected = logits(model)
-    with pytest.warns(UserWarning, match="carried an earlier mixture, of .* which is taken out"):
+    with pytest.warns(UserWarning, match="carried an earlier mixture, of .* which is removed"):
         model.load_adapter(decided, adapter_name="second")
     assert torch.equal(logits(model), expected)
 

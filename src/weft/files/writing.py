@@ -39,7 +39,7 @@ _CONFIGS = ("adapter_config.json", "xlora_config.json")
 # Seconds to wait for another process that has locked a folder.
 _PATIENCE = 10.0
 _UNCHANGED, _NOTHING = "what was there before is unchanged", "nothing is left there"
-_WAITS = "what was there before lies in {}, and whoever reads or writes the folder next puts it back"
+_WAITS = "what was there before is in {}, and is restored when the folder is next read or written"
 # In the messages of failed writes that are no OSError: tokenizers (Rust) raises Exception, torch raises RuntimeError.
 _SIGNS = ("(os error ", "PytorchStreamWriter", "inline_container.cc")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weft.base_model.devices import execution_device, keep_resident
 from weft.checkpoint.adapters import refuse_dora
-from weft.distributed import others_have_parameters, sharding_is_to_come
+from weft.distributed import parameters_may_be_wrapped, sharding_is_to_come
 from weft.errors import AdapterError
 
 _Rows = Callable[[Tensor], Tensor]
@@ -172,7 +172,7 @@ class StackedExperts:
         if torch.compiler.is_compiling():
             usable = self._active is not None and not getattr(self.target, _FSDP, False)
             return self._stacks if usable else self._uncompiled()
-        return self._stacks if self._is_current() else self._build(own=not others_have_parameters())
+        return self._stacks if self._is_current() else self._build(own=not parameters_may_be_wrapped())
 
     def refresh(self, *, own: bool = True) -> None:
         """Stack the experts again if their storage has changed.
@@ -195,7 +195,7 @@ class StackedExperts:
         if self._is_current():
             return False
         before = self._stacks
-        self.refresh(own=not others_have_parameters())
+        self.refresh(own=not parameters_may_be_wrapped())
         return self._stacks is not before
 
     @torch.compiler.disable

@@ -21,7 +21,7 @@ _GATE = "internal_xlora_classifier"
 _METHODS = ("_load_pretrained_model", "disable_adapters", "enable_adapters", "save_pretrained")
 
 
-def settle_in(base: Any, tuner: Any, saved: SavedMixture) -> None:
+def attach_to_base(base: Any, tuner: Any, saved: SavedMixture) -> None:
     """Load the gate of a saved mixture whose experts are in the base model, and adapt the base model's methods.
 
     Args:
@@ -45,8 +45,8 @@ def settle_in(base: Any, tuner: Any, saved: SavedMixture) -> None:
         base._load_pretrained_model = functools.partial(_load_others, load, saved.folder)
 
 
-def leave(base: nn.Module) -> None:
-    """Undo `settle_in`, if it was called."""
+def detach_from_base(base: nn.Module) -> None:
+    """Undo `attach_to_base`, if it was called."""
     base._modules.pop(_GATE, None)
     for name in _METHODS:
         base.__dict__.pop(name, None)

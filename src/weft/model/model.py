@@ -26,7 +26,7 @@ from weft.checkpoint.adapters import read_adapters
 from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licenses import licensed_card
 from weft.config import XLoraConfig
-from weft.distributed import others_have_parameters
+from weft.distributed import parameters_may_be_wrapped
 from weft.errors import AdapterError, CheckpointError, ConfigError
 from weft.gate.classifier import XLoraClassifier
 from weft.gate.routing import ConstantWeights, constant_scalings
@@ -37,7 +37,7 @@ from weft.layers.inputs import find_layer_inputs
 from weft.model.frozen_copies import refuse_loading_into_copy
 from weft.model.heads import add_heads, find_heads, refuse_task_of_peft
 from weft.model.inject import adapter_parameters, inject_adapters, remove_adapters, warn_of_different_bases
-from weft.model.inside_transformers import leave, settle_in
+from weft.model.inside_transformers import attach_to_base, detach_from_base
 from weft.model.peft_methods import PeftMethods
 from weft.model.peft_state import PeftStateMethods
 from weft.model.retrained import Retrained
@@ -95,7 +95,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         given = config[adapter_name] if isinstance(config, dict) else config
         refuse_task_of_peft(given)
         given = XLoraConfig.from_peft(given)
-        saved, options = given.let_go(), copy.deepcopy(given)
+        saved, options = given.take_carried(), copy.deepcopy(given)
         options.peft_type = PeftType.XLORA
         _take_out_earlier(model)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -141,11 +141,11 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
             if not isinstance(config, dict) and options.folder is not None:
-                settle_in(model, self, saved or open_mixture(options.folder))
+                attach_to_base(model, self, saved or open_mixture(options.folder))
         except BaseException:
             Passes.detach(model)
             remove_adapters(model)
-            leave(model)
+            detach_from_base(model)
             if base_peft_config is not None:
                 model.peft_config = base_peft_config
             self.retrained.use(False)
@@ -226,7 +226,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             ThreadError: another thread is using the model.
         """
         with self.passes.thread.held():
-            self._restack(own=not others_have_parameters())  # a compiled decoding step cannot do it
+            self._restack(own=not parameters_may_be_wrapped())  # a compiled decoding step cannot do it
             frozen: AbstractContextManager[None] = nullcontext()
             if freeze_scalings_after is not None:
                 self.passes.check_frozen_scalings(freeze_scalings_after, kwargs)
@@ -297,7 +297,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         self.carrier.clear()
         Passes.detach(model)
         remove_adapters(model)
-        leave(model)
+        detach_from_base(model)
         self.retrained.use(False)
         self._base_flags.restore_requires_grad(model)
         restore_input_gradient_hooks(model, self._input_gradient_hooks)
@@ -344,8 +344,8 @@ def _take_out_earlier(base: nn.Module) -> None:
     if isinstance(earlier, XLoraModel):
         warnings.warn(
             f"the base model ({type(base).__name__}) carried an earlier mixture, of "
-            f"{earlier.xlora_config.expert_names}, which is taken out and of no use any more: call its unload() first "
-            "to say that this is meant",
+            f"{earlier.xlora_config.expert_names}, which is removed and cannot be used any more: call its unload() "
+            "first if this is intended",
             stacklevel=2,
         )
         earlier.unload()

@@ -97,7 +97,7 @@ class Answer:
         held = bytearray()
         streams = False
 
-        async def mended(message: Message) -> None:
+        async def changed(message: Message) -> None:
             nonlocal streams
             if message["type"] == "http.response.start":
                 streams = any(
@@ -114,7 +114,7 @@ class Answer:
                 if body or not more:
                     await send({"type": "http.response.body", "body": body, "more_body": more})
 
-        return mended
+        return changed
 
     async def _events(self, held: bytearray, *, last: bool) -> bytes:
         """Take the complete events out of the buffer `held`, and return them changed."""

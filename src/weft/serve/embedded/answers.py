@@ -11,7 +11,7 @@ from typing import Any
 
 from weft.errors import first_line
 from weft.serve.embedded.bodies import Wanted
-from weft.serve.embedded.generating import Piece, Told
+from weft.serve.embedded.generating import Piece, TokenInfo
 from weft.serve.requests import FIELD, RequestError
 
 DONE = "data: [DONE]\n\n"
@@ -86,9 +86,9 @@ class Answers:
             "finish_reason": piece.finish_reason,
         }
         if self.wanted.choice.shares:
-            choice[FIELD] = {"shares": [told.shares for told in piece.tokens]}
+            choice[FIELD] = {"shares": [info.shares for info in piece.tokens]}
         if self.wanted.token_ids:
-            choice["token_ids"] = [told.token for told in piece.tokens]
+            choice["token_ids"] = [info.token for info in piece.tokens]
             if not self.wanted.chat:
                 choice["prompt_token_ids"] = list(self.wanted.prompts[piece.index // self.wanted.n].tokens)
         return choice
@@ -105,28 +105,28 @@ class Answers:
             "total_tokens": prompt + self._generated,
         }
 
-    def _logprobs(self, told: Sequence[Told]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
         if self.wanted.chat:
-            return {"content": [self._of_chat(one) for one in told], "refusal": None}
+            return {"content": [self._of_chat(one) for one in tokens], "refusal": None}
         return {
-            "tokens": [self._text(one.token) for one in told],
-            "token_logprobs": [None if one.logprob is None else _finite(one.logprob) for one in told],
-            "top_logprobs": [self._alternatives(one) for one in told],
-            "text_offset": [one.offset for one in told],
+            "tokens": [self._text(one.token) for one in tokens],
+            "token_logprobs": [None if one.logprob is None else _finite(one.logprob) for one in tokens],
+            "top_logprobs": [self._alternatives(one) for one in tokens],
+            "text_offset": [one.offset for one in tokens],
         }
 
-    def _alternatives(self, told: Told) -> dict[str, float] | None:
-        if told.logprob is None:
+    def _alternatives(self, info: TokenInfo) -> dict[str, float] | None:
+        if info.logprob is None:
             return None
         found: dict[str, float] = {}
-        for token, logprob in (*told.alternatives, (told.token, told.logprob)):
+        for token, logprob in (*info.alternatives, (info.token, info.logprob)):
             # Tokens that are parts of characters can have equal texts: the most likely one is kept.
             found.setdefault(self._text(token), _finite(logprob))
         return found
 
-    def _of_chat(self, told: Told) -> dict[str, Any]:
-        one = self._one(told.token, told.logprob or 0.0)
-        return {**one, "top_logprobs": [self._one(*alternative) for alternative in told.alternatives]}
+    def _of_chat(self, info: TokenInfo) -> dict[str, Any]:
+        one = self._one(info.token, info.logprob or 0.0)
+        return {**one, "top_logprobs": [self._one(*alternative) for alternative in info.alternatives]}
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._text(token)
@@ -157,8 +157,8 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     return Piece(
         pieces[0].index,
         "".join(piece.text for piece in pieces),
-        tuple(told for piece in pieces for told in piece.tokens),
-        tuple(told for piece in pieces for told in piece.prompt),
+        tuple(info for piece in pieces for info in piece.tokens),
+        tuple(info for piece in pieces for info in piece.prompt),
         pieces[-1].finish_reason,
     )
 

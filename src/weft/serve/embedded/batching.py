@@ -248,7 +248,7 @@ def _tokens(delivered: queue.SimpleQueue[Delivered]) -> list[int]:
     while (one := delivered.get(timeout=_TRIAL_SECONDS)) is not None:
         if isinstance(one, BaseException):
             raise one
-        found += [told.token for told in one.tokens]
+        found += [info.token for info in one.tokens]
     return found
 
 

@@ -22,7 +22,7 @@ Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Told:
+class TokenInfo:
     """The data of one token in the answer.
 
     Attributes:
@@ -55,8 +55,8 @@ class Piece:
 
     index: int
     text: str
-    tokens: tuple[Told, ...] = ()
-    prompt: tuple[Told, ...] = ()
+    tokens: tuple[TokenInfo, ...] = ()
+    prompt: tuple[TokenInfo, ...] = ()
     finish_reason: Reason | None = None
 
 
@@ -97,7 +97,7 @@ class Writing:
         self._stops = StopStrings(wanted.stop)
         self._length = len(self.prompt.text) if wanted.echo else 0  # length of the text in characters
         self._number = 0  # number of new tokens
-        self._waiting: list[Told] = []  # tokens whose text is held back, as it may begin a stop string
+        self._waiting: list[TokenInfo] = []  # tokens whose text is held back, as it may begin a stop string
 
     @property
     def wants_every_place(self) -> bool:
@@ -120,25 +120,25 @@ class Writing:
         if self._number == 0 and self.wanted.echo:
             self.finished = self.prompt.max_tokens == 0
             reason: Reason | None = "length" if self.finished else None
-            yield Piece(self.index, self.prompt.text, prompt=self._prompt_told(logits), finish_reason=reason)
+            yield Piece(self.index, self.prompt.text, prompt=self._prompt_infos(logits), finish_reason=reason)
             if self.finished:
                 return
-        told, text, finish_reason = self._next(logits[-1:], shares)
+        info, text, finish_reason = self._next(logits[-1:], shares)
         self.finished = finish_reason is not None
-        self._waiting.append(told)
+        self._waiting.append(info)
         if text or self.finished:
             tokens, self._waiting = tuple(self._waiting), []
             yield Piece(self.index, text, tokens, finish_reason=finish_reason)
 
     def _next(
         self, logits: Float[Tensor, "1 vocab"], shares: dict[str, float] | None
-    ) -> tuple[Told, str, Reason | None]:
+    ) -> tuple[TokenInfo, str, Reason | None]:
         """(next token, text that can be sent now, finish reason or None)."""
         chosen = self._choose(logits)
         self.ids = torch.cat([self.ids, chosen[None]], dim=1)
         token, self._number = int(chosen), self._number + 1
         score: Score = (None, ()) if self.wanted.logprobs is None else self._scores(logits, [token])[0]
-        told = Told(token, self._length, *score, shares)
+        info = TokenInfo(token, self._length, *score, shares)
         ended = token in self.wanted.ends
         last = ended or self._number == self.prompt.max_tokens
         text = "" if ended else self._detokenizer.add(token)
@@ -146,20 +146,20 @@ class Writing:
         self._length += len(text)
         let_out = self._stops.add(text)
         if self._stops.found:
-            return told, let_out, "stop"
+            return info, let_out, "stop"
         if not last:
-            return told, let_out, None
-        return told, let_out + self._stops.flush(), "stop" if ended else "length"
+            return info, let_out, None
+        return info, let_out + self._stops.flush(), "stop" if ended else "length"
 
-    def _prompt_told(self, logits: Float[Tensor, "place vocab"]) -> tuple[Told, ...]:
+    def _prompt_infos(self, logits: Float[Tensor, "place vocab"]) -> tuple[TokenInfo, ...]:
         """The data of the prompt's tokens."""
         tokens = self.prompt.tokens
         if self.wanted.logprobs is None:
-            return tuple(Told(token) for token in tokens)
+            return tuple(TokenInfo(token) for token in tokens)
         scores: list[Score] = [(None, ()), *self._scores(logits[:-1], list(tokens[1:]))]
         detokenizer, found, length = Detokenizer(self._tokenizer), [], 0
         for token, score in zip(tokens, scores, strict=True):
-            found.append(Told(token, length, *score))
+            found.append(TokenInfo(token, length, *score))
             length += len(detokenizer.add(token))
         return tuple(found)
 

@@ -85,8 +85,8 @@ class Task:
         """
         try:
             tokens = self.writing.ids.shape[1]
-            told = shares if self.ticket.wanted.choice.shares else None
-            for piece in self.writing.take(logits, told):
+            wanted = shares if self.ticket.wanted.choice.shares else None
+            for piece in self.writing.take(logits, wanted):
                 self.ticket.deliver(piece)
             self.metrics.generated(self.writing.ids.shape[1] - tokens)
             if self.writing.finished:
