@@ -56,7 +56,7 @@ class Product:
     def __init__(self, weight: Tensor) -> None:
         self._weight: Tensor | None = weight
         if weight.device.type == "cpu" and weight.dtype != torch.float32:
-            self._packed = nn.Module()
+            self._packed: Any = nn.Module()  # gets its product from vLLM
             self._packed.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
             dispatch_cpu_unquantized_gemm(self._packed, remove_weight=True)
             self._weight = None
