@@ -115,7 +115,7 @@ def replace_folder(folder: Path, write: Callable[[Path], Any], last: str) -> Non
         folder = folder.resolve()
         existed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
+        with _locked(folder):
             _put_in_order(folder)
             _replace(folder, write, last)
     except BaseException as err:
@@ -144,12 +144,12 @@ def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
     kept = _UNCHANGED if os.path.lexists(folder) else _NOTHING
     with errors_of_writing(folder, kept, "free some space, or give another folder"), ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(folder.parent):
+        with _locked(folder.parent):
             for path in folder.parent.glob(f"{_UNFINISHED}*"):
                 _remove_abandoned(path)
             made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
             stack.callback(shutil.rmtree, made, ignore_errors=True)
-            stack.enter_context(_alone(made))
+            stack.enter_context(_locked(made))
         fill(made)
         _remove(folder)
         os.rename(made, folder)
@@ -195,7 +195,7 @@ def settle(folder: Path, *, leftovers: bool = False) -> None:
     if not (_is_halfway(folder) or (leftovers and any(os.path.lexists(folder / name) for name in (_NEW, _OLD)))):
         return
     try:
-        with _alone(folder, or_fail=True):
+        with _locked(folder, or_fail=True):
             _put_in_order(folder)
     except OSError as err:
         raise CheckpointError(
@@ -313,7 +313,7 @@ def _exchange_of(new: Path) -> tuple[tuple[str, ...], list[str]]:
 
 
 @contextmanager
-def _alone(folder: Path, *, or_fail: bool = False) -> Iterator[None]:
+def _locked(folder: Path, *, or_fail: bool = False) -> Iterator[None]:
     """Hold a lock on a folder. The lock of a killed process is released.
 
     Args:
