@@ -1,7 +1,7 @@
-// Answers as they come: numbers of each, and a span for each piece of text, coloured by the expert that leads its tokens.
+// Streamed answers: their numbers, and a span for each piece of text in the colour of its leading expert.
 
-const TOLD = 6; // experts in what hovers over a token
-const WASH = 0.4; // how opaque a whole share is: text that is read keeps one ink, and the line below it the full colour
+const MOST_IN_TIP = 6; // maximum number of experts in a tooltip
+const MOST_OPAQUE = 0.4; // opacity of the background for a share of 1, so that the text stays readable
 
 class Answer {
   constructor(experts) {
@@ -13,8 +13,8 @@ class Answer {
     this.first = null;
   }
 
-  // Text of some tokens, and a row of shares for each. Tokens without text are part of a character that later ones
-  // complete, and belong to its piece.
+  // Text of some tokens, and a row of shares for each token. A token without text is part of a character that a later
+  // token completes; it belongs to that piece.
   take(text, rows) {
     this.last = performance.now();
     if (rows.length) this.first ??= { time: this.last, tokens: rows.length };
@@ -35,7 +35,7 @@ class Answer {
     return this.tokens ? this.sums.map((sum) => sum / this.tokens) : this.sums;
   }
 
-  // In words; tokens per second are of those after the first, which waits for the prompt.
+  // The numbers as text; tokens per second are without the first token, whose time includes the prompt.
   pace() {
     if (!this.tokens) return "";
     const seconds = (this.last - this.first.time) / 1000, counted = this.tokens - this.first.tokens;
@@ -46,7 +46,7 @@ class Answer {
 
 const rowsOf = (choice, experts) => (choice.weft?.shares ?? []).map((shares) => experts.map((name) => Number(shares[name]) || 0));
 
-// A panel with answers, of whose pieces one can be chosen.
+// A panel with answers; one of their pieces can be selected.
 class Answers {
   constructor(panel, group, palette, tip, changed) {
     Object.assign(this, { panel, group, palette, tip, changed, theme: themeColours(), top: 0 });
@@ -67,7 +67,7 @@ class Answers {
     this.follows = true;
   }
 
-  // What a person said, above the answer.
+  // The user's message, above the answer.
   say(text) {
     for (const note of this.panel.querySelectorAll(".withdrawn")) note.remove();
     const said = element("div", { class: "said", dir: "auto" }, readable(text));
@@ -93,12 +93,12 @@ class Answers {
     this.box.append(span);
   }
 
-  // At the end of an answer: why it is not whole.
+  // At the end of an answer: why it is incomplete.
   note(text, kind, role = null) {
     this.panel.append(element("p", { class: kind, role }, text));
   }
 
-  // As if it had not been said; why is told until something else is.
+  // Remove the last message; the reason is shown until the next message.
   withdraw(said) {
     said.remove();
     this.box.remove();
@@ -108,7 +108,7 @@ class Answers {
   paint(piece, span) {
     if (!piece.shares) return;
     const leading = largest(piece.shares), share = Math.max(0, Math.min(1, piece.shares[leading]));
-    paint(span, this.group, leading, WASH * share, this.palette, this.theme);
+    paint(span, this.group, leading, MOST_OPAQUE * share, this.palette, this.theme);
     span.style.textDecorationColor = css(this.palette.of(this.group, leading), share.toFixed(3));
   }
 
@@ -119,7 +119,7 @@ class Answers {
 
   // ---------------------------------------------------------------- scrolling
 
-  // The newest text stays in sight until a person scrolls away from it.
+  // Scroll to the newest text, unless the user has scrolled away from it.
   scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.panel;
     const atEnd = scrollTop + clientHeight > scrollHeight - 30;
@@ -134,7 +134,7 @@ class Answers {
     this.top = this.panel.scrollTop;
   }
 
-  // ---------------------------------------------------------------- choosing
+  // ---------------------------------------------------------------- selection
 
   choose(at) {
     if (this.chosen !== null) this.spans[this.chosen].classList.remove("chosen");
@@ -161,11 +161,11 @@ class Answers {
   }
 
   click(event) {
-    if (!getSelection().isCollapsed) return; // text was being selected
+    if (!getSelection().isCollapsed) return; // the user selects text
     const at = this.at(event);
     if (at === null && this.chosen === null) return;
     this.choose(at === this.chosen ? null : at);
-    this.hover(event); // a finger does not hover
+    this.hover(event); // touch screens have no hover
   }
 
   hover(event) {
@@ -178,7 +178,7 @@ class Answers {
     const title = element("b", { class: "quoted" }, quoted(text));
     if (!shares) return [title];
     const ranked = Array.from(shares.keys()).sort((a, b) => shares[b] - shares[a]);
-    const shown = ranked.slice(0, TOLD), more = ranked.length - shown.length;
+    const shown = ranked.slice(0, MOST_IN_TIP), more = ranked.length - shown.length;
     const part = { experts: shown.map((expert) => this.group.experts[expert]), colours: shown.map((expert) => this.group.colours[expert]) };
     const notes = [...(more > 0 ? [`${more} more experts in the list`] : []), ...(tokens > 1 ? [`mean of ${tokens} tokens`] : [])];
     return [title, ...barRows(part, shown.map((expert) => shares[expert]), this.palette), ...notes.map((note) => element("p", { class: "note" }, note))];

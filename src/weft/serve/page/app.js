@@ -1,8 +1,8 @@
-// What buttons and keys do: modes, sending and stopping, the theme.
+// Buttons and keys: modes, sending and stopping, the theme.
 
 const palette = new Palette(JSON.parse($("data").textContent).palette);
 const tip = new Tip($("tip"));
-// mode: write or chat; running: what stops the answer that is coming; turns: of the chat, as the server takes them.
+// mode: write or chat; running: the AbortController of the present answer; turns: the messages of the chat.
 const state = { mode: "write", running: null, turns: [] };
 let info, group, settings, views;
 
@@ -10,7 +10,7 @@ const view = () => views[state.mode];
 
 // ------------------------------------------------------------------ drawing
 
-// Numbers of the answer, or of the chosen token, once per frame.
+// Draw the numbers of the answer or of the selected token, once per frame.
 let asked = false;
 function drawSoon() {
   if (asked) return;
@@ -35,7 +35,7 @@ function draw() {
   view().follow();
 }
 
-// Buttons that can do nothing now keep the focus, which `disabled` would take from them.
+// aria-disabled and not `disabled`, so that an inactive button keeps the focus.
 const enable = (button, able) => button.setAttribute("aria-disabled", String(!able));
 const able = (button) => button.getAttribute("aria-disabled") !== "true";
 
@@ -67,7 +67,7 @@ function send() {
   answer(views.chat, "v1/chat/completions", { messages: [...state.turns] }).then((came) => {
     if (came.text) state.turns.push({ role: "assistant", content: came.text });
     else {
-      // Nothing was answered: the message is there to be sent again, before what was typed since.
+      // There was no answer: put the message back for another try, before text that was typed since.
       state.turns.pop();
       views.chat.withdraw(said);
       $("message").value = [message, $("message").value].filter(Boolean).join("\n");
@@ -172,7 +172,7 @@ function connect() {
   for (const button of $("switch").children) button.addEventListener("click", () => show(button.dataset.mode));
 }
 
-// ------------------------------------------------------------------ the start
+// ------------------------------------------------------------------ start
 
 async function start() {
   $("again").hidden = true;

@@ -1,13 +1,13 @@
-// What is asked of the server, and what it answers: the key, streamed events, and in plain words what went wrong.
+// Requests to the server and its answers: the key, streamed events, and error messages.
 
 const GONE = "The server does not answer. It has stopped, or the way to it is broken. Start it again (weft serve), then try once more.";
 const KEY = "weft-key";
-const LONGEST = 600; // characters of a server's message
+const LONGEST = 600; // maximum number of characters of a server's message
 
-// What a person is told.
+// An error with a message for the user.
 class Problem extends Error {}
 
-// Only this tab knows the key; a browser that keeps nothing asks for it after each reload.
+// The key is kept in this tab only. Without session storage, the page asks for it after each reload.
 let keyHere = null;
 
 function savedKey() {
@@ -23,7 +23,7 @@ function saveKey(key) {
   try {
     sessionStorage.setItem(KEY, key);
   } catch {
-    // Storage is switched off: it stays in keyHere.
+    // Storage is switched off: the key is in keyHere only.
   }
 }
 
@@ -36,7 +36,7 @@ function askForKey(why) {
     dialog.addEventListener("close", () => answered(dialog.returnValue === "use" ? input.value : null), { once: true }));
 }
 
-// A response that is well; asks for the key until the server takes it.
+// A successful response; asks for the key until the server accepts it.
 async function ask(path, options = {}) {
   for (;;) {
     const key = savedKey();
@@ -63,7 +63,7 @@ async function refusal(response) {
   return new Problem(`The server refuses this (${status}): ${said}`);
 }
 
-// The message in a body: as OpenAI's servers put it, as others do, or as it is.
+// The message in the body of an error: in OpenAI's format, in another format, or the whole text.
 async function messageOf(response) {
   const text = await response.text().catch(() => "");
   let said = text;
@@ -71,12 +71,12 @@ async function messageOf(response) {
     const body = JSON.parse(text);
     said = [body.error?.message, body.error, body.message, body.detail].find((value) => typeof value === "string") ?? text;
   } catch {
-    // No JSON: the text itself.
+    // Not JSON: the text itself.
   }
   return visible(said.trim().slice(0, LONGEST).replace(/\.$/, "") || response.statusText || "no reason given");
 }
 
-// From bytes, cut anywhere, to the data of server-sent events.
+// Decodes bytes, in chunks of any size, to the data of server-sent events.
 class Events {
   constructor() {
     this.decoder = new TextDecoder();
@@ -84,10 +84,10 @@ class Events {
     this.data = [];
   }
 
-  // The data of all events that these bytes complete.
+  // The data of all events that are complete with these bytes.
   read(bytes) {
     const whole = [];
-    // A carriage return at the end may be the first half of a line's end.
+    // A carriage return at the end may be the first half of a line break.
     const lines = (this.rest + this.decoder.decode(bytes, { stream: true })).split(/\r\n|\n|\r(?!$)/);
     this.rest = lines.pop();
     for (const line of lines) {
@@ -101,7 +101,7 @@ class Events {
   }
 }
 
-// The chunks of an answer, as they come.
+// The chunks of an answer, as they arrive.
 async function* streamed(path, body, signal) {
   const response = await ask(path, { method: "POST", body: JSON.stringify({ ...body, stream: true }), signal });
   const reader = response.body.getReader(), events = new Events();

@@ -1,4 +1,4 @@
-// What a request asks for: which model, who decides about the experts' weights, how tokens are drawn.
+// The options of a request: the model, the gate or fixed weights, and the sampling.
 
 class Settings {
   constructor(info, group, palette) {
@@ -30,7 +30,7 @@ class Settings {
     $("top-k").replaceChildren(element("option", { value: "" }, "as trained"), ...counts);
   }
 
-  // A weight may lie between the slider's steps: a third does.
+  // A weight may be between the steps of the slider, such as 1/3.
   weigh(slider, weight) {
     slider.weight = slider.input.value = weight;
     slider.output.textContent = Number(weight.toFixed(3));
@@ -48,7 +48,7 @@ class Settings {
     return $("who").querySelector(":checked").value === "weights";
   }
 
-  // Where one model is alone nobody decides; weights leave no choice of experts to the gate.
+  // For a single expert or the base model there are no weights; with fixed weights there is no top-k.
   arrange() {
     const weights = this.mixed && this.constant;
     for (const { line } of this.sliders) line.hidden = !weights;
@@ -57,7 +57,7 @@ class Settings {
     $("top-k").disabled = !this.mixed || weights;
   }
 
-  // Whether all numbers can be sent; the browser says which cannot.
+  // Whether all numbers are valid; the browser shows which are not.
   check() {
     return $("settings").reportValidity();
   }

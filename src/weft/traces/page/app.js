@@ -1,12 +1,12 @@
-// What is chosen (trace, tokens, layer, expert, theme), and what mouse and keys do to it.
+// The state (trace, selected tokens, layer, expert, theme), and how mouse and keyboard change it.
 
 const data = JSON.parse($("data").textContent);
 const traces = data.traces.map(prepare);
 
 const palette = new Palette(data.palette);
 
-// selection: {from, to, anchor}, null for all tokens; layer and focus: numbers, null for all; relative: whether the
-// colours show shares against the average.
+// selection: {from, to, anchor}, null for all tokens; layer and focus (an expert): indices, null for all; relative:
+// whether the colours show shares relative to the average.
 const state = { number: 0, selection: null, layer: null, focus: null, relative: false };
 const textView = new TextView($("text"));
 const tip = new Tip($("tip"));
@@ -47,7 +47,7 @@ function drawChosen() {
 }
 
 let asked = false;
-// Many moves of the mouse are one drawing.
+// Draw once per frame, for any number of mouse events.
 function redrawSoon() {
   if (asked) return;
   asked = true;
@@ -57,7 +57,7 @@ function redrawSoon() {
   });
 }
 
-// ------------------------------------------------------------------ choosing
+// ------------------------------------------------------------------ selection
 
 function showTrace(number) {
   const before = current();
@@ -74,7 +74,7 @@ function showTrace(number) {
   if (state.selection) textView.scrollTo(state.selection.to);
 }
 
-// Select the tokens between two places, the first of which stays when the selection is extended.
+// Select the tokens between two positions; the first one is the anchor when the selection is extended.
 function choose(anchor, other = anchor) {
   state.selection = { from: Math.min(anchor, other), to: Math.max(anchor, other), anchor };
   redrawSoon();
@@ -118,7 +118,7 @@ function switchTheme() {
 
 // ------------------------------------------------------------------ mouse
 
-// Drag over what has a token at each place; shift-click extends.
+// Select by dragging over an element with a token at each position; shift-click extends the selection.
 function draggable(area, tokenOf) {
   let anchor = null;
   area.addEventListener("pointerdown", (event) => {

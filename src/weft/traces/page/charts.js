@@ -1,9 +1,9 @@
-// What is drawn: shares over position, gain per token, the heat map of layers and experts, entropy per layer.
+// The charts: shares over position, gain per token, the heat map of layers and experts, entropy per layer.
 
 const LEFT = 92, RIGHT = 8, BOTTOM = 20;
 const FONT = "11px system-ui, sans-serif";
 
-// A canvas at the screen's resolution, cleared; its drawing surface in CSS pixels.
+// Clear a canvas and set it to the screen's resolution; returns its context, scaled to CSS pixels.
 function surface(canvas, height) {
   const width = canvas.clientWidth, scale = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * scale);
@@ -29,7 +29,7 @@ function shorten(context, text, room) {
   return `${text.slice(0, kept)}…`;
 }
 
-// Stripes for experts whose colour another one has too.
+// Stripes for experts with a colour that another expert has too.
 function fillOf(context, rgb, again, theme) {
   if (!again) return css(rgb);
   const tile = element("canvas", { width: 6, height: 6 });
@@ -47,7 +47,7 @@ function fillOf(context, rgb, again, theme) {
   return context.createPattern(tile, "repeat");
 }
 
-// Where a token begins on the horizontal axis, and which token is at a place of it.
+// The start of a token on the horizontal axis, and the token at a position of the axis.
 const tokenX = (plot, size, token) => LEFT + (token * plot) / size;
 const tokenAt = (canvas, size, x) => Math.max(0, Math.min(size - 1, Math.floor(((x - LEFT) * size) / (canvas.clientWidth - LEFT - RIGHT))));
 
@@ -124,7 +124,7 @@ function drawGain(canvas, trace, selection, theme) {
     }
     gains[column] = count ? total / count : 0;
   }
-  // One token in fifty may leave the picture, so that the others can be seen.
+  // The scale clips one token in fifty, so that the others are visible.
   const sorted = Array.from(gains, Math.abs).sort((a, b) => a - b);
   const most = Math.max(0.1, sorted[Math.floor(0.98 * (sorted.length - 1))]);
   const wide = plot / columns;
@@ -147,7 +147,7 @@ function drawGain(canvas, trace, selection, theme) {
 const heatRow = (trace) => (trace.experts.length > 8 ? 16 : 24);
 const layerAt = (canvas, trace, x) => Math.floor(((x - LEFT) * trace.layers.length) / (canvas.clientWidth - LEFT - RIGHT));
 
-// A layer's number in the model, as its name has it.
+// The number of the decoder layer in a layer's name.
 const blockOf = (name) => /(?:^|\.)(\d+)(?:\.|$)/.exec(name)?.[1] ?? null;
 
 function drawHeat(canvas, trace, weights, layer, palette, theme) {

@@ -1,4 +1,4 @@
-// From the page's data to typed arrays, and the means that the views ask for.
+// Decodes the page's data to typed arrays, and computes the means for the views.
 
 function bytesOf(text) {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
@@ -10,7 +10,7 @@ function bytesOf(text) {
 
 const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
 
-// scalings is [token, layer, expert] and entropy [token, layer], a byte each; shares is [token, expert].
+// scalings is [token, layer, expert] and entropy [token, layer], with one byte per value; shares is [token, expert].
 function decode(raw) {
   return {
     ...raw,
@@ -30,10 +30,10 @@ function prepare(raw) {
   return trace;
 }
 
-// The weight that a byte of the scalings stands for.
+// The weight that a byte of the scalings encodes.
 const weightOf = (trace, byte) => trace.low + (byte * (trace.high - trace.low)) / 255;
 
-// What part of each token's weight is each expert's: over all layers, or in one.
+// Each expert's share of each token: the mean over all layers, or in one layer.
 function sharesOf(trace, layer) {
   if (layer === null) return trace.shares;
   const { scalings, size } = trace;
@@ -50,7 +50,7 @@ function sharesOf(trace, layer) {
   return shares;
 }
 
-// Shares against what each expert has on average in this trace: share / mean share, made to sum to 1 for each token.
+// Shares relative to each expert's mean in this trace: share / mean share, normalised to sum to 1 for each token.
 function againstAverage(shares, experts) {
   const size = shares.length / experts, means = meanRows(shares, experts, 0, size - 1);
   const relative = shares.map((share, i) => (means[i % experts] > 0 ? share / means[i % experts] : 0));
@@ -62,7 +62,7 @@ function againstAverage(shares, experts) {
   return relative;
 }
 
-// Mean over the tokens from..to of rows of `width` values.
+// Mean over the tokens from..to, for rows of `width` values.
 function meanRows(values, width, from, to) {
   const sums = new Float64Array(width);
   for (let token = from, i = from * width; token <= to; token++) {
@@ -80,7 +80,7 @@ function layerMeans(trace, from, to) {
   };
 }
 
-// exp of the mean -ln p of the tokens from..to that are predicted; null where there is none.
+// Perplexity of the predicted tokens in from..to; null if there are none.
 function perplexity(logProbs, from, to) {
   let total = 0, count = 0;
   for (let token = from; token <= to; token++) {

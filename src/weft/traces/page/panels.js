@@ -1,10 +1,10 @@
-// What is said in words and numbers: bars of shares, facts of a token or span, tooltips, the legend, the data sets.
+// Text and numbers: bars of shares, facts of a token or span, tooltips, the legend, the data sets.
 
 function factRows(rows) {
   return rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
 }
 
-// How well a token, or the tokens of a span, were predicted.
+// The probability of a token, or the perplexity of the tokens of a span.
 function predictionFacts(trace, from, to) {
   if (!trace.predicts) return [];
   const one = from === to;
@@ -84,7 +84,7 @@ function fillLegend(box, trace, shares, focus, palette, choose) {
   }));
 }
 
-// The data sets of a trace: their name and their first and last token. Texts of one set stand together.
+// The data sets of a trace: name, first and last token. The texts of a data set are contiguous.
 function dataSets(trace) {
   const sets = new Map();
   for (const text of trace.texts) {

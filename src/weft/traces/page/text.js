@@ -1,4 +1,4 @@
-// The text: a span per token, coloured by the expert with the largest share, or by one expert's share.
+// The text: one span for each token, coloured by the expert with the largest share, or by one expert's share.
 
 class TextView {
   constructor(panel) {
