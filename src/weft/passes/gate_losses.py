@@ -207,8 +207,9 @@ class GateLosses:
 class _WithLoss(torch.autograd.Function):
     """Returns the log-probabilities of the labels unchanged; its backward adds the gradient of another loss.
 
-    The weight of that loss is the sum of the gradients of the labels' log-probabilities. So it is scaled as the loss
-    that the trainer computes from these: by its mean over the tokens of all micro-batches, and by any later factor.
+    The weight of that loss is the negative sum of the gradients of the labels' log-probabilities. So it is scaled as
+    the loss that the trainer computes from these: by its mean over the tokens of all micro-batches, and by any later
+    factor.
     """
 
     @staticmethod
