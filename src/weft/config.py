@@ -22,6 +22,7 @@ from peft.utils import PeftType, TaskType
 from torch import nn
 
 from weft.checkpoint.adapters import table_problems
+from weft.checkpoint.base_place import lasting_name
 from weft.checkpoint.folder import SavedMixture, open_mixture, write_options
 from weft.checkpoint.gate_sizes import refuse_other_sizes
 from weft.errors import ConfigError
@@ -385,7 +386,7 @@ def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
 
 def config_json(config: XLoraConfig, **replaced: Any) -> str:
     """The config as JSON text in the form that peft and weft read."""
-    values = {**config.to_dict(), **replaced}
+    values = {**config.to_dict(), **replaced, "base_model_name_or_path": lasting_name(config.base_model_name_or_path)}
     values["peft_type"] = PeftType.XLORA.value
     return json.dumps(values, indent=2, sort_keys=True)
 

@@ -192,8 +192,10 @@ def test_no_path_of_this_machine_is_sent(hub, mixture, base_folder, tmp_path):
     expert.write_text(f"---\nlicense: mit\nbase_model: {base_folder}\n---\n# Math\n")
     assert str(base_folder) in Path(mixture, CONFIG).read_text()
     assert str(base_folder) in Path(mixture, "experts/math", CONFIG).read_text()
+    assert json.loads(Path(mixture, "weft_manifest.json").read_text())["base_model"].startswith("../")
     for base in (BASE, None):
         weft.push(mixture, "user/mixture", base=base)
+        assert "base_model" not in json.loads(sent(hub)["weft_manifest.json"])
         for name, text in sent(hub).items():
             assert str(tmp_path) not in text, name
             assert str(base_folder) not in text, name

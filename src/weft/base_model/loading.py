@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
 from peft.utils import TaskType
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from weft.checkpoint.base_place import is_path, refuse_missing_base
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, CheckpointError, ConfigError, WeftError, first_line
 from weft.files.tensors import preview
@@ -41,8 +43,12 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
         otherwise: what to do, for the message, if the cause is not a known one.
 
     Raises:
-        CheckpointError: an error of another library was raised in the block.
+        CheckpointError: an error of another library was raised in the block, or the name can only be that of a folder,
+            and there is none.
     """
+    missing = isinstance(name, str | os.PathLike) and not os.path.lexists(name)
+    if missing and is_path(os.fspath(name)):
+        raise CheckpointError(f"base ({name}) cannot be loaded: there is no such folder. {otherwise}")
     try:
         yield
     except WeftError:
@@ -53,7 +59,10 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
                 f"base ({name}) needs code that it brings along, which was not run: read it, and if you trust it, give "
                 "--trust-remote-code (in Python trust_remote_code=True)"
             ) from err
-        raise CheckpointError(f"base ({name}) cannot be loaded: {first_line(err).rstrip('.')}. {otherwise}") from err
+        cause = first_line(err).rstrip(".")
+        if missing and isinstance(err, OSError | HFValidationError):
+            cause = f"there is no folder {name} here, and as a Hub id: {cause}"
+        raise CheckpointError(f"base ({name}) cannot be loaded: {cause}. {otherwise}") from err
 
 
 def load_whole(
@@ -123,6 +132,10 @@ def base_model_of(
     name = base
     if options is not None and base is None:
         name = options.base_model_name_or_path
+        if name is not None and options.folder is not None:
+            refuse_missing_base(options.folder, name)
+    if isinstance(name, str | os.PathLike):
+        name = os.path.expanduser(name)
     if name is None:
         raise CheckpointError("base (None) must be given: the folder does not name its base model")
     # Always given: without it, transformers would ask on the standard input.

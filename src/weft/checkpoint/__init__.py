@@ -3,6 +3,7 @@
 There are no models here: `model` builds a model from a folder and saves a model to a folder.
 
     folder.py           the layout of a mixture's folder; opens it, reads its files once and verifies them
+    base_place.py       where a mixture's base model is, also if the folders were moved
     adapters.py         reads LoRA adapters from folders or the Hub
     adapter_keys.py     the keys of an adapter's tensors, without prefixes that other tools add
     adapter_options.py  checks the types and ranges of an adapter's options

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from weft.checkpoint.adapter_keys import without_wrappers
 from weft.checkpoint.adapters import local_folder
+from weft.checkpoint.base_place import found_base
 from weft.checkpoint.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, Keep, verify
 from weft.checkpoint.xlora_layout import (
     ORIGINAL_CONFIG,
@@ -50,7 +51,8 @@ class SavedMixture:
         folder: the folder.
         file: the file of its options.
         gate_file: the file of its gate.
-        values: the options, by the fields of `XLoraConfig`; `adapters` has the paths of the experts' folders.
+        values: the options, by the fields of `XLoraConfig`; `adapters` has the paths of the experts' folders, and
+            `base_model_name_or_path` the place at which the base model was found.
         tensors: file -> tensors that were read: the gate, and the experts if there is a manifest and `open_mixture` was
             called with `keep_experts`. Users remove what they take. Copies of experts in the gate's file are on the
             meta device.
@@ -118,6 +120,7 @@ def open_mixture(
     else:
         file, gate_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
         values = _options(folder, file, adapters, keep)
+    values["base_model_name_or_path"] = found_base(folder, values.get("base_model_name_or_path"))
     if gate_file not in tensors and os.path.isfile(gate_file):
         keep(gate_file, read_tensors(gate_file))
     return SavedMixture(folder, file, gate_file, values, tensors)
@@ -170,19 +173,19 @@ def _resolve(folder: Path, name: str, path: str) -> str:
 
 
 def saved_base(folder: Path) -> str | None:
-    """The path or Hub id of a saved mixture's base model; None if the folder does not name it.
+    """The path or Hub id of a saved mixture's base model, where it was found; None if the folder does not name it.
 
     Raises:
         CheckpointError: the folder is not a mixture.
     """
     if is_original(folder):
-        return original_base(folder)
+        return found_base(folder, original_base(folder))
     config = read_json(folder / CONFIG_NAME)
     if config.get("peft_type") != "XLORA":
         raise CheckpointError(
             f"model ({folder}) is of type {kind_shown(config.get('peft_type'))}, expected XLORA: a trained mixture"
         )
-    return config.string("base_model_name_or_path", None) or None
+    return found_base(folder, config.string("base_model_name_or_path", None)) or None
 
 
 def write_options(folder: Path, text: str) -> None:

@@ -133,6 +133,11 @@ def replace_folder(folder: Path, write: Callable[[Path], Any], last: str) -> Non
         raise
 
 
+def final_folder(folder: Path) -> Path:
+    """The folder itself; or, if `replace_folder` is writing it, the one whose place it will take."""
+    return folder.parent if folder.name == _NEW else folder
+
+
 def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
     """Let `fill` fill a temporary folder, then rename it to `folder`, whose old content is removed.
 

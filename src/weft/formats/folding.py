@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.base_model.devices import execution_device
 from weft.checkpoint.adapter_keys import KEY_PREFIX
+from weft.checkpoint.base_place import lasting_name
 from weft.config import XLoraConfig
 from weft.data.padded import padded_batches
 from weft.errors import AdapterError, ConfigError, DataError
@@ -296,7 +297,7 @@ def _adapter_config(model: Any, layer_names: list[str], rank: int, *, with_bias:
         lora_alpha=rank,  # the scaling is 1, as B includes each expert's scaling
         lora_bias=with_bias,
         fan_in_fan_out=any(isinstance(base.get_submodule(name).get_base_layer(), Conv1D) for name in layer_names),
-        base_model_name_or_path=options.base_model_name_or_path or expert.base_model_name_or_path,
+        base_model_name_or_path=lasting_name(options.base_model_name_or_path or expert.base_model_name_or_path),
         task_type=options.task_type or expert.task_type,
         auto_mapping=expert.auto_mapping,
         inference_mode=True,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from peft.utils import CONFIG_NAME, PeftType
 
+from weft.checkpoint.base_place import lasting_name
 from weft.checkpoint.manifest import EXPERTS_FOLDER
 from weft.checkpoint.xlora_layout import SHARED_OPTIONS
 from weft.formats.layout import common_problems, copy_mixture, write_json
@@ -39,5 +40,6 @@ def write_peft(files: MixtureFiles, layers: list[str], part: Path, target: Path)
     values = {name: getattr(files.config, name) for name in kept}
     # peft resolves relative paths in the working directory.
     paths = {a.name: str(target.resolve() / EXPERTS_FOLDER / a.name) for a in files.adapters}
+    values["base_model_name_or_path"] = lasting_name(files.config.base_model_name_or_path)
     values |= {"adapters": paths, "peft_type": PeftType.XLORA.value, "inference_mode": True}
     write_json(part / CONFIG_NAME, values)

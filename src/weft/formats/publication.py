@@ -18,6 +18,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from weft.checkpoint.base_place import FROM_HERE, is_path
 from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licenses import CARD, declared_license, is_own
 from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME, options_digest
@@ -147,10 +148,8 @@ def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
     for name, rewritten in changed.items():
         found.texts[name] = json.dumps(rewritten, indent=2, sort_keys=True)
     experts = [name for name in changed if name.startswith(f"{EXPERTS_FOLDER}/")]
-    if experts:  # the manifest has digests of their options
-        manifest: dict[str, Any] = read_json(found.folder / MANIFEST_NAME)
-        manifest["options"] |= {name: options_digest(changed[name]) for name in experts}
-        found.texts[MANIFEST_NAME] = json.dumps(manifest, indent=1)
+    if MANIFEST_NAME in found.names:
+        _rewrite_manifest(found, {name: options_digest(changed[name]) for name in experts})
     for name in found.names:
         if name.endswith(f"/{CARD}"):
             text = card = read_text(found.folder / name)
@@ -164,9 +163,18 @@ def _rewrite_origins(found: Publication, base: str | None) -> list[str]:
     return local
 
 
+def _rewrite_manifest(found: Publication, options: dict[str, str]) -> None:
+    """Write new digests of the experts' options into the manifest, and remove the local path of the base model."""
+    manifest: dict[str, Any] = read_json(found.folder / MANIFEST_NAME)
+    if options or FROM_HERE in manifest:
+        manifest.pop(FROM_HERE, None)
+        manifest["options"] |= options
+        found.texts[MANIFEST_NAME] = json.dumps(manifest, indent=1)
+
+
 def is_local(name: str) -> bool:
     """Whether a base model's name is a local path and not a Hub id."""
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
+    return is_path(name) or Path(name).is_dir()
 
 
 def _refuse_paths(found: Publication, local: list[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from weft.checkpoint.base_place import lasting_name
 from weft.checkpoint.xlora_layout import ORIGINAL_CONFIG, ORIGINAL_GATE, SHARED_OPTIONS, TRAINED_ADAPTERS
 from weft.formats.layout import common_problems, copy_expert, layers_where, save_tensors, write_json
 from weft.formats.mixture import MixtureFiles
@@ -32,7 +33,8 @@ def write_xlora(files: MixtureFiles, layers: list[str], part: Path, target: Path
     for adapter in files.adapters:
         copy_expert(adapter, part / (TRAINED_ADAPTERS if trained else "") / adapter.name)
     save_tensors(original_gate(files, stride=3), part / ORIGINAL_GATE)
-    write_json(part / ORIGINAL_CONFIG, original_config(files))
+    base = lasting_name(files.config.base_model_name_or_path) or ""
+    write_json(part / ORIGINAL_CONFIG, original_config(files) | {"base_model_id": base})
 
 
 def original_config(files: MixtureFiles) -> dict[str, Any]:

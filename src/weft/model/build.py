@@ -13,6 +13,7 @@ from torch import nn
 from weft.base_model.loading import base_model_of, load_placed_base, load_tokenizer, task_type_of
 from weft.base_model.state import Flags
 from weft.checkpoint.adapters import local_folder
+from weft.checkpoint.base_place import refuse_missing_base
 from weft.checkpoint.folder import open_mixture, saved_base
 from weft.checkpoint.xlora_layout import is_original
 from weft.config import XLoraConfig
@@ -150,12 +151,15 @@ def base_name(path: str, base: str | None) -> str:
     """The folder or Hub id of a mixture's base model: `base`, or else the one that the mixture names.
 
     Raises:
-        CheckpointError: there is no mixture at `path`, or it does not name its base model.
+        CheckpointError: there is no mixture at `path`, or it does not name its base model, or names a folder that does
+            not exist.
     """
     folder = local_folder(path, "model")
     name = base or saved_base(folder)
     if name is None:
         raise CheckpointError(f"{folder} does not name its base model: give it with --base")
+    if not base:
+        refuse_missing_base(folder, name)
     return name
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weft.checkpoint.adapter_keys import without_wrappers
+from weft.checkpoint.base_place import FROM_HERE, lasting_name, path_from
 from weft.checkpoint.folder import GATE_KEY, SavedMixture, expert_of_key, is_expert_key, write_options
 from weft.checkpoint.licenses import CARD, keep_own_card
 from weft.checkpoint.manifest import (
@@ -115,6 +116,9 @@ def complete_folder(config: XLoraConfig, folder: Path, **replaced: Any) -> None:
     assert config.expert_names is not None
     assert config.layer_names is not None
     manifest = manifest_of(folder, config.expert_names, config.layer_names)
+    base = path_from(folder, config.base_model_name_or_path)
+    if base is not None:
+        manifest[FROM_HERE] = base
     replace_file(folder / MANIFEST_NAME, lambda path: path.write_text(json.dumps(manifest, indent=1), encoding="utf-8"))
     replaced |= {
         "adapters": {name: f"{EXPERTS_FOLDER}/{name}" for name in config.expert_names},
@@ -222,9 +226,9 @@ def write_expert(model: Any, name: str, folder: Path) -> None:
     if card is not None:
         replace_file(folder / CARD, lambda path: path.write_text(card, encoding="utf-8"))
     expert: LoraConfig = model.lora_model.peft_config[name]
-    trainable = expert.inference_mode
-    expert.inference_mode = True
+    trainable, base = expert.inference_mode, expert.base_model_name_or_path
+    expert.inference_mode, expert.base_model_name_or_path = True, lasting_name(base)
     try:
         expert.save_pretrained(str(folder))
     finally:
-        expert.inference_mode = trainable
+        expert.inference_mode, expert.base_model_name_or_path = trainable, base

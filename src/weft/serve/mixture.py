@@ -63,11 +63,6 @@ class ServedMixture:
     factors: dict[str, tuple[Factors | None, ...]]
 
     @property
-    def base(self) -> str | None:
-        """The base model that the mixture names, or None."""
-        return self.options.get("base_model_name_or_path") or None
-
-    @property
     def scheme(self) -> str:
         """The passes of the mixture, as text."""
         return scheme_of(self.options)

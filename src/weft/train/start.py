@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from weft.checkpoint.base_place import refuse_missing_base
 from weft.config import XLoraConfig
 from weft.distributed import by_the_first, in_distributed_training, sharding_is_to_come
 from weft.errors import ConfigError, WeftError
@@ -50,6 +51,8 @@ def with_mixture_options(options: TrainOptions) -> TrainOptions:
         raise ConfigError("weft train cannot start:", problems)
     base = options.base or config.base_model_name_or_path
     return dataclasses.replace(options, base=base, adapters=dict(config.adapters or {}), **own)
+    if not options.base and base is not None and config.folder is not None:
+        refuse_missing_base(config.folder, base)
 
 
 def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
