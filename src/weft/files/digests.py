@@ -9,12 +9,33 @@ from typing import Any
 
 from weft.errors import first_line
 
+_WEIGHTS = {".safetensors", ".bin", ".gguf"}
+_SAMPLE = 2**22  # bytes at each end of a file
+
 
 def digest_of_file(file: Path) -> dict[str, Any]:
     """The record of a file: its size in bytes and a digest of its content."""
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     return {"bytes": file.stat().st_size, "digest": digest}
+
+
+def digest_of_weights(folder: Path) -> str | None:
+    """A digest of a model's or adapter's weights, as far as the beginnings and ends of its files tell them apart.
+
+    Returns:
+        It; None where the folder has no weights that are known as such.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_SAMPLE))
+            opened.seek(max(_SAMPLE, size - _SAMPLE))
+            digest.update(opened.read())
+    return digest.hexdigest() if files else None
 
 
 def digests(folder: Path, files: Iterable[str]) -> dict[str, dict[str, Any]]:

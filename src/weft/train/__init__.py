@@ -13,6 +13,7 @@ Knows no screen but a line of progress, and no command.
     finite_loss.py      a loss that is not finite: the last good weights, and what to say
     sharding.py         weights and the optimizer's state between shards and files
     checkpoints.py      which checkpoints are whole, and which are kept
+    run_record.py       what a run is trained with, and what a run that resumes has changed
     callbacks.py        the gate in a Trainer's log
     stopping.py         what ends a training early: Ctrl-C, a budget of tokens
     progress.py         what the screen shows

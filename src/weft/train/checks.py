@@ -17,6 +17,7 @@ from weft.files.writing import folder_problem, settle
 from weft.options import TrainOptions
 from weft.train.arguments import mixture_options
 from weft.train.checkpoints import BEGUN, Checkpoints, checkpoints_folder, describe, find_checkpoints
+from weft.train.run_record import refused_changes
 
 # What a run leaves in its output folder before there is a checkpoint.
 _OF_A_RUN = {"checkpoints", "scaling-cache"}
@@ -48,7 +49,7 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
     problems += _amount_problems(options)
     checkpoints = find_checkpoints(checkpoints_folder(options.output))
     problems += _output_problems(options, checkpoints)
-    problems += _resume_problems(options, list(adapters), checkpoints)
+    problems += _resume_problems(options, adapters, checkpoints)
     if problems:
         raise ConfigError("weft train cannot start:", problems)
     XLoraConfig(adapters=adapters, **mixture_options(options))
@@ -134,7 +135,7 @@ def _output_problems(options: TrainOptions, checkpoints: Checkpoints) -> list[st
     return [] if problem is None else [problem]
 
 
-def _resume_problems(options: TrainOptions, expert_names: list[str], checkpoints: Checkpoints) -> list[str]:
+def _resume_problems(options: TrainOptions, adapters: dict[str, str], checkpoints: Checkpoints) -> list[str]:
     """A run must neither continue another one nor mix its checkpoints with another's."""
     folder = checkpoints_folder(options.output)
     last, damaged = checkpoints.last, checkpoints.damaged
@@ -156,11 +157,12 @@ def _resume_problems(options: TrainOptions, expert_names: list[str], checkpoints
         only = ", only what was not completed and does not count" if checkpoints.incomplete else ""
         return [f"resume (True) found no checkpoint in {folder}{only}: leave it out to start anew"]
     saved = read_json(last / CONFIG_NAME)
-    given = XLoraConfig(adapters=dict.fromkeys(expert_names, "-"), **mixture_options(options))
+    given = XLoraConfig(adapters=dict.fromkeys(adapters, "-"), **mixture_options(options))
     names = mixture_options(options)
-    wanted: dict[str, Any] = {"expert_names": expert_names, **{name: getattr(given, name) for name in names}}
-    return [
+    wanted: dict[str, Any] = {"expert_names": list(adapters), **{name: getattr(given, name) for name in names}}
+    problems = [
         f"{name} ({value!r}) must be what the run to resume has ({saved.get(name)!r})"
         for name, value in wanted.items()
         if saved.get(name) != value
     ]
+    return problems + refused_changes(last, options, adapters)

@@ -31,8 +31,9 @@ from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resum
 from weft.train.checks import check
 from weft.train.packing_check import check_packing
 from weft.train.progress import ProgressLine
+from weft.train.run_record import run_record
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
-from weft.train.start import resume_from, start_gate, with_mixture_options
+from weft.train.start import check_steps_left, resume_from, say_resuming, start_gate, with_mixture_options
 from weft.train.stopping import StopOnInterrupt, TokenBudget
 from weft.train.trainer import WeftTrainer, trained_tokens
 
@@ -57,12 +58,15 @@ def train(options: TrainOptions) -> Path:
     tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
     rows = read_training_rows(options, list(adapters), tokenizer)
     held_out = read_eval_rows(options, list(adapters), tokenizer)
+    record = run_record(options, adapters)
+    if checkpoints.last is not None:
+        say_resuming(checkpoints.last, record, by_the_first(notice))
     model = _load_model(options, adapters)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress, GateCallback()]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
-    trainer = _trainer(options, model, tokenizer, rows, held_out, callbacks, checkpoints)
+    trainer = _trainer(options, model, tokenizer, rows, held_out, callbacks, checkpoints, record)
     folder = checkpoints_folder(options.output)
     together = False
     try:
@@ -146,6 +150,7 @@ def _trainer(
     held_out: _Rows | None,
     callbacks: list[TrainerCallback],
     checkpoints: Checkpoints,
+    record: dict[str, Any],
 ) -> WeftTrainer:
     """What trains the model on the rows, from its start or from the last checkpoint on."""
     packed = rows
@@ -154,6 +159,8 @@ def _trainer(
         packed = packed_rows(rows, options.sequence_length)
     folder = checkpoints_folder(options.output)
     tokens = sum(trained_tokens(row["labels"]) for row in rows)
+    if checkpoints.last is not None:
+        check_steps_left(options, len(packed), checkpoints.last)
     schedule_steps, most_steps = steps_to_train(options, len(packed), tokens)
     arguments = training_arguments(options, folder, schedule_steps, most_steps)
     if not options.resume:
@@ -168,6 +175,7 @@ def _trainer(
         arguments,
         tokenizer=tokenizer,
         schedule_steps=schedule_steps if options.max_tokens else None,
+        record=record,
         train_dataset=RowsAndABlank(packed),
         eval_dataset=held_out,
         data_collator=collator,

@@ -13,13 +13,14 @@ from transformers import Trainer, TrainerCallback
 
 from weft.checkpoint.base_place import refuse_missing_base
 from weft.config import XLoraConfig
-from weft.distributed import by_the_first, in_distributed_training, sharding_is_to_come
+from weft.distributed import by_the_first, in_distributed_training, number_of_processes, sharding_is_to_come
 from weft.errors import ConfigError, WeftError
 from weft.options import TrainOptions
 from weft.screen.visible import notice
 from weft.train.arguments import MIXTURE_OPTIONS
-from weft.train.checkpoints import Checkpoints, best_before, damage, is_incomplete
+from weft.train.checkpoints import Checkpoints, best_before, damage, is_incomplete, step_of
 from weft.train.gate_fit import fit_gate, fit_problems
+from weft.train.run_record import changes_since
 
 
 def with_mixture_options(options: TrainOptions) -> TrainOptions:
@@ -50,9 +51,9 @@ def with_mixture_options(options: TrainOptions) -> TrainOptions:
     if problems:
         raise ConfigError("weft train cannot start:", problems)
     base = options.base or config.base_model_name_or_path
-    return dataclasses.replace(options, base=base, adapters=dict(config.adapters or {}), **own)
     if not options.base and base is not None and config.folder is not None:
         refuse_missing_base(config.folder, base)
+    return dataclasses.replace(options, base=base, adapters=dict(config.adapters or {}), **own)
 
 
 def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
@@ -79,6 +80,34 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
             torch.distributed.broadcast(parameter.data, src=0)
     if not math.isnan(agreement):
         say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
+
+
+def say_resuming(checkpoint: Path, record: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Say from which step a training goes on, and what has changed since.
+
+    Args:
+        checkpoint: from which it goes on.
+        record: what it is trained with now, of `run_record`.
+        say: told that, a line at a time.
+    """
+    lines = changes_since(checkpoint, record)
+    say(f"resuming from step {step_of(checkpoint)}{', with changes:' if lines else ''}")
+    for line in lines:
+        say(f"  {line}")
+
+
+def check_steps_left(options: TrainOptions, num_rows: int, checkpoint: Path) -> None:
+    """Raise where `epochs` ends before the step of the checkpoint to resume from.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if options.max_steps or options.max_tokens:
+        return  # which are looked at earlier
+    per_step = options.batch_size * options.gradient_accumulation_steps * number_of_processes()
+    steps, done = math.ceil(options.epochs * math.ceil(num_rows / per_step)), step_of(checkpoint)
+    if steps < done:
+        raise ConfigError(f"epochs ({options.epochs}) are {steps} steps of this data, fewer than are done ({done})")
 
 
 def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:

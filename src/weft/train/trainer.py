@@ -36,6 +36,7 @@ from weft.train.checkpoints import (
     write_record,
 )
 from weft.train.finite_loss import FiniteWeights, gradient_norm, not_finite_error, texts_of
+from weft.train.run_record import write_run
 from weft.train.sharding import gathered_state, lay_out_as_parameters, load_gathered_state, load_weights
 
 
@@ -61,6 +62,7 @@ class WeftTrainer(Trainer):
         arguments: of the training.
         tokenizer: turns a batch into texts again, for messages.
         schedule_steps: over which the learning rate falls, where it is not the number of steps at most.
+        record: what the run is trained with, for its checkpoints (`weft.train.run_record`); None stores nothing.
         **options: of transformers' Trainer.
     """
 
@@ -76,16 +78,23 @@ class WeftTrainer(Trainer):
         *,
         tokenizer: Any,
         schedule_steps: int | None = None,
+        record: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, arguments, **options)
         self._tokenizer = tokenizer
         self._schedule_steps = schedule_steps
+        self._record = record
         self._finite_weights = FiniteWeights()
         self._passes = 0  # forward passes since the last step
         self.add_callback(_BeforeOptimizerStep(self._check_gradients))
 
     # ------------------------------------------------------------------ batches and steps
+
+    def get_train_dataloader(self) -> Any:
+        """The batches, of the present size: transformers before 5.2 resumes with the checkpoint's."""
+        self._train_batch_size = self.args.train_batch_size
+        return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # Blank rows are blank in a loss that counts the tokens of all rows, which not every model's does.
@@ -169,6 +178,9 @@ class WeftTrainer(Trainer):
             self._in_first_process(remove_checkpoint)  # one of this step that was passed over
             any_process(False, self.args.device)  # wait for it
             super()._save_checkpoint(*args, **kwargs)
+            if self._record is not None:
+                record = self._record
+                self._in_first_process(lambda newest: write_run(newest, record))
             self._in_first_process(write_record)  # it has come here after all have written
             best = self.state.best_model_checkpoint
             self._in_first_process(lambda newest: remove_old_checkpoints(newest, best))
@@ -261,11 +273,23 @@ class WeftTrainer(Trainer):
         if not self.is_fsdp_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             lay_out_as_parameters(self.optimizer)
+            self._follow_schedule(checkpoint)
             return
         load_gathered_state(
             self.optimizer, torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
         )
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        self._follow_schedule(checkpoint)
+
+    def _follow_schedule(self, checkpoint: str | None) -> None:
+        """Go on with the present schedule of the learning rate: the optimizer has loaded that of the checkpoint."""
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        peak, schedule = self.args.learning_rate, self.lr_scheduler
+        rates = [peak * share(schedule.last_epoch) for share in schedule.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+        schedule.load_state_dict({**schedule.state_dict(), "base_lrs": [peak] * len(rates), "_last_lr": rates})
 
     # ------------------------------------------------------------------ the model at the end
 
