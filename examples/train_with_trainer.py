@@ -48,9 +48,9 @@ def main(argv=None):
         label_names=["labels"],
         remove_unused_columns=False,  # keeps expert_labels
     )
-    callbacks = [weft.GateCallback(), EarlyStoppingCallback(early_stopping_patience=3)]
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    trainer = Trainer(model, arguments, collator, parts["train"], parts["test"], callbacks=callbacks)
+    trainer = Trainer(model, arguments, collator, parts["train"], parts["test"], callbacks=[EarlyStoppingCallback(3)])
+    weft.GateCallback.attach(trainer)
     trainer.train()
     model.save_pretrained(options.output)
     return trainer

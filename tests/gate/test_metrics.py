@@ -178,15 +178,14 @@ def trainer(model, folder, train=None, callbacks=(), evaluation=None, **options)
     return made
 
 
-@pytest.mark.parametrize("added_later", [False, True])
-def test_the_callback_reaches_the_history_and_tensorboard(llama_adapters, tmp_path, added_later):
+@pytest.mark.parametrize("given", [False, True])
+def test_attached_the_callback_reaches_the_history_and_tensorboard(llama_adapters, tmp_path, given):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     model, callback = mixture(llama_adapters, **ALL), weft.GateCallback()
     options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 2}
-    made = trainer(model, tmp_path, callbacks=[] if added_later else [callback], evaluation=rows(4), **options)
-    if added_later:
-        made.add_callback(callback)
+    made = trainer(model, tmp_path, callbacks=[callback] if given else [], evaluation=rows(4), **options)
+    weft.GateCallback.attach(made)
     quietly(made.train)
     history = made.state.log_history
     logs = {entry["step"]: entry for entry in history if "loss" in entry}
@@ -201,6 +200,25 @@ def test_the_callback_reaches_the_history_and_tensorboard(llama_adapters, tmp_pa
         written = {event.step: event.value for event in events.Scalars(f"train/{name}")}
         assert written == {step: pytest.approx(log[name], rel=1e-5) for step, log in logs.items()}
     assert not model.gate_metrics.enabled
+
+
+def test_given_to_a_trainer_the_callback_reaches_the_history_and_later_callbacks(llama_adapters, tmp_path):
+    class Seen(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append({name for name in logs if name.startswith("gate/")})
+
+    seen = []
+    made = trainer(mixture(llama_adapters, **ALL), tmp_path, callbacks=[Seen(), weft.GateCallback(), Seen()])
+    quietly(made.train)
+    logged = [{name for name in entry if name.startswith("gate/")} for entry in made.state.log_history]
+    assert seen[0] == set()  # as reporting tools, which a Trainer has before what it is given
+    assert "gate/entropy" in seen[1] == logged[0]
+    made = trainer(mixture(llama_adapters, **ALL), tmp_path, callbacks=[Seen(), weft.GateCallback()])
+    weft.GateCallback.attach(made)
+    assert sum(isinstance(callback, weft.GateCallback) for callback in made.callback_handler.callbacks) == 1
+    seen.clear()
+    quietly(made.train)
+    assert "gate/entropy" in seen[0]
 
 
 def test_the_callback_refuses_other_models(tmp_path):

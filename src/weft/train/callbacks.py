@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
 
 from weft.errors import ConfigError
 from weft.gate.metrics import GateMetrics
@@ -18,8 +16,9 @@ class GateCallback(TrainerCallback):
     """Adds to each line of the training log what the gate did since the last one.
 
     The keys are those of `GateMetrics.read`: each expert's share and top-1 share, the entropy before and after top-k,
-    and the gate's losses, without their weights. They reach `state.log_history` and the reporting tools (TensorBoard
-    calls them train/gate/...). A gate that collapses, and a loss that has no effect, is warned of. In distributed
+    and the gate's losses, without their weights. They are in `state.log_history` and on the screen. A Trainer calls
+    the tools of `report_to` before the callbacks that it is given: for metrics in these too (TensorBoard calls them
+    train/gate/...), call `attach`. A gate that collapses, and a loss that has no effect, is warned of. In distributed
     training the means are over all processes.
 
     Raises:
@@ -27,6 +26,7 @@ class GateCallback(TrainerCallback):
 
     Example:
         >>> trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[weft.GateCallback()])
+        >>> weft.GateCallback.attach(trainer)  # for TensorBoard and other tools
         >>> trainer.train()
         >>> trainer.state.log_history[0]["gate/entropy"]
     """
@@ -37,6 +37,16 @@ class GateCallback(TrainerCallback):
         self._config: Any = None
         self._warned: set[str] = set()
 
+    @classmethod
+    def attach(cls, trainer: Any) -> None:
+        """Let a Trainer call this callback before all others, so that they see the metrics in what it logs.
+
+        Args:
+            trainer: transformers' one, or one that is derived of it. A GateCallback that it has moves to the front.
+        """
+        callback = trainer.pop_callback(cls) or cls()
+        trainer.callback_handler.callbacks.insert(0, callback)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Begin to count."""
         mixture = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -46,7 +56,6 @@ class GateCallback(TrainerCallback):
                 f"GateCallback cannot follow the model ({type(mixture).__name__}): expected a mixture of weft's, from "
                 "weft.from_adapters or weft.from_pretrained"
             )
-        self._move_to_the_front()
         self._metrics, self._was_enabled, self._config = metrics, metrics.enabled, mixture.xlora_config
         metrics.clear()
         metrics.enabled = True
@@ -67,18 +76,6 @@ class GateCallback(TrainerCallback):
         if self._metrics is not None:
             self._metrics.clear()
             self._metrics.enabled = self._was_enabled
-
-    def _move_to_the_front(self) -> None:
-        # Reporting callbacks are called before a user's, in the order of the handler's list, and see what is in the log
-        # then. The Trainer shows callbacks neither itself nor its handler, but it is the handler that calls them.
-        frame = sys._getframe(1)
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler):
-                handler.callbacks.remove(self)
-                handler.callbacks.insert(0, self)
-                return
-            frame = frame.f_back  # type: ignore[assignment]
 
     def _warn_of_losses_without_effect(self, means: dict[str, float]) -> None:
         for name, weight in self._config.gate_loss_weights.items():

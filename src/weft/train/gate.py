@@ -63,7 +63,7 @@ def train(options: TrainOptions) -> Path:
         say_resuming(checkpoints.last, record, by_the_first(notice))
     model = _load_model(options, adapters)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
-    callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress, GateCallback()]
+    callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
     trainer = _trainer(options, model, tokenizer, rows, held_out, callbacks, checkpoints, record)
@@ -182,6 +182,7 @@ def _trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    GateCallback.attach(trainer)
     if options.resume:
         resume_from(trainer, checkpoints, by_the_first(notice))
     return trainer
