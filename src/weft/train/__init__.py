@@ -14,6 +14,7 @@ Knows no screen but a line of progress, and no command.
     sharding.py         weights and the optimizer's state between shards and files
     checkpoints.py      which checkpoints are whole, and which are kept
     callbacks.py        the gate in a Trainer's log
+    reports.py          the tools that the log goes to
     stopping.py         what ends a training early: Ctrl-C, a budget of tokens
     progress.py         what the screen shows
     scaling_cache.py    the scaling pass of all texts, computed once
