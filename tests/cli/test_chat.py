@@ -168,15 +168,68 @@ def say(monkeypatch):
 
 
 def test_lines_are_answered_until_the_input_ends_or_says_so(mixture, say, capsys):
-    say("hi", "", "/reset", "hi", "/exit", "more")
+    say("hi", "", "/reset", "hi", "/quit", "more")
     assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
     shown, errors = capsys.readouterr()
     first, second = shown[: len(shown) // 2], shown[len(shown) // 2 :]
     assert first == second != ""
     assert errors == ""
-    say("hi")
+    say("hi", "/exit", "more")  # as it was called before there were other commands
     assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_piped_prompts_and_answers_have_lines_of_their_own(mixture, say, capsys):
+    say("hi", "and?")
+    assert main(["--quiet", "chat", mixture, "--max-new-tokens", "6"]) == 0
+    answers = capsys.readouterr().out
+    say("hi", "and?")
+    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
+    first, second = capsys.readouterr().out.removeprefix("> hi\n").split("> and?\n")
+    assert first + second == answers
+    assert first.endswith("\n")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What reaches the model."""
+    texts = []
+    reply = Conversation.reply
+    monkeypatch.setattr(Conversation, "reply", lambda self, text: texts.append(text) or reply(self, text))
+    return texts
+
+
+def test_lines_that_begin_with_a_slash_are_commands_unless_it_is_asked_for(mixture, say, capsys, asked):
+    say("/help", " /etc is", "//reset", "// two", "/experts", "hi", "/experts", "hi")
+    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
+    assert asked == ["/etc is", "/reset", "/ two", "hi", "hi"]
+    shown = capsys.readouterr().out
+    assert shown.startswith("/help     show this\n/reset    forget the conversation\n")
+    assert "> /reset\n" in shown
+    assert shown.count("experts:") == 2  # the legend, and the shares below the one answer
+    assert shown.partition("> hi\n")[2].count("experts:") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/rset", "'/rset' is no command: did you mean /reset? (/help lists them; a space before it sends it as text)"),
+        ("/expert all", "'/expert all' is no command: did you mean /experts? ("),
+        ("/", "'/' is no command (/help lists them"),
+    ],
+)
+def test_a_command_that_is_none_ends_a_script_but_not_a_person(line, message, mixture, say, capsys, monkeypatch, asked):
+    say(line, "hi")
+    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 1
+    assert f"weft chat: error: {message}" in capsys.readouterr().err
+    assert asked == []
+    say(line, "hi")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "forgets the conversation)" not in errors
+    assert asked == ["hi"]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(mixture, say, capsys, monkeypatch):
@@ -215,7 +268,7 @@ def test_an_error_ends_a_script_but_not_a_person(mixture, say, capsys, monkeypat
     assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
     shown, errors = capsys.readouterr()
     assert "number of positions (1024): shorten it\n(/reset forgets the conversation)" in errors
-    assert "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer" in errors
+    assert "/help lists the commands, Ctrl-C stops an answer\n" in errors
     assert shown.count("> ") >= 4
 
 

@@ -1,6 +1,7 @@
 """What the terminal shows of a stream: the model's text as it is, in the experts' colours."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -11,9 +12,9 @@ from weft.generation.stream import Step
 ORANGE, BLUE, END = "\x1b[38;2;230;159;0m", "\x1b[38;2;86;180;233m", "\x1b[0m"
 
 
-def on_terminal(printer):
+def on_terminal(printer, width=80):
     printer.console = Console(
-        file=io.StringIO(), force_terminal=True, color_system="truecolor", width=10, soft_wrap=True
+        file=io.StringIO(), force_terminal=True, color_system="truecolor", width=width, soft_wrap=True
     )
     return printer
 
@@ -54,7 +55,7 @@ def test_without_show_experts_there_is_only_the_text():
 @pytest.mark.parametrize("terminal", [False, True])
 def test_text_is_neither_markup_nor_wrapped_nor_changed(terminal):
     text = "[bold]a[/bold] :smile: 3.14\t'x' \n  trailing  \n" + "long " * 10 + "\n\n"
-    printer = on_terminal(StepPrinter(["math"], show_experts=False))
+    printer = on_terminal(StepPrinter(["math"], show_experts=False), width=10)
     if not terminal:
         printer.console = Console(file=io.StringIO(), soft_wrap=True)
     printer.add(Step(1, text, {}))
@@ -68,6 +69,13 @@ def test_a_models_text_does_not_steer_the_terminal_but_is_piped_as_it_is():
     printer.console = Console(file=io.StringIO(), soft_wrap=True)
     printer.write("\x1b[2J\r")
     assert shown(printer) == "\x1b[2J\r"
+
+
+def test_a_legend_breaks_no_name():
+    printer = on_terminal(StepPrinter(["math", "code", "licences"], show_experts=True), width=20)
+    printer.legend()
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown(printer))
+    assert plain == "experts:  math  code\n  licences\n"
 
 
 def test_more_experts_than_colours_are_said_to_share_them():

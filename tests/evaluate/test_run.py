@@ -1,6 +1,7 @@
 """`weft eval` from the command line: opponents, the oracle, resuming, and the files it writes."""
 
 import csv
+import io
 import json
 import re
 
@@ -18,7 +19,9 @@ from weft.evaluate import evaluate, perplexity
 from weft.evaluate.cell_store import Cell, CellStore
 from weft.evaluate.contestants import SharedBase, adapters, arrow, mixture
 from weft.evaluate.merges import MERGES, Merge, merged
+from weft.evaluate.report import Measurement, Report, notes
 from weft.options import EvalOptions
+from weft.screen.console import VisibleConsole
 
 SENTENCES = ["the quick brown fox jumps", "over the lazy dog", "a mathematician proves it", "code that nobody reads"]
 
@@ -90,8 +93,52 @@ def test_every_row_is_what_it_says(table, mixture, data, base_adapters, capsys):
     assert found["tokens_per_second"]["weft"] > 0
     shown = capsys.readouterr().out
     assert f"{values['weft']['math']:.2f} ±" in shown
-    assert "math: better than weft: " in shown
+    assert re.search("^math: better than weft: .*; worse: ", shown, flags=re.M)
     assert "merge ties: weight 1 each, density 0.5" in shown
+
+
+def measured(value, low, high):
+    return Measurement(value, value, value, 8, 100.0, 1.0, None, (low, high))
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "accuracy"])
+def test_the_summary_names_what_is_better_what_is_worse_and_what_nobody_can_tell(metric):
+    sign = 1 if metric == "perplexity" else -1
+    above, below = sorted([sign * 0.5, sign * 1.0]), sorted([-sign * 0.5, -sign * 1.0])
+    cells = {
+        "base": measured(3.0, *above),
+        "only math": measured(1.0, *below),
+        "uniform mix": measured(2.0, -0.1, 0.1),
+        "only code": measured(4.0, *above),
+        "weft": Measurement(2.0, 2.0, 2.0, 8, 100.0, 1.0, None),
+        "weft top-1": measured(9.0, *above),
+        "oracle": measured(1.0, *below),
+    }
+    report = Report({"mixed": metric}, {row: {"mixed": cell} for row, cell in cells.items()})
+    assert notes(report) == [
+        "mixed: better than weft: only math; worse: base, only code; no difference that 8 examples could show: "
+        "uniform mix"
+    ]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What is printed on a terminal of 80 columns."""
+    screen = io.StringIO()
+    console = VisibleConsole(file=screen, force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(evaluation, "results_console", lambda: console)
+    return screen
+
+
+def test_on_a_terminal_no_cell_and_no_word_is_broken(table, data, terminal):
+    found = table("--rows", "base", "merges", "weft")
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, values in found["perplexity"].items():
+        for value in values.values():
+            assert re.search(rf"^│ {name} .* {value:.2f} ±\d+\.\d\d ", terminal.getvalue(), flags=re.M)
+    words = " ".join(" ".join(found["notes"]).split())
+    assert words in " ".join(terminal.getvalue().split())
 
 
 def test_experts_and_the_uniform_mix_are_as_they_were_trained_whatever_the_mixtures_weight(

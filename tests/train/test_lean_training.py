@@ -12,7 +12,7 @@ from weft.train.arguments import budget_in_steps
 from weft.train.progress import ProgressLine
 
 LINE = (
-    r"step \d+/\d+  loss \d+\.\d{4}  learning_rate [\d.e-]+  math \d+%  code \d+%  [\d,]+ tokens/s  \d+:\d\d:\d\d left"
+    r"step \d+/\d+  loss \d+\.\d{4}  learning_rate [\d.e-]+  [\d,]+ tokens/s  \d+:\d\d:\d\d left  math \d+%  code \d+%"
 )
 
 
@@ -150,6 +150,32 @@ def test_on_a_terminal_a_bar_moves_below_the_lines(monkeypatch):
     assert "step 2/8  loss 2.5000  balance 0.25  " in shown
     assert "━" in shown
     assert "trained to step 2: 50 tokens in 0:00:00" in shown
+
+
+@pytest.mark.parametrize(("width", "lines"), [(100, 2), (80, 2), (50, 4)])
+def test_a_log_line_breaks_between_its_parts_where_a_terminal_is_too_narrow(width, lines):
+    import io
+    import time
+
+    import rich.console
+    import transformers
+
+    screen = io.StringIO()
+    progress = ProgressLine()
+    progress.console = rich.console.Console(file=screen, force_terminal=True, width=width)
+    progress._start = progress._last = (time.monotonic() - 60, 0, 0.0)
+    shares = {"gate/share/python": 0.1, "gate/share/reference": 0.2, "gate/share/licences": 0.3, "gate/share/mine": 0.4}
+    logs = {"loss": 2.5, "learning_rate": 9.755e-05, "gate/entropy": 0.5, **shares}
+    state = transformers.TrainerState(max_steps=1000, global_step=100, num_input_tokens_seen=5)
+    progress.on_log(None, state, transformers.TrainerControl(), logs=logs)
+    shown = screen.getvalue().splitlines()
+    assert all(len(line) <= width for line in shown)
+    assert len(shown) == lines
+    assert shown[0].startswith("step 100/1000  loss 2.5000")
+    assert ("learning_rate 9.755e-05" in shown[0]) == (width == 100)
+    assert all(line.startswith("  ") for line in shown[1:])
+    rest = "  ".join(line.strip() for line in shown[1:])
+    assert rest.endswith("python 10%  reference 20%  licences 30%  mine 40%")
 
 
 @pytest.mark.parametrize(

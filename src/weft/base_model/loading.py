@@ -22,8 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from weft.checkpoint.base_place import is_path, refuse_missing_base
 from weft.config import XLoraConfig
+from weft.distributed import process_number
 from weft.errors import AdapterError, CheckpointError, ConfigError, WeftError, first_line
 from weft.files.tensors import preview
+from weft.screen.waiting import waiting
 
 _SHOWN = 5
 # Tasks whose models have a head that must be trained.
@@ -229,7 +231,10 @@ def load_base(name: str, dtype: str, quantization: str | None = None, *, trust_r
         )
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    with base_errors(name, "Expected the folder or Hub id of a causal language model"):
+    with (
+        waiting(f"loading {name}", hidden=process_number() > 0),
+        base_errors(name, "Expected the folder or Hub id of a causal language model"),
+    ):
         if quantization is not None:
             options["quantization_config"] = _quantization_config(name, options["dtype"], quantization, **trust)
         return load_whole(AutoModelForCausalLM, name, **options, **trust)

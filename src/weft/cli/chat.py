@@ -12,15 +12,26 @@ from transformers import Cache
 
 from weft.base_model.loading import loading_options
 from weft.base_model.versions import can_crop, is_recurrent
+from weft.cli.parser import did_you_mean
 from weft.cli.terminal import StepPrinter
 from weft.data.chat_template import conversation_tokens
 from weft.errors import ConfigError, WeftError, first_line
+from weft.files.reading import shown
 from weft.generation.sampling import check_decoding
 from weft.generation.stream import Step, end_tokens, stream
 from weft.model.build import load_mixture
 from weft.options import ChatOptions, decoding
 from weft.passes.cache import tokens_in
 from weft.screen.visible import notice, say
+
+_COMMANDS = {
+    "/help": "show this",
+    "/reset": "forget the conversation",
+    "/experts": "begin or stop to show each token's leading expert",
+    "/quit": "end the chat, as the end of the input does",
+}
+_HELP = "\n".join(f"{name:<10}{what}" for name, what in _COMMANDS.items())
+_HELP += "\n// or a space before a line that begins with / sends it as text"
 
 
 class Conversation:
@@ -127,36 +138,74 @@ class Conversation:
 
 
 def chat(options: ChatOptions) -> None:
-    """Answer the lines of the standard input, until it ends or says /exit.
+    """Answer the lines of the standard input, until it ends or says /quit.
 
     Raises:
-        WeftError: the model or the options cannot work.
+        WeftError: the model or the options cannot work, or a line that is not typed at a terminal cannot be answered.
     """
     check_decoding(**decoding(options))
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     conversation = Conversation(model, tokenizer, options)
-    printer = StepPrinter(model.xlora_config.expert_names, options.show_experts)
+    experts = model.xlora_config.expert_names
+    printer = StepPrinter(experts, show_experts := options.show_experts)
     interactive = sys.stdin.isatty()
     if interactive:
-        notice("/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer", file=sys.stderr)
+        _edit_lines()
+        notice("/help lists the commands, Ctrl-C stops an answer", file=sys.stderr)
     printer.legend()
-    while (text := _line("> " if interactive else "")) not in (None, "/exit"):
-        if text == "/reset":
+    while (line := _line("> " if interactive else "")) is not None:
+        command, text = _command_and_text(line)
+        if command in ("/quit", "/exit"):
+            break
+        if command == "/help":
+            say(_HELP)
+        elif command == "/reset":
             conversation.reset()
+        elif command == "/experts":
+            printer = StepPrinter(experts, show_experts := not show_experts)
+            printer.legend()
+        elif command:
+            _refuse(_unknown(command), interactive)
         elif text:
+            if not interactive:
+                notice(f"> {text}")  # as a terminal shows it
             try:
                 _answer(conversation, text, printer)
             except WeftError as err:
-                if not interactive:
-                    raise
-                say(f"{err}\n(/reset forgets the conversation)", file=sys.stderr)
+                _refuse(err, interactive, "\n(/reset forgets the conversation)")
+
+
+def _edit_lines() -> None:
+    """Arrow keys move in a line and through those before it, which are kept in memory alone."""
+    with suppress(ImportError):  # of Windows, whose terminal does this itself
+        import readline  # noqa: F401  from here on `input` reads with it
 
 
 def _line(prompt: str) -> str | None:
     try:
-        return input(prompt).strip()
+        return input(prompt)
     except EOFError:
         return None
+
+
+def _command_and_text(line: str) -> tuple[str, str]:
+    """What a line asks of the chat, or what it says to the model; the other is empty."""
+    text = line.strip()
+    if line.startswith("//"):
+        return "", text[1:]
+    return (text, "") if line.startswith("/") else ("", text)
+
+
+def _unknown(command: str) -> ConfigError:
+    near = did_you_mean(command.split(maxsplit=1)[0], _COMMANDS)
+    return ConfigError(f"{shown(command)} is no command{near} (/help lists them; a space before it sends it as text)")
+
+
+def _refuse(err: WeftError, interactive: bool, hint: str = "") -> None:
+    """End a script; tell a person."""
+    if not interactive:
+        raise err
+    say(f"{err}{hint}", file=sys.stderr)
 
 
 def _answer(conversation: Conversation, text: str, printer: StepPrinter) -> None:

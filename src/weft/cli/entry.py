@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from weft.cli.commands import COMMANDS
 from weft.cli.errors import UsageError, report, report_unforeseen, speaks
@@ -17,6 +17,7 @@ from weft.options.values import value_problems
 from weft.screen.libraries import libraries_hushed
 from weft.screen.loudness import NORMAL, QUIET, VERBOSE, loudness
 from weft.screen.visible import notice, say
+from weft.screen.waiting import waiting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,9 +77,12 @@ def _run(name: str, arguments: list[str]) -> int:
         problems = [*value_problems(options), *options.missing()]
         if problems:
             raise ConfigError("the options cannot work:", problems)
-        with libraries_hushed(f"weft {name}") if command.imports_libraries else nullcontext():
-            module, _, function = command.runner.partition(":")
-            run = getattr(importlib.import_module(module), function)
+        with ExitStack() as meanwhile:
+            with waiting("loading torch, transformers, peft", hidden=not command.imports_libraries or not speaks()):
+                if command.imports_libraries:
+                    meanwhile.enter_context(libraries_hushed(f"weft {name}"))
+                module, _, function = command.runner.partition(":")
+                run = getattr(importlib.import_module(module), function)
             run(options, *([given.handed_on] if command.hands_on else []))
     sys.stdout.flush()
     return 0

@@ -22,9 +22,9 @@ from weft.generation.sampling import check_decoding
 from weft.generation.stream import Step
 from weft.model.build import load_mixture
 from weft.options import InspectOptions
-from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown
 from weft.screen.palette import colour_of
+from weft.screen.tables import print_table, results_console
 from weft.screen.visible import say, shortened
 from weft.traces.figures import check_figure, write_figure
 from weft.traces.page import check_page, write_page
@@ -116,15 +116,15 @@ def _recorded(options: InspectOptions) -> Trace:
 
 
 def _print(shown: Trace, others: list[Trace]) -> None:
-    console = VisibleConsole()
+    console = results_console()
     if len(shown.texts) == 1:
         print_text(shown, Console(soft_wrap=True))
     console.print(summarise(shown), markup=False, highlight=False)
-    console.print(expert_table(shown))
+    print_table(expert_table(shown), console)
     if len(shown.by_name()) > 1:
-        console.print(data_table(shown))
+        print_table(data_table(shown), console)
     if others:
-        console.print(comparison_table([shown, *others]))
+        print_table(comparison_table([shown, *others]), console)
 
 
 def print_text(shown: Trace, console: Console) -> None:

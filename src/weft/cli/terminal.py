@@ -64,7 +64,12 @@ class StepPrinter:
 
     def _line(self, labels: dict[str, str]) -> None:
         self.write("experts:")
+        used = len("experts:")
         for name, label in labels.items():
+            used += 2 + len(label)
+            if used > self.console.width and self.console.is_terminal:
+                self.write("\n")  # before the terminal breaks a name
+                used = 2 + len(label)
             self.write("  ")
             self.write(label, self._styles[name])
         self.write("\n")

@@ -141,9 +141,11 @@ def _not_finite(report: Report, data: str) -> Iterable[str]:
 
 
 def _verdict(report: Report, data: str) -> Iterable[str]:
-    """The rows that are better than the mixture on a data set, beyond the uncertainty from the choice of examples."""
+    """The rows that are better and worse than the mixture on a data set, beyond the uncertainty from its examples."""
     lower = report.metrics[data] == "perplexity"
-    better, open_ = [], []
+    better: list[str] = []
+    worse: list[str] = []
+    open_: list[str] = []
     for row, cells in report.cells.items():
         difference = cells[data].minus_weft if data in cells else None
         if row == ORACLE or row.startswith(MIXTURE) or difference is None or not math.isfinite(sum(difference)):
@@ -151,13 +153,13 @@ def _verdict(report: Report, data: str) -> Iterable[str]:
         low, high = difference
         if low <= 0 <= high:
             open_.append(row)
-        elif (high < 0) == lower:
-            better.append(row)
+        else:
+            (better if (high < 0) == lower else worse).append(row)
     own = report.cells.get(MIXTURE, {}).get(data)
     if own is not None and not math.isfinite(own.value):
         yield f"{data}: nothing can be compared with {MIXTURE}, whose value is not finite"
     elif own is not None and len(report.cells) > 1:
-        said = f"better than {MIXTURE}: {', '.join(better) or 'none'}"
+        said = f"better than {MIXTURE}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
         if open_:
             said += f"; no difference that {own.examples} examples could show: {', '.join(open_)}"
         yield f"{data}: {said}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from weft.base_model.devices import execution_device
 from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
@@ -29,8 +28,8 @@ from weft.files.names import by_name
 from weft.files.writing import NotWrittenError
 from weft.model.build import base_name
 from weft.options import EvalOptions
-from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown
+from weft.screen.tables import print_table, results_console
 
 FORMAT = 2  # version of the cells; stored cells of other versions are ignored
 
@@ -75,10 +74,10 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     table = _Measuring(base, reader.tokenizer, config, options, cells, search)
     table.measure(_wanted(rows, data_sets, {row.name: row for row in everything} if with_oracle else None))
     report = _report(table, rows, data_sets, with_oracle, options)
-    console = VisibleConsole() if Console().is_terminal else VisibleConsole(width=200)
-    console.print(render(report))
+    console = results_console()
+    print_table(render(report), console)
     for line in notes(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False)
     for output in outputs:
         write(report, output)
     return report.values()

@@ -72,7 +72,8 @@ class GenerateOptions(MixtureOptions, SamplingOptions, DecodingOptions):
 class ChatOptions(MixtureOptions, SamplingOptions, DecodingOptions):
     """Chat with a trained mixture in the terminal; the base model must have a chat template.
 
-    The conversation is read from the standard input, line by line: /reset forgets it, /exit ends it.
+    The conversation is read from the standard input, line by line. Lines that begin with / are commands; /help lists
+    them.
 
     Args: Text
         system (TEXT): Message of the system role at the start of the conversation. Default: none.

@@ -83,7 +83,8 @@ class TrainOptions(LoadingOptions):
         save_steps: Steps between two checkpoints.
         logging_steps: Steps between two lines of the log.
         resume: Continue from the last checkpoint in the output folder.
-        report_to: Send the log to this tool too. Files of TensorBoard go into the folder of the checkpoints.
+        report_to (TOOL ...): Send the log to these tools too: tensorboard, wandb, mlflow, or others that the Trainer
+            knows. Files of TensorBoard go into the folder of the checkpoints.
 
     Args: Advanced
         bf16: Train in mixed precision with bfloat16.
@@ -131,7 +132,7 @@ class TrainOptions(LoadingOptions):
     eval_data: list[str] = field(default_factory=list)
     eval_steps: int = 0
     early_stopping: int = 0
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: list[str] | str = field(default_factory=lambda: ["none"])
     gradient_checkpointing: bool = False
     bf16: bool = False
     layerwise_scalings: bool = True

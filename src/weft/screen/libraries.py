@@ -55,7 +55,7 @@ def deprecations_of_peft_hidden() -> Iterator[None]:
 
 @contextmanager
 def libraries_hushed(speaker: str) -> Iterator[None]:
-    """Leave to a command's screen what weft says: no bars and no warnings of other libraries.
+    """Leave to a command's screen what weft says: no warnings of other libraries, and no bars but those of downloads.
 
     Args:
         speaker: the command, which weft's own warnings are said by, a line each.
@@ -70,11 +70,15 @@ def libraries_hushed(speaker: str) -> Iterator[None]:
     ) -> None:
         say(f"{speaker}: warning: {message}", file=file or sys.stderr)
 
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    downloads = not is_quiet() and not are_progress_bars_disabled()
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()  # of loading and saving weights; training has its own
+    if downloads:
+        enable_progress_bars()  # which transformers takes away with its own
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(accelerate|peft|torch|transformers)\b")

@@ -15,6 +15,7 @@ Knows no screen but a line of progress, and no command.
     checkpoints.py      which checkpoints are whole, and which are kept
     run_record.py       what a run is trained with, and what a run that resumes has changed
     callbacks.py        the gate in a Trainer's log
+    reports.py          the tools that the log goes to
     stopping.py         what ends a training early: Ctrl-C, a budget of tokens
     progress.py         what the screen shows
     scaling_cache.py    the scaling pass of all texts, computed once

@@ -17,6 +17,7 @@ from weft.files.writing import folder_problem, settle
 from weft.options import TrainOptions
 from weft.train.arguments import mixture_options
 from weft.train.checkpoints import BEGUN, Checkpoints, checkpoints_folder, describe, find_checkpoints
+from weft.train.reports import report_problems
 from weft.train.run_record import refused_changes
 
 # What a run leaves in its output folder before there is a checkpoint.
@@ -47,6 +48,7 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
     problems += _start_problems(options)
     problems += _evaluation_problems(options)
     problems += _amount_problems(options)
+    problems += report_problems(options.report_to)
     checkpoints = find_checkpoints(checkpoints_folder(options.output))
     problems += _output_problems(options, checkpoints)
     problems += _resume_problems(options, adapters, checkpoints)

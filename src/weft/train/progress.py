@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ _GATE, _SHARE = "gate/", "gate/share/"
 # Entries of a log line that say nothing new, or that the line says in words.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
+# Left out on terminals with fewer columns: it follows a known schedule.
+_LEARNING_RATE, _LEAST_COLUMNS = "learning_rate", 100
 
 
 class ProgressLine(TrainerCallback):
@@ -28,7 +31,7 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, max_tokens: int = 0) -> None:
         self.max_tokens = max_tokens
-        self.console = Console(soft_wrap=True)
+        self.console = Console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._losses: list[float] = []
@@ -55,21 +58,24 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         parts = [f"step {state.global_step}/{state.max_steps}"]
+        shares = []
         now = self._now(state)
         if "loss" in logs:
             self._losses.append(float(logs["loss"]))
             parts.append(f"loss {self._losses[-1]:.4f}")
         for name, value in logs.items():
             if name.startswith(_SHARE):
-                parts.append(f"{name.removeprefix(_SHARE)} {value:.0%}")
+                shares.append(f"{name.removeprefix(_SHARE)} {value:.0%}")
             elif name.startswith(_GATE) and not name.endswith("_loss"):
                 continue  # there for the reports
+            elif name == _LEARNING_RATE and self._width < _LEAST_COLUMNS:
+                continue
             elif name not in _LEFT_OUT and not name.endswith(_LEFT_OUT_ENDS):
                 parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         if "loss" in logs:
-            parts += [f"{_rate(self._last, now):,.0f} tokens/s", self._left(now)]
+            parts += [f"{_rate(self._last, now):,.0f} tokens/s", *filter(None, [self._left(now)])]
             self._last = now
-        self._print("  ".join(parts))
+        self._print(_in_lines(parts, shares, self._width))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sum up."""
@@ -88,9 +94,13 @@ class ProgressLine(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
+    @property
+    def _width(self) -> int:
+        return self.console.width if self.console.is_terminal else sys.maxsize
+
     def _print(self, line: str) -> None:
         if not is_quiet():
-            self.console.print(line, markup=False, highlight=False)
+            self.console.print(line, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
     def _share(self, state: Any) -> float:
         """How much of the training is done, 0 to 1."""
@@ -103,6 +113,19 @@ class ProgressLine(TrainerCallback):
     def _left(self, now: tuple[float, int, float]) -> str:
         done = now[2] - self._start[2]
         return f"{clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 else ""
+
+
+def _in_lines(parts: list[str], shares: list[str], width: int) -> str:
+    """One line, or where it is too long for the screen the shares below, and no part of it broken."""
+    lines = [parts[0]]
+    fits = len("  ".join([*parts, *shares])) <= width
+    for number, part in enumerate([*parts[1:], *shares], start=1):
+        longer = f"{lines[-1]}  {part}"
+        if len(longer) > width or (number == len(parts) and not fits):
+            lines.append(f"  {part}")
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def _rate(start: tuple[float, int, float], end: tuple[float, int, float]) -> float:
