@@ -218,6 +218,16 @@ def test_folder_without_data_is_named(tmp_path, tokenizer):
     )
 
 
+def test_folder_of_several_kinds_is_named(tmp_path, tokenizer):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "more.csv").write_text("text\ntwo\n")
+    assert error_of(str(tmp_path), tokenizer) == (
+        f"data ({tmp_path}) is a folder with .csv and .jsonl files, of which one kind would be read: give the files"
+    )
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: more.csv\n---\n")
+    assert read_texts(str(tmp_path), tokenizer) == ["two"]
+
+
 def test_folder_of_broken_files_is_named_with_the_reason(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "on')
     message = error_of(str(tmp_path), tokenizer)

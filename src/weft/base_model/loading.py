@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from weft.config import XLoraConfig
 from weft.errors import AdapterError, CheckpointError, ConfigError, WeftError, first_line
-from weft.files.tensors import preview
+from weft.files.reading import read_json, shown
+from weft.files.tensors import CONFIG_NAME, preview
 
 _SHOWN = 5
 # Tasks whose models have a head that must be trained.
@@ -41,8 +43,9 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
         otherwise: what to do, for the message, if the cause is not a known one.
 
     Raises:
-        CheckpointError: an error of another library was raised in the block.
+        CheckpointError: an error of another library was raised in the block, or the folder is no base model's.
     """
+    _refuse_adapters(name)
     try:
         yield
     except WeftError:
@@ -54,6 +57,20 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
                 "--trust-remote-code (in Python trust_remote_code=True)"
             ) from err
         raise CheckpointError(f"base ({name}) cannot be loaded: {first_line(err).rstrip('.')}. {otherwise}") from err
+
+
+def _refuse_adapters(name: Any) -> None:
+    """Raise where the folder of an adapter or a mixture stands for a base model's: transformers would load its base."""
+    folder = Path(os.path.expanduser(name)) if isinstance(name, str | os.PathLike) else None
+    if folder is None or os.path.lexists(folder / "config.json") or not os.path.isfile(folder / CONFIG_NAME):
+        return
+    config = read_json(folder / CONFIG_NAME)
+    what = "a mixture" if config.get("peft_type") == "XLORA" else "an adapter"
+    made_for = config.get("base_model_name_or_path")
+    raise CheckpointError(
+        f"base ({name}) is {what}, not a base model: give the one that it is made for"
+        + (f" ({shown(made_for)})" if made_for else "")
+    )
 
 
 def load_whole(

@@ -314,10 +314,26 @@ def _plain_text(path: Path) -> str:
     return read_text(path, error=DataError, most=None, encoding=_ENCODING)
 
 
+def _refuse_kinds(folder: Path) -> None:
+    """Raise where a folder has tables of several kinds, of which `datasets` would read one and leave the others out.
+
+    Raises:
+        DataError: it has, and no README.md, which may say what is the data set.
+    """
+    kinds = {ending for ending in (".jsonl", ".parquet", *_TABLES) if next(folder.rglob(f"*{ending}"), None)}
+    if len(kinds) > 1 and not os.path.lexists(folder / "README.md"):
+        raise DataError(
+            f"data ({folder}) is a folder with {' and '.join(sorted(kinds))} files, of which one kind would be read: "
+            "give the files"
+        )
+
+
 def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
+    if os.path.isdir(source):
+        _refuse_kinds(Path(source))
     try:
         rows = datasets.load_dataset(kind, split="train", **options)
     except Exception as err:  # the library raises many kinds, its own and those of its readers
