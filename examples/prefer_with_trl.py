@@ -30,6 +30,7 @@ def main(argv=None):
         max_length=512,
         logging_steps=10,
         bf16=torch.cuda.is_available(),  # TRL asks for it unless told otherwise
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
     )
     # The reference is a copy of the mixture as it is now, which the trainer adds as its adapter "ref".

@@ -5,6 +5,7 @@ python examples/train_with_trainer.py --base my-model --adapters code=adapters/c
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -20,10 +21,8 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--eval-steps", type=int, default=50)
     options = parser.parse_args(argv)
-
     adapters = dict(value.split("=") for value in options.adapters)
-    losses = {"balance_loss_weight": 0.01, "expert_label_loss_weight": 0.1}
-    model = weft.from_adapters(options.base, adapters, **losses)
+    model = weft.from_adapters(options.base, adapters, balance_loss_weight=0.01, expert_label_loss_weight=0.1)
     tokenizer, experts = AutoTokenizer.from_pretrained(options.base), list(adapters)
 
     def prepare(row):
@@ -46,6 +45,7 @@ def main(argv=None):
         logging_steps=10,
         report_to="tensorboard",
         label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # keeps expert_labels
     )
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)

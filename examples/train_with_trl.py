@@ -31,8 +31,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args(argv)
     adapters = dict(value.split("=", 1) for value in options.adapters)
-    losses = {"balance_loss_weight": 0.01, "expert_label_loss_weight": 0.1}
-    model = weft.from_adapters(options.base, adapters, **losses)
+    model = weft.from_adapters(options.base, adapters, balance_loss_weight=0.01, expert_label_loss_weight=0.1)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     experts = list(adapters)
     rows = load_dataset("json", data_files=options.data, split="train")
@@ -46,6 +45,7 @@ def main(argv=None):
         max_length=512,
         logging_steps=10,
         bf16=torch.cuda.is_available(),  # TRL asks for it unless told otherwise
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         remove_unused_columns=False,  # keeps expert_labels
     )

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from weft.screen.libraries import import_warnings_hidden
+
 
 def lazily(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make a package's `__getattr__` and `__dir__` (PEP 562).
@@ -20,10 +22,10 @@ def lazily(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], C
 
     def find(name: str) -> Any:
         if name in homes:
-            return getattr(importlib.import_module(homes[name]), name)
+            return getattr(_imported(homes[name]), name)
         module = f"{package}.{name}"
         try:
-            return importlib.import_module(module)
+            return _imported(module)
         except ModuleNotFoundError as err:
             if err.name != module:
                 raise
@@ -33,3 +35,8 @@ def lazily(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], C
         return sorted({*vars(importlib.import_module(package)), *homes})
 
     return find, names
+
+
+def _imported(module: str) -> Any:
+    with import_warnings_hidden():
+        return importlib.import_module(module)

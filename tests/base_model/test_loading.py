@@ -110,3 +110,20 @@ def test_commands_say_so_in_a_line(command, mixture, base, tmp_path, capsys, mon
     error = capsys.readouterr().err
     assert error.startswith(f"weft {command.split()[0]}: error: base ({base}) cannot be loaded: ")
     assert "Traceback" not in error
+
+
+def test_an_adapter_or_a_mixture_in_the_place_of_a_base_is_named(base_folder, base_adapters, mixture, capsys):
+    made_for = rf"not a base model: give the one that it is made for \('{base_folder}'\)"
+    adapter = base_adapters["math"]
+    for load in (
+        lambda name: load_base(name, "auto"),
+        load_tokenizer,
+        lambda name: weft.from_adapters(name, base_adapters),
+        lambda name: weft.from_pretrained(mixture, name),
+    ):
+        with pytest.raises(CheckpointError, match=rf"base \({adapter}\) is an adapter, {made_for}"):
+            load(adapter)
+        with pytest.raises(CheckpointError, match=rf"base \({mixture}\) is a mixture, {made_for}"):
+            load(mixture)
+    assert main(["generate", mixture, "--base", adapter, "--prompt", "x"]) == 1
+    assert f"weft generate: error: base ({adapter}) is an adapter, not a base model" in capsys.readouterr().err

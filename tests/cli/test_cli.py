@@ -190,9 +190,46 @@ def test_a_used_output_folder_is_not_mixed_with_another_run(arguments, tmp_path,
     assert "xlora_depth (2) must be what the run to resume has (1)" in capsys.readouterr().err
 
 
-def test_an_adapter_in_the_place_of_a_mixture_is_named(base_adapters, data, capsys):
-    assert main(["eval", base_adapters["math"], "--data", str(data)]) == 1
-    assert "is of type LORA, expected XLORA: a trained mixture" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval MODEL --data {data}",
+        "eval MODEL --base {base} --data {data}",
+        "generate MODEL --prompt x",
+        "generate MODEL --base {base} --prompt x",
+        "inspect MODEL --text x",
+        "chat MODEL",
+        "serve MODEL --engine embedded --port 0",
+        "fold MODEL --weights math=1 --output {out}",
+        "convert MODEL --to peft --output {out}",
+        "card MODEL",
+        "push MODEL me/mixture --dry-run",
+        "add-expert MODEL code={adapter} --output {out}",
+        "drop-expert MODEL math --output {out}",
+        "train --start-from MODEL --data {data} --output {out}",
+    ],
+)
+def test_a_base_model_or_an_adapter_in_the_place_of_a_mixture_is_named(
+    line, base_folder, base_adapters, data, capsys, tmp_path
+):
+    adapter, out = base_adapters["math"], tmp_path / "out"
+    for folder, message in (
+        (
+            base_folder,
+            f"{base_folder} is a base model, not a mixture: weft train --base {base_folder} --adapters NAME=",
+        ),
+        (adapter, f"{adapter} is one adapter, not a mixture: weft train --base MODEL --adapters NAME={adapter} NAME="),
+    ):
+        words = line.replace("MODEL", str(folder))
+        assert main(words.format(data=data, base=base_folder, adapter=adapter, out=out).split()) == 1
+        assert f"weft {line.split()[0]}: error: {message}" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_a_base_model_is_not_compared(mixture, base_folder, data, capsys):
+    assert main(["eval", mixture, "--data", str(data), "--compare", f"x={base_folder}"]) == 1
+    message = f"compare (x={base_folder}) is a base model, expected a mixture or an adapter of this one"
+    assert message in capsys.readouterr().err
 
 
 def test_missing_options_are_all_named(capsys):

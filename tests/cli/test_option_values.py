@@ -41,6 +41,37 @@ def test_other_options_are_left_alone():
     assert value_problems(GenerateOptions("m", prompt="a 👍🏽 \0", top_p=None)) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "right"),
+    [
+        ("train --data code=a.jsonl,law=b.jsonl", "data (code=a.jsonl,law=b.jsonl) … --data code=a.jsonl law=b.jsonl"),
+        ("train --adapters code=a, law=b", "adapters (code=a, law=b) … --adapters code=a law=b"),
+        ("train --adapters code=a,law=b=c poems=d", "… --adapters code=a law=b=c poems=d"),
+        ("train --experts-from code=a,law=b", "experts_from (code=a,law=b) … --experts-from code=a law=b"),
+        ("train --eval-data a.jsonl,{here}", "eval_data (a.jsonl,{here}) … --eval-data a.jsonl {here}"),
+        ("train --expert-targets q_proj,v_proj", "expert_targets (q_proj,v_proj) … --expert-targets q_proj v_proj"),
+        ("eval m --rows base,weft", "rows (base,weft) … --rows base weft"),
+        ("eval m --compare x=a,y=b", "compare (x=a,y=b) … --compare x=a y=b"),
+        ("fold m --weights code=0.5,law=0.5", "weights (code=0.5,law=0.5) … --weights code=0.5 law=0.5"),
+        ("convert m --rename a=0,b=1", "rename (a=0,b=1) … --rename a=0 b=1"),
+    ],
+)
+def test_items_that_commas_join_are_shown_as_they_are_written(line, right, capsys, tmp_path):
+    here = tmp_path / "here.jsonl"
+    here.touch()
+    assert main(line.format(here=here).split()) == 1
+    right = right.format(here=here).replace("…", "has commas between its items, expected spaces:")
+    assert right in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a,b.jsonl", "code=a,b.jsonl", "a, b"])
+def test_a_comma_may_be_of_a_files_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert value_problems(TrainOptions(data=["nowhere,nothing.jsonl", "user/a,b"])) == []
+    (tmp_path / name.removeprefix("code=")).touch()
+    assert value_problems(TrainOptions(data=[name])) == []
+
+
 def test_the_command_line_says_so(capsys):
     assert main(["train", f"--max-steps={10**30}", "--seed=-3"]) == 1
     error = capsys.readouterr().err

@@ -59,6 +59,25 @@ def test_each_line_with_text_is_a_text(suffix, write, tokenizer):
     assert read_texts(source, tokenizer) == ["one", "two\nlines"]
 
 
+def test_endings_may_be_in_capitals(write, tokenizer):
+    assert read_texts(write("a.JSONL", [{"text": "one"}, {"text": "two"}]), tokenizer) == ["one", "two"]
+    assert read_texts(write("a.CSV", "text\none\ntwo\n"), tokenizer) == ["one", "two"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_may_be_one_list(indent, write, tokenizer):
+    rows = [{"text": "one"}, {"text": "two\nlines"}]
+    source = write("a.json", json.dumps(rows, indent=indent))
+    assert read_texts(source, tokenizer) == ["one", "two\nlines"]
+    source = write("b.json", json.dumps([*rows, 3]))
+    assert f"{source}, item 2: found a int, expected an object with" in error_of(source, tokenizer)
+    source = write("c.json", json.dumps(rows, indent=indent)[:-1])
+    assert re.fullmatch(
+        rf"{re.escape(source)}: no valid JSON \(.*\); expected one object per line, or a list of them",
+        error_of(source, tokenizer),
+    )
+
+
 def test_messages_become_a_text_by_the_chat_template(write, tokenizer):
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert "Hello" in expected
@@ -176,10 +195,12 @@ def test_broken_parquet_file_is_named_with_the_reason(write, tokenizer):
     )
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "missing.txt", "user/missing.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "missing.parquet", "missing.txt", "user/missing.jsonl", "missing.csv", "missing.tsv"]
+)
 def test_missing_file_is_named(name, tokenizer):
     assert error_of(name, tokenizer) == (
-        f"data ({name}) is not a file: give .jsonl, .parquet or text files, or a data set's name"
+        f"data ({name}) is not a file: give .jsonl, .csv, .tsv, .parquet or text files, or a data set's name"
     )
 
 
@@ -190,7 +211,62 @@ def test_folder_is_read_as_a_data_set(tmp_path, tokenizer):
 
 
 def test_folder_without_data_is_named(tmp_path, tokenizer):
-    assert f"data ({tmp_path}) cannot be read as a data set" in error_of(str(tmp_path), tokenizer)
+    assert re.fullmatch(
+        rf"data \({tmp_path}\) is a folder in which no data set can be read \(.+\): give its files \(.jsonl, .csv, "
+        r".tsv, .parquet or text files\), or a folder with nothing but files of one of these kinds",
+        error_of(str(tmp_path), tokenizer),
+    )
+
+
+def test_folder_of_several_kinds_is_named(tmp_path, tokenizer):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "more.csv").write_text("text\ntwo\n")
+    assert error_of(str(tmp_path), tokenizer) == (
+        f"data ({tmp_path}) is a folder with .csv and .jsonl files, of which one kind would be read: give the files"
+    )
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: more.csv\n---\n")
+    assert read_texts(str(tmp_path), tokenizer) == ["two"]
+
+
+def test_folder_of_broken_files_is_named_with_the_reason(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "on')
+    message = error_of(str(tmp_path), tokenizer)
+    assert f"data ({tmp_path}) is a folder in which no data set can be read (" in message
+    assert "An error occurred" not in message
+
+
+@pytest.mark.parametrize(
+    ("ending", "what"),
+    [
+        *[(ending, "is compressed: unpack it first") for ending in ("jsonl.gz", "GZ", "bz2", "xz", "zst", "zip")],
+        *[(ending, "is compressed: unpack it first") for ending in ("tar", "tgz", "7z")],
+        *[(ending, "is a spreadsheet: save it as .csv") for ending in ("xlsx", "xls", "ods")],
+        *[(ending, "has formatted text: save it as .txt") for ending in ("pdf", "doc", "docx", "odt", "rtf", "epub")],
+        *[(ending, "is not read: save it as .parquet") for ending in ("arrow", "feather", "orc", "avro", "db")],
+        ("sqlite", "is not read: save it as .parquet"),
+    ],
+)
+def test_files_of_other_kinds_are_refused_by_their_ending(ending, what, write, tokenizer):
+    source = write(f"a.{ending}", "plain enough")
+    expected = "(expected .jsonl, .csv, .tsv, .parquet or text files)"
+    assert error_of(source, tokenizer) == f"data ({source}) {what} {expected}"
+    assert f"data (missing.{ending}) is not a file" in error_of(f"missing.{ending}", tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.unknown"])
+def test_what_is_no_text_is_not_read_as_one(name, write, tokenizer):
+    source = write(name, "one".encode("utf-16-le"))
+    assert f"data ({source}) is no text, as it holds null characters: expected .jsonl," in error_of(source, tokenizer)
+    for row in ({"text": "one"}, {"messages": CHAT}):
+        source = write(name, [row, row])
+        assert error_of(source, tokenizer) == (
+            f"data ({source}) holds an object per line, and would be read as one text: name it .jsonl"
+        )
+
+
+@pytest.mark.parametrize("text", ["{ a block }\n", "{", '{"a": 1}\n', "text, messages\n"])
+def test_a_text_may_begin_like_an_object(text, write, tokenizer):
+    assert read_texts(write("a.txt", text), tokenizer) == [text]
 
 
 @pytest.mark.parametrize("name", ["user/missing", "teknium/OpenHermes-2.5"])

@@ -13,7 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 import weft
 from models import tiny_llama
 from weft.cli import main
-from weft.screen.libraries import libraries_hushed
+from weft.screen.libraries import import_warnings_hidden, libraries_hushed
 from weft.screen.loudness import NORMAL, QUIET, VERBOSE, is_quiet, is_verbose, loudness
 from weft.screen.visible import notice
 
@@ -118,6 +118,66 @@ def test_the_screen_has_only_what_weft_says(command, tmp_path):
     ran = subprocess.run([sys.executable, "-m", "weft", *command], capture_output=True, text=True, check=True)
     assert re.sub(r"loading .* \.\.\.\n", "", ran.stderr) == ""  # weft says so on a busy machine
     assert "saved to" in ran.stdout
+
+
+SCRIPT = """
+import sys, warnings
+import weft
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+from weft.options import TrainOptions
+from weft.train import train_experts, train
+
+logging.disable_progress_bar()  # of loading and saving
+base, data, out, *adapters = sys.argv[1:]
+adapters = dict(adapter.split("=") for adapter in adapters)
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = weft.from_adapters(AutoModelForCausalLM.from_pretrained(base), adapters)
+weft.fit_gate(model, ["the quick brown fox", "jumps over the lazy dog"], tokenizer=tokenizer)
+model.save_pretrained(out + "/saved")
+model = weft.from_pretrained(out + "/saved")
+weft.generate(model, "the quick", tokenizer=tokenizer, max_new_tokens=2)
+weft.trace(model, "the quick", tokenizer=tokenizer)
+weft.mean_scalings(model, ["the quick"], tokenizer=tokenizer)
+common = {"base": base, "max_steps": 1, "expert_steps": 1}
+train(TrainOptions(adapters=adapters, data=[data], eval_data=[data], output=out + "/trained", **common))
+train_experts(TrainOptions(experts_from=["a=" + data], output=out + "/experts", **common))
+
+print("its own:", file=sys.stderr)
+from peft import LoraConfig, get_peft_model
+next(iter(torch.utils.data.DataLoader([1], pin_memory=True)))
+get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+warnings.warn("an older name", DeprecationWarning)
+"""
+
+
+def test_filters_that_a_module_sets_while_it_is_imported_stay():
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with import_warnings_hidden():
+            with import_warnings_hidden():
+                warnings.warn("of an older name", DeprecationWarning, stacklevel=1)
+            warnings.warn("of an escape", SyntaxWarning, stacklevel=1)
+            warnings.warn("of a number", UserWarning, stacklevel=1)
+            warnings.filterwarnings("ignore", "what a module hides")
+        warnings.warn("what a module hides", stacklevel=1)
+        warnings.warn("of an older name again", DeprecationWarning, stacklevel=1)
+    assert [str(each.message) for each in seen] == ["of a number", "of an older name again"]
+    assert list(warnings.filters) == before
+
+
+def test_a_script_hears_of_its_own_code_and_nothing_of_wefts(base_folder, base_adapters, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"text": "the quick brown fox"}\n' * 4)
+    adapters = [f"{name}={path}" for name, path in base_adapters.items()]
+    command = [sys.executable, "-W", "default", "-c", SCRIPT, str(base_folder), str(data), str(tmp_path), *adapters]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    of_weft, its_own = ran.stderr.split("its own:\n")
+    assert (ran.returncode, of_weft) == (0, "")
+    for said in ("'pin_memory' argument is set as true", "`is_gradient_checkpointing` is deprecated", "an older name"):
+        assert said in its_own
 
 
 def test_importing_peft_after_weft_says_nothing():

@@ -14,7 +14,9 @@ import pytest
 
 from embedded_server import BATCHES, make_mixture
 from weft.cli import main
+from weft.errors import ConfigError
 from weft.options import ServeOptions
+from weft.serve.command import _refuse_misspelt
 from weft.serve.embedded import server
 
 
@@ -76,6 +78,8 @@ def test_what_is_refused_before_anything_is_loaded(folder, capsys, monkeypatch):
         "weft serve has no --max-model-len, --enforce-eager with --engine embedded: leave it out (weft serve --help)"
         in said("--max-model-len", "64", "--enforce-eager")
     )
+    for flag, own in (("--prot", "--port"), ("--api_kye", "--api-key"), ("--hosts", "--host")):
+        assert f"weft serve: error: {flag} is no option: did you mean {own}?" in said(f"{flag}=1")
     assert "api_key ('') must not be empty: leave it out to ask for none" in said("--api-key", "")
     assert "port (70000) must be from 0 to 65535, where 0 takes a free one" in said("--port", "70000")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -92,6 +96,13 @@ def test_what_is_refused_before_anything_is_loaded(folder, capsys, monkeypatch):
         'weft serve with --engine embedded needs uvicorn, which is not installed here: pip install "weft[serve]"'
         in said()
     )
+
+
+def test_what_vllm_knows_is_handed_on_however_near_it_is():
+    _refuse_misspelt(["--prot", "1", "--hosts=2"], {"--prot", "--hosts"}.__contains__)
+    _refuse_misspelt(["--seed", "1", "--dtype", "float32", "--max-model-len=64", "-tp", "--model-impl", "x"])
+    with pytest.raises(ConfigError, match=r"--hosts is no option: did you mean --host\?"):
+        _refuse_misspelt(["--prot", "1", "--hosts=2"], {"--prot"}.__contains__)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification
@@ -232,6 +233,59 @@ def test_wrong_labels_are_named(labels, message, llama_adapters):
         weft.fit_gate(model, [{"input_ids": [1, 2, 3], "expert_labels": labels}], "labels")
 
 
+@pytest.fixture
+def for_texts(llama_adapters):
+    """Makes a mixture for texts of the tiny tokenizer."""
+
+    def make(**options):
+        base = tiny_llama(vocab_size=len(tiny_tokenizer()), **options)
+        torch.manual_seed(0)
+        return weft.from_adapters(base, llama_adapters, layerwise_scalings=True)
+
+    return make
+
+
+def gate(model):
+    return model.internal_xlora_classifier.state_dict()
+
+
+def test_texts_are_fitted_as_their_tokens_are(for_texts):
+    tokenizer, texts = tiny_tokenizer(), ["def f(x):", "the contract", "says", "x = 3", "hereby"]
+    given = {
+        "texts": texts,
+        "rows": [{"text": text} for text in texts],
+        "input_ids": [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]],
+        "ids": tokenizer(texts)["input_ids"],
+        "data set": datasets.Dataset.from_dict({"text": texts}),
+    }
+    found = {}
+    for name, examples in given.items():
+        model = for_texts()
+        weft.fit_gate(model, examples, tokenizer=tokenizer)
+        found[name] = gate(model)
+    assert all(torch.equal(values[key], found["ids"][key]) for values in found.values() for key in values)
+
+
+def test_texts_have_their_labels_by_name(for_texts):
+    tokenizer, said = tiny_tokenizer(), []
+    texts = [{"text": "abab" * 3, "expert": "math"}, {"text": "xyxy" * 3, "expert": "adapter_3"}] * 12
+    texts += [{"text": "nobody's"}, {"text": "abyxyx", "experts": [[0, "math"], [2, "adapter_3"]]}]
+    assert weft.fit_gate(for_texts(), texts, "labels", tokenizer=tokenizer, announce=said.append) > 0.9
+    assert said == ["fitting the gate to the labels of 294 tokens of 25 sequences"]
+    with pytest.raises(DataError, match=r"example 0: the label 'law' must be one of the experts \['math', 'code', "):
+        weft.fit_gate(for_texts(), [{"text": "ab", "expert": "law"}], "labels", tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"none of the examples has one \(expert_labels\)"):
+        weft.fit_gate(for_texts(), ["some", "texts"], "labels", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("positions", "sequences"), [(128, 10), (2048, 3)])
+def test_long_texts_are_cut_into_sequences(positions, sequences, for_texts):
+    said = []
+    model = for_texts(max_position_embeddings=positions)
+    weft.fit_gate(model, ["x" * 1280], tokenizer=tiny_tokenizer(), announce=said.append)
+    assert f" of 1,280 tokens of {sequences} sequences" in said[0]
+
+
 def test_what_cannot_be_fitted_is_an_error(llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters, enable_softmax=False)
     before = [value.clone() for value in model.internal_xlora_classifier.parameters()]
@@ -245,8 +299,11 @@ def test_what_cannot_be_fitted_is_an_error(llama_adapters):
         weft.fit_gate(model, [{"input_ids": [1, 2, 3]}], "labels")
     with pytest.raises(DataError, match="the examples hold no text of two tokens or more"):
         weft.fit_gate(model, [{"input_ids": [1]}])
-    with pytest.raises(DataError, match=r"example . \(str\) must be a dict with input_ids"):
+    with pytest.raises(ConfigError, match=r"tokenizer \(None\) must be given with a text \('(one|two)'\)"):
         weft.fit_gate(model, ["one", "two"])
+    for examples, kind in (("one text", "str"), ({"text": ["one", "two"]}, "dict")):
+        with pytest.raises(ConfigError, match=rf"examples \(a {kind}\) must be a list of texts or rows: \[...\]"):
+            weft.fit_gate(model, examples, tokenizer=tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"model \(LlamaForCausalLM\) must be a mixture of weft's"):
         weft.fit_gate(tiny_llama(), rows())
     for block in (model.disable_adapter(), model.fixed_scalings({"math": 1.0})):

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from weft.checkpoint.base_place import is_path, refuse_missing_base
 from weft.config import XLoraConfig
 from weft.distributed import process_number
 from weft.errors import AdapterError, CheckpointError, ConfigError, WeftError, first_line
-from weft.files.tensors import preview
+from weft.files.reading import read_json, shown
+from weft.files.tensors import CONFIG_NAME, preview
 from weft.screen.waiting import waiting
 
 _SHOWN = 5
@@ -45,12 +47,13 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
         otherwise: what to do, for the message, if the cause is not a known one.
 
     Raises:
-        CheckpointError: an error of another library was raised in the block, or the name can only be that of a folder,
-            and there is none.
+        CheckpointError: an error of another library was raised in the block, the name can only be that of a folder and
+            there is none, or the folder is not a base model's.
     """
     missing = isinstance(name, str | os.PathLike) and not os.path.lexists(name)
     if missing and is_path(os.fspath(name)):
         raise CheckpointError(f"base ({name}) cannot be loaded: there is no such folder. {otherwise}")
+    _refuse_adapters(name)
     try:
         yield
     except WeftError:
@@ -65,6 +68,20 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
         if missing and isinstance(err, OSError | HFValidationError):
             cause = f"there is no folder {name} here, and as a Hub id: {cause}"
         raise CheckpointError(f"base ({name}) cannot be loaded: {cause}. {otherwise}") from err
+
+
+def _refuse_adapters(name: Any) -> None:
+    """Raise where the folder of an adapter or a mixture stands for a base model's: transformers would load its base."""
+    folder = Path(os.path.expanduser(name)) if isinstance(name, str | os.PathLike) else None
+    if folder is None or os.path.lexists(folder / "config.json") or not os.path.isfile(folder / CONFIG_NAME):
+        return
+    config = read_json(folder / CONFIG_NAME)
+    what = "a mixture" if config.get("peft_type") == "XLORA" else "an adapter"
+    made_for = config.get("base_model_name_or_path")
+    raise CheckpointError(
+        f"base ({name}) is {what}, not a base model: give the one that it is made for"
+        + (f" ({shown(made_for)})" if made_for else "")
+    )
 
 
 def load_whole(

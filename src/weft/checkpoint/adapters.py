@@ -19,6 +19,7 @@ from torch import Tensor
 
 from weft.checkpoint.adapter_keys import KEY_PREFIX, own_keys
 from weft.checkpoint.adapter_options import option_problems, rank_problems
+from weft.checkpoint.xlora_layout import is_original
 from weft.errors import AdapterError, CheckpointError, bullet_list, first_line
 from weft.files.names import name_problems
 from weft.files.reading import kind_shown, path_shown, read_json, shown
@@ -168,6 +169,13 @@ def local_folder(
         raise CheckpointError(message) from err
 
 
+def is_base_model(folder: Path) -> bool:
+    """Whether this is the folder of a whole model, and of no mixture or adapter."""
+    if not os.path.isfile(folder / "config.json"):
+        return False
+    return not os.path.lexists(folder / CONFIG_NAME) and not is_original(folder)
+
+
 def _read_adapter(name: str, path: str, *, allow_dora: bool, heads: Sequence[str], opened: Opened | None) -> Adapter:
     try:
         folder = local_folder(path, f"adapter {name!r}")
@@ -205,9 +213,13 @@ def _is_there(file: Path) -> bool:
 
 def _read_config(name: str, path: str, folder: Path) -> LoraConfig:
     file = folder / CONFIG_NAME
+    if is_base_model(folder):
+        raise AdapterError(f"adapter {name!r} ({path}) is a base model, not a LoRA adapter of one: give it with --base")
     values = read_json(file)
-    if values.get("peft_type") != "LORA":
-        raise AdapterError(f"adapter {name!r} ({path}) is of type {kind_shown(values.get('peft_type'))}, not LORA")
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        what = ": it is a mixture, whose experts are adapters" if kind == "XLORA" else ""
+        raise AdapterError(f"adapter {name!r} ({path}) is of type {kind_shown(kind)}, not LORA{what}")
     problems = option_problems(values)
     if problems:
         raise AdapterError(f"adapter {name!r}: {file} cannot be read: {'; '.join(problems)}")

@@ -21,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from weft.checkpoint.adapter_keys import without_wrappers
-from weft.checkpoint.adapters import local_folder
+from weft.checkpoint.adapters import is_base_model, local_folder
 from weft.checkpoint.base_place import found_base
 from weft.checkpoint.manifest import EXPERTS_FOLDER, FORMAT_VERSION, MANIFEST_NAME, Keep, verify
 from weft.checkpoint.xlora_layout import (
@@ -128,9 +128,7 @@ def open_mixture(
 
 def _options(folder: Path, file: Path, adapters: dict[str, str] | None, keep: Keep) -> dict[str, Any]:
     """The options in weft's or peft's layout. If there is a manifest, all files are verified."""
-    values = read_json(file)
-    if values.get("peft_type") != "XLORA":
-        raise CheckpointError(f"{file} is of type {kind_shown(values.get('peft_type'))}, expected XLORA")
+    values = _own_options(folder)
     version = values.get("format_version")
     if version is not None and version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
@@ -180,12 +178,30 @@ def saved_base(folder: Path) -> str | None:
     """
     if is_original(folder):
         return found_base(folder, original_base(folder))
-    config = read_json(folder / CONFIG_NAME)
-    if config.get("peft_type") != "XLORA":
+    return found_base(folder, _own_options(folder).string("base_model_name_or_path", None)) or None
+
+
+def _own_options(folder: Path) -> JsonTable:
+    """The options as the folder has them.
+
+    Raises:
+        CheckpointError: the folder is not a mixture; the message says what it is.
+    """
+    if is_base_model(folder):
         raise CheckpointError(
-            f"model ({folder}) is of type {kind_shown(config.get('peft_type'))}, expected XLORA: a trained mixture"
+            f"{folder} is a base model, not a mixture: weft train --base {folder} --adapters NAME=FOLDER ... makes one"
         )
-    return found_base(folder, config.string("base_model_name_or_path", None)) or None
+    values = read_json(folder / CONFIG_NAME)
+    kind = values.get("peft_type")
+    wrong = f"{folder / CONFIG_NAME} is of type {kind_shown(kind)}, expected XLORA"
+    if kind == "LORA":
+        raise CheckpointError(
+            f"{folder} is one adapter, not a mixture: weft train --base MODEL --adapters NAME={folder} NAME=FOLDER ... "
+            f"makes one of several ({wrong})"
+        )
+    if kind != "XLORA":
+        raise CheckpointError(f"{wrong}: a trained mixture")
+    return values
 
 
 def write_options(folder: Path, text: str) -> None:

@@ -101,6 +101,26 @@ def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tupl
     return tokens, list(parts), list(names)
 
 
+def labelled_tokens(
+    row: Any, place: str, tokenizer: Any, expert_names: Sequence[str], default: str | None = None
+) -> tuple[list[int], list[int]]:
+    """A row's tokens, none where its text is blank, and the number of each one's expert, -100 for none.
+
+    Args:
+        row: as it was read.
+        place: of the row, for messages.
+        tokenizer: the base model's.
+        expert_names: in the order of their numbers.
+        default: the label where the row has none.
+
+    Raises:
+        DataError: as `tokens_and_parts`, or a label is no expert's name.
+    """
+    tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
+    numbers = _numbers(names, expert_names, place)
+    return tokens, [numbers[part] for part in parts]
+
+
 def _source_rows(
     source: str,
     default: str | None,
@@ -118,9 +138,7 @@ def _source_rows(
         if expert_names is None:
             tokens = row_tokens(row, place, tokenizer)
         else:
-            tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
-            numbers = _numbers(names, expert_names, place)
-            columns["expert_labels"] = [numbers[part] for part in parts]
+            tokens, columns["expert_labels"] = labelled_tokens(row, place, tokenizer, expert_names, default)
         labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
         columns |= {"input_ids": tokens, "labels": labels}
         for start in range(0, len(tokens) - 1, length):

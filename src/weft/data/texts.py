@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from weft.data.chat_template import assistant_mask, check_messages, conversation_tokens, refuse_half_characters
+from weft.data.tables import table_rows
 from weft.errors import DataError, first_line
 from weft.files.names import split_name
 from weft.files.reading import parse_json, path_shown, read_text, shown
 
 _LINES = {".jsonl", ".json", ".ndjson"}
-_FILES = {*_LINES, ".parquet", ".txt", ".md"}
+_TABLES = {".csv": ",", ".tsv": "\t"}
+# Files that hold texts in a form that is not read, and what to do.
+_NOT_READ = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "is compressed: unpack it first"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet: save it as .csv"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"), "has formatted text: save it as .txt"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"), "is not read: save it as .parquet"),
+}
+_FILES = {*_LINES, *_TABLES, *_NOT_READ, ".parquet", ".txt", ".md"}
+_EXPECTED = ".jsonl, .csv, .tsv, .parquet or text files"
 # Windows editors put a byte order mark first.
 _ENCODING = "utf-8-sig"
 _LONGEST_NAME = 1000  # of a data set
@@ -29,8 +39,9 @@ def read_tokens(source: str, tokenizer: Any) -> list[list[int]]:
     """The tokens of each text or conversation of one source.
 
     Args:
-        source: a .jsonl file with "text" or "messages" in each line, a .parquet file with such a column, any other
-            file as one plain text, or the name or folder of a data set of the `datasets` library (its split "train").
+        source: a .jsonl file with "text" or "messages" in each line, a .json file of the same or with a list of such
+            objects, a .parquet file with such a column, a .csv or .tsv file with a column "text", any other file as one
+            plain text, or the name or folder of a data set of the `datasets` library (its split "train").
         tokenizer: the base model's.
 
     Raises:
@@ -53,17 +64,20 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
         DataError: nothing is there, or it cannot be read (which line, and why).
     """
     path = Path(source)
+    suffix = path.suffix.lower()
     if os.path.isfile(path):
-        if path.suffix in _LINES:
-            yield from _json_lines(path)
-        elif path.suffix == ".parquet":
+        if suffix in _NOT_READ:
+            raise DataError(f"data ({source}) {_NOT_READ[suffix]} (expected {_EXPECTED})")
+        if suffix in _LINES:
+            yield from _json_rows(path)
+        elif suffix in _TABLES:
+            yield from table_rows(path, _plain_text(path), _TABLES[suffix])
+        elif suffix == ".parquet":
             yield from _data_set_rows("parquet", source, data_files=source)
         else:
-            yield str(path), {"text": _plain_text(path)}
-    elif not os.path.isdir(path) and (path.suffix in _FILES or path.is_absolute() or len(source) > _LONGEST_NAME):
-        raise DataError(
-            f"data ({path_shown(source)}) is not a file: give .jsonl, .parquet or text files, or a data set's name"
-        )
+            yield str(path), {"text": _one_text(path)}
+    elif not os.path.isdir(path) and (suffix in _FILES or path.is_absolute() or len(source) > _LONGEST_NAME):
+        raise DataError(f"data ({path_shown(source)}) is not a file: give {_EXPECTED}, or a data set's name")
     else:
         yield from _data_set_rows(source, source)
 
@@ -128,9 +142,18 @@ def named_sources(values: list[str]) -> dict[str, str]:
     return sources
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """An object per line; of a .json file that begins as a list, its items."""
+    text = _plain_text(path)
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        try:
+            items = parse_json(text)
+        except ValueError as err:
+            raise DataError(f"{path}: no valid JSON ({err}); expected one object per line, or a list of them") from err
+        yield from ((f"{path}, item {number}", row) for number, row in enumerate(items))
+        return
     # Split at line feeds only: JSON strings may hold the other characters that str.splitlines splits at.
-    for number, line in enumerate(_plain_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = f"{path}, line {number}"
             try:
@@ -138,6 +161,28 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             except ValueError as err:
                 raise DataError(f"{place}: no valid JSON ({err}); expected one object per line") from err
             yield place, row
+
+
+def _one_text(path: Path) -> str:
+    """A file that is one plain text.
+
+    Raises:
+        DataError: it is none: other bytes, or the lines of a .jsonl file.
+    """
+    text = _plain_text(path)
+    if "\0" in text:
+        raise DataError(f"data ({path}) is no text, as it holds null characters: expected {_EXPECTED}, in UTF-8")
+    if _is_row(text.lstrip().partition("\n")[0]):
+        raise DataError(f"data ({path}) holds an object per line, and would be read as one text: name it .jsonl")
+    return text
+
+
+def _is_row(line: str) -> bool:
+    try:
+        row = parse_json(line) if line.startswith("{") else None
+    except ValueError:
+        return False
+    return isinstance(row, dict) and ("text" in row or "messages" in row)
 
 
 def text_tokens(text: str, tokenizer: Any) -> list[int]:
@@ -269,11 +314,36 @@ def _plain_text(path: Path) -> str:
     return read_text(path, error=DataError, most=None, encoding=_ENCODING)
 
 
+def _refuse_kinds(folder: Path) -> None:
+    """Raise where a folder has tables of several kinds, of which `datasets` would read one and leave the others out.
+
+    Raises:
+        DataError: it has, and no README.md, which may say what is the data set.
+    """
+    kinds = {ending for ending in (".jsonl", ".parquet", *_TABLES) if next(folder.rglob(f"*{ending}"), None)}
+    if len(kinds) > 1 and not os.path.lexists(folder / "README.md"):
+        raise DataError(
+            f"data ({folder}) is a folder with {' and '.join(sorted(kinds))} files, of which one kind would be read: "
+            "give the files"
+        )
+
+
 def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
+    if os.path.isdir(source):
+        _refuse_kinds(Path(source))
     try:
         rows = datasets.load_dataset(kind, split="train", **options)
     except Exception as err:  # the library raises many kinds, its own and those of its readers
-        raise DataError(f"data ({source}) cannot be read as a data set: {first_line(err)}") from err
+        # Which says that there was an error.
+        cause = err.__cause__ if isinstance(err, DatasetGenerationError) else None
+        reason = first_line(cause or err)
+        if os.path.isdir(source):
+            raise DataError(
+                f"data ({source}) is a folder in which no data set can be read ({reason}): give its files "
+                f"({_EXPECTED}), or a folder with nothing but files of one of these kinds"
+            ) from err
+        raise DataError(f"data ({source}) cannot be read as a data set: {reason}") from err
     yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows))

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from weft.checkpoint.adapters import local_folder
+from weft.checkpoint.adapters import is_base_model, local_folder
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.evaluate.contestants import Contestant, adapters, arrow, base_alone, mixture
@@ -111,7 +111,10 @@ def chosen(rows: list[Row], wanted: list[str]) -> tuple[list[Row], bool]:
 
 
 def _compared(name: str, path: str) -> Row:
-    kind = read_json(local_folder(path, "model") / CONFIG_NAME).get("peft_type")
+    folder = local_folder(path, "model")
+    if is_base_model(folder):
+        raise ConfigError(f"compare ({name}={path}) is a base model, expected a mixture or an adapter of this one")
+    kind = read_json(folder / CONFIG_NAME).get("peft_type")
     if kind == "XLORA":
         return Row(name, "compare", mixture(path), depends_on=path)
     if kind == "LORA":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
+from weft.data.given import Given, some_tokens
 from weft.data.padded import padded_batches
 from weft.evaluate.data_sets import DataSet
 from weft.generation.stream import end_tokens
@@ -176,7 +177,14 @@ def token_losses(runner: Runner, sequences: list[list[int]], advance: Advance = 
         advance(len(input_ids))
 
 
-def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freeze_after: int | None = None) -> float:
+def perplexity(
+    model: Any,
+    sequences: Sequence[Given],
+    batch_size: int,
+    *,
+    tokenizer: Any = None,
+    freeze_after: int | None = None,
+) -> float:
     """The perplexity of a model on token sequences.
 
         exp( mean of -ln p(token | earlier tokens) )        over all tokens except the first of each sequence
@@ -185,12 +193,17 @@ def perplexity(model: Any, sequences: list[list[int]], batch_size: int, *, freez
 
     Args:
         model: called like a causal language model of transformers, in evaluation mode.
-        sequences: token ids of each sequence.
+        sequences: token ids of each sequence, or, with a tokenizer, texts (see `weft.trace`).
         batch_size: number of sequences per forward pass.
+        tokenizer: tokenizer of the base model, for texts.
         freeze_after: see `Runner`.
 
+    Raises:
+        ConfigError: a sequence is something else.
+
     Example:
-        >>> perplexity(model, tokenizer(["The contract says", "def f(x):"])["input_ids"], batch_size=2)
+        >>> perplexity(model, ["The contract says", "def f(x):"], batch_size=2, tokenizer=tokenizer)
     """
-    losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), sequences))
+    rows = [some_tokens(given, f"sequence {number}", tokenizer) for number, given in enumerate(sequences)]
+    losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), rows))
     return _exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))

@@ -66,7 +66,7 @@ def _comparable(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() and value.itemsize == 1 else value
 
 
-def preview(keys: Sequence[str]) -> str:
+def preview(keys: Sequence[str], most: int = SHOWN) -> str:
     """The first of these keys, and the number of the others."""
-    shown = ", ".join(keys[:SHOWN])
-    return shown if len(keys) <= SHOWN else f"{shown}, and {len(keys) - SHOWN} more"
+    shown = ", ".join(keys[:most])
+    return shown if len(keys) <= most else f"{shown}, and {len(keys) - most} more"

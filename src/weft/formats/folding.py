@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -35,6 +35,7 @@ from weft.base_model.devices import execution_device
 from weft.checkpoint.adapter_keys import KEY_PREFIX
 from weft.checkpoint.base_place import lasting_name
 from weft.config import XLoraConfig
+from weft.data.given import Given, some_tokens
 from weft.data.padded import padded_batches
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.files.ownership import refuse_used_folder
@@ -140,9 +141,11 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
 @torch.no_grad()
 def mean_scalings(
     model: Any,
-    sequences: list[list[int]],
+    sequences: Sequence[Given],
     batch_size: int = 4,
     advance: Callable[[int], None] = lambda done: None,
+    *,
+    tokenizer: Any = None,
 ) -> Float[Tensor, "layer expert"]:
     """The gate's mean scalings, after top-k, over all tokens of some texts, as weights for `fold`.
 
@@ -150,20 +153,22 @@ def mean_scalings(
 
     Args:
         model: a mixture in evaluation mode.
-        sequences: token ids of each text; all tokens have the same weight.
+        sequences: token ids of each text, or, with a tokenizer, the texts (see `weft.trace`); all tokens have the same
+            weight.
         batch_size: number of sequences per forward pass; no effect on the result.
         advance: called after each forward pass with its number of sequences.
+        tokenizer: tokenizer of the base model, for texts.
 
     Returns:
         The table of weights, float32 on the CPU.
 
     Raises:
-        ConfigError: the base model is an encoder-decoder.
+        ConfigError: the base model is an encoder-decoder, or a sequence is none of these.
         DataError: there are no sequences.
         RuntimeError: the gate does not run, because of `fixed_scalings` or `disable_adapter`.
 
     Example:
-        >>> weights = weft.mean_scalings(model, tokenizer(texts)["input_ids"])
+        >>> weights = weft.mean_scalings(model, ["def f(x):", "The contract says"], tokenizer=tokenizer)
         >>> weights.shape  # [layer, expert]
         >>> weft.fold(model, "folded", weights)
     """
@@ -179,12 +184,13 @@ def mean_scalings(
     options = model.xlora_config
     total = torch.zeros(len(options.layer_names), len(options.expert_names), dtype=torch.float64)
     device = execution_device(model)
-    for input_ids, attention_mask in padded_batches(sequences, batch_size):
+    rows = [some_tokens(given, f"sequence {number}", tokenizer) for number, given in enumerate(sequences)]
+    for input_ids, attention_mask in padded_batches(rows, batch_size):
         model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
         scalings = model.passes.followed()
         total += scalings[attention_mask.bool().to(scalings.device)].double().sum(0).cpu()
         advance(len(input_ids))
-    return (total / sum(len(sequence) for sequence in sequences)).float()
+    return (total / sum(len(row) for row in rows)).float()
 
 
 def check_output(folder: Path, options: XLoraConfig) -> None:

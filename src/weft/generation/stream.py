@@ -22,7 +22,8 @@ from transformers import Cache
 
 from weft.base_model.devices import execution_device
 from weft.base_model.versions import can_crop, keep_for_crop
-from weft.data.texts import num_positions, prompt_tokens
+from weft.data.given import Given, some_tokens
+from weft.data.texts import num_positions
 from weft.errors import CacheError, ConfigError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.reader import Reader, tuner_of
@@ -61,7 +62,7 @@ class Step:
 
 def stream(
     model: Any,
-    prompt: str | Tensor,
+    prompt: Given,
     *,
     tokenizer: Any = None,
     max_new_tokens: int = 64,
@@ -82,7 +83,8 @@ def stream(
 
     Args:
         model: a mixture, from `weft.from_adapters` or `weft.from_pretrained`.
-        prompt: the whole text so far: a string, which needs a tokenizer, or token ids `[1, seq]`.
+        prompt: the whole text so far: a string, or a row with "text" or "messages", which need a tokenizer; or token
+            ids `[seq]` or `[1, seq]`, or a row with `input_ids`.
         tokenizer: tokenizer for the prompt and the text of the steps.
         max_new_tokens: maximum number of steps; fewer if the model has no more positions.
         temperature: 0 takes the most likely token; above 0 samples from softmax(logits / temperature).
@@ -125,7 +127,8 @@ def stream(
             f"model ({type(tuner.backbone.base).__name__}) keeps its state in no cache of transformers' own, which "
             "stream needs: use model.generate(..., use_cache=False)"
         )
-    input_ids = _token_ids(prompt, tokenizer).to(execution_device(tuner.backbone.base))
+    input_ids = torch.tensor([some_tokens(prompt, "prompt", tokenizer, is_prompt=True)])
+    input_ids = input_ids.to(execution_device(tuner.backbone.base))
     cache = tuner.backbone.empty_cache() if past_key_values is None else past_key_values
     max_new_tokens = _that_fit(max_new_tokens, tuner, input_ids, cache)
     _check_shortcuts(tuner, cache, speculate, freeze_scalings_after)
@@ -169,14 +172,14 @@ class Generation:
     num_calls: int
 
 
-def generate(model: Any, prompt: str | Tensor, **options: Any) -> Generation:
+def generate(model: Any, prompt: Given, **options: Any) -> Generation:
     """Generate one text: all steps of `stream` together.
 
     For batches, beam search and other features of transformers' `generate`, use `model.generate`.
 
     Args:
         model: a mixture.
-        prompt: the whole text so far: a string, which needs a tokenizer, or token ids `[1, seq]`.
+        prompt: the whole text so far, as in `stream`.
         **options: the options of `stream`; `speculate=8` for speed.
 
     Returns:
@@ -255,22 +258,6 @@ def _check_shortcuts(tuner: XLoraModel, cache: Cache, speculate: int, freeze_sca
             f"speculate ({speculate}) needs a cache that can forget wrong guesses, which {type(cache).__name__} "
             "cannot: use a dynamic cache"
         )
-
-
-def _token_ids(prompt: str | Tensor, tokenizer: Any) -> Int[Tensor, "1 seq"]:
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ConfigError(f"tokenizer (None) must be given with a prompt that is text ({prompt[:40]!r})")
-        token_ids = prompt_tokens(prompt, tokenizer)
-        if not token_ids:
-            raise ConfigError(f"prompt ({prompt[:40]!r}) has no tokens, expected at least one to continue")
-        return torch.tensor([token_ids])
-    if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] == 0 or prompt.dtype != torch.long:
-        raise ConfigError(
-            f"prompt ({prompt.dtype} of shape {list(prompt.shape)}) must be token ids, torch.int64 of shape [1, seq] "
-            "with at least one: stream generates one text at a time"
-        )
-    return prompt
 
 
 def _that_fit(max_new_tokens: int, tuner: XLoraModel, input_ids: Tensor, cache: Cache) -> int:

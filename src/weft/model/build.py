@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from torch import nn
 
 from weft.base_model.loading import base_model_of, load_placed_base, load_tokenizer, task_type_of
 from weft.base_model.state import Flags
-from weft.checkpoint.adapters import local_folder
+from weft.checkpoint.adapters import is_base_model, local_folder
 from weft.checkpoint.base_place import refuse_missing_base
 from weft.checkpoint.folder import open_mixture, saved_base
-from weft.checkpoint.xlora_layout import is_original
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
 from weft.model.registration import peft_model_of
@@ -155,7 +153,8 @@ def base_name(path: str, base: str | None) -> str:
             not exist.
     """
     folder = local_folder(path, "model")
-    name = base or saved_base(folder)
+    named = saved_base(folder)  # also where another is given: what is no mixture's folder is refused
+    name = base or named
     if name is None:
         raise CheckpointError(f"{folder} does not name its base model: give it with --base")
     if not base:
@@ -183,12 +182,7 @@ def _in_order(path: Any, base: Any) -> tuple[Any, Any]:
 
 def _is_a_models(path: Any) -> bool:
     """Whether this is the folder of a full model, not of an adapter or mixture."""
-    if not isinstance(path, str | os.PathLike):
-        return False
-    folder = Path(os.path.expanduser(path))
-    if not os.path.isfile(folder / "config.json"):
-        return False
-    return not os.path.isfile(folder / CONFIG_NAME) and not is_original(folder)
+    return isinstance(path, str | os.PathLike) and is_base_model(Path(os.path.expanduser(path)))
 
 
 def _fetched(adapters: dict[str, str] | None, token: str | bool) -> dict[str, str]:

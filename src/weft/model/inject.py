@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
@@ -21,7 +23,9 @@ from weft.base_model.versions import in_todays_names
 from weft.checkpoint.adapter_keys import KEY_PREFIX, fitted
 from weft.checkpoint.adapters import Adapter, different_bases, model_name
 from weft.errors import AdapterError, bullet_list
-from weft.files.tensors import SHOWN, not_finite, preview
+from weft.files.tensors import not_finite, preview
+
+_SHOWN = 3  # keys that do not fit, of each kind
 
 
 def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
@@ -47,9 +51,7 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
         except torch.OutOfMemoryError:
             raise
         except Exception as err:  # depends on the options and the kind of layer
-            raise AdapterError(
-                f"adapter {adapter.name!r} ({adapter.folder}) does not fit the base model: {err}"
-            ) from err
+            raise AdapterError(f"{_misfit(base, adapter, adapter.folder)}: {err}") from err
         remove_wrappers(base)  # peft's wrappers around full modules of the adapter, which are not used in a mixture
         lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
         _leave_meta(base, adapter.name)
@@ -137,21 +139,42 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
             "where the base model is offloaded to disk"
         )
     if problems:
-        file = adapter.folder / SAFETENSORS_WEIGHTS_NAME
-        made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None)
-        if made_for and given and model_name(made_for) != model_name(given):
-            problems.append(f"it was made for the base model {made_for}, and this one is {given}")
         rows = {len(value.T) for key, value in weights.items() if key.endswith("lora_embedding_A")}
         if rows - {len(value.T) for key, value in parameters.items() if key.endswith("lora_embedding_A")}:
-            problems.append(
+            problems.insert(
+                0,
                 f"it was trained with embeddings of {max(rows)} tokens: call "
-                f"model.resize_token_embeddings({max(rows)}) first"
+                f"model.resize_token_embeddings({max(rows)}) first",
             )
-        raise AdapterError(f"adapter {adapter.name!r} ({file}) does not fit the base model:{bullet_list(problems)}")
+        what = _misfit(base, adapter, adapter.folder / SAFETENSORS_WEIGHTS_NAME, _widths(base, weights, parameters))
+        raise AdapterError(f"{what}:{bullet_list(problems)}")
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(weights[key])
     refuse_not_finite(base, adapter.name)
+
+
+def _misfit(base: nn.Module, adapter: Adapter, file: Path, widths: str = "") -> str:
+    """That an adapter does not fit, and why as far as names and widths tell it."""
+    made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None) or ""
+    if made_for and given and model_name(made_for) != model_name(given):
+        why = f": {widths} ({given})" if widths else f", not for {given}"
+        return f"adapter {adapter.name!r} is made for the base model {made_for}{why}. {file}"
+    if widths:
+        return f"adapter {adapter.name!r} does not fit the base model: {widths}. {file}"
+    return f"adapter {adapter.name!r} ({file}) does not fit the base model"
+
+
+def _widths(base: nn.Module, weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> str:
+    """ "hidden size 64, here 48", where the adapter's tensors are all of another hidden size than the base model."""
+    config: Any = getattr(base, "config", None)
+    own = getattr(config.get_text_config(), "hidden_size", None) if hasattr(config, "get_text_config") else None
+    found = {
+        weights[key].shape[-1]
+        for key, parameter in parameters.items()
+        if key.endswith("lora_A.weight") and parameter.dim() == 2 and parameter.shape[1] == own and key in weights
+    }
+    return f"hidden size {found.pop()}, here {own}" if len(found) == 1 and own not in found else ""
 
 
 def refuse_not_finite(base: nn.Module, name: str) -> None:
@@ -179,17 +202,17 @@ def key_problems(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> l
     unexpected = sorted(weights.keys() - parameters.keys())
     problems = []
     if missing:
-        problems.append(f"missing keys ({len(missing)}): {preview(missing)}")
+        problems.append(f"missing keys ({len(missing)}): {preview(missing, _SHOWN)}")
     if unexpected:
-        problems.append(f"unexpected keys ({len(unexpected)}): {preview(unexpected)}")
+        problems.append(f"unexpected keys ({len(unexpected)}): {preview(unexpected, _SHOWN)}")
     shapes = [
         f"{key} has shape {list(weights[key].shape)}, expected {list(parameters[key].shape)}"
         for key in sorted(weights.keys() & parameters.keys())
         if weights[key].shape != parameters[key].shape
     ]
-    problems += shapes[:SHOWN]
-    if len(shapes) > SHOWN:
-        problems.append(f"and {len(shapes) - SHOWN} more of other shapes")
+    problems += shapes[:_SHOWN]
+    if len(shapes) > _SHOWN:
+        problems.append(f"and {len(shapes) - _SHOWN} more of other shapes")
     return problems
 
 

@@ -24,9 +24,10 @@ class TrainOptions(LoadingOptions):
             take the place of `adapters` and a new gate. Default: a new gate.
 
     Args: Data
-        data (FILE ...): Training texts: files (.jsonl, .parquet, text) or names of data sets. Lines of .jsonl and rows
-            of .parquet have "text" or "messages"; the names are those of the `datasets` library. EXPERT=FILE, or a
-            row's "expert" or "experts" ([[start, name], ...]), labels texts for `expert_label_loss_weight`.
+        data (FILE ...): Training texts: files (.jsonl, .csv, .parquet, text) or names of data sets. Lines of .jsonl and
+            rows of .parquet have "text" or "messages", .csv and .tsv a column "text"; the names are those of the
+            `datasets` library. EXPERT=FILE, or a row's "expert" or "experts" ([[start, name], ...]), labels texts for
+            `expert_label_loss_weight`.
         eval_data (FILE ...): Held-out texts; the mixture with the lowest loss on them is saved.
         sequence_length: Tokens per sequence; longer texts are cut into several.
         assistant_only_loss: Train on the assistant's turns only; all rows must have "messages". This is TRL's option of

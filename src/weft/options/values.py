@@ -1,4 +1,4 @@
-"""What no option of the command line can be, whatever it means: a number that is none, a text that is no text.
+"""What no option of the command line can be, whatever it means: no number, no text, several items in one word.
 
 The ranges of single options are checked where they are used.
 """
@@ -6,6 +6,8 @@ The ranges of single options are checked where they are used.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from typing import Any
 
 from weft.files.reading import has_surrogate, is_number, is_whole, shown
@@ -14,6 +16,9 @@ from weft.files.reading import has_surrogate, is_number, is_whole, shown
 _MOST_SEED = 2**32 - 1
 # Texts, where all other strings are names of files, which may be of any bytes.
 _TEXTS = ("prompt", "system", "text", "generate", "title")
+# Lists of names, none of which has a comma.
+_NAMES = ("rows", "expert_targets")
+_ITEM = re.compile(r"[\w-]+=")  # what an item of many lists begins with
 
 
 def value_problems(options: Any) -> list[str]:
@@ -37,7 +42,23 @@ def value_problems(options: Any) -> list[str]:
             problems.append(f"{field.name} ({shown(value)}) holds half of a character: expected whole text")
         elif any("\0" in text for text in _strings(value) if field.name not in _TEXTS):
             problems.append(f"{field.name} ({shown(value)}) holds a null character, which no file's name can have")
+        elif isinstance(value, list) and any(_items(one, field.name) for one in value):
+            items = [item for one in value for item in _items(one, field.name) or [one]]
+            problems.append(
+                f"{field.name} ({' '.join(map(str, value))}) has commas between its items, expected spaces: "
+                f"--{field.name.replace('_', '-')} {' '.join(map(str, items))}"
+            )
     return problems
+
+
+def _items(word: Any, name: str) -> list[str]:
+    """The items that commas join in a word; none where there is no comma, or it may be of a file's name."""
+    if not isinstance(word, str) or "," not in word or os.path.exists(_ITEM.sub("", word, count=1)):
+        return []
+    items = [item for item in word.split(",") if item]
+    # At its end it was written before a space.
+    several = word.endswith(",") or name in _NAMES or any(_ITEM.match(one) or os.path.exists(one) for one in items[1:])
+    return items if several else []
 
 
 def _strings(value: Any) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -41,8 +42,19 @@ def hide_notices() -> None:
     """Hide the notices above, before peft is imported."""
     for logger, beginnings in _NOTICES.items():
         logging.getLogger(logger).addFilter(_Notices(beginnings))
-    # A Trainer asks for it by default.
-    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found", UserWarning)
+
+
+@contextmanager
+def import_warnings_hidden() -> Iterator[None]:
+    """Hide what modules warn of in their own sources while they are imported; filters that they set stay."""
+    filters: Any = warnings.filters  # catch_warnings would take theirs away
+    own = [("ignore", re.compile("(?s)"), kind, None, 0) for kind in (DeprecationWarning, SyntaxWarning)]
+    filters[:0] = own
+    try:
+        yield
+    finally:
+        for one in own:
+            filters.remove(one)
 
 
 @contextmanager

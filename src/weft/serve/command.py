@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -9,7 +10,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from weft.checkpoint.adapters import local_folder
@@ -17,6 +18,7 @@ from weft.checkpoint.manifest import MANIFEST_NAME
 from weft.errors import ConfigError
 from weft.model.build import base_name
 from weft.options import ServeOptions
+from weft.options.described import options_of
 from weft.screen.visible import say
 from weft.serve.mixture import ServedMixture, read_mixture
 from weft.serve.plugin import PREFIX
@@ -76,6 +78,7 @@ def _check_embedded(options: ServeOptions, of_vllm: Sequence[str]) -> None:
         ConfigError: there are flags of vLLM, or a package is not installed.
     """
     why = "without vLLM, which is not installed here" if options.engine == "auto" else "with --engine embedded"
+    _refuse_misspelt(of_vllm)
     flags = [flag for flag in of_vllm if flag.startswith("-")]
     if flags:
         raise ConfigError(f"weft serve has no {', '.join(flags)} {why}: leave it out (weft serve --help)")
@@ -95,9 +98,12 @@ def server_command(options: ServeOptions, of_vllm: Sequence[str] = ()) -> tuple[
             "or take --engine embedded (docs/serving.md)"
         )
     _check_plugin()
+    from weft.serve.launch import takes
+
+    _refuse_misspelt(of_vllm, takes)
     folder = local_folder(options.model, "model")
+    base = base_name(str(folder), options.base)  # says what else the folder is
     mixture = read_mixture(folder)
-    base = base_name(str(folder), options.base)
     architecture = _architecture(base)
     name = Served(options.name or folder.resolve().name, mixture.experts).name
     manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
@@ -160,6 +166,16 @@ def _refuse_flags(flags: Sequence[str]) -> None:
             raise ConfigError(f"{name} is set by weft serve itself: leave it out (weft serve --help)")
         if name in _REFUSED and not (name == "--pipeline-parallel-size" and following == "1"):
             raise ConfigError(f"{name} cannot be used with a mixture: {_REFUSED[name]}")
+
+
+def _refuse_misspelt(flags: Sequence[str], takes: Callable[[str], bool] = lambda name: False) -> None:
+    """Raise where a flag is near one of weft serve's own, and none that `takes` knows."""
+    own = {option.flag[2:]: option.flag for option in options_of(ServeOptions) if not option.positional}
+    for flag in flags:
+        name = flag.partition("=")[0]
+        near = difflib.get_close_matches(name[2:80].replace("_", "-"), own, 1) if name.startswith("--") else []
+        if near and not takes(name):
+            raise ConfigError(f"{name} is no option: did you mean {own[near[0]]}?")
 
 
 def _architecture(base: str) -> str:

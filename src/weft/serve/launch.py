@@ -16,6 +16,12 @@ def parsed(flags: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def takes(name: str) -> bool:
+    """Whether `vllm serve` has a flag of that name, or one that begins so; what follows a dot is JSON's."""
+    name = name.partition(".")[0].replace("_", "-")
+    return any(known.startswith(name) for known in make_arg_parser(FlexibleArgumentParser())._option_string_actions)
+
+
 def main() -> None:
     """Run the server; with --headless only the engines, for an API server on another machine."""
     from vllm.entrypoints.cli.serve import ServeSubcommand

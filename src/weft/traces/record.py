@@ -16,8 +16,9 @@ from torch import Tensor
 from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.chat_template import refuse_half_characters
+from weft.data.given import Given, given_tokens, some_tokens
 from weft.data.padded import padded_batches
-from weft.data.texts import check_length, num_positions, prompt_tokens, read_tokens, text_tokens, token_sequences
+from weft.data.texts import check_length, num_positions, read_tokens, token_sequences
 from weft.errors import ConfigError, DataError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.reader import tuner_of
@@ -31,7 +32,7 @@ MAX_TOKENS = 4096
 
 def trace(
     model: Any,
-    text: str | Tensor | Sequence[int],
+    text: Given,
     *,
     tokenizer: Any = None,
     title: str = "",
@@ -41,8 +42,8 @@ def trace(
 
     Args:
         model: a mixture in evaluation mode. In `fixed_scalings`, the fixed weights are recorded.
-        text: a string, which needs a tokenizer, or token ids ([seq] or [1, seq]), such as those of
-            `tokenizer.apply_chat_template` for a conversation.
+        text: a string, or a row with "text" or "messages" as in data files, which need a tokenizer; or token ids ([seq]
+            or [1, seq]), or a row with `input_ids`.
         tokenizer: tokenizer for the text; without it, tokens are shown by their ids.
         title: a title for display.
         max_tokens: maximum number of tokens in the trace, from the start. A text with more tokens than the model has
@@ -52,7 +53,8 @@ def trace(
         The `Trace`.
 
     Raises:
-        ConfigError: the model is an encoder-decoder or its experts are off, or the text has no tokens.
+        ConfigError: the model is an encoder-decoder or its experts are off, or the text is something
+            else, or has no tokens.
         DataError: the text or the title contains half of a character (a lone surrogate).
 
     Example:
@@ -60,7 +62,7 @@ def trace(
         >>> trace.scalings.shape  # [token, layer, expert]
     """
     tuner = _checked(model, max_tokens, title)
-    token_ids = _token_ids(text, tokenizer)
+    token_ids = some_tokens(text, "text", tokenizer)
     length = num_positions(tuner.backbone.base.config) or len(token_ids)
     texts = [("", token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
     return _record(tuner, texts, tokenizer, title=title, max_tokens=max_tokens, batch_size=1)
@@ -68,7 +70,7 @@ def trace(
 
 def trace_data(
     model: Any,
-    data: Mapping[str, str | Sequence[str]],
+    data: Mapping[str, str | Sequence[Given]],
     *,
     tokenizer: Any,
     title: str = "",
@@ -81,7 +83,7 @@ def trace_data(
 
     Args:
         model: a mixture in evaluation mode.
-        data: name -> file (as for `weft train`), or texts.
+        data: name -> file (as for `weft train`), or a list of what `trace` takes.
         tokenizer: the base model's tokenizer.
         title: a title for display.
         max_tokens: maximum number of tokens in the trace; the first tokens of each data set are taken.
@@ -112,7 +114,7 @@ def trace_data(
         if isinstance(source, str):
             found = read_tokens(source, tokenizer)
         else:
-            found = [text_tokens(text, tokenizer) for text in source]
+            found = [given_tokens(text, f"text {number} of {name}", tokenizer) for number, text in enumerate(source)]
         kept, beyond = _first(token_sequences(found, sequence_length), limit)
         texts += [(name, sequence) for sequence in kept]
         left_out += beyond
@@ -130,7 +132,7 @@ def trace_data(
 
 def trace_generation(
     model: Any,
-    prompt: str | Tensor,
+    prompt: Given,
     *,
     tokenizer: Any = None,
     title: str = "",
@@ -141,7 +143,7 @@ def trace_generation(
 
     Args:
         model: a mixture in evaluation mode.
-        prompt: the text to continue, or token ids [1, seq].
+        prompt: the text to continue, as in `weft.stream`.
         tokenizer: as in `trace`.
         title: a title for display.
         max_tokens: maximum number of tokens in the trace, from the start.
@@ -164,7 +166,7 @@ def trace_generation(
                 "end: leave it out"
             )
     options.pop("freeze_scalings_after", None)
-    prompt_ids = _token_ids(prompt, tokenizer, tokens_of=prompt_tokens)
+    prompt_ids = some_tokens(prompt, "prompt", tokenizer, is_prompt=True)
     steps = stream(model, torch.tensor([prompt_ids]), tokenizer=tokenizer, **options)
     token_ids = prompt_ids + [step.token for step in steps]
     # A last token beyond the model's positions is not read, so it has no scalings.
@@ -193,27 +195,6 @@ def _checked(model: Any, max_tokens: int, *names: str) -> XLoraModel:
     if tuner.disabled:
         raise ConfigError("the experts are off (disable_adapter), so that there is nothing to trace: leave it first")
     return tuner
-
-
-def _token_ids(
-    text: str | Tensor | Sequence[int], tokenizer: Any, tokens_of: Callable[[str, Any], list[int]] = text_tokens
-) -> list[int]:
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise ConfigError(f"tokenizer (None) must be given with a text ({text[:40]!r})")
-        token_ids = tokens_of(text, tokenizer)
-    elif isinstance(text, Tensor):
-        if text.dtype != torch.long or text.dim() > 2 or (text.dim() == 2 and len(text) != 1):
-            raise ConfigError(
-                f"text ({text.dtype} of shape {list(text.shape)}) must be token ids, torch.int64 of shape [seq] or "
-                "[1, seq]: trace_data takes several texts"
-            )
-        token_ids = text.flatten().tolist()
-    else:
-        token_ids = [int(token) for token in text]
-    if not token_ids:
-        raise ConfigError(f"text ({text!r}) has no tokens, expected at least one")
-    return list(token_ids)
 
 
 def _first(sequences: Iterable[list[int]], limit: int) -> tuple[list[list[int]], int]:

@@ -34,6 +34,7 @@ from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
 from weft.options import TrainOptions
 from weft.options.spellings import EARLIER
+from weft.screen.libraries import deprecations_of_peft_hidden
 from weft.screen.visible import notice
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
@@ -215,7 +216,7 @@ def _tried_targets(
             f"the experts leave {', '.join(left_out)} out, parameters of the base model's own experts, which are fused "
             f"and cannot be adapted token by token; they adapt {', '.join(targets)}"
         )
-    model = get_peft_model(base, _lora_config(options, targets))
+    model = _with_adapter(base, _lora_config(options, targets))
 
     def save(folder: Path) -> None:
         with warnings.catch_warnings():
@@ -246,7 +247,7 @@ def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str],
     given: str | list[str] = options.expert_targets
     given = given[0] if given == ["all-linear"] else given
     try:
-        config: Any = get_peft_model(base, _lora_config(options, given), low_cpu_mem_usage=True).peft_config["default"]
+        config: Any = _with_adapter(base, _lora_config(options, given), low_cpu_mem_usage=True).peft_config["default"]
     except ValueError as err:
         raise AdapterError(f"expert_targets ({options.expert_targets}) do not fit the base model: {err}") from err
     remove_adapters(base)
@@ -266,6 +267,11 @@ def _lora_config(options: TrainOptions, targets: str | list[str]) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM, r=options.expert_rank, lora_alpha=options.expert_alpha, target_modules=targets
     )
+
+
+def _with_adapter(base: Any, config: LoraConfig, **options: Any) -> Any:
+    with deprecations_of_peft_hidden():
+        return get_peft_model(base, config, **options)
 
 
 def _train_expert(
@@ -289,7 +295,7 @@ def _train_expert(
     if base is None:
         base = load_base(options.base, **loading_options(options))
     set_seed(options.seed)  # so that an expert does not depend on those before it
-    model = get_peft_model(base, _lora_config(options, targets))
+    model = _with_adapter(base, _lora_config(options, targets))
     own = dataclasses.replace(
         options,
         max_steps=options.expert_steps,

@@ -37,8 +37,10 @@ from torch.nn import functional
 from weft.base_model.devices import execution_device, resident_device
 from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.base_model.state import in_evaluation_mode
+from weft.data.given import given_tokens, is_text
+from weft.data.labelled import labelled_tokens
 from weft.data.padded import padded
-from weft.data.texts import NO_LABEL
+from weft.data.texts import NO_LABEL, num_positions
 from weft.distributed import process_number
 from weft.errors import ConfigError, DataError, TrainingError
 from weft.gate.losses import NO_EXPERT
@@ -46,6 +48,7 @@ from weft.model.model import at_own_weight
 from weft.screen.countdown import Countdown
 
 MOST_TOKENS = 32_768  # that are read; 64 sequences of 512
+_LENGTH = 512  # of the sequences that a text is cut into, as `weft train` does
 _TURN = 64  # tokens that one expert writes on average before another one goes on
 _STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
 _HELD_OUT = 8  # one sequence in so many
@@ -55,9 +58,10 @@ _ROUNDING = 1e-6
 
 def fit_gate(
     model: Any,
-    examples: Sequence[Any],
+    examples: Any,
     by: str = "losses",
     *,
+    tokenizer: Any = None,
     batch_size: int = 4,
     seed: int = 0,
     announce: Callable[[str], None] = lambda line: None,
@@ -68,10 +72,13 @@ def fit_gate(
 
     Args:
         model: of `weft.from_adapters`, a causal language model, where it is to run.
-        examples: dicts with `input_ids` (a list), and with "labels" `expert_labels`, a number for each token, -100 for
-            none; examples without any are left out. With "losses" `labels`, if they are there, are -100 where a token
-            does not count. They should hold all the domains, and better switch between them.
+        examples: a list (or a data set) of texts, or of rows with "text" or "messages" as in data files, which need a
+            tokenizer and are cut into sequences of at most 512 tokens; or of token ids, or rows with `input_ids`. They
+            should hold all the domains, and better switch between them. With "labels" rows have `expert_labels`, a
+            number for each token, -100 for none, or, beside a text, "expert" or "experts" as in data files; examples
+            without any are left out. With "losses" `labels`, if they are there, are -100 where a token does not count.
         by: "labels" or "losses", see above.
+        tokenizer: the base model's, for texts.
         batch_size: sequences per forward pass.
         seed: which sequences are read, and where the fit starts.
         announce: gets a line that says what is read, before it is.
@@ -81,23 +88,25 @@ def fit_gate(
         nan with one example, of which nothing is kept aside.
 
     Raises:
-        ConfigError: this gate cannot be fitted so.
+        ConfigError: this gate cannot be fitted so, or an example is none of these.
         DataError: there are no labels, or wrong ones.
         TrainingError: the model gives NaN for these texts; the gate is as it was.
 
     Example:
-        >>> rows = [{"input_ids": tokens} for tokens in tokenizer(texts)["input_ids"]]
-        >>> weft.fit_gate(model, rows)  # 0.87
+        >>> weft.fit_gate(model, ["def f(x):", "The contract says"], tokenizer=tokenizer)  # 0.87
     """
     problems = fit_problems(model, by)
     if by not in ("labels", "losses"):
         problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
     if batch_size < 1:
         problems.append(f"batch_size ({batch_size}) must be at least 1")
+    if isinstance(examples, str | Mapping):
+        problems.append(f"examples (a {type(examples).__name__}) must be a list of texts or rows: [...]")
     if problems:
         raise ConfigError("the gate cannot be fitted:", problems)
     experts = list(model.xlora_config.expert_names)
-    chosen = _draw(examples, by, len(experts), seed)
+    length = min(_LENGTH, num_positions(model.passes.backbone.base.config) or _LENGTH)
+    chosen = _draw(examples, by, tokenizer, experts, length, seed)
     tokens = sum(len(example["input_ids"]) for example in chosen)
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
@@ -142,21 +151,39 @@ def fit_problems(model: Any, by: str) -> list[str]:
     return problems
 
 
-def _draw(examples: Sequence[Any], by: str, num_experts: int, seed: int) -> list[dict[str, Any]]:
+def _rows_of(
+    example: Any, index: int, by: str, tokenizer: Any, expert_names: Sequence[str], length: int
+) -> list[dict[str, Any]]:
+    """An example as rows of token ids: itself, or a text's sequences of at most `length`."""
+    place = f"example {index}"
+    if not is_text(example) or (isinstance(example, Mapping) and "input_ids" in example):
+        row = dict(example) if isinstance(example, Mapping) else {}
+        return [{**row, "input_ids": given_tokens(example, place)}]
+    columns = {"input_ids": given_tokens(example, place, tokenizer)}
+    if by == "labels" and isinstance(example, Mapping):
+        columns["input_ids"], columns["expert_labels"] = labelled_tokens(dict(example), place, tokenizer, expert_names)
+    starts = range(0, len(columns["input_ids"]), length)
+    return [{name: values[start : start + length] for name, values in columns.items()} for start in starts]
+
+
+def _draw(
+    examples: Any, by: str, tokenizer: Any, expert_names: Sequence[str], length: int, seed: int
+) -> list[dict[str, Any]]:
     """Examples in random order, up to `MOST_TOKENS` tokens; those that have one that the fit can learn from."""
     chosen: list[dict[str, Any]] = []
     left, unlabelled = MOST_TOKENS, False
-    for index in torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist():
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = (
+        (index, row) for index in order for row in _rows_of(examples[index], index, by, tokenizer, expert_names, length)
+    )
+    for index, given in rows:
         if left < 2:
             break
-        given = examples[index]
-        if not isinstance(given, Mapping) or "input_ids" not in given:
-            raise DataError(f"example {index} ({type(given).__name__}) must be a dict with input_ids")
         example = {"input_ids": given["input_ids"][:left]}
         if len(example["input_ids"]) < 2:
             continue
         if by == "labels":
-            example["expert_labels"] = _labels(given, index, num_experts)[:left]
+            example["expert_labels"] = _labels(given, index, len(expert_names))[:left]
             has_one = bool((example["expert_labels"] != NO_EXPERT).any())
         else:
             example["counts"] = _per_token(given, "labels", index, 0)[:left] != NO_LABEL

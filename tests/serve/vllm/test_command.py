@@ -10,6 +10,9 @@ import pytest
 from engines import NEW, generated
 from servers import PROMPT, request
 from weft.cli import main
+from weft.options import ServeOptions
+from weft.serve.command import server_command
+from weft.serve.launch import takes
 
 pytestmark = pytest.mark.serve
 pytest_plugins = ["engines", "servers"]
@@ -60,6 +63,14 @@ def test_a_plugin_that_vllm_would_not_have_is_told_before_it_starts(broken, mess
         monkeypatch.delattr("vllm.entrypoints.serve.middleware.authenticate.GUARDED_PREFIX")
     assert main(["serve", str(saved[0])]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_misspelt_option_is_told_and_vllms_own_are_taken(saved, capsys):
+    assert main(["serve", str(saved[0]), "--prot", "8001"]) == 1
+    assert "--prot is no option: did you mean --port?" in capsys.readouterr().err
+    assert all(map(takes, ("--seed", "--max-model-len", "--max_model_len", "--hf-overrides.a.b", "--max-mod")))
+    assert not takes("--hosts")
+    server_command(ServeOptions(str(saved[0])), ["--seed", "1"])
 
 
 def test_a_base_that_vllm_does_not_know_is_refused(saved, tmp_path, capsys):
