@@ -12,7 +12,14 @@ Example:
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable
+
+# How torch, CUDA, numpy and the system say that there is no memory left; torch has an error for that on a GPU only.
+_NO_MEMORY = re.compile(
+    "can(no|')t allocate memory|not enough memory|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE
+)
 
 
 class WeftError(Exception):
@@ -69,6 +76,19 @@ class HubError(WeftError, ConnectionError):
 def first_line(err: BaseException) -> str:
     """The first line of an error's message, or its type where it has no message."""
     return str(err).strip().partition("\n")[0] or type(err).__name__
+
+
+def lack_of_memory(err: BaseException) -> BaseException | None:
+    """The error that says that there was no memory: this one, or one that it was raised from; None where none does."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return cause
+        # Of an error of weft's the cause says so.
+        if not isinstance(cause, WeftError | OSError) and _NO_MEMORY.search(str(cause)):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def bullet_list(problems: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from weft.cli.commands import COMMANDS
 from weft.cli.errors import UsageError, report, report_unforeseen, speaks
 from weft.cli.help import command_help, overview
+from weft.cli.memory import memory_error
 from weft.cli.option_files import as_yaml
 from weft.cli.parser import Given, command_named, parse
 from weft.errors import ConfigError, WeftError
@@ -79,7 +80,12 @@ def _run(name: str, arguments: list[str]) -> int:
         with libraries_hushed(f"weft {name}") if command.imports_libraries else nullcontext():
             module, _, function = command.runner.partition(":")
             run = getattr(importlib.import_module(module), function)
-            run(options, *([given.handed_on] if command.hands_on else []))
+            try:
+                run(options, *([given.handed_on] if command.hands_on else []))
+            except Exception as err:
+                if (lack := memory_error(err, options)) is not None:
+                    raise lack from err
+                raise
     sys.stdout.flush()
     return 0
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from weft.base_model.devices import execution_device
@@ -15,7 +14,7 @@ from weft.base_model.loading import load_placed_base, load_tokenizer, loading_op
 from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
-from weft.errors import ConfigError, WeftError, first_line
+from weft.errors import ConfigError, WeftError, first_line, lack_of_memory
 from weft.evaluate.cell_store import Cell, CellStore, base_digest, digest_of, folder_digest
 from weft.evaluate.contestants import SharedBase
 from weft.evaluate.data_sets import DataSet, read_data_set
@@ -198,7 +197,7 @@ class _Measuring:
                     cell = Cell(scores, usage.seconds, usage.peak_mb, note)
                     self.cells.keep(self.digest(row, data), row.name, data.name, cell)
         except row.may_fail as err:
-            if isinstance(err, (torch.OutOfMemoryError, NotWrittenError)):
+            if isinstance(err, NotWrittenError) or lack_of_memory(err) is not None:
                 raise
             self.impossible[row.name] = _reason(err)
             countdown.advance(before + sum(data.steps for data in data_sets) - countdown.done)

@@ -1,4 +1,4 @@
-"""How far something is and how long it still takes, on the screen or in a log."""
+"""How far something is and how long it still takes, on the screen or in a log; amounts of time and memory."""
 
 from __future__ import annotations
 
@@ -72,3 +72,11 @@ class Countdown:
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def size(number: int | float) -> str:
+    """Bytes as an amount of memory: 64 kB, 340 MB, 1.9 GB."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= least:
+            return f"{number / least:.1f} {unit}" if number < 10 * least else f"{number / least:,.0f} {unit}"
+    return f"{number:.0f} bytes"
