@@ -151,7 +151,9 @@ def test_errors_of_the_program_itself_are_not_hidden(monkeypatch):
         main(["generate", "mixture", "--prompt", "x"])
 
 
-def test_file_names_of_other_encodings_can_be_printed(monkeypatch, capfd):
+def test_file_names_of_other_encodings_can_be_printed(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "caf\udce9").mkdir()
     monkeypatch.setattr("weft.cli.generate.generate", lambda options: print(f"saved to {options.model}"))
     assert main(["generate", "caf\udce9", "--prompt", "x"]) == 0
     assert capfd.readouterr().out == "saved to caf\\udce9\n"

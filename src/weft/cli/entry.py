@@ -13,8 +13,8 @@ from weft.cli.help import command_help, overview
 from weft.cli.memory import memory_error
 from weft.cli.option_files import as_yaml
 from weft.cli.parser import Given, command_named, parse
-from weft.errors import ConfigError, WeftError
-from weft.options.values import value_problems
+from weft.errors import WeftError
+from weft.options.foreseen import refuse_foreseen
 from weft.screen.libraries import libraries_hushed
 from weft.screen.loudness import NORMAL, QUIET, VERBOSE, loudness
 from weft.screen.visible import notice, say
@@ -74,9 +74,7 @@ def _run(name: str, arguments: list[str]) -> int:
         for renamed in given.renamed:
             notice(f"weft {name}: {renamed}", file=sys.stderr)
         options = command.options(**given.values)
-        problems = [*value_problems(options), *options.missing()]
-        if problems:
-            raise ConfigError("the options cannot work:", problems)
+        refuse_foreseen(options)
         with libraries_hushed(f"weft {name}") if command.imports_libraries else nullcontext():
             module, _, function = command.runner.partition(":")
             run = getattr(importlib.import_module(module), function)

@@ -14,13 +14,11 @@ from typing import Any
 from weft.data.chat_template import assistant_mask, check_messages, conversation_tokens, refuse_half_characters
 from weft.errors import DataError, first_line
 from weft.files.names import split_name
-from weft.files.reading import parse_json, path_shown, read_text, shown
+from weft.files.presence import LINES, source_problem
+from weft.files.reading import parse_json, read_text, shown
 
-_LINES = {".jsonl", ".json", ".ndjson"}
-_FILES = {*_LINES, ".parquet", ".txt", ".md"}
 # Windows editors put a byte order mark first.
 _ENCODING = "utf-8-sig"
-_LONGEST_NAME = 1000  # of a data set
 # The label of a token that counts in no loss, as in transformers.
 NO_LABEL = -100
 
@@ -54,16 +52,14 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
     """
     path = Path(source)
     if os.path.isfile(path):
-        if path.suffix in _LINES:
+        if path.suffix in LINES:
             yield from _json_lines(path)
         elif path.suffix == ".parquet":
             yield from _data_set_rows("parquet", source, data_files=source)
         else:
             yield str(path), {"text": _plain_text(path)}
-    elif not os.path.isdir(path) and (path.suffix in _FILES or path.is_absolute() or len(source) > _LONGEST_NAME):
-        raise DataError(
-            f"data ({path_shown(source)}) is not a file: give .jsonl, .parquet or text files, or a data set's name"
-        )
+    elif (problem := source_problem("data", source)) is not None:
+        raise DataError(problem)
     else:
         yield from _data_set_rows(source, source)
 

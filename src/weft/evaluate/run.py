@@ -28,6 +28,7 @@ from weft.files.names import by_name
 from weft.files.writing import NotWrittenError
 from weft.model.build import base_name
 from weft.options import EvalOptions
+from weft.options.foreseen import refuse_foreseen
 from weft.screen.console import VisibleConsole
 from weft.screen.countdown import Countdown
 
@@ -50,7 +51,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
         >>> options = EvalOptions(model="my-mixture", data=["code=code.jsonl", "law=law.jsonl"])
         >>> evaluate(options)["weft"]["code"]
     """
-    _check(options)
+    refuse_foreseen(options)
     outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
     kept = outputs[0].with_suffix(".cells.jsonl") if outputs else None
     if kept is not None:
@@ -81,25 +82,6 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     for output in outputs:
         write(report, output)
     return report.values()
-
-
-def _check(options: EvalOptions) -> None:
-    problems = options.missing()
-    problems += [
-        f"{name} ({getattr(options, name)}) must be at least {least}"
-        for name, least in (("batch_size", 1), ("max_sequences", 0), ("freeze_after", 1), ("max_new_tokens", 1))
-        if getattr(options, name) < least
-    ]
-    if options.sequence_length < 2:
-        problems.append(
-            f"sequence_length ({options.sequence_length}) must be at least 2: one token to read, one to predict"
-        )
-    elif not 0 <= options.stride < options.sequence_length:
-        problems.append(
-            f"stride ({options.stride}) must be at least 0 and below sequence_length ({options.sequence_length})"
-        )
-    if problems:
-        raise ConfigError("weft eval cannot start:", problems)
 
 
 class _Reader:

@@ -36,8 +36,30 @@ class CommandOptions(metaclass=_TakesOtherSpellings):
             if hasattr(self, name):
                 setattr(self, name, _expanded(getattr(self, name)))
 
+    # What `foreseen` asks, before anything is imported or loaded: a sentence for each problem.
+
     def missing(self) -> list[str]:
-        """What must be given and is not, a sentence each; nothing is loaded to find out."""
+        """What must be given and is not."""
+        return []
+
+    def wrong(self) -> list[str]:
+        """What is out of its range, or cannot be combined."""
+        return []
+
+    def models(self) -> list[tuple[str, str]]:
+        """What is given by a folder or Hub id, and that folder or id."""
+        return []
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Options that name texts, and where these come from."""
+        return []
+
+    def in_the_way(self) -> list[str]:
+        """What cannot be written."""
+        return []
+
+    def doubts(self) -> list[str]:
+        """What may be wrong too, which takes longer to find out."""
         return []
 
 
@@ -50,6 +72,10 @@ class MixtureOptions(CommandOptions):
     """
 
     model: str
+
+    def models(self) -> list[tuple[str, str]]:
+        """The mixture."""
+        return [("model", self.model), *super().models()]
 
 
 @dataclass(kw_only=True)
@@ -64,6 +90,10 @@ class BaseModelOptions(CommandOptions):
 
     base: str | None = None
     trust_remote_code: bool = False
+
+    def models(self) -> list[tuple[str, str]]:
+        """The base model, if it is given."""
+        return [*([("base", self.base)] if self.base else []), *super().models()]
 
 
 @dataclass(kw_only=True)

@@ -33,11 +33,13 @@ from weft.files.writing import settle, temporary_folder
 from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
 from weft.options import TrainOptions
+from weft.options.foreseen import refuse_foreseen
 from weft.options.spellings import EARLIER
+from weft.options.training import own_training_problems
 from weft.screen.visible import notice
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
-from weft.train.checks import check, check_experts
+from weft.train.checks import check
 from weft.train.gate import new_mixture, read_eval_rows, read_rows_of, read_training_rows, train
 from weft.train.packing_check import check_packing
 from weft.train.stopping import StopOnInterrupt
@@ -81,6 +83,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
     """
     if not options.experts_from:
         return train(options)
+    refuse_foreseen(options)
     say = by_the_first(say)
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
@@ -88,7 +91,6 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
     resume = options.resume and last_checkpoint(checkpoints_folder(options.output)) is not None
     data = options.data or [f"{name}={source}" for name, source in sources.items()]
     gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
-    check_experts(options)
     check(gate_options, adapters)
     read_adapters(by_name(options.adapters, "adapters"), allow_dora=options.allow_dora, base_is_known=True)
     if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
@@ -115,7 +117,9 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = notice) ->
         WeftError: the options or data cannot work; found out before anything is trained.
         KeyboardInterrupt: after an interrupt; complete experts stay.
     """
-    check_experts(options)
+    problems = own_training_problems(options)
+    if problems:
+        raise ConfigError("the experts cannot be trained:", problems)
     return _train_missing(options, say, gate_options=None)
 
 
@@ -154,11 +158,7 @@ def _sources(options: TrainOptions) -> dict[str, str]:
 
 def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, str]:
     """The experts to be trained first, then those that are there already."""
-    given = by_name(options.adapters, "adapters")
-    twice = sorted(given.keys() & folders.keys())
-    if twice:
-        raise ConfigError(f"adapters and experts_from both name {twice}: each expert has one origin")
-    return {**{name: str(folder) for name, folder in folders.items()}, **given}
+    return {**{name: str(folder) for name, folder in folders.items()}, **by_name(options.adapters, "adapters")}
 
 
 def _record(name: str, options: TrainOptions) -> dict[str, Any]:

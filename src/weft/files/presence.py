@@ -1,0 +1,70 @@
+"""Whether what an option names is there, as far as this machine can tell: nothing is read, and the Hub is not asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from weft.files.reading import path_shown
+
+LINES = {".jsonl", ".json", ".ndjson"}
+DATA_FILES = {*LINES, ".parquet", ".txt", ".md"}
+_LONGEST_NAME = 1000  # of a data set
+
+
+def file_is_missing(source: str) -> bool:
+    """Whether texts are to come from a file that is not there: neither file nor folder, nor a data set's name."""
+    if os.path.isfile(source) or os.path.isdir(source):
+        return False
+    path = Path(source)
+    return path.suffix in DATA_FILES or path.is_absolute() or len(source) > _LONGEST_NAME
+
+
+def source_problem(what: str, source: str) -> str | None:
+    """Why no texts can come from there; None where they may."""
+    if not file_is_missing(source):
+        return None
+    return f"{what} ({path_shown(source)}) is not a file: give .jsonl, .parquet or text files, or a data set's name"
+
+
+def file_missing(what: str, file: str, written_by: str) -> str | None:
+    """That this is no file; None where it is one."""
+    if os.path.isfile(file):
+        return None
+    return f"{what} ({path_shown(file)}) is not a file: give one that {written_by} has written"
+
+
+def model_problem(what: str, name: str) -> str | None:
+    """Why a model or an adapter cannot have this name; None where a folder has it, or something on the Hub may.
+
+    Args:
+        what: is to have it, for the message.
+        name: folder or Hub id.
+    """
+    if os.path.isdir(name):
+        return None
+    if os.path.isfile(name):
+        return f"{what} ({path_shown(name)}) is a file, expected a folder or Hub id"
+    return None if _may_be_hub_id(name) else f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
+
+
+def model_doubt(what: str, name: str) -> str | None:
+    """Where this may be a Hub id, but also a folder's name that is mistyped: a sentence that says so."""
+    at = Path(name)
+    if os.path.lexists(name) or not _may_be_hub_id(name) or not os.path.isdir(at.parent):
+        return None
+    return f"{what} ({name}) is no folder here: if it is not on the Hub either, correct it too"
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Whether this is user/repository, a repository's name alone, or user/repository/folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    inside = re.fullmatch(r"([^/]+/[^/]+)/(.+?)/*", name)
+    try:
+        validate_repo_id(inside[1] if inside else name)
+    except HFValidationError:
+        return False
+    return True
