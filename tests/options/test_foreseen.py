@@ -213,6 +213,13 @@ def test_what_was_folded_may_be_folded_again(tmp_path):
     assert foreseen(FoldOptions("mixture", "notes", weights=["a=1"])) == []
 
 
+def test_a_dry_run_leaves_what_a_killed_process_has_left(tmp_path):
+    (tmp_path / "out/.part").mkdir(parents=True)
+    assert foreseen(train(dry_run=True)) == ["output (out) exists already and holds .part: give a new or empty folder"]
+    assert foreseen(train()) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_one_problem_is_a_sentence_and_several_are_a_list():
     with pytest.raises(ConfigError, match=r"^batch_size \(0\) must be at least 1$"):
         refuse_foreseen(train(batch_size=0))

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from weft.base_model.devices import execution_device
 from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
+from weft.base_model.usage import measured
 from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
@@ -23,7 +24,6 @@ from weft.evaluate.merges import best_merge
 from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, notes, render, write
 from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
-from weft.evaluate.usage import measured
 from weft.files.names import by_name
 from weft.files.writing import NotWrittenError
 from weft.model.build import base_name

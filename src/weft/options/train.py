@@ -95,6 +95,7 @@ class TrainOptions(LoadingOptions):
         logging_steps: Steps between two lines of the log.
         resume: Continue from the last checkpoint in the output folder.
         report_to: Send the log to this tool too. Files of TensorBoard go into the folder of the checkpoints.
+        dry_run: Load everything, take two steps, write nothing, and say how much memory and time the training needs.
 
     Args: Advanced
         bf16: Train in mixed precision with bfloat16.
@@ -160,6 +161,7 @@ class TrainOptions(LoadingOptions):
     balance_loss_weight: float = 0.0
     entropy_loss_weight: float = 0.0
     expert_label_loss_weight: float = 0.0
+    dry_run: bool = False
 
     def missing(self) -> list[str]:
         """Base model, experts and data, where nothing brings them along."""

@@ -101,7 +101,8 @@ def output_problems(options: Any) -> list[str]:
     problem = naming_problem(output) or folder_problem(output)
     if problem is not None:
         return [f"output ({path_shown(options.output)}) cannot be made: {problem}"]
-    settle(output, leftovers=True)
+    if not options.dry_run:
+        settle(output, leftovers=True)
     if checkpoints_of(options):
         return []
     if options.resume and not options.experts_from:

@@ -74,6 +74,13 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def about(seconds: int | float) -> str:
+    """Seconds as a rough duration: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def size(number: int | float) -> str:
     """Bytes as an amount of memory: 64 kB, 340 MB, 1.9 GB."""
     for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

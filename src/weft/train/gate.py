@@ -30,6 +30,7 @@ from weft.train.arguments import mixture_options, steps_to_train, training_argum
 from weft.train.callbacks import GateCallback
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resume, prepare_folder
 from weft.train.checks import check, open_sources
+from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
 from weft.train.progress import ProgressLine
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
@@ -41,7 +42,7 @@ _Rows = list[dict[str, Any]]
 
 
 def train(options: TrainOptions) -> Path:
-    """Train a mixture and save it.
+    """Train a mixture and save it; with `dry_run`, say what that needs, and save nothing.
 
     Returns:
         The folder with the mixture and its tokenizer.
@@ -61,6 +62,9 @@ def train(options: TrainOptions) -> Path:
     rows = read_training_rows(options, list(adapters), tokenizer)
     held_out = read_eval_rows(options, list(adapters), tokenizer)
     model = _load_model(options, adapters)
+    if options.dry_run:
+        dry_run(options, model, tokenizer, rows, held_out)
+        return Path(options.output)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress, GateCallback()]
     if options.early_stopping:
