@@ -16,7 +16,7 @@ import errno
 import re
 from collections.abc import Iterable
 
-# How torch, CUDA, numpy and the system say that there is no memory left; torch has an error for that on a GPU only.
+# Messages of torch, CUDA, numpy and the system for out of memory. torch has a class for it on GPUs only.
 _NO_MEMORY = re.compile(
     "can(no|')t allocate memory|not enough memory|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE
 )
@@ -79,12 +79,12 @@ def first_line(err: BaseException) -> str:
 
 
 def lack_of_memory(err: BaseException) -> BaseException | None:
-    """The error that says that there was no memory: this one, or one that it was raised from; None where none does."""
+    """The error for out of memory: this one or a cause of it; None if there is none."""
     cause: BaseException | None = err
     while cause is not None:
         if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
             return cause
-        # Of an error of weft's the cause says so.
+        # For errors of weft, the cause decides.
         if not isinstance(cause, WeftError | OSError) and _NO_MEMORY.search(str(cause)):
             return cause
         cause = cause.__cause__

@@ -54,12 +54,12 @@ def _reset_peak() -> bool:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that this process, or on a GPU its tensors, have held so far; None where this cannot be told."""
+    """Peak memory in bytes: of the process, or on a GPU of its tensors; None if it cannot be measured."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu":
         return None
-    if _STATUS.exists():  # it forgets, as `measured` asks, what was before
+    if _STATUS.exists():  # Linux, where `measured` can reset the peak
         found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
         return int(found.group(1)) * 2**10 if found else None
     if resource is None:

@@ -1,4 +1,4 @@
-"""Out of memory: how much was needed, and which of a command's options take less."""
+"""The message for out of memory: how much was needed, and which options of the command need less."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def memory_error(err: Exception, options: CommandOptions) -> WeftError | None:
-    """What to say where there was not enough memory; None where the error is another one.
+    """The error to report if there was not enough memory; None for other errors.
 
     Args:
-        err: that ended the command.
-        options: of the command.
+        err: the error that ended the command.
+        options: the options of the command.
     """
     lack = lack_of_memory(err)
     if lack is None:
@@ -28,18 +28,18 @@ def memory_error(err: Exception, options: CommandOptions) -> WeftError | None:
     wanted, gpu = _WANTED.search(text), _ON_GPU.search(text)
     more = f": {_size(wanted[1], wanted[2])} more were needed" if wanted else ""
     where = f" on {gpu[1]}, which has {_size(gpu[2], gpu[3])}" if gpu else ""
-    # What weft was about, where it says so: base (x) cannot be loaded, ...
+    # weft's errors begin with what failed: base (x) cannot be loaded: ...
     during = f" ({first_line(err).partition(':')[0]})" if isinstance(err, WeftError) else ""
     advice = less_memory(options, loading=isinstance(err, WeftError))
     return WeftError(f"there is not enough memory{where}{more}{during}. {advice}")
 
 
 def less_memory(options: Any, *, loading: bool = False) -> str:
-    """How a command can do with less memory.
+    """A sentence with the options that reduce the memory.
 
     Args:
-        options: of the command; those that ask for the least already are left out.
-        loading: it did not get as far as to compute.
+        options: the options of the command; those that cannot be lowered further are left out.
+        loading: memory ran out while something was loaded, so options of the computation do not matter.
     """
     ways = []
     if not loading:

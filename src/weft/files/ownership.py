@@ -46,10 +46,10 @@ def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -
 
 
 def new_folder_problem(folder: Path, what: str = "output") -> str | None:
-    """Why nothing new can be written into a folder; what a killed writer has left there is put in order first.
+    """Why nothing new can be written into a folder; None if it can. Leftovers of a killed process are removed first.
 
     Raises:
-        CheckpointError: it cannot be put in order.
+        CheckpointError: they cannot be cleaned up.
     """
     settle(folder, leftovers=True)
     problem = used_folder_problem(folder, what)
@@ -71,7 +71,7 @@ def refuse_used_folder(folder: Path, what: str = "output") -> None:
 
 
 def folder_beside(model: str | os.PathLike[str], what: str) -> Path:
-    """Where a mixture goes that was made of another one, if nothing else is said: beside it; for a Hub id, here."""
+    """The default folder for a mixture made from `model`: beside it; for a Hub id in the working directory."""
     beside = Path(os.path.expanduser(model))
     beside = Path(os.path.abspath(beside)) if os.path.isdir(beside) else Path(beside.name)
     return beside.with_name(f"{beside.name}-{what}")

@@ -1,4 +1,4 @@
-"""Whether what an option names is there, as far as this machine can tell: nothing is read, and the Hub is not asked."""
+"""Checks that the models and files that options name exist. No file is read, and there is no request to the Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_NAME = 1000  # of a data set
 
 
 def file_is_missing(source: str) -> bool:
-    """Whether texts are to come from a file that is not there: neither file nor folder, nor a data set's name."""
+    """Whether a source of texts can only be a file, and that file does not exist."""
     if os.path.isfile(source) or os.path.isdir(source):
         return False
     path = Path(source)
@@ -22,24 +22,24 @@ def file_is_missing(source: str) -> bool:
 
 
 def source_problem(what: str, source: str) -> str | None:
-    """Why no texts can come from there; None where they may."""
+    """The problem of a source of texts; None if it exists or may be the name of a data set."""
     if not file_is_missing(source):
         return None
     return f"{what} ({path_shown(source)}) is not a file: give .jsonl, .parquet or text files, or a data set's name"
 
 
 def file_missing(what: str, file: str, written_by: str) -> str | None:
-    """That this is no file; None where it is one."""
+    """The problem of a file that must exist; None if it does."""
     if os.path.isfile(file):
         return None
     return f"{what} ({path_shown(file)}) is not a file: give one that {written_by} has written"
 
 
 def model_problem(what: str, name: str) -> str | None:
-    """Why a model or an adapter cannot have this name; None where a folder has it, or something on the Hub may.
+    """The problem of the name of a model or adapter; None if it is a folder, or may be a Hub id.
 
     Args:
-        what: is to have it, for the message.
+        what: the model or adapter, for the message.
         name: folder or Hub id.
     """
     if os.path.isdir(name):
@@ -50,7 +50,7 @@ def model_problem(what: str, name: str) -> str | None:
 
 
 def model_doubt(what: str, name: str) -> str | None:
-    """Where this may be a Hub id, but also a folder's name that is mistyped: a sentence that says so."""
+    """A sentence for a name that may be a Hub id or a mistyped folder; None for other names."""
     at = Path(name)
     if os.path.lexists(name) or not _may_be_hub_id(name) or not os.path.isdir(at.parent):
         return None

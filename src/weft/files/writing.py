@@ -217,7 +217,7 @@ def check_file(file: str | os.PathLike[str], option: str) -> None:
 
 
 def file_problem(file: str | os.PathLike[str]) -> str | None:
-    """Why a file cannot be written; None where it can."""
+    """Why a file cannot be written; None if it can."""
     problem = naming_problem(f"{os.fspath(file)}{_NEW}")
     if problem is not None:
         return problem

@@ -36,30 +36,30 @@ class CommandOptions(metaclass=_TakesOtherSpellings):
             if hasattr(self, name):
                 setattr(self, name, _expanded(getattr(self, name)))
 
-    # What `foreseen` asks, before anything is imported or loaded: a sentence for each problem.
+    # `foreseen` calls these before anything is imported or loaded. Problems are sentences.
 
     def missing(self) -> list[str]:
-        """What must be given and is not."""
+        """Required options that are missing."""
         return []
 
     def wrong(self) -> list[str]:
-        """What is out of its range, or cannot be combined."""
+        """Values out of their range, and options that exclude each other."""
         return []
 
     def models(self) -> list[tuple[str, str]]:
-        """What is given by a folder or Hub id, and that folder or id."""
+        """Models, mixtures and adapters: (what it is, folder or Hub id)."""
         return []
 
     def sources(self) -> list[tuple[str, str]]:
-        """Options that name texts, and where these come from."""
+        """Texts to read: (option, source)."""
         return []
 
     def in_the_way(self) -> list[str]:
-        """What cannot be written."""
+        """Outputs that cannot be written."""
         return []
 
     def doubts(self) -> list[str]:
-        """What may be wrong too, which takes longer to find out."""
+        """Possible problems. They are named only beside certain ones."""
         return []
 
 

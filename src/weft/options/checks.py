@@ -1,4 +1,4 @@
-"""Checks that the options of several commands share: what is wrong, a sentence each."""
+"""Checks of options that several commands share. Each returns one sentence per problem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weft.files.writing import file_problem
 
 
 def pairs(values: list[str] | dict[str, Any]) -> list[tuple[str | None, str]]:
-    """name=VALUE, ... as pairs, without a look at what they are; None for a name that is missing."""
+    """The pairs of name=VALUE, ..., unchecked; None for a missing name."""
     if isinstance(values, dict):
         return list(values.items())
     return [split_name(value) for value in values]
@@ -21,7 +21,7 @@ def pairs(values: list[str] | dict[str, Any]) -> list[tuple[str | None, str]]:
 def naming_problems(
     values: list[str] | dict[str, Any], option: str, expected: str = FOLDERS, read: Callable[[str], Any] = str
 ) -> list[str]:
-    """What is wrong with an option's name=VALUE; see `by_name`."""
+    """The problem of the values name=VALUE of an option, if any; see `by_name`."""
     try:
         by_name(values, option, expected, read)
     except ConfigError as err:
@@ -30,13 +30,13 @@ def naming_problems(
 
 
 def source_of(value: str) -> str:
-    """The source in name=SOURCE; the "=" of a path is none of ours."""
+    """The source in name=SOURCE. A "=" inside of a path does not separate a name."""
     name, source = split_name(value)
     return value if name is None or "/" in name else source
 
 
 def files_in_the_way(*files: tuple[str, str | None]) -> list[str]:
-    """A sentence for each of these options whose file cannot be written."""
+    """One sentence for each (option, file) whose file cannot be written."""
     found = [(name, file, file_problem(file)) for name, file in files if file is not None]
     return [
         f"{name} ({path_shown(file)}) cannot be written: {problem}; give another file"
@@ -46,7 +46,7 @@ def files_in_the_way(*files: tuple[str, str | None]) -> list[str]:
 
 
 def least(options: Any, **smallest: int) -> list[str]:
-    """A sentence for each of these options that is below its smallest value."""
+    """One sentence for each of these options that is below its smallest value."""
     return [
         f"{name} ({getattr(options, name)}) must be at least {value}"
         for name, value in smallest.items()
@@ -55,7 +55,7 @@ def least(options: Any, **smallest: int) -> list[str]:
 
 
 def length_problems(sequence_length: int) -> list[str]:
-    """What is wrong with a number of tokens per sequence."""
+    """The problem of a number of tokens per sequence, if any."""
     if sequence_length >= 2:
         return []
     return [f"sequence_length ({sequence_length}) must be at least 2: one token to read, one to predict"]

@@ -1,7 +1,7 @@
-"""All that can be told to be wrong with a command's options before anything is imported or loaded, at once.
+"""Finds all problems of a command's options that need no import of torch and no loading, for one report.
 
-Each class of options says what its own mean (`CommandOptions`). What only the Hub, or a look into the files, can tell
-comes later.
+Each class of options lists its own (`CommandOptions`). Problems that show only on the Hub or inside of files are found
+later.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from weft.options.values import value_problems
 
 
 def refuse_foreseen(options: CommandOptions) -> None:
-    """Raise where these options cannot work, as far as can be told now.
+    """Raise if these options have problems that can be found now.
 
     Raises:
-        ConfigError: with all that is wrong.
+        ConfigError: with all of them.
     """
     refuse(foreseen(options))
 
 
 def refuse(problems: list[str]) -> None:
-    """Raise where there are problems: the sentence of one, a list of several.
+    """Raise if there are problems: one as a sentence, several as a list.
 
     Raises:
         ConfigError: with all of them.
@@ -34,7 +34,7 @@ def refuse(problems: list[str]) -> None:
 
 
 def foreseen(options: CommandOptions) -> list[str]:
-    """What is wrong with these options, a sentence each: values, combinations, what is not there, what is in the way.
+    """One sentence for each problem: values, combinations, missing models and files, outputs that cannot be written.
 
     Example:
         >>> foreseen(GenerateOptions("/nowhere"))
@@ -45,7 +45,7 @@ def foreseen(options: CommandOptions) -> list[str]:
     problems += [source_problem(what, source) for what, source in options.sources()]
     problems += options.in_the_way()
     found = [problem for problem in problems if problem is not None]
-    if found:  # with something to mend anyway, what may be wrong is worth saying
+    if found:  # the user has to correct something anyway, so possible problems are worth a line
         doubtful = [model_doubt(what, name) for what, name in options.models()]
         found += [doubt for doubt in [*doubtful, *options.doubts()] if doubt is not None]
     return found

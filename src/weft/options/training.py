@@ -1,4 +1,4 @@
-"""What is wrong with the options of `weft train`, before anything is loaded: a sentence for each problem."""
+"""Checks of the options of `weft train` before anything is loaded. Each returns one sentence per problem."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from weft.options.checks import least, length_problems, naming_problems, pairs
 from weft.options.ranges import range_problems, routing_problems
 
 CHECKPOINTS = "checkpoints"  # in the output folder
-# In the folder of the checkpoints, of a run that has no whole one yet: what it has learned may be learned anew.
+# A file in the folder of the checkpoints, of a run without a complete one: its output may be overwritten.
 BEGUN = ".begun"
-# What a run leaves in its output folder before there is a checkpoint.
+# What a run writes into its output folder before its first checkpoint.
 OF_A_RUN = {CHECKPOINTS, "scaling-cache"}
 
 
 def expert_problems(options: Any) -> list[str]:
-    """Of the names of the experts, and their number."""
+    """Problems of the experts' names and number."""
     problems = naming_problems(options.adapters, "adapters")
     problems += naming_problems(options.experts_from, "experts_from", "name=DATA")
     given, trained = (
@@ -36,7 +36,7 @@ def expert_problems(options: Any) -> list[str]:
 
 
 def number_problems(names: list[str], which: str) -> list[str]:
-    """A gate decides among several experts; that there is none at all is another problem."""
+    """The problem of a single expert; a gate needs several. (No expert at all is found as a missing option.)"""
     if len(names) != 1:
         return []
     return [
@@ -46,7 +46,7 @@ def number_problems(names: list[str], which: str) -> list[str]:
 
 
 def gate_problems(options: Any) -> list[str]:
-    """Of the training of the gate."""
+    """Problems of the gate's training."""
     problems = least(options, batch_size=1, gradient_accumulation_steps=1, save_steps=1, logging_steps=1)
     problems += least(options, max_steps=0, max_tokens=0, eval_steps=0, early_stopping=0)
     problems += length_problems(options.sequence_length)
@@ -70,7 +70,7 @@ def gate_problems(options: Any) -> list[str]:
 
 
 def mixture_problems(options: Any, expert_names: list[str]) -> list[str]:
-    """Of the mixture itself, in the words of `XLoraConfig`."""
+    """Problems of the mixture's own options, as `XLoraConfig` words them."""
     others = {"hidden_size": None, "scalings_log_size": 1, "enable_softmax": True, "enable_softmax_topk": False}
     values = SimpleNamespace(**{**others, **vars(options), "adapters": dict.fromkeys(expert_names, "-")})
     if values.scaling_pass_value is None:
@@ -79,7 +79,7 @@ def mixture_problems(options: Any, expert_names: list[str]) -> list[str]:
 
 
 def own_training_problems(options: Any) -> list[str]:
-    """Of the training of the experts."""
+    """Problems of the experts' training."""
     problems = least(options, expert_rank=1, expert_alpha=1, expert_steps=0)
     if options.expert_steps == 0 and options.expert_epochs <= 0:
         problems.append(f"expert_epochs ({options.expert_epochs}) must be above 0")
@@ -96,7 +96,7 @@ def own_training_problems(options: Any) -> list[str]:
 
 
 def output_problems(options: Any) -> list[str]:
-    """Of the folder for the mixture, where no run has left checkpoints in it."""
+    """Problems of the output folder. One with checkpoints is examined later."""
     output = Path(options.output)
     problem = naming_problem(output) or folder_problem(output)
     if problem is not None:
@@ -114,6 +114,6 @@ def output_problems(options: Any) -> list[str]:
 
 
 def checkpoints_of(options: Any) -> list[Path]:
-    """What a run has left in the output folder and calls a checkpoint, whether it is whole or not."""
+    """The checkpoints in the output folder, complete or not."""
     folder = Path(options.output, CHECKPOINTS)
     return list(folder.glob("checkpoint-*")) if os.path.isdir(folder) else []

@@ -75,14 +75,14 @@ def clock(seconds: float) -> str:
 
 
 def about(seconds: int | float) -> str:
-    """Seconds as a rough duration: 40 s, 12 min, 3.5 h."""
+    """A duration in seconds, rounded: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def size(number: int | float) -> str:
-    """Bytes as an amount of memory: 64 kB, 340 MB, 1.9 GB."""
+    """A number of bytes with its unit: 64 kB, 340 MB, 1.9 GB."""
     for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= least:
             return f"{number / least:.1f} {unit}" if number < 10 * least else f"{number / least:,.0f} {unit}"

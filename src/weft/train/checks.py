@@ -1,6 +1,6 @@
-"""What is wrong with the options of a training, as its files tell: checkpoints, mixtures, the Hub.
+"""Checks of a training against files: checkpoints, mixtures, the Hub.
 
-What can be told without a look into them is said before (`weft.options.foreseen`).
+The checks that need no files to be read come first (`weft.options.foreseen`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weft.train.checkpoints import Checkpoints, checkpoints_folder, describe, fi
 
 
 def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
-    """Say what is wrong with the options of a gate's training, beside what `refuse_foreseen` has said.
+    """Raise if the gate cannot be trained with these options, which `refuse_foreseen` has checked.
 
     Returns:
         The checkpoints in the output folder.
@@ -46,7 +46,7 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
 
 
 def open_sources(options: TrainOptions, adapters: dict[str, str]) -> Any:
-    """The base model's tokenizer, when the adapters' folders have been found too, those on the Hub fetched.
+    """The tokenizer of the base model. The folders of the adapters are located too, and downloaded from the Hub.
 
     Raises:
         ConfigError: with all that cannot be found.
@@ -78,7 +78,7 @@ def _start_problems(options: TrainOptions) -> list[str]:
 
 
 def _output_problems(options: TrainOptions, checkpoints: Checkpoints) -> list[str]:
-    """What a run has left that is no checkpoint, where what it called one was not completed."""
+    """Problems of an output folder without a complete checkpoint."""
     begun = (checkpoints_folder(options.output) / BEGUN).exists()
     if checkpoints.last is not None or checkpoints.damaged or begun:  # a run's, whose files may be replaced
         return []

@@ -1,4 +1,4 @@
-"""What a training needs, memory and time, found out by a step on its longest batch; nothing is written."""
+"""Estimates the memory and time of a training from two steps on its longest batch. Nothing is written."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from weft.train.packing_check import check_packing
 from weft.train.trainer import WeftTrainer, trained_tokens
 
 _Rows = list[dict[str, Any]]
-_STEPS = 2  # the first one also does what is done once
+_STEPS = 2  # the first one includes the set-up, so the time is that of the second one
 
 
 def dry_run(
     options: TrainOptions, model: Any, tokenizer: Any, rows: _Rows, held_out: _Rows | None, what: str = "the gate"
 ) -> None:
-    """Train for two steps on the longest rows, and say what the whole training needs.
+    """Train for two steps on the longest rows, and print what the whole training needs.
 
     Args:
-        options: of the training.
-        model: loaded; its weights are other ones afterwards.
-        tokenizer: the base model's.
-        rows: to train on.
-        held_out: to evaluate on, if any.
-        what: is trained, for the screen.
+        options: the options of the training.
+        model: the loaded model. Its trainable weights change.
+        tokenizer: the tokenizer of the base model.
+        rows: the training data.
+        held_out: the data for evaluation, if any.
+        what: the name of what is trained, for the output.
 
     Raises:
-        WeftError: the model cannot be trained so.
+        WeftError: the model cannot be trained with these options.
     """
     packed = rows
     if options.packing:
@@ -80,17 +80,17 @@ def dry_run(
 
 
 class _Clock(TrainerCallback):
-    """How long the last step took."""
+    """Measures the time of the last step."""
 
     def __init__(self) -> None:
         self.seconds = self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, when the device is done."""
+        """Stop it when the device has finished."""
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
         self.seconds = time.perf_counter() - self._start
@@ -101,7 +101,7 @@ def _longest(rows: _Rows, count: int) -> _Rows:
 
 
 def _mean_tokens(rows: _Rows, options: TrainOptions) -> float:
-    """Tokens of a batch, with padding, in the mean over an epoch."""
+    """The mean number of tokens of a batch, padding included."""
     lengths = [len(row["input_ids"]) for row in rows]
     if options.group_by_length:
         lengths.sort()
@@ -112,7 +112,7 @@ def _mean_tokens(rows: _Rows, options: TrainOptions) -> float:
 
 
 def _evaluation_seconds(trainer: WeftTrainer, held_out: _Rows, together: int) -> float:
-    """How long one evaluation takes, going by its longest batch."""
+    """The estimated time of one evaluation, from its longest batch."""
     batch = _longest(held_out, together)
     seconds = float(trainer.evaluate(batch)["eval_runtime"])  # type: ignore[arg-type]
     return seconds * sum(len(row["input_ids"]) for row in held_out) / sum(len(row["input_ids"]) for row in batch)

@@ -151,14 +151,14 @@ def _train_missing(
 
 
 def _dry_run(options: TrainOptions, gate_options: TrainOptions, missing: list[str]) -> Path:
-    """Say what the training of each missing expert needs, and that of a gate over such experts."""
+    """Estimate the training of each missing expert, and of a gate over untrained experts of the same size."""
     with temporary_folder(lambda folder: _dry_run_experts(options, missing, folder)) as fresh:
         adapters = {**by_name(gate_options.adapters, "adapters"), **dict.fromkeys(missing, str(fresh))}
         return train(dataclasses.replace(gate_options, adapters=adapters))
 
 
 def _dry_run_experts(options: TrainOptions, missing: list[str], folder: Path) -> None:
-    """Say what their training needs, and put an adapter like them into a folder."""
+    """Estimate the training of each missing expert, and save an adapter of their size in the folder."""
     assert options.base is not None
     sources, tokenizer = _sources(options), load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
     base = load_base(options.base, **loading_options(options))
@@ -291,7 +291,7 @@ def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str],
 
 
 def _own_options(options: TrainOptions) -> TrainOptions:
-    """The options of an expert's training by the names that those of the gate have."""
+    """The options of an expert's training, under the names of the gate's options."""
     return dataclasses.replace(
         options,
         max_steps=options.expert_steps,

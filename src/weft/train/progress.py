@@ -17,7 +17,7 @@ from weft.screen.loudness import is_quiet
 _GATE, _SHARE = "gate/", "gate/share/"
 # Entries of a log line that say nothing new, or that the line says in words.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
-_PATIENCE = 2.0  # seconds that the steps of an estimate take at least, where no line of the log comes before
+_PATIENCE = 2.0  # seconds of steps before the estimate is printed, unless a log line comes first
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
 
 
@@ -37,7 +37,9 @@ class ProgressLine(TrainerCallback):
         self._task = TaskID(0)
         self._losses: list[float] = []
         self._start = self._last = (0.0, 0, 0.0)
-        self._after_first: tuple[float, int, float] | None = None  # step, in which much is done once
+        self._after_first: tuple[float, int, float] | None = (
+            None  # the end of the first step, which includes the set-up
+        )
         self._estimated = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,7 +103,7 @@ class ProgressLine(TrainerCallback):
             self._bar = None
 
     def _estimate(self, now: tuple[float, int, float], args: Any, state: Any) -> None:
-        """Say once what the training takes, unless it is over."""
+        """Print an estimate of time and memory, once."""
         if self._estimated or not state.is_world_process_zero:
             return
         self._estimated = True
