@@ -26,11 +26,10 @@ from weft.checkpoint.base_place import lasting_name
 from weft.checkpoint.folder import SavedMixture, open_mixture, write_options
 from weft.checkpoint.gate_sizes import refuse_other_sizes
 from weft.errors import ConfigError
-from weft.files.reading import is_list_of_strings, is_number, is_whole, kind_shown, shown
+from weft.files.reading import kind_shown, shown
 from weft.files.writing import errors_of_writing
+from weft.options.ranges import GATE_LOSSES, range_problems, routing_problems, type_problems
 
-# The gate's losses (`weft.losses`). The option for the weight of each has "_weight" added.
-GATE_LOSSES = ("balance_loss", "entropy_loss", "expert_label_loss")
 # Arguments of peft's `from_pretrained` for the download; they are not options.
 _FETCHING = {"revision", "cache_dir", "token", "use_auth_token", "ephemeral_gpu_offload", "torch_device"}
 _TITLE = "XLoraConfig cannot work:"
@@ -138,9 +137,9 @@ class XLoraConfig(PeftConfig):
         """The problems of the present values, one sentence each."""
         return [
             *table_problems(self.adapters, self.expert_names),
-            *_range_problems(self),
-            *_type_problems(self),
-            *_routing_problems(self),
+            *range_problems(self),
+            *type_problems(self),
+            *routing_problems(self),
         ]
 
     @property
@@ -310,78 +309,6 @@ def _inherited_problems(config: XLoraConfig) -> list[str]:
     if not isinstance(config.inference_mode, bool):
         problems.append(f"inference_mode ({shown(config.inference_mode)}) must be True or False")
     return problems
-
-
-def _range_problems(config: XLoraConfig) -> list[str]:
-    problems = []
-    smallest = {"xlora_depth": 1, "xlora_size": 1, "scalings_log_size": 1}
-    smallest_if_given = {"hidden_size": 1, "scaling_pass_layers": 1, "gate_layer": 0}
-    for name, least in {**smallest, **smallest_if_given}.items():
-        value = getattr(config, name)
-        if value is None and name in smallest_if_given:
-            continue
-        if not is_whole(value) or value < least:
-            problems.append(f"{name} ({shown(value)}) must be a whole number of at least {least}")
-    if config.scaling_pass_layers is not None and config.gate_layer is not None:
-        problems.append(
-            f"scaling_pass_layers ({config.scaling_pass_layers}) and gate_layer ({config.gate_layer}) exclude each "
-            "other: with gate_layer there is no scaling pass"
-        )
-    if not is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
-        problems.append(f"xlora_dropout_p ({shown(config.xlora_dropout_p)}) must be in [0, 1)")
-    if not is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
-        problems.append(f"softmax_temperature ({shown(config.softmax_temperature)}) must be a finite number above 0")
-    for name in ("balance_loss_weight", "expert_label_loss_weight"):
-        value = getattr(config, name)
-        if not is_number(value) or value < 0:
-            problems.append(f"{name} ({shown(value)}) must be a finite number of at least 0")
-    for name in ("scaling_pass_value", "global_scaling_weight", "entropy_loss_weight"):
-        value = getattr(config, name)
-        if not is_number(value) and not (value is None and not config.adapters):
-            problems.append(f"{name} ({shown(value)}) must be a finite number")
-    return problems
-
-
-def _type_problems(config: XLoraConfig) -> list[str]:
-    switches = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters", "allow_dora")
-    problems = [
-        f"{name} ({shown(value)}) must be True or False"
-        for name in switches
-        if not isinstance(value := getattr(config, name), bool)
-    ]
-    for name, what in {"heads": "module", "layer_names": "layer"}.items():
-        names = getattr(config, name)
-        if names is not None and not (is_list_of_strings(names) and names and all(names)):
-            problems.append(f"{name} ({shown(names)}) must be a list of {what} names, or None")
-    return problems
-
-
-def _routing_problems(config: XLoraConfig) -> list[str]:
-    problems = []
-    num_adapters = len(config.adapters) if isinstance(config.adapters, dict) else 0
-    if config.top_k_lora is not None:
-        problems += top_k_problems(config.top_k_lora, num_adapters)
-    elif config.enable_softmax_topk is True:
-        problems.append("enable_softmax_topk (True) needs top_k_lora (None): set how many experts a token keeps")
-    if config.enable_softmax is False and config.enable_softmax_topk is False:
-        for name in GATE_LOSSES:
-            value = getattr(config, f"{name}_weight")
-            if value:
-                problems.append(
-                    f"{name}_weight ({shown(value)}) needs shares that sum to one: set enable_softmax or "
-                    "enable_softmax_topk"
-                )
-    if config.enable_softmax is True and config.enable_softmax_topk is True:
-        problems.append("enable_softmax (True) and enable_softmax_topk (True) exclude each other: switch one off")
-    return problems
-
-
-def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
-    """The problems of `top_k` for this number of adapters; 0 if their number is unknown."""
-    if not is_whole(top_k) or top_k < 1 or (num_adapters and top_k > num_adapters):
-        upper = f"the number of adapters ({num_adapters})" if num_adapters else "the number of adapters"
-        return [f"top_k_lora ({shown(top_k)}) must be between 1 and {upper}"]
-    return []
 
 
 def config_json(config: XLoraConfig, **replaced: Any) -> str:

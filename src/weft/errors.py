@@ -12,7 +12,14 @@ Example:
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable
+
+# Messages of torch, CUDA, numpy and the system for out of memory. torch has a class for it on GPUs only.
+_NO_MEMORY = re.compile(
+    "can(no|')t allocate memory|not enough memory|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE
+)
 
 
 class WeftError(Exception):
@@ -69,6 +76,19 @@ class HubError(WeftError, ConnectionError):
 def first_line(err: BaseException) -> str:
     """The first line of an error's message, or its type where it has no message."""
     return str(err).strip().partition("\n")[0] or type(err).__name__
+
+
+def lack_of_memory(err: BaseException) -> BaseException | None:
+    """The error for out of memory: this one or a cause of it; None if there is none."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return cause
+        # For errors of weft, the cause decides.
+        if not isinstance(cause, WeftError | OSError) and _NO_MEMORY.search(str(cause)):
+            return cause
+        cause = cause.__cause__
+    return None
 
 
 def bullet_list(problems: Iterable[str]) -> str:

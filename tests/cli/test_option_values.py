@@ -160,9 +160,7 @@ def test_a_config_that_cannot_be_read_is_named(make, message, equals, tmp_path, 
         (PermissionError(13, "Permission denied", "a", None, "b"), "a, b: Permission denied"),
         (OSError("something"), "OSError: something"),
         (UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"), "UnicodeEncodeError: 'utf-8' codec"),
-        (MemoryError(), "MemoryError: MemoryError"),
         (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth exceeded"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "there is not enough memory: DefaultCPU"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -184,7 +182,9 @@ def test_errors_of_the_program_itself_are_not_hidden(monkeypatch):
         main(["generate", "mixture", "--prompt", "x"])
 
 
-def test_file_names_of_other_encodings_can_be_printed(monkeypatch, capfd):
+def test_file_names_of_other_encodings_can_be_printed(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "caf\udce9").mkdir()
     monkeypatch.setattr("weft.cli.generate.generate", lambda options: print(f"saved to {options.model}"))
     assert main(["generate", "caf\udce9", "--prompt", "x"]) == 0
     assert capfd.readouterr().out == "saved to caf\\udce9\n"

@@ -214,7 +214,7 @@ def test_what_cannot_be_written_is_known_before_anything_is_measured(mixture, da
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "file").write_text("")
     for name, problem in {
-        "folder.json": "is there already and is no table",
+        "folder.json": "cannot be written: Is a directory",
         "file/table.json": "cannot be written: there is no folder",
         f"{'x' * 300}.json": "cannot be written: File name too long",
     }.items():

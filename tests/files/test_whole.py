@@ -254,7 +254,7 @@ def test_a_bug_is_not_taken_for_a_full_disk(tmp_path):
 def test_what_cannot_be_written_is_found_before(tmp_path):
     (tmp_path / "file").write_text("old")
     for path, reason in (
-        ("none/file", "No such file or directory"),
+        ("none/file", f"there is no folder {tmp_path}/none"),
         ("", "Is a directory"),
         ("x" * 300, "File name too long"),
     ):

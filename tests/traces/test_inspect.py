@@ -71,14 +71,17 @@ def test_a_generation_is_shown_with_its_prompt(mixture, tmp_path, capsys):
     [
         ([], r"text, data and generate are missing: give one of them"),
         (["--text", "a", "--generate", "b"], r"text and generate are both given: give one of them"),
-        (["--text", "a", "--max-tokens", "0"], r"max_tokens \(0\) and batch_size \(4\) must be at least 1 each"),
+        (["--text", "a", "--max-tokens", "0"], r"max_tokens \(0\) must be at least 1"),
         (
             ["--text", "a", "--html", "no/a.html"],
-            r"html \(no/a.html\) cannot be written: No such file .*; give another",
+            r"html \(no/a.html\) cannot be written: there is no folder .*/no; give another",
         ),
         (["--text", "a", "--output", "/"], r"output \(/\) cannot be written: Is a directory; give another file"),
         (["--text", "a", "--figure", "gates.docx"], r"figure \(gates.docx\) must end in one of .pdf, .png, .svg"),
-        (["--text", "a", "--compare", "none.trace"], r"none.trace is no file: give one that Trace.save"),
+        (
+            ["--text", "a", "--compare", "none.trace"],
+            r"compare \(none.trace\) is not a file: give one that weft inspect --output",
+        ),
         (["--generate", "a", "--temperature", "-1"], r"temperature \(-1.0\)"),
     ],
 )

@@ -207,7 +207,7 @@ BAD = {
     "data": ({"data": "/nowhere.jsonl"}, r"data \(/nowhere.jsonl\) is not a file"),
     "data to evaluate on": ({"eval_data": "/nowhere.jsonl"}, r"data \(/nowhere.jsonl\) is not a file"),
     "labels": ({"data": __file__, "gate_start": "labels"}, r"data \(.*\) names none of the experts \['fox'"),
-    "no base": ({"base": "/nowhere"}, r"base \(/nowhere\) cannot be loaded: .* a model with a tokenizer"),
+    "no base": ({"base": "/nowhere"}, r"base \(/nowhere\) is neither a folder here nor a Hub id"),
     "length": ({"sequence_length": "5000"}, r"sequence_length \(5000\) must be at most the model's number of posit"),
 }
 
@@ -290,6 +290,16 @@ def test_options_that_are_not_the_mixtures_are_refused(mixture, base_adapters, t
     assert re.search(r"adapters \(.*\) and start_from \(.*\) exclude each other: .* weft add-expert adds one", error)
     assert main(["train", "--start-from", base_adapters["math"], "--data", "x", "--output", "y"]) == 1
     assert "is of type LORA, expected XLORA" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_one_expert_is_not_trained_further(mixture, texts, tmp_path, capsys):
+    one = weft.drop_expert(mixture, "code")
+    assert (
+        main(["train", "--start-from", str(one), "--data", str(texts["fox"]), "--output", str(tmp_path / "out")]) == 1
+    )
+    said = f"start_from ({one}) has one expert (math), expected two or more, between which a gate can choose"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ There are no LoRA layers and no gate here.
     first_layers.py     the first decoder layers of a backbone, as a module
     devices.py          the device of each part, also with accelerate's offloading
     state.py            saves and restores flags, packed weights, hooks and modes
+    usage.py            seconds and peak memory
     likelihoods.py      the negative log-likelihood of each token
     versions.py         differences between versions of transformers and peft
 """

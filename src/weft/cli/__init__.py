@@ -9,6 +9,7 @@ Knows how nothing is done.
     option_files.py the YAML of --config, read with limits
     help.py         `weft --help`, `weft COMMAND --help`
     errors.py       what went wrong, in a line
+    memory.py       out of memory: how much was needed, and what takes less
     terminal.py     generated text in the experts' colours
     environment.py  `weft env`, `weft --version`
     chat.py, evaluate.py, experts.py, fold.py, formats.py, generate.py, inspect.py, train.py: one command or a few

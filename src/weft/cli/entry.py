@@ -10,10 +10,11 @@ from contextlib import ExitStack
 from weft.cli.commands import COMMANDS
 from weft.cli.errors import UsageError, report, report_unforeseen, speaks
 from weft.cli.help import command_help, overview
+from weft.cli.memory import memory_error
 from weft.cli.option_files import as_yaml
 from weft.cli.parser import Given, command_named, parse
-from weft.errors import ConfigError, WeftError
-from weft.options.values import value_problems
+from weft.errors import WeftError
+from weft.options.foreseen import refuse_foreseen
 from weft.screen.libraries import libraries_hushed
 from weft.screen.loudness import NORMAL, QUIET, VERBOSE, loudness
 from weft.screen.visible import notice, say
@@ -74,16 +75,19 @@ def _run(name: str, arguments: list[str]) -> int:
         for renamed in given.renamed:
             notice(f"weft {name}: {renamed}", file=sys.stderr)
         options = command.options(**given.values)
-        problems = [*value_problems(options), *options.missing()]
-        if problems:
-            raise ConfigError("the options cannot work:", problems)
+        refuse_foreseen(options)
         with ExitStack() as meanwhile:
             with waiting("loading torch, transformers, peft", hidden=not command.imports_libraries or not speaks()):
                 if command.imports_libraries:
                     meanwhile.enter_context(libraries_hushed(f"weft {name}"))
                 module, _, function = command.runner.partition(":")
                 run = getattr(importlib.import_module(module), function)
-            run(options, *([given.handed_on] if command.hands_on else []))
+            try:
+                run(options, *([given.handed_on] if command.hands_on else []))
+            except Exception as err:
+                if (lack := memory_error(err, options)) is not None:
+                    raise lack from err
+                raise
     sys.stdout.flush()
     return 0
 

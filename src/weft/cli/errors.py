@@ -15,8 +15,6 @@ from weft.errors import CheckpointError, WeftError, bullet_list, first_line
 from weft.files.reading import reason
 from weft.screen.visible import say
 
-# How torch says that there is none left, for which it has no error of its own on the CPU.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 # Seconds in which the first process has said what all fail with.
 WAIT_FOR_THE_FIRST = 15
 
@@ -54,10 +52,8 @@ def report(command: str, err: WeftError) -> None:
 def report_unforeseen(command: str, err: Exception) -> None:
     """Say in a line what was not foreseen where it happened; what is no more than a fault of the program is raised."""
     if isinstance(err, RuntimeError) and not isinstance(err, RecursionError):
-        if not any(words in str(err) for words in _NO_MEMORY):
-            raise err
-        report(command, WeftError(f"there is not enough memory: {first_line(err)}"))
-    elif isinstance(err, OSError) and err.filename is None and err.errno in (errno.ENOSPC, errno.EPIPE):
+        raise err
+    if isinstance(err, OSError) and err.filename is None and err.errno in (errno.ENOSPC, errno.EPIPE):
         # Of what the output goes to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
         if err.errno == errno.ENOSPC:  # who closes a pipe has seen enough

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from weft.errors import ConfigError
 from weft.files.names import split_name
 from weft.formats.experts import add_expert, drop_expert
 from weft.options import AddExpertOptions, DropExpertOptions
@@ -16,8 +15,7 @@ def add(options: AddExpertOptions) -> None:
         WeftError: the mixture, the adapter or the output cannot work.
     """
     name, path = split_name(options.expert)
-    if not name or not path:
-        raise ConfigError(f"expert ({options.expert!r}) must be name=FOLDER or name=HUB_ID")
+    assert name is not None
     output = add_expert(
         options.model, name, path, options.output, base=options.base, trust_remote_code=options.trust_remote_code
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ from torch import Tensor
 
 from weft.base_model.loading import loading_options
 from weft.data.texts import check_length, read_tokens, token_sequences
-from weft.errors import ConfigError
 from weft.files.names import by_name
-from weft.files.writing import check_folder
 from weft.formats.folding import check_output, fold, mean_scalings
 from weft.model.build import load_mixture
 from weft.options import FoldOptions
@@ -27,31 +24,12 @@ def fold_mixture(options: FoldOptions) -> None:
         WeftError: the model, the options or the data cannot work.
     """
     weights = by_name(options.weights, "weights", "name=NUMBER", float)
-    _check(options)
     assert options.output is not None
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     check_output(Path(options.output), model.xlora_config)  # before a long look at the data
     config = fold(model, options.output, weights or _mean_over_data(model, tokenizer, options))
     say(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")
     say(f"  peft.PeftModel.from_pretrained(base, {options.output!r})")
-
-
-def _check(options: FoldOptions) -> None:
-    problems = options.missing()
-    if options.weights and options.data:
-        problems.append(
-            f"weights ({options.weights}) and data ({options.data}) exclude each other: the data would give the "
-            "weights, so leave one out"
-        )
-    if options.batch_size < 1:
-        problems.append(f"batch_size ({options.batch_size}) must be at least 1")
-    if options.max_sequences < 0:
-        problems.append(f"max_sequences ({options.max_sequences}) must be at least 0")
-    if problems:
-        raise ConfigError("the options cannot work:", problems)
-    assert options.output is not None
-    if not os.path.isfile(options.output):  # of which more is said later
-        check_folder(options.output, "output")
 
 
 def _mean_over_data(model: Any, tokenizer: Any, options: FoldOptions) -> Tensor:

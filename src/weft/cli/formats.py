@@ -30,11 +30,10 @@ def convert(options: ConvertOptions) -> None:
     """
     adapters = by_name(options.adapters, "adapters") or None
     rename = by_name(options.rename, "rename", "OLD=NEW")
-    output = options.output or f"{Path(options.source).name}-{options.to}"
     folder = convert_mixture(
         options.source,
         options.to,
-        output,
+        options.target,
         base=options.base,
         adapters=adapters,
         rename=rename,

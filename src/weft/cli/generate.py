@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from weft.base_model.loading import loading_options
 from weft.cli.terminal import StepPrinter
-from weft.generation.sampling import check_decoding
 from weft.generation.stream import stream
 from weft.model.build import load_mixture
 from weft.options import GenerateOptions, decoding
@@ -16,7 +15,6 @@ def generate(options: GenerateOptions) -> None:
     Raises:
         WeftError: the model or the options cannot work.
     """
-    check_decoding(**decoding(options))
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     steps = stream(
         model,

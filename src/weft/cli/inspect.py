@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from weft.base_model.loading import loading_options
 from weft.cli.terminal import StepPrinter
 from weft.data.texts import named_sources
 from weft.errors import ConfigError
-from weft.files.writing import check_file
-from weft.generation.sampling import check_decoding
 from weft.generation.stream import Step
 from weft.model.build import load_mixture
 from weft.options import InspectOptions
+from weft.options.foreseen import refuse
 from weft.screen.countdown import Countdown
 from weft.screen.palette import colour_of
 from weft.screen.tables import print_table, results_console
@@ -41,7 +41,7 @@ def inspect(options: InspectOptions) -> None:
     """
     _check(options)
     others = [Trace.load(file) for file in options.compare]  # before a long look at the data
-    shown = Trace.load(options.model) if os.path.isfile(options.model) else _recorded(options)
+    shown = Trace.load(options.model) if options.is_trace else _recorded(options)
     if options.output is not None:
         shown.save(options.output)
     _print(shown, others)
@@ -56,33 +56,20 @@ def inspect(options: InspectOptions) -> None:
 
 
 def _check(options: InspectOptions) -> None:
-    given = [name for name in ("text", "data", "generate") if getattr(options, name)]
-    is_trace = os.path.isfile(options.model)
+    """Raise where files are there that are not weft's to replace."""
+    checks: dict[str, Callable[..., None]] = {
+        "figure": check_figure,
+        "html": check_page,
+        "output": partial(Trace.check_file, what="output"),
+    }
     problems = []
-    if is_trace and given:
-        problems.append(f"model ({options.model}) is a trace already: leave {' and '.join(given)} out")
-    elif not is_trace and len(given) > 1:
-        problems.append(
-            f"{' and '.join(given)} are both given: give one of them, a text, data files or a prompt to continue"
-        )
-    if options.max_tokens < 1 or options.batch_size < 1:
-        problems.append(
-            f"max_tokens ({options.max_tokens}) and batch_size ({options.batch_size}) must be at least 1 each"
-        )
-    if problems:
-        raise ConfigError("the options cannot work:", problems)
-    for name in ("output", "html", "figure"):
-        file = getattr(options, name)
-        if file is not None:
-            check_file(file, name)
-    if options.generate:
-        check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, top_k=None, top_p=None)
-    if options.figure is not None:
-        check_figure(options.figure)
-    if options.html is not None:
-        check_page(options.html)
-    if options.output is not None:
-        Trace.check_file(options.output, "output")
+    for name, check in checks.items():
+        if (file := getattr(options, name)) is not None:
+            try:
+                check(file)
+            except ConfigError as err:
+                problems.append(str(err))
+    refuse(problems)
 
 
 def _recorded(options: InspectOptions) -> Trace:

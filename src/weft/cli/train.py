@@ -13,7 +13,7 @@ from weft.train.experts import experts_folder, train_in_stages
 
 
 def train(options: TrainOptions) -> None:
-    """Train, and say where the mixture is.
+    """Train, and say where the mixture is; or what training it needs.
 
     Raises:
         WeftError: the options, adapters or data cannot work.
@@ -22,10 +22,10 @@ def train(options: TrainOptions) -> None:
     try:
         output = train_in_stages(options)
     except KeyboardInterrupt:
-        if speaks():
+        if speaks() and not options.dry_run:
             _say_how_to_go_on(options)
         raise
-    if speaks():
+    if speaks() and not options.dry_run:
         say(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
 

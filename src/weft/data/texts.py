@@ -15,22 +15,11 @@ from weft.data.chat_template import assistant_mask, check_messages, conversation
 from weft.data.tables import table_rows
 from weft.errors import DataError, first_line
 from weft.files.names import split_name
-from weft.files.reading import parse_json, path_shown, read_text, shown
+from weft.files.presence import EXPECTED, LINES, TABLES, source_problem
+from weft.files.reading import parse_json, read_text, shown
 
-_LINES = {".jsonl", ".json", ".ndjson"}
-_TABLES = {".csv": ",", ".tsv": "\t"}
-# Files that hold texts in a form that is not read, and what to do.
-_NOT_READ = {
-    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "is compressed: unpack it first"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet: save it as .csv"),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"), "has formatted text: save it as .txt"),
-    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"), "is not read: save it as .parquet"),
-}
-_FILES = {*_LINES, *_TABLES, *_NOT_READ, ".parquet", ".txt", ".md"}
-_EXPECTED = ".jsonl, .csv, .tsv, .parquet or text files"
 # Windows editors put a byte order mark first.
 _ENCODING = "utf-8-sig"
-_LONGEST_NAME = 1000  # of a data set
 # The label of a token that counts in no loss, as in transformers.
 NO_LABEL = -100
 
@@ -65,19 +54,17 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
     """
     path = Path(source)
     suffix = path.suffix.lower()
+    if (problem := source_problem("data", source)) is not None:
+        raise DataError(problem)
     if os.path.isfile(path):
-        if suffix in _NOT_READ:
-            raise DataError(f"data ({source}) {_NOT_READ[suffix]} (expected {_EXPECTED})")
-        if suffix in _LINES:
+        if suffix in LINES:
             yield from _json_rows(path)
-        elif suffix in _TABLES:
-            yield from table_rows(path, _plain_text(path), _TABLES[suffix])
+        elif suffix in TABLES:
+            yield from table_rows(path, _plain_text(path), TABLES[suffix])
         elif suffix == ".parquet":
             yield from _data_set_rows("parquet", source, data_files=source)
         else:
             yield str(path), {"text": _one_text(path)}
-    elif not os.path.isdir(path) and (suffix in _FILES or path.is_absolute() or len(source) > _LONGEST_NAME):
-        raise DataError(f"data ({path_shown(source)}) is not a file: give {_EXPECTED}, or a data set's name")
     else:
         yield from _data_set_rows(source, source)
 
@@ -171,7 +158,7 @@ def _one_text(path: Path) -> str:
     """
     text = _plain_text(path)
     if "\0" in text:
-        raise DataError(f"data ({path}) is no text, as it holds null characters: expected {_EXPECTED}, in UTF-8")
+        raise DataError(f"data ({path}) is no text, as it holds null characters: expected {EXPECTED}, in UTF-8")
     if _is_row(text.lstrip().partition("\n")[0]):
         raise DataError(f"data ({path}) holds an object per line, and would be read as one text: name it .jsonl")
     return text
@@ -320,7 +307,7 @@ def _refuse_kinds(folder: Path) -> None:
     Raises:
         DataError: it has, and no README.md, which may say what is the data set.
     """
-    kinds = {ending for ending in (".jsonl", ".parquet", *_TABLES) if next(folder.rglob(f"*{ending}"), None)}
+    kinds = {ending for ending in (".jsonl", ".parquet", *TABLES) if next(folder.rglob(f"*{ending}"), None)}
     if len(kinds) > 1 and not os.path.lexists(folder / "README.md"):
         raise DataError(
             f"data ({folder}) is a folder with {' and '.join(sorted(kinds))} files, of which one kind would be read: "
@@ -343,7 +330,7 @@ def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str
         if os.path.isdir(source):
             raise DataError(
                 f"data ({source}) is a folder in which no data set can be read ({reason}): give its files "
-                f"({_EXPECTED}), or a folder with nothing but files of one of these kinds"
+                f"({EXPECTED}), or a folder with nothing but files of one of these kinds"
             ) from err
         raise DataError(f"data ({source}) cannot be read as a data set: {reason}") from err
     yield from ((f"{source}, row {number}", row) for number, row in enumerate(rows))

@@ -5,7 +5,6 @@ Nothing is trained, and no mixture is saved here.
     data_sets.py    the data set of a column: texts in windows, multiple choice, questions
     scoring.py      the scores of one model on one data set
     intervals.py    bootstrap intervals
-    usage.py        time and memory
     contestants.py  the models to compare, loaded one after the other onto one base model
     merges.py       static merges of the experts, and the search for their best weights
     rows.py         the rows of the table: a model and its settings

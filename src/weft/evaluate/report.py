@@ -17,8 +17,8 @@ from weft.errors import ConfigError
 from weft.evaluate.data_sets import Metric
 from weft.evaluate.rows import ORACLE
 from weft.files.ownership import refuse_strangers_file
-from weft.files.reading import naming_problem, path_shown
 from weft.files.writing import check_file, replace_file
+from weft.options.foreseen import refuse
 
 MIXTURE = "weft"
 _UNITS: dict[str, str] = {"perplexity": "perplexity", "accuracy": "accuracy", "exact_match": "exact match"}
@@ -172,16 +172,17 @@ def check_outputs(files: list[str]) -> list[Path]:
         ConfigError: a suffix is unknown, a folder is missing, a file cannot be written, or an existing file is not such
             a table.
     """
+    problems = []
     for file in map(Path, files):
         if file.suffix not in _WRITERS:
-            raise ConfigError(f"output ({file}) must end in {', '.join(_WRITERS)}")
-        problem = naming_problem(file)
-        if problem is not None:
-            raise ConfigError(f"output ({path_shown(file)}) cannot be written: {problem}; give another file")
-        if not file.resolve().parent.is_dir():
-            raise ConfigError(f"output ({file}) cannot be written: there is no folder {file.resolve().parent}")
-        refuse_strangers_file(file, _is_table, "output", "table")
-        check_file(file, "output")
+            problems.append(f"output ({file}) must end in {', '.join(_WRITERS)}")
+            continue
+        try:
+            check_file(file, "output")
+            refuse_strangers_file(file, _is_table, "output", "table")
+        except ConfigError as err:
+            problems.append(str(err))
+    refuse(problems)
     return [Path(file) for file in files]
 
 

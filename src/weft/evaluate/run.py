@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 
 from weft.base_model.devices import execution_device
 from weft.base_model.loading import load_placed_base, load_tokenizer, loading_options
+from weft.base_model.usage import measured
 from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
-from weft.errors import ConfigError, WeftError, first_line
+from weft.errors import ConfigError, WeftError, first_line, lack_of_memory
 from weft.evaluate.cell_store import Cell, CellStore, base_digest, digest_of, folder_digest
 from weft.evaluate.contestants import SharedBase
 from weft.evaluate.data_sets import DataSet, read_data_set
@@ -23,11 +23,11 @@ from weft.evaluate.merges import best_merge
 from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, notes, render, write
 from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
-from weft.evaluate.usage import measured
 from weft.files.names import by_name
 from weft.files.writing import NotWrittenError
 from weft.model.build import base_name
 from weft.options import EvalOptions
+from weft.options.foreseen import refuse_foreseen
 from weft.screen.countdown import Countdown
 from weft.screen.tables import print_table, results_console
 
@@ -50,7 +50,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
         >>> options = EvalOptions(model="my-mixture", data=["code=code.jsonl", "law=law.jsonl"])
         >>> evaluate(options)["weft"]["code"]
     """
-    _check(options)
+    refuse_foreseen(options)
     outputs = check_outputs([options.output] if isinstance(options.output, str) else list(options.output or []))
     kept = outputs[0].with_suffix(".cells.jsonl") if outputs else None
     if kept is not None:
@@ -81,25 +81,6 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     for output in outputs:
         write(report, output)
     return report.values()
-
-
-def _check(options: EvalOptions) -> None:
-    problems = options.missing()
-    problems += [
-        f"{name} ({getattr(options, name)}) must be at least {least}"
-        for name, least in (("batch_size", 1), ("max_sequences", 0), ("freeze_after", 1), ("max_new_tokens", 1))
-        if getattr(options, name) < least
-    ]
-    if options.sequence_length < 2:
-        problems.append(
-            f"sequence_length ({options.sequence_length}) must be at least 2: one token to read, one to predict"
-        )
-    elif not 0 <= options.stride < options.sequence_length:
-        problems.append(
-            f"stride ({options.stride}) must be at least 0 and below sequence_length ({options.sequence_length})"
-        )
-    if problems:
-        raise ConfigError("weft eval cannot start:", problems)
 
 
 class _Reader:
@@ -197,7 +178,7 @@ class _Measuring:
                     cell = Cell(scores, usage.seconds, usage.peak_mb, note)
                     self.cells.keep(self.digest(row, data), row.name, data.name, cell)
         except row.may_fail as err:
-            if isinstance(err, (torch.OutOfMemoryError, NotWrittenError)):
+            if isinstance(err, NotWrittenError) or lack_of_memory(err) is not None:
                 raise
             self.impossible[row.name] = _reason(err)
             countdown.advance(before + sum(data.steps for data in data_sets) - countdown.done)

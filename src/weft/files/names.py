@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from torch import nn
-
 from weft.errors import ConfigError
 from weft.files.reading import shown
 
 T = TypeVar("T")
+FOLDERS = "name=FOLDER or name=HUB_ID"
 NO_EXPERT = "__base__"  # peft's name for the base model in adapter_names
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _LONGEST_NAME = 200  # file names have at most 255 bytes, and other layouts append a suffix
@@ -22,6 +21,8 @@ def name_problems(names: Iterable[Any]) -> list[str]:
 
     Names that were read from a file must be checked with this before they are used.
     """
+    from torch import nn  # here, as options are read without it
+
     problems, reserved = [], dir(nn.ModuleDict())
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -44,7 +45,7 @@ def split_name(value: str) -> tuple[str | None, str]:
 def by_name(
     values: list[str] | dict[str, T],
     option: str,
-    expected: str = "name=FOLDER or name=HUB_ID",
+    expected: str = FOLDERS,
     read: Callable[[str], Any] = str,
 ) -> dict[str, T]:
     """{"math": read("DIR")} for ["math=DIR", ...]. A dict is returned unchanged.

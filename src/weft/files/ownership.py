@@ -12,9 +12,12 @@ from pathlib import Path
 
 from weft.errors import ConfigError
 from weft.files.reading import naming_problem, path_shown, reason
-from weft.files.writing import check_folder, settle
+from weft.files.writing import folder_problem, settle
 
 SHOWN = 5  # names in one message
+# A file beside the adapter that marks it as folded, so that it may be replaced. (Not in the metadata of safetensors,
+# which have no fixed order: files with equal tensors could differ.)
+FOLDED = "weft_fold.json"
 
 
 def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -> str | None:
@@ -42,18 +45,36 @@ def used_folder_problem(folder: Path, what: str, *, own: Collection[str] = ()) -
     return f"{what} ({folder}) exists already and holds {shown}: give a new or empty folder"
 
 
+def new_folder_problem(folder: Path, what: str = "output") -> str | None:
+    """Why nothing new can be written into a folder; None if it can. Leftovers of a killed process are removed first.
+
+    Raises:
+        CheckpointError: they cannot be cleaned up.
+    """
+    settle(folder, leftovers=True)
+    problem = used_folder_problem(folder, what)
+    if problem is None and (cause := folder_problem(folder)) is not None:
+        problem = f"{what} ({folder}) cannot be written: {cause}; give another folder"
+    return problem
+
+
 def refuse_used_folder(folder: Path, what: str = "output") -> None:
-    """Raise if the folder is not new or empty. Leftovers of a killed process are cleaned up first (`settle`).
+    """Raise if the folder is not new or empty; see `new_folder_problem`.
 
     Raises:
         ConfigError: the folder is not empty, or cannot be written.
         CheckpointError: the leftovers cannot be cleaned up.
     """
-    settle(folder, leftovers=True)
-    problem = used_folder_problem(folder, what)
+    problem = new_folder_problem(folder, what)
     if problem is not None:
         raise ConfigError(problem)
-    check_folder(folder, what)
+
+
+def folder_beside(model: str | os.PathLike[str], what: str) -> Path:
+    """The default folder for a mixture made from `model`: beside it; for a Hub id in the working directory."""
+    beside = Path(os.path.expanduser(model))
+    beside = Path(os.path.abspath(beside)) if os.path.isdir(beside) else Path(beside.name)
+    return beside.with_name(f"{beside.name}-{what}")
 
 
 def refuse_strangers_file(file: Path, is_own: Callable[[Path], bool], what: str, kind: str) -> None:

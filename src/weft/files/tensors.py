@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weft.errors import CheckpointError, first_line
+from weft.errors import CheckpointError, first_line, lack_of_memory
 from weft.files.reading import reason, require_file
 
 # peft's names for the two files of a saved adapter.
@@ -33,6 +33,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
     # For dtypes that this version of torch does not know, safetensors and torch raise various errors.
     except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as err:
+        if lack_of_memory(err) is not None:
+            raise CheckpointError(f"{file} cannot be read: {first_line(err)}") from err
         raise CheckpointError(f"{file} is no whole safetensors file ({first_line(err)}): copy it again") from err
     if broken:
         raise CheckpointError(

@@ -216,9 +216,19 @@ def check_file(file: str | os.PathLike[str], option: str) -> None:
     Raises:
         ConfigError: the parent folder does not exist or is not writable, or the path is a folder.
     """
-    problem = naming_problem(f"{os.fspath(file)}{_NEW}")
+    problem = file_problem(file)
     if problem is not None:
         raise ConfigError(f"{option} ({path_shown(file)}) cannot be written: {problem}; give another file")
+
+
+def file_problem(file: str | os.PathLike[str]) -> str | None:
+    """Why a file cannot be written; None if it can."""
+    problem = naming_problem(f"{os.fspath(file)}{_NEW}")
+    if problem is not None:
+        return problem
+    folder = Path(file).absolute().parent
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
     probe = Path(f"{os.fspath(file)}{_NEW}")
     try:
         if os.path.isdir(file) or not os.fspath(file):
@@ -227,8 +237,8 @@ def check_file(file: str | os.PathLike[str], option: str) -> None:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as err:
-        reason = err.strerror or first_line(err)
-        raise ConfigError(f"{option} ({file}) cannot be written: {reason}; give another file") from err
+        return err.strerror or first_line(err)
+    return None
 
 
 def check_folder(folder: str | os.PathLike[str], option: str) -> None:

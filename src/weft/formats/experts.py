@@ -39,7 +39,7 @@ from weft.checkpoint.folder import GATE_KEY, SavedMixture, is_expert_key, open_m
 from weft.checkpoint.manifest import EXPERTS_FOLDER, MANIFEST_NAME
 from weft.config import XLoraConfig
 from weft.errors import CheckpointError, ConfigError
-from weft.files.ownership import used_folder_problem
+from weft.files.ownership import folder_beside, used_folder_problem
 from weft.files.reading import naming_problem, own_files, path_shown
 from weft.files.tensors import preview, taken
 from weft.files.writing import check_folder, replace_folder, settle
@@ -196,13 +196,7 @@ def _open(model: str | os.PathLike[str]) -> tuple[SavedMixture, XLoraConfig]:
 
 def _target(model: str | os.PathLike[str], folder: Path, output: str | os.PathLike[str] | None, what: str) -> Path:
     """The output folder; it is refused if anything other than the old mixture would be replaced."""
-    if output is not None:
-        target = Path(output).expanduser()
-    else:
-        beside = Path(model).expanduser()
-        # For a Hub id, the output is in the working directory.
-        beside = Path(os.path.abspath(beside)) if beside.is_dir() else Path(beside.name)
-        target = beside.with_name(f"{beside.name}-{what}")
+    target = Path(output).expanduser() if output is not None else folder_beside(model, what)
     problem = naming_problem(target)
     if problem is not None:
         raise ConfigError(f"output ({path_shown(target)}) cannot be made: {problem}")

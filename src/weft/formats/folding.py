@@ -38,15 +38,11 @@ from weft.config import XLoraConfig
 from weft.data.given import Given, some_tokens
 from weft.data.padded import padded_batches
 from weft.errors import AdapterError, ConfigError, DataError
-from weft.files.ownership import refuse_used_folder
+from weft.files.ownership import FOLDED, refuse_used_folder
 from weft.files.tensors import not_finite
 from weft.files.writing import check_folder, replace_folder, settle
 from weft.gate.routing import ConstantWeights, constant_scalings
 from weft.model.heads import head_tensors, wrappers
-
-# A file beside the adapter that marks it as folded, so that it may be replaced. (Not in the metadata of safetensors,
-# which have no fixed order: files with equal tensors could differ.)
-MARK = "weft_fold.json"
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def fold(model: Any, output: str | os.PathLike[str], weights: ConstantWeights) -
 
     def write(part: Path) -> None:
         save_file(tensors, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (part / MARK).write_text(json.dumps({"format_version": 1}), encoding="utf-8")
+        (part / FOLDED).write_text(json.dumps({"format_version": 1}), encoding="utf-8")
         (part / CONFIG_NAME).write_text(text, encoding="utf-8")
 
     replace_folder(folder, write, CONFIG_NAME)
@@ -203,7 +199,7 @@ def check_output(folder: Path, options: XLoraConfig) -> None:
     for name, path in (options.adapters or {}).items():
         if folder.resolve() == Path(path).resolve():
             raise ConfigError(f"output ({folder}) is the folder of the expert {name!r}: choose another one")
-    if not (folder / MARK).is_file():
+    if not (folder / FOLDED).is_file():
         refuse_used_folder(folder)
     check_folder(folder, "output")
 

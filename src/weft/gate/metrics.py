@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from weft.config import GATE_LOSSES
 from weft.distributed import process_number
 from weft.gate.losses import normalised_entropy, token_weights
+from weft.options.ranges import GATE_LOSSES
 
 # Above this mean share (after top-k) of one expert, the others have almost no effect.
 COLLAPSED = 0.95

@@ -19,25 +19,16 @@ from transformers import (
 
 from weft.errors import ConfigError
 from weft.files.reading import is_number, is_whole, shown
+from weft.options.text import decoding_problems
 
 
 def check_decoding(*, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise if an option is not valid. The command line calls this before it loads a model.
+    """Raise if an option is not valid.
 
     Raises:
         ConfigError: one or more options are out of range; all at once.
     """
-    problems = []
-    if not is_whole(max_new_tokens) or max_new_tokens < 1:
-        problems.append(f"max_new_tokens ({shown(max_new_tokens)}) must be at least 1")
-    if not is_number(temperature) or temperature < 0:
-        problems.append(
-            f"temperature ({shown(temperature)}) must be a finite number of at least 0, where 0 does not sample"
-        )
-    if top_k is not None and (not is_whole(top_k) or top_k < 1):
-        problems.append(f"top_k ({shown(top_k)}) must be at least 1: leave it out to sample from all tokens")
-    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
-        problems.append(f"top_p ({shown(top_p)}) must be above 0 and at most 1: leave it out to sample from all tokens")
+    problems = decoding_problems(max_new_tokens, temperature, top_k, top_p)
     if problems:
         raise ConfigError("the options of decoding cannot work:", problems)
 

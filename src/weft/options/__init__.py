@@ -7,7 +7,11 @@ of `XLoraConfig`, those that transformers' Trainer has too have the Trainer's. N
     base.py         what several commands share: `~` in paths, number formats, the base model
     spellings.py    other names of options: the Trainer's, and those of earlier versions
     described.py    what each option is, read from the dataclasses and their docstrings
+    foreseen.py     all problems that can be found before anything is imported or loaded
     values.py       what no option can be, whatever it means
+    checks.py       checks that the options of several commands share
+    ranges.py       the ranges of a mixture's own options
+    training.py     checks of the options of `weft train`
     train.py        `weft train`
     evaluate.py     `weft eval`
     text.py         `weft generate`, `chat`, `inspect`

@@ -36,8 +36,30 @@ class CommandOptions(metaclass=_TakesOtherSpellings):
             if hasattr(self, name):
                 setattr(self, name, _expanded(getattr(self, name)))
 
+    # `foreseen` calls these before anything is imported or loaded. Problems are sentences.
+
     def missing(self) -> list[str]:
-        """What must be given and is not, a sentence each; nothing is loaded to find out."""
+        """Required options that are missing."""
+        return []
+
+    def wrong(self) -> list[str]:
+        """Values out of their range, and options that exclude each other."""
+        return []
+
+    def models(self) -> list[tuple[str, str]]:
+        """Models, mixtures and adapters: (what it is, folder or Hub id)."""
+        return []
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Texts to read: (option, source)."""
+        return []
+
+    def in_the_way(self) -> list[str]:
+        """Outputs that cannot be written."""
+        return []
+
+    def doubts(self) -> list[str]:
+        """Possible problems. They are named only beside certain ones."""
         return []
 
 
@@ -50,6 +72,10 @@ class MixtureOptions(CommandOptions):
     """
 
     model: str
+
+    def models(self) -> list[tuple[str, str]]:
+        """The mixture."""
+        return [("model", self.model), *super().models()]
 
 
 @dataclass(kw_only=True)
@@ -64,6 +90,10 @@ class BaseModelOptions(CommandOptions):
 
     base: str | None = None
     trust_remote_code: bool = False
+
+    def models(self) -> list[tuple[str, str]]:
+        """The base model, if it is given."""
+        return [*([("base", self.base)] if self.base else []), *super().models()]
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from weft.options.base import LoadingOptions, MixtureOptions
+from weft.options.checks import files_in_the_way, least, length_problems, naming_problems, pairs, source_of
 
 
 @dataclass
@@ -55,3 +56,28 @@ class EvalOptions(MixtureOptions, LoadingOptions):
     def missing(self) -> list[str]:
         """The data, where they are missing."""
         return [] if self.data else ["data is missing: one or more name=FILE"]
+
+    def wrong(self) -> list[str]:
+        """Names without a folder, and ranges."""
+        problems = naming_problems(self.compare, "compare", "name=FOLDER")
+        problems += least(self, batch_size=1, max_sequences=0, freeze_after=1, max_new_tokens=1)
+        problems += length_problems(self.sequence_length)
+        if self.sequence_length >= 2 and not 0 <= self.stride < self.sequence_length:
+            problems.append(
+                f"stride ({self.stride}) must be at least 0 and below sequence_length ({self.sequence_length})"
+            )
+        return problems
+
+    def models(self) -> list[tuple[str, str]]:
+        """And what it is compared with."""
+        return [*super().models(), *(("model", path) for name, path in pairs(self.compare) if name and path)]
+
+    def sources(self) -> list[tuple[str, str]]:
+        """The data sets."""
+        searched = [("search_data", self.search_data)] if self.search_data else []
+        return [*(("data", source_of(value)) for value in self.data), *searched]
+
+    def in_the_way(self) -> list[str]:
+        """Files that cannot be written."""
+        files = [self.output] if isinstance(self.output, str) else self.output or []
+        return files_in_the_way(*(("output", file) for file in files))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from weft.files.names import split_name
+from weft.files.ownership import FOLDED, folder_beside, new_folder_problem
+from weft.files.presence import file_missing
 from weft.options.base import BaseModelOptions, CommandOptions, LoadingOptions, MixtureOptions
+from weft.options.checks import least, length_problems, naming_problems, pairs
 
 
 @dataclass
@@ -46,6 +52,27 @@ class FoldOptions(MixtureOptions, LoadingOptions):
         }
         return [sentence for sentence, given in needed.items() if not given]
 
+    def wrong(self) -> list[str]:
+        """Weights and data together, and ranges."""
+        problems = naming_problems(self.weights, "weights", "name=NUMBER", float)
+        problems += least(self, batch_size=1, max_sequences=0)
+        if self.weights and self.data:
+            problems.append(
+                f"weights ({self.weights}) and data ({self.data}) exclude each other: the data would give the weights, "
+                "so leave one out"
+            )
+        return [*problems, *length_problems(self.sequence_length)]
+
+    def sources(self) -> list[tuple[str, str]]:
+        """The texts for the gate."""
+        return [("data", source) for source in self.data]
+
+    def in_the_way(self) -> list[str]:
+        """Whatever is in the folder, but for an adapter that was folded."""
+        if self.output is None or Path(self.output, FOLDED).is_file():
+            return []
+        return _in_the_way(Path(self.output))
+
 
 @dataclass
 class AddExpertOptions(MixtureOptions, BaseModelOptions):
@@ -64,6 +91,20 @@ class AddExpertOptions(MixtureOptions, BaseModelOptions):
     expert: str
     output: str | None = None
 
+    def wrong(self) -> list[str]:
+        """An expert without a name or a place."""
+        name, path = split_name(self.expert)
+        return [] if name and path else [f"expert ({self.expert!r}) must be name=FOLDER or name=HUB_ID"]
+
+    def models(self) -> list[tuple[str, str]]:
+        """And the adapter."""
+        name, path = split_name(self.expert)
+        return [*super().models(), *([(f"adapter {name!r}", path)] if name and path else [])]
+
+    def in_the_way(self) -> list[str]:
+        """Whatever is in another folder than the mixture's own."""
+        return _beside_in_the_way(self.model, self.output, f"with-{split_name(self.expert)[0]}")
+
 
 @dataclass
 class DropExpertOptions(MixtureOptions):
@@ -79,6 +120,10 @@ class DropExpertOptions(MixtureOptions):
 
     expert: str
     output: str | None = None
+
+    def in_the_way(self) -> list[str]:
+        """Whatever is in another folder than the mixture's own."""
+        return _beside_in_the_way(self.model, self.output, f"without-{self.expert}")
 
 
 @dataclass
@@ -109,6 +154,25 @@ class ConvertOptions(BaseModelOptions):
     adapters: list[str] | dict[str, str] = field(default_factory=list)
     rename: list[str] | dict[str, str] = field(default_factory=list)
 
+    @property
+    def target(self) -> str:
+        """The folder that is written."""
+        return self.output or f"{Path(self.source).name}-{self.to}"
+
+    def wrong(self) -> list[str]:
+        """Names without a folder, or without a new name."""
+        return [*naming_problems(self.adapters, "adapters"), *naming_problems(self.rename, "rename", "OLD=NEW")]
+
+    def models(self) -> list[tuple[str, str]]:
+        """The mixture and its experts; for mistral.rs the base model is a name that is not read here."""
+        given = [] if self.to == "mistralrs" else super().models()
+        experts = [(f"adapter {name!r}", path) for name, path in pairs(self.adapters) if name and path]
+        return [("the mixture", self.source), *given, *experts]
+
+    def in_the_way(self) -> list[str]:
+        """Whatever is in the folder."""
+        return _in_the_way(Path(self.target))
+
 
 @dataclass(kw_only=True)
 class PublicationOptions(CommandOptions):
@@ -123,6 +187,13 @@ class PublicationOptions(CommandOptions):
     base: str | None = None
     license: str | None = None
     evaluation: str | None = None
+
+    def wrong(self) -> list[str]:
+        """Results that are not there."""
+        if self.evaluation is None:
+            return []
+        missing = file_missing("evaluation", self.evaluation, "weft eval --output")
+        return [] if missing is None else [missing]
 
 
 @dataclass
@@ -177,3 +248,22 @@ class PullOptions(CommandOptions):
     repo_id: str
     output: str | None = None
     revision: str | None = None
+
+    def in_the_way(self) -> list[str]:
+        """Whatever is in the folder."""
+        folder = self.output or self.repo_id.partition("/")[2]
+        return _in_the_way(Path(folder)) if folder else []
+
+
+def _in_the_way(folder: Path) -> list[str]:
+    problem = new_folder_problem(folder)
+    return [] if problem is None else [problem]
+
+
+def _beside_in_the_way(model: str, output: str | None, what: str) -> list[str]:
+    """What is in a folder for a mixture that was made of another one, which it may replace."""
+    try:
+        target = folder_beside(model, what) if output is None else Path(output)
+    except ValueError:  # of a name that no expert can have, of which more is said where the mixture is known
+        return []
+    return [] if os.path.realpath(target) == os.path.realpath(model) else _in_the_way(target)

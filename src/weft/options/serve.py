@@ -33,3 +33,11 @@ class ServeOptions(MixtureOptions):
     port: int = 8000
     api_key: str | None = None
     engine: Literal["auto", "vllm", "embedded"] = "auto"
+
+    def wrong(self) -> list[str]:
+        """A key that is none."""
+        return ["api_key ('') must not be empty: leave it out to ask for none"] if self.api_key == "" else []
+
+    def models(self) -> list[tuple[str, str]]:
+        """The mixture and its base model."""
+        return [*super().models(), *([("base", self.base)] if self.base else [])]

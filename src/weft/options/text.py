@@ -6,7 +6,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from weft.files.presence import file_missing
+from weft.files.reading import is_number, is_whole, shown
 from weft.options.base import LoadingOptions, MixtureOptions
+from weft.options.checks import files_in_the_way, least, length_problems, source_of
 
 
 @dataclass(kw_only=True)
@@ -47,6 +50,10 @@ class DecodingOptions(LoadingOptions):
     speculate: int = 0
     show_experts: bool = False
 
+    def wrong(self) -> list[str]:
+        """Ranges."""
+        return decoding_problems(**decoding(self))
+
 
 @dataclass
 class GenerateOptions(MixtureOptions, SamplingOptions, DecodingOptions):
@@ -84,9 +91,27 @@ class ChatOptions(MixtureOptions, SamplingOptions, DecodingOptions):
     max_new_tokens: int = field(default=512, kw_only=True)
 
 
-def decoding(options: GenerateOptions | ChatOptions) -> dict[str, Any]:
-    """The options that say how tokens are chosen, but for the seed, by their names in `weft.stream`."""
+def decoding(options: Any) -> dict[str, Any]:
+    """What `generate` or `chat` say of how tokens are chosen, but for the seed, by its names in `weft.stream`."""
     return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+
+
+def decoding_problems(
+    max_new_tokens: int, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> list[str]:
+    """What is out of its range, a sentence each."""
+    problems = []
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
+        problems.append(f"max_new_tokens ({shown(max_new_tokens)}) must be at least 1")
+    if not is_number(temperature) or temperature < 0:
+        problems.append(
+            f"temperature ({shown(temperature)}) must be a finite number of at least 0, where 0 does not sample"
+        )
+    if top_k is not None and (not is_whole(top_k) or top_k < 1):
+        problems.append(f"top_k ({shown(top_k)}) must be at least 1: leave it out to sample from all tokens")
+    if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+        problems.append(f"top_p ({shown(top_p)}) must be above 0 and at most 1: leave it out to sample from all tokens")
+    return problems
 
 
 @dataclass
@@ -132,6 +157,39 @@ class InspectOptions(MixtureOptions, SamplingOptions):
 
     def missing(self) -> list[str]:
         """What the gate is to read, where nothing is given."""
-        if self.text or self.data or self.generate or os.path.isfile(self.model):
+        if self.text or self.data or self.generate or self.is_trace:
             return []
         return ["text, data and generate are missing: give one of them, a text, data files or a prompt to continue"]
+
+    @property
+    def is_trace(self) -> bool:
+        """Whether a trace file stands in the place of the model."""
+        return os.path.isfile(self.model)
+
+    def wrong(self) -> list[str]:
+        """What is given beside each other, ranges, and trace files that are not there."""
+        given = [name for name in ("text", "data", "generate") if getattr(self, name)]
+        problems = least(self, max_tokens=1, batch_size=1)
+        problems += length_problems(self.sequence_length) if self.data else []
+        if self.is_trace and given:
+            problems.append(f"model ({self.model}) is a trace already: leave {' and '.join(given)} out")
+        elif not self.is_trace and len(given) > 1:
+            problems.append(
+                f"{' and '.join(given)} are both given: give one of them, a text, data files or a prompt to continue"
+            )
+        if self.generate:
+            problems += decoding_problems(self.max_new_tokens, self.temperature)
+        missing = [file_missing("compare", file, "weft inspect --output") for file in self.compare]
+        return [*problems, *(problem for problem in missing if problem is not None)]
+
+    def models(self) -> list[tuple[str, str]]:
+        """The mixture, where it is no trace."""
+        return [] if self.is_trace else super().models()
+
+    def sources(self) -> list[tuple[str, str]]:
+        """The data sets."""
+        return [("data", source_of(value)) for value in self.data]
+
+    def in_the_way(self) -> list[str]:
+        """Files that cannot be written."""
+        return files_in_the_way(*((name, getattr(self, name)) for name in ("output", "html", "figure")))

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from weft.files.names import split_name
+from weft.files.presence import file_is_missing
 from weft.options.base import CacheDtype, LoadingOptions
+from weft.options.checks import pairs
+from weft.options.training import (
+    checkpoints_of,
+    expert_problems,
+    gate_problems,
+    mixture_problems,
+    output_problems,
+    own_training_problems,
+)
 
 
 @dataclass
@@ -86,6 +97,7 @@ class TrainOptions(LoadingOptions):
         resume: Continue from the last checkpoint in the output folder.
         report_to (TOOL ...): Send the log to these tools too: tensorboard, wandb, mlflow, or others that the Trainer
             knows. Files of TensorBoard go into the folder of the checkpoints.
+        dry_run: Load everything, take two steps, write nothing, and say how much memory and time the training needs.
 
     Args: Advanced
         bf16: Train in mixed precision with bfloat16.
@@ -151,6 +163,7 @@ class TrainOptions(LoadingOptions):
     balance_loss_weight: float = 0.0
     entropy_loss_weight: float = 0.0
     expert_label_loss_weight: float = 0.0
+    dry_run: bool = False
 
     def missing(self) -> list[str]:
         """Base model, experts and data, where nothing brings them along."""
@@ -162,3 +175,38 @@ class TrainOptions(LoadingOptions):
             "data is missing: one or more files of training text": self.data or self.experts_from,
         }
         return [sentence for sentence, given in needed.items() if not given]
+
+    def wrong(self) -> list[str]:
+        """Experts, ranges, and what excludes each other."""
+        problems = [*expert_problems(self), *gate_problems(self), *mixture_problems(self, self._expert_names())]
+        return [*problems, *(own_training_problems(self) if self.experts_from else [])]
+
+    def models(self) -> list[tuple[str, str]]:
+        """The base model, the adapters, and the mixture to start from."""
+        adapters = [(f"adapter {name!r}", path) for name, path in pairs(self.adapters) if name and path]
+        start = [("start_from", self.start_from)] if self.start_from else []
+        return [*super().models(), *adapters, *start]
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Texts, of which some may be named for an expert."""
+        named = [("data", self._source(value)) for value in [*self.data, *self.eval_data]]
+        return [*named, *(("data", source) for name, source in pairs(self.experts_from) if name and source)]
+
+    def in_the_way(self) -> list[str]:
+        """What is in the output folder."""
+        return output_problems(self)
+
+    def doubts(self) -> list[str]:
+        """An earlier run."""
+        if self.resume or not checkpoints_of(self):
+            return []
+        return [f"output ({self.output}) holds the checkpoints of a run: give another folder, or --resume true"]
+
+    def _expert_names(self) -> list[str]:
+        return [name for name, _ in [*pairs(self.adapters), *pairs(self.experts_from)] if name]
+
+    def _source(self, value: str) -> str:
+        """A source without the name of an expert; those of a mixture to start from are not known yet."""
+        name, source = split_name(value)
+        is_named = name in self._expert_names() or (self.start_from is not None and file_is_missing(value))
+        return source if is_named else value

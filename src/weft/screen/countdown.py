@@ -1,4 +1,4 @@
-"""How far something is and how long it still takes, on the screen or in a log."""
+"""How far something is and how long it still takes, on the screen or in a log; amounts of time and memory."""
 
 from __future__ import annotations
 
@@ -72,3 +72,18 @@ class Countdown:
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def about(seconds: int | float) -> str:
+    """A duration in seconds, rounded: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def size(number: int | float) -> str:
+    """A number of bytes with its unit: 64 kB, 340 MB, 1.9 GB."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= least:
+            return f"{number / least:.1f} {unit}" if number < 10 * least else f"{number / least:,.0f} {unit}"
+    return f"{number:.0f} bytes"

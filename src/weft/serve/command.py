@@ -57,8 +57,6 @@ def serve(options: ServeOptions, of_vllm: Sequence[str] = ()) -> None:
         ConfigError: the engine is not installed or does not support the base model, or a flag cannot be used.
         CheckpointError: the mixture or its base model cannot be read.
     """
-    if options.api_key == "":
-        raise ConfigError("api_key ('') must not be empty: leave it out to ask for none")
     _refuse_flags(of_vllm)
     if options.engine == "vllm" or (options.engine == "auto" and importlib.util.find_spec("vllm") is not None):
         command, announcement = server_command(options, of_vllm)

@@ -4,7 +4,8 @@ Knows no screen but a line of progress, and no command.
 
     gate.py             `weft train`: the gate (and, if asked, the experts)
     experts.py          two stages: the experts first, then the gate
-    checks.py           what is wrong with the options, before anything is loaded
+    checks.py           what is wrong with the options, as checkpoints, mixtures and the Hub tell
+    dry_run.py          what a training needs, told by a step
     packing_check.py    whether a model keeps the texts of a packed row apart
     arguments.py        options -> transformers' TrainingArguments, steps, a mixture's options
     start.py            from a mixture, with a fitted gate, or from a checkpoint

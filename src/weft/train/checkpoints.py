@@ -24,10 +24,9 @@ from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import changes, digests
 from weft.files.reading import read_json
 from weft.files.writing import replace_file
+from weft.options.training import BEGUN, CHECKPOINTS
 
 RECORD = "weft_checkpoint.json"
-# In the folder of the checkpoints, of a run that has no whole one yet: what it has learned may be learned anew.
-BEGUN = ".begun"
 _FORMAT_VERSION = 1
 _KEPT = 2  # checkpoints of a run
 # Of DeepSpeed, which writes the optimizer into a folder of its own and its name into a file.
@@ -64,7 +63,7 @@ class Checkpoints:
 
 def checkpoints_folder(output: str) -> Path:
     """Where a training with this output has its checkpoints."""
-    return Path(output) / "checkpoints"
+    return Path(output) / CHECKPOINTS
 
 
 def find_checkpoints(folder: Path) -> Checkpoints:

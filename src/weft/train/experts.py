@@ -33,12 +33,15 @@ from weft.files.writing import settle, temporary_folder
 from weft.model.build import from_adapters
 from weft.model.inject import remove_adapters
 from weft.options import TrainOptions
+from weft.options.foreseen import refuse_foreseen
 from weft.options.spellings import EARLIER
+from weft.options.training import own_training_problems
 from weft.screen.libraries import deprecations_of_peft_hidden
 from weft.screen.visible import notice
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
-from weft.train.checks import check, check_experts
+from weft.train.checks import check
+from weft.train.dry_run import dry_run
 from weft.train.gate import new_mixture, read_eval_rows, read_rows_of, read_training_rows, train
 from weft.train.packing_check import check_packing
 from weft.train.stopping import StopOnInterrupt
@@ -82,6 +85,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
     """
     if not options.experts_from:
         return train(options)
+    refuse_foreseen(options)
     say = by_the_first(say)
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
@@ -89,10 +93,12 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
     resume = options.resume and last_checkpoint(checkpoints_folder(options.output)) is not None
     data = options.data or [f"{name}={source}" for name, source in sources.items()]
     gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
-    check_experts(options)
     check(gate_options, adapters)
     read_adapters(by_name(options.adapters, "adapters"), allow_dora=options.allow_dora, base_is_known=True)
-    if not all(_is_complete(name, folder, options) for name, folder in folders.items()):
+    missing = [name for name, folder in folders.items() if not _is_complete(name, folder, options)]
+    if missing and options.dry_run:
+        return _dry_run(options, gate_options, missing)
+    if missing:
         assert options.base is not None
         tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
         read_training_rows(gate_options, list(adapters), tokenizer)
@@ -116,7 +122,9 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = notice) ->
         WeftError: the options or data cannot work; found out before anything is trained.
         KeyboardInterrupt: after an interrupt; complete experts stay.
     """
-    check_experts(options)
+    problems = own_training_problems(options)
+    if problems:
+        raise ConfigError("the experts cannot be trained:", problems)
     return _train_missing(options, say, gate_options=None)
 
 
@@ -143,6 +151,29 @@ def _train_missing(
     return folders
 
 
+def _dry_run(options: TrainOptions, gate_options: TrainOptions, missing: list[str]) -> Path:
+    """Estimate the training of each missing expert, and of a gate over untrained experts of the same size."""
+    with temporary_folder(lambda folder: _dry_run_experts(options, missing, folder)) as fresh:
+        adapters = {**by_name(gate_options.adapters, "adapters"), **dict.fromkeys(missing, str(fresh))}
+        return train(dataclasses.replace(gate_options, adapters=adapters))
+
+
+def _dry_run_experts(options: TrainOptions, missing: list[str], folder: Path) -> None:
+    """Estimate the training of each missing expert, and save an adapter of their size in the folder."""
+    assert options.base is not None
+    sources, tokenizer = _sources(options), load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
+    base = load_base(options.base, **loading_options(options))
+    check_length(options.sequence_length, base.config)
+    targets, _ = _mixable_targets(base, options)
+    for name in missing:
+        model: Any = get_peft_model(base, _lora_config(options, targets))
+        rows = read_rows_of([sources[name]], [], tokenizer, options)
+        dry_run(_own_options(options), model, tokenizer, rows, None, f"expert {name!r}")
+        if name == missing[-1]:
+            _save_quietly(model, folder)
+        base = model.unload()
+
+
 def experts_folder(options: TrainOptions) -> Path:
     """Where the experts are that the recipe trains: beside the output."""
     output = Path(options.output)
@@ -155,11 +186,7 @@ def _sources(options: TrainOptions) -> dict[str, str]:
 
 def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, str]:
     """The experts to be trained first, then those that are there already."""
-    given = by_name(options.adapters, "adapters")
-    twice = sorted(given.keys() & folders.keys())
-    if twice:
-        raise ConfigError(f"adapters and experts_from both name {twice}: each expert has one origin")
-    return {**{name: str(folder) for name, folder in folders.items()}, **given}
+    return {**{name: str(folder) for name, folder in folders.items()}, **by_name(options.adapters, "adapters")}
 
 
 def _record(name: str, options: TrainOptions) -> dict[str, Any]:
@@ -218,12 +245,7 @@ def _tried_targets(
         )
     model = _with_adapter(base, _lora_config(options, targets))
 
-    def save(folder: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of embeddings, said again when an expert is saved
-            model.save_pretrained(str(folder))
-
-    with temporary_folder(save) as fresh:
+    with temporary_folder(lambda folder: _save_quietly(model, folder)) as fresh:
         remove_adapters(base)
         adapters = dict.fromkeys(missing, str(fresh))
         if gate_options is None:
@@ -236,6 +258,12 @@ def _tried_targets(
                 check_packing(mixture, gate_options.batch_size)
         mixture.base_model.unload()
     return targets, base
+
+
+def _save_quietly(model: Any, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of embeddings, said again when an expert is saved
+        model.save_pretrained(str(folder))
 
 
 def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str], list[str]]:
@@ -261,6 +289,21 @@ def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str],
             "or leave it out (all-linear takes all that can be mixed)"
         )
     return sorted(config.target_modules), fused
+
+
+def _own_options(options: TrainOptions) -> TrainOptions:
+    """The options of an expert's training, under the names of the gate's options."""
+    return dataclasses.replace(
+        options,
+        max_steps=options.expert_steps,
+        max_tokens=0,
+        epochs=options.expert_epochs,
+        learning_rate=options.expert_learning_rate,
+        packing=False,
+        cache_scaling_pass=False,
+        eval_data=[],
+        report_to="none",
+    )
 
 
 def _lora_config(options: TrainOptions, targets: str | list[str]) -> LoraConfig:
@@ -296,15 +339,7 @@ def _train_expert(
         base = load_base(options.base, **loading_options(options))
     set_seed(options.seed)  # so that an expert does not depend on those before it
     model = _with_adapter(base, _lora_config(options, targets))
-    own = dataclasses.replace(
-        options,
-        max_steps=options.expert_steps,
-        max_tokens=0,
-        epochs=options.expert_epochs,
-        learning_rate=options.expert_learning_rate,
-        eval_data=[],
-        report_to="none",
-    )
+    own = _own_options(options)
     interrupt = StopOnInterrupt(saves=False)
     with temporary_folder(lambda folder: None) as unused:
         steps = steps_to_train(own, len(rows), sum(trained_tokens(row["labels"]) for row in rows))

@@ -13,22 +13,24 @@ import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from weft.base_model.loading import load_base, load_tokenizer, loading_options
+from weft.base_model.loading import load_base, loading_options
 from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.labelled import training_rows
 from weft.data.packing import packed_rows
 from weft.data.texts import check_length
 from weft.distributed import by_the_first
-from weft.errors import CheckpointError, WeftError
+from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.files.names import by_name
 from weft.files.writing import errors_of_writing
 from weft.model.build import from_adapters, from_pretrained
 from weft.options import TrainOptions
+from weft.options.foreseen import refuse_foreseen
 from weft.screen.visible import notice
 from weft.train.arguments import mixture_options, steps_to_train, training_arguments
 from weft.train.callbacks import GateCallback
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resume, prepare_folder
-from weft.train.checks import check
+from weft.train.checks import check, open_sources
+from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
 from weft.train.progress import ProgressLine
 from weft.train.run_record import run_record
@@ -41,7 +43,7 @@ _Rows = list[dict[str, Any]]
 
 
 def train(options: TrainOptions) -> Path:
-    """Train a mixture and save it.
+    """Train a mixture and save it; with `dry_run`, say what that needs, and save nothing.
 
     Returns:
         The folder with the mixture and its tokenizer.
@@ -50,18 +52,23 @@ def train(options: TrainOptions) -> Path:
         WeftError: the options, adapters or data cannot work.
         KeyboardInterrupt: after an interrupt, when the mixture so far and a checkpoint to resume from are saved.
     """
+    if options.experts_from:
+        raise ConfigError(f"experts_from ({options.experts_from}) needs weft.train.experts.train_in_stages")
+    refuse_foreseen(options)
     options = with_mixture_options(options)
     adapters = by_name(options.adapters, "adapters")
     checkpoints = check(options, adapters)
-    assert options.base is not None
     set_seed(options.seed)
-    tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
+    tokenizer = open_sources(options, adapters)
     rows = read_training_rows(options, list(adapters), tokenizer)
     held_out = read_eval_rows(options, list(adapters), tokenizer)
     record = run_record(options, adapters)
     if checkpoints.last is not None:
         say_resuming(checkpoints.last, record, by_the_first(notice))
     model = _load_model(options, adapters)
+    if options.dry_run:
+        dry_run(options, model, tokenizer, rows, held_out)
+        return Path(options.output)
     interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress]
     if options.early_stopping:

@@ -1,4 +1,4 @@
-"""What the screen shows of a training: a line per log step, a bar, a summary."""
+"""What the screen shows of a training: what it will take, a line per log step, a bar, a summary."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback
 
-from weft.screen.countdown import clock
+from weft.base_model.usage import peak_memory
+from weft.screen.countdown import about, clock, size
 from weft.screen.loudness import is_quiet
 
 # Names of what the gate did, in the log.
 _GATE, _SHARE = "gate/", "gate/share/"
 # Entries of a log line that say nothing new, or that the line says in words.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
+_PATIENCE = 2.0  # seconds of steps before the estimate is printed, unless a log line comes first
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
 # Left out on terminals with fewer columns: it follows a known schedule.
 _LEARNING_RATE, _LEAST_COLUMNS = "learning_rate", 100
@@ -24,6 +26,8 @@ _LEARNING_RATE, _LEAST_COLUMNS = "learning_rate", 100
 
 class ProgressLine(TrainerCallback):
     """A line per log step: loss, tokens per second, time left; on a terminal a bar below. A summary at the end.
+
+    Before the first line, an estimate of time and memory, from the steps so far.
 
     Args:
         max_tokens: the budget of tokens; 0 is none.
@@ -36,6 +40,10 @@ class ProgressLine(TrainerCallback):
         self._task = TaskID(0)
         self._losses: list[float] = []
         self._start = self._last = (0.0, 0, 0.0)
+        self._after_first: tuple[float, int, float] | None = (
+            None  # the end of the first step, which includes the set-up
+        )
+        self._estimated = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and the bar."""
@@ -48,9 +56,14 @@ class ProgressLine(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
+        now = self._now(state)
+        if self._after_first is None:
+            self._after_first = now
+        elif now[0] - self._after_first[0] >= _PATIENCE:
+            self._estimate(now, args, state)
         if self._bar is not None:
             description = f"step {state.global_step}/{state.max_steps}"
-            left = self._left(self._now(state))
+            left = self._left(now)
             self._bar.update(self._task, completed=self._share(state), description=description, left=left)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -61,6 +74,7 @@ class ProgressLine(TrainerCallback):
         shares = []
         now = self._now(state)
         if "loss" in logs:
+            self._estimate(now, args, state)
             self._losses.append(float(logs["loss"]))
             parts.append(f"loss {self._losses[-1]:.4f}")
         for name, value in logs.items():
@@ -97,6 +111,19 @@ class ProgressLine(TrainerCallback):
     @property
     def _width(self) -> int:
         return self.console.width if self.console.is_terminal else sys.maxsize
+
+    def _estimate(self, now: tuple[float, int, float], args: Any, state: Any) -> None:
+        """Print an estimate of time and memory, once."""
+        if self._estimated or not state.is_world_process_zero:
+            return
+        self._estimated = True
+        since = self._after_first if self._after_first is not None and now[2] > self._after_first[2] else self._start
+        if since[2] < now[2] < 1:
+            seconds = now[0] - self._start[0] + (now[0] - since[0]) / (now[2] - since[2]) * (1 - now[2])
+            peak = peak_memory(args.device)
+            memory = "" if peak is None else f"; {size(peak)} of {'GPU ' * (args.device.type == 'cuda')}memory"
+            without = "" if str(args.eval_strategy.value) == "no" else " without evaluations"
+            self._print(f"about {about(seconds)}{without}{memory}")
 
     def _print(self, line: str) -> None:
         if not is_quiet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -34,9 +40,8 @@ def measured(device: torch.device) -> Iterator[Usage]:
     yield usage
     if on_gpu:
         torch.cuda.synchronize(device)
-        usage.peak_mb = torch.cuda.max_memory_allocated(device) / 2**20
-    elif resettable:
-        usage.peak_mb = _resident_peak()
+    peak = peak_memory(device) if on_gpu or resettable else None
+    usage.peak_mb = None if peak is None else peak / 2**20
     usage.seconds = time.perf_counter() - start
 
 
@@ -48,6 +53,16 @@ def _reset_peak() -> bool:
     return True
 
 
-def _resident_peak() -> float | None:
-    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-    return int(found.group(1)) / 1024 if found else None
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory in bytes: of the process, or on a GPU of its tensors; None if it cannot be measured."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    if _STATUS.exists():  # Linux, where `measured` can reset the peak
+        found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+        return int(found.group(1)) * 2**10 if found else None
+    if resource is None:
+        return None
+    # In kilobytes, but for macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,82 @@
+"""Checks that the models and files that options name exist. No file is read, and there is no request to the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from weft.files.reading import path_shown
+
+LINES = {".jsonl", ".json", ".ndjson"}
+TABLES = {".csv": ",", ".tsv": "\t"}  # what is between the columns
+# Files that hold texts in a form that is not read, and what to do.
+_NOT_READ = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "is compressed: unpack it first"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet: save it as .csv"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub"), "has formatted text: save it as .txt"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite"), "is not read: save it as .parquet"),
+}
+DATA_FILES = {*LINES, *TABLES, *_NOT_READ, ".parquet", ".txt", ".md"}
+EXPECTED = ".jsonl, .csv, .tsv, .parquet or text files"
+_LONGEST_NAME = 1000  # of a data set
+
+
+def file_is_missing(source: str) -> bool:
+    """Whether a source of texts can only be a file, and that file does not exist."""
+    if os.path.isfile(source) or os.path.isdir(source):
+        return False
+    path = Path(source)
+    return path.suffix.lower() in DATA_FILES or path.is_absolute() or len(source) > _LONGEST_NAME
+
+
+def source_problem(what: str, source: str) -> str | None:
+    """The problem of a source of texts; None if it can be read, or may be the name of a data set."""
+    suffix = Path(source).suffix.lower()
+    if os.path.isfile(source) and suffix in _NOT_READ:
+        return f"{what} ({source}) {_NOT_READ[suffix]} (expected {EXPECTED})"
+    if not file_is_missing(source):
+        return None
+    return f"{what} ({path_shown(source)}) is not a file: give {EXPECTED}, or a data set's name"
+
+
+def file_missing(what: str, file: str, written_by: str) -> str | None:
+    """The problem of a file that must exist; None if it does."""
+    if os.path.isfile(file):
+        return None
+    return f"{what} ({path_shown(file)}) is not a file: give one that {written_by} has written"
+
+
+def model_problem(what: str, name: str) -> str | None:
+    """The problem of the name of a model or adapter; None if it is a folder, or may be a Hub id.
+
+    Args:
+        what: the model or adapter, for the message.
+        name: folder or Hub id.
+    """
+    if os.path.isdir(name):
+        return None
+    if os.path.isfile(name):
+        return f"{what} ({path_shown(name)}) is a file, expected a folder or Hub id"
+    return None if _may_be_hub_id(name) else f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
+
+
+def model_doubt(what: str, name: str) -> str | None:
+    """A sentence for a name that may be a Hub id or a mistyped folder; None for other names."""
+    at = Path(name)
+    if os.path.lexists(name) or not _may_be_hub_id(name) or not os.path.isdir(at.parent):
+        return None
+    return f"{what} ({name}) is no folder here: if it is not on the Hub either, correct it too"
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Whether this is user/repository, a repository's name alone, or user/repository/folder."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    inside = re.fullmatch(r"([^/]+/[^/]+)/(.+?)/*", name)
+    try:
+        validate_repo_id(inside[1] if inside else name)
+    except HFValidationError:
+        return False
+    return True

@@ -1,0 +1,51 @@
+"""Finds all problems of a command's options that need no import of torch and no loading, for one report.
+
+Each class of options lists its own (`CommandOptions`). Problems that show only on the Hub or inside of files are found
+later.
+"""
+
+from __future__ import annotations
+
+from weft.errors import ConfigError
+from weft.files.presence import model_doubt, model_problem, source_problem
+from weft.options.base import CommandOptions
+from weft.options.values import value_problems
+
+
+def refuse_foreseen(options: CommandOptions) -> None:
+    """Raise if these options have problems that can be found now.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    refuse(foreseen(options))
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise if there are problems: one as a sentence, several as a list.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("the options cannot work:", problems)
+
+
+def foreseen(options: CommandOptions) -> list[str]:
+    """One sentence for each problem: values, combinations, missing models and files, outputs that cannot be written.
+
+    Example:
+        >>> foreseen(GenerateOptions("/nowhere"))
+        ['prompt is missing: the text to continue', 'model (/nowhere) is neither a folder here nor a Hub id']
+    """
+    problems: list[str | None] = [*value_problems(options), *options.missing(), *options.wrong()]
+    problems += [model_problem(what, name) for what, name in options.models()]
+    problems += [source_problem(what, source) for what, source in options.sources()]
+    problems += options.in_the_way()
+    found = [problem for problem in problems if problem is not None]
+    if found:  # the user has to correct something anyway, so possible problems are worth a line
+        doubtful = [model_doubt(what, name) for what, name in options.models()]
+        found += [doubt for doubt in [*doubtful, *options.doubts()] if doubt is not None]
+    return found

@@ -1,0 +1,246 @@
+"""What can be told to be wrong before anything is imported or loaded is told at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+from weft.errors import ConfigError
+from weft.files.ownership import FOLDED
+from weft.options import (
+    AddExpertOptions,
+    CardOptions,
+    ConvertOptions,
+    DropExpertOptions,
+    EvalOptions,
+    FoldOptions,
+    GenerateOptions,
+    InspectOptions,
+    PullOptions,
+    PushOptions,
+    ServeOptions,
+    TrainOptions,
+)
+from weft.options.foreseen import foreseen, refuse_foreseen
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder with a model, two adapters, texts, and a folder that is somebody's."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "mixture", "adapters/code", "adapters/law", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a.jsonl", "notes/todo.txt", "trace.safetensors"):
+        (tmp_path / name).write_text("mine")
+
+
+def train(**options):
+    adapters = {"code": "adapters/code", "law": "adapters/law"}
+    return TrainOptions(**{"base": "model", "adapters": adapters, "data": ["a.jsonl"], "output": "out", **options})
+
+
+NOT_A_FILE = "is not a file: give .jsonl, .parquet or text files, or a data set's name"
+NOWHERE = "is neither a folder here nor a Hub id"
+IN_THE_WAY = "output (notes) exists already and holds todo.txt: give a new or empty folder"
+ONE = "one expert (code), expected two or more, between which a gate can choose"
+# What is wrong with such options: beginnings of all sentences.
+CASES = {
+    "nothing": (train(), []),
+    "a data set's name": (train(data=["imdb", "law=a.jsonl"]), []),
+    "training": (
+        train(
+            base="./mistyped",
+            adapters={"code": "/gone"},
+            data=["/no.jsonl", "code=no.jsonl"],
+            eval_data=["no-eval.txt"],
+            output="notes",
+            batch_size=0,
+            top_k_lora=0,
+            packing=True,
+            group_by_length=True,
+            sequence_length=1,
+        ),
+        [
+            f"adapters and experts_from name {ONE}",
+            "batch_size (0) must be at least 1",
+            "sequence_length (1) must be at least 2",
+            "packing (True) and group_by_length (True) exclude each other",
+            "top_k_lora (0) must be between 1 and the number of adapters (1)",
+            f"base (./mistyped) {NOWHERE}",
+            f"adapter 'code' (/gone) {NOWHERE}",
+            f"data (/no.jsonl) {NOT_A_FILE}",
+            f"data (no.jsonl) {NOT_A_FILE}",
+            f"data (no-eval.txt) {NOT_A_FILE}",
+            IN_THE_WAY,
+        ],
+    ),
+    "nothing given": (TrainOptions(), ["base is missing", "adapters is missing", "data is missing"]),
+    "one expert to be trained": (
+        train(adapters=[], experts_from=["code=a.jsonl"], expert_rank=0),
+        [f"adapters and experts_from name {ONE}", "expert_rank (0) must be at least 1"],
+    ),
+    "one of each": (train(adapters=["code=adapters/code"], experts_from=["law=a.jsonl"]), []),
+    "a name twice": (
+        train(experts_from=["law=a.jsonl"]),
+        ["adapters and experts_from both name ['law']: each expert has one origin"],
+    ),
+    "from a mixture": (
+        TrainOptions(start_from="/gone", data=["chess=a.jsonl", "chess=b.jsonl"], gate_start="labels"),
+        [
+            "gate_start (labels) and start_from (/gone) exclude each other",
+            f"start_from (/gone) {NOWHERE}",
+            f"data (b.jsonl) {NOT_A_FILE}",
+        ],
+    ),
+    "resumed": (train(resume=True), ["resume (True) found no checkpoint in out/checkpoints: leave it out"]),
+    "resumed experts": (train(adapters=[], experts_from=["a=a.jsonl", "b=a.jsonl"], resume=True), []),
+    "generate": (
+        GenerateOptions("/gone", prompt="x", base="a.jsonl", temperature=-1.0, top_k=0),
+        [
+            "temperature (-1.0) must be a finite number of at least 0",
+            "top_k (0) must be at least 1",
+            f"model (/gone) {NOWHERE}",
+            "base (a.jsonl) is a file, expected a folder or Hub id",
+        ],
+    ),
+    "eval": (
+        EvalOptions(
+            "mixture",
+            data=["x=/no.jsonl", "a.jsonl"],
+            compare=["other=/gone"],
+            search_data="/no.txt",
+            output=["nowhere/table.md"],
+            batch_size=0,
+            stride=-1,
+        ),
+        [
+            "batch_size (0) must be at least 1",
+            "stride (-1) must be at least 0 and below sequence_length (512)",
+            f"model (/gone) {NOWHERE}",
+            f"data (/no.jsonl) {NOT_A_FILE}",
+            f"search_data (/no.txt) {NOT_A_FILE}",
+            "output (nowhere/table.md) cannot be written: there is no folder ",
+        ],
+    ),
+    "inspect": (
+        InspectOptions("/gone", text="x", generate="y", compare=["/no.trace"], html="nowhere/page.html", max_tokens=0),
+        [
+            "max_tokens (0) must be at least 1",
+            "text and generate are both given",
+            "compare (/no.trace) is not a file: give one that weft inspect --output has written",
+            f"model (/gone) {NOWHERE}",
+            "html (nowhere/page.html) cannot be written: there is no folder ",
+        ],
+    ),
+    "a trace": (
+        InspectOptions("trace.safetensors", data=["a.jsonl"]),
+        ["model (trace.safetensors) is a trace already: leave data out"],
+    ),
+    "fold": (
+        FoldOptions("/gone", "notes", weights=["a=1", "b=much"], data=["/no.jsonl"], max_sequences=-1),
+        [
+            "weights has the entry 'b=much', expected name=NUMBER",
+            "max_sequences (-1) must be at least 0",
+            "weights (['a=1', 'b=much']) and data (['/no.jsonl']) exclude each other",
+            f"model (/gone) {NOWHERE}",
+            f"data (/no.jsonl) {NOT_A_FILE}",
+            IN_THE_WAY,
+        ],
+    ),
+    "add-expert": (
+        AddExpertOptions("mixture", "poems=/gone", "notes", base="/no-base"),
+        [f"base (/no-base) {NOWHERE}", f"adapter 'poems' (/gone) {NOWHERE}", IN_THE_WAY],
+    ),
+    "add-expert, no name": (AddExpertOptions("mixture", "poems"), ["expert ('poems') must be name=FOLDER or name="]),
+    "add-expert, in place": (AddExpertOptions("mixture", "poems=adapters/code", "mixture"), []),
+    "drop-expert": (DropExpertOptions("/gone", "law", "notes"), [f"model (/gone) {NOWHERE}", IN_THE_WAY]),
+    "drop-expert, no such name": (DropExpertOptions("mixture", "a/b"), []),
+    "convert": (
+        ConvertOptions("/gone", "peft", "notes", adapters=["code=/no-adapter"], base="/no-base"),
+        [
+            f"the mixture (/gone) {NOWHERE}",
+            f"base (/no-base) {NOWHERE}",
+            f"adapter 'code' (/no-adapter) {NOWHERE}",
+            IN_THE_WAY,
+        ],
+    ),
+    "convert for mistral.rs": (ConvertOptions("mixture", "mistralrs", base="/on/the/server"), []),
+    "card": (
+        CardOptions("mixture", evaluation="no.json"),
+        ["evaluation (no.json) is not a file: give one that weft eval --output has written"],
+    ),
+    "push": (PushOptions("/gone", "me/x", base="me/base"), [f"model (/gone) {NOWHERE}"]),
+    "pull": (PullOptions("me/notes"), [IN_THE_WAY]),
+    "pull, no name": (PullOptions("notes"), []),
+    "serve": (
+        ServeOptions("/gone", base="/no-base", api_key=""),
+        ["api_key ('') must not be empty", f"model (/gone) {NOWHERE}", f"base (/no-base) {NOWHERE}"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), CASES.values(), ids=CASES)
+def test_all_that_is_wrong_is_named_and_nothing_else(options, expected):
+    found = foreseen(options)
+    assert len(found) == len(expected), found
+    for problem, beginning in zip(found, expected, strict=True):
+        assert problem.startswith(beginning)
+
+
+def test_a_name_that_may_be_mistyped_is_said_where_something_is_wrong_anyway():
+    options = train(base="modle", adapters={"code": "adapters/cod", "law": "me/law"})
+    assert foreseen(options) == []
+    options.batch_size = 0
+    assert foreseen(options) == [
+        "batch_size (0) must be at least 1",
+        "base (modle) is no folder here: if it is not on the Hub either, correct it too",
+        "adapter 'code' (adapters/cod) is no folder here: if it is not on the Hub either, correct it too",
+    ]
+
+
+def test_an_earlier_run_hides_nothing_and_is_looked_into_where_nothing_else_is_wrong(tmp_path):
+    (tmp_path / "out/checkpoints/checkpoint-2").mkdir(parents=True)
+    assert foreseen(train()) == []
+    assert foreseen(train(data=["/no.jsonl"])) == [
+        f"data (/no.jsonl) {NOT_A_FILE}",
+        "output (out) holds the checkpoints of a run: give another folder, or --resume true",
+    ]
+    assert foreseen(train(data=["/no.jsonl"], resume=True)) == [f"data (/no.jsonl) {NOT_A_FILE}"]
+
+
+def test_what_was_folded_may_be_folded_again(tmp_path):
+    (tmp_path / "notes" / FOLDED).write_text("{}")
+    assert foreseen(FoldOptions("mixture", "notes", weights=["a=1"])) == []
+
+
+def test_a_dry_run_leaves_what_a_killed_process_has_left(tmp_path):
+    (tmp_path / "out/.part").mkdir(parents=True)
+    assert foreseen(train(dry_run=True)) == ["output (out) exists already and holds .part: give a new or empty folder"]
+    assert foreseen(train()) == []
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_one_problem_is_a_sentence_and_several_are_a_list():
+    with pytest.raises(ConfigError, match=r"^batch_size \(0\) must be at least 1$"):
+        refuse_foreseen(train(batch_size=0))
+    with pytest.raises(ConfigError, match=r"^the options cannot work:\n  - batch_size \(0\).*\n  - save_steps \(0\) "):
+        refuse_foreseen(train(batch_size=0, save_steps=0))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["train", "--base", "model", "--adapters", "code=adapters/code", "--data", "/no.jsonl", "--output", "notes"],
+        ["eval", "mixture", "--data", "/no.jsonl"],
+        ["generate", "/gone", "--prompt", "x"],
+        ["fold", "mixture", "--weights", "a=1", "--output", "notes"],
+        ["add-expert", "mixture", "poems=/gone"],
+    ],
+    ids=" ".join,
+)
+def test_it_is_said_without_torch(arguments):
+    code = "import sys; from weft.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert ran.stdout == "1 False\n"
+    assert ran.stderr.startswith(f"weft {arguments[0]}: error: ")
