@@ -20,18 +20,18 @@ _EXPECTED = (
 
 
 def given_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: bool = False) -> list[int]:
-    """The token ids of a text, of a row of a data file, or those that are given.
+    """The token ids of a text, of a row of a data file, or of token ids in another form.
 
     Args:
-        given: a text, a row with "text" or "messages", both of which need a tokenizer, token ids ([seq] or [1, seq]),
-            or a row that has them as `input_ids`.
-        what: it is, for messages.
-        tokenizer: the base model's.
-        is_prompt: the text goes on, and the messages are to be answered.
+        given: a text, or a row with "text" or "messages", which need a tokenizer; or token ids ([seq] or [1, seq]), or
+            a row with `input_ids`.
+        what: what it is called in messages.
+        tokenizer: the base model's tokenizer.
+        is_prompt: the text is to be continued, the messages are to be answered.
 
     Raises:
-        ConfigError: it is something else, or a text without a tokenizer.
-        DataError: the text or the messages cannot be read.
+        ConfigError: `given` is of another kind, or it is a text and there is no tokenizer.
+        DataError: the text or the messages cannot be tokenised.
     """
     if isinstance(given, Mapping) and "input_ids" in given:
         return _token_ids(given["input_ids"], what)
@@ -47,10 +47,10 @@ def given_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: boo
 
 
 def some_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: bool = False) -> list[int]:
-    """`given_tokens` of which there is one or more.
+    """As `given_tokens`, where no tokens are an error.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError, DataError: as `given_tokens`; or there are no tokens.
     """
     tokens = given_tokens(given, what, tokenizer, is_prompt=is_prompt)
     if not tokens:

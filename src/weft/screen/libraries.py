@@ -54,7 +54,8 @@ def import_warnings_hidden() -> Iterator[None]:
         yield
     finally:
         for one in own:
-            filters.remove(one)
+            if one in filters:  # a module may have reset them
+                filters.remove(one)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def trace(
         The `Trace`.
 
     Raises:
-        ConfigError: the model is an encoder-decoder or its experts are off, or the text is something
-            else, or has no tokens.
+        ConfigError: the model is an encoder-decoder or its experts are off, or the text is of another kind or has no
+            tokens.
         DataError: the text or the title contains half of a character (a lone surrogate).
 
     Example:
