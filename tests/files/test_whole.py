@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_put_back_says_what_to_do(folder, monkeypatch):
 def test_a_folder_that_another_process_writes_is_left_to_it(folder, monkeypatch):
     kill(monkeypatch, folder, 3)
     monkeypatch.setattr("weft.files.writing._PATIENCE", 0.1)
-    with writing._alone(folder):
+    with writing._locked(folder):
         before = contents(folder)
         for access in (settle, lambda folder: replace_folder(folder, write, "config")):
             with pytest.raises(CheckpointError, match="is being written by another process: wait until it is done"):
@@ -272,7 +272,7 @@ def test_what_cannot_be_written_is_found_before(tmp_path):
 def test_several_processes_may_make_a_folder_and_what_a_killed_one_left_goes(tmp_path):
     (tmp_path / "unfinished-1").mkdir()
     (tmp_path / "unfinished-2").mkdir()
-    with writing._alone(tmp_path / "unfinished-2"):
+    with writing._locked(tmp_path / "unfinished-2"):
         make_folder(tmp_path / "cache", write)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "unfinished-2"]
 
