@@ -69,7 +69,7 @@ class FoldOptions(MixtureOptions, LoadingOptions):
 
     def in_the_way(self) -> list[str]:
         """Whatever is in the folder, but for an adapter that was folded."""
-        if self.output is None or Path(self.output, FOLDED).is_file():
+        if self.output is None or os.path.isfile(os.path.join(self.output, FOLDED)):
             return []
         return _in_the_way(Path(self.output))
 
