@@ -473,7 +473,7 @@ def test_weft_train_takes_dora_where_it_is_allowed(base_folder, tmp_path):
     (tmp_path / "text.txt").write_text("one two three\n" * 20)
     options = weft.options.TrainOptions(
         base=str(base_folder),
-        adapters={"dora": path},
+        adapters={"dora": path, "again": path},
         data=[str(tmp_path / "text.txt")],
         output=str(tmp_path / "mixture"),
         max_steps=1,

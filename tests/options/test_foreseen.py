@@ -39,7 +39,7 @@ def train(**options):
     return TrainOptions(**{"base": "model", "adapters": adapters, "data": ["a.jsonl"], "output": "out", **options})
 
 
-NOT_A_FILE = "is not a file: give .jsonl, .parquet or text files, or a data set's name"
+NOT_A_FILE = "is not a file: give .jsonl, .csv, .tsv, .parquet or text files, or a data set's name"
 NOWHERE = "is neither a folder here nor a Hub id"
 IN_THE_WAY = "output (notes) exists already and holds todo.txt: give a new or empty folder"
 ONE = "one expert (code), expected two or more, between which a gate can choose"

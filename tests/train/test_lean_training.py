@@ -167,6 +167,7 @@ def test_a_log_line_breaks_between_its_parts_where_a_terminal_is_too_narrow(widt
     shares = {"gate/share/python": 0.1, "gate/share/reference": 0.2, "gate/share/licences": 0.3, "gate/share/mine": 0.4}
     logs = {"loss": 2.5, "learning_rate": 9.755e-05, "gate/entropy": 0.5, **shares}
     state = transformers.TrainerState(max_steps=1000, global_step=100, num_input_tokens_seen=5)
+    progress._estimated = True
     progress.on_log(None, state, transformers.TrainerControl(), logs=logs)
     shown = screen.getvalue().splitlines()
     assert all(len(line) <= width for line in shown)

@@ -24,9 +24,13 @@ def test_tools_that_are_there_are_handed_to_the_trainer(given, tmp_path):
 
 
 @pytest.mark.parametrize("name", ABSENT)
-def test_a_tool_that_is_not_installed_is_named_with_what_installs_it(name, capsys):
-    command = ["train", "--base", "/nowhere", "--adapters", "a=b", "--data", "c", "--report-to", "tensorboard", name]
-    assert main(command) == 1
+def test_a_tool_that_is_not_installed_is_named_with_what_installs_it(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("base", "a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "c.txt").write_text("a text")
+    command = ["train", "--base", "base", "--adapters", "a=a", "b=b", "--data", "c.txt", "--report-to", "tensorboard"]
+    assert main([*command, name]) == 1
     said = capsys.readouterr().err
     assert f"report_to ({name}) needs the package {name}, which is not installed: pip install {name}\n" in said
     assert "tensorboard" not in said
