@@ -81,6 +81,13 @@ def test_a_pipe_gets_the_same_without_torch(name):
     assert found.stderr == ""
 
 
+def test_the_table_of_commands_can_be_read_where_nothing_else_is_installed():
+    """The site's reference is made from it, in an environment of its own."""
+    code = "import sys; import weft.cli.commands; print(*sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_of_80_columns_shows_the_same():
     import fcntl

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from weft.cli.commands import COMMANDS
 from weft.cli.errors import UsageError, report, report_unforeseen, speaks
 from weft.cli.help import command_help, overview
-from weft.cli.memory import memory_error
 from weft.cli.option_files import as_yaml
 from weft.cli.parser import Given, command_named, parse
 from weft.errors import WeftError
@@ -85,6 +84,8 @@ def _run(name: str, arguments: list[str]) -> int:
             try:
                 run(options, *([given.handed_on] if command.hands_on else []))
             except Exception as err:
+                from weft.cli.memory import memory_error
+
                 if (lack := memory_error(err, options)) is not None:
                     raise lack from err
                 raise

@@ -23,8 +23,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from weft.errors import CheckpointError, ConfigError, WeftError, first_line
 from weft.files.reading import naming_problem, path_shown
 
@@ -50,6 +48,8 @@ class NotWrittenError(CheckpointError):
 
 def is_failed_write(err: BaseException) -> bool:
     """Whether an error of any library means that a write failed (full disk, no permission)."""
+    from safetensors import SafetensorError  # not above: the checks of options import this module, for the docs too
+
     if isinstance(err, WeftError):
         return isinstance(err, NotWrittenError)
     return isinstance(err, (OSError, SafetensorError)) or any(sign in str(err) for sign in _SIGNS)

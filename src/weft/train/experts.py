@@ -166,7 +166,7 @@ def _dry_run_experts(options: TrainOptions, missing: list[str], folder: Path) ->
     check_length(options.sequence_length, base.config)
     targets, _ = _mixable_targets(base, options)
     for name in missing:
-        model: Any = get_peft_model(base, _lora_config(options, targets))
+        model: Any = _with_adapter(base, _lora_config(options, targets))
         rows = read_rows_of([sources[name]], [], tokenizer, options)
         dry_run(_own_options(options), model, tokenizer, rows, None, f"expert {name!r}")
         if name == missing[-1]:
