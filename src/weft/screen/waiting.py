@@ -47,3 +47,4 @@ def waiting(what: str, *, hidden: bool = False) -> Iterator[None]:
             yield
         finally:
             later.cancel()
+            later.join()  # or it is still there for a moment
