@@ -176,8 +176,10 @@ def test_a_script_hears_of_its_own_code_and_nothing_of_wefts(base_folder, base_a
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     of_weft, its_own = ran.stderr.split("its own:\n")
     assert (ran.returncode, of_weft) == (0, "")
-    for said in ("'pin_memory' argument is set as true", "`is_gradient_checkpointing` is deprecated", "an older name"):
-        assert said in its_own
+    assert "an older name" in its_own
+    if int(transformers.__version__.split(".")[1]) >= 10:  # torch 2.6 and transformers 5.0 do not say these
+        for said in ("'pin_memory' argument is set as true", "`is_gradient_checkpointing` is deprecated"):
+            assert said in its_own
 
 
 def test_importing_peft_after_weft_says_nothing():
