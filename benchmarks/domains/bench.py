@@ -95,11 +95,11 @@ class Work:
         """The file of a table."""
         return self.folder / "tables" / f"{name}.json"
 
-    def data(self, size: int, split: str) -> list[str]:
-        """The data sets of so many experts, as `weft eval` takes them."""
-        unseen = [f"unseen-{name}={self.texts / name / split}.jsonl" for name in UNSEEN]
-        single = [f"{name}={self.texts / name / split}.jsonl" for name in NAMES[:size]]
-        return [f"mixed={self.texts / f'mixed-{size}' / split}.jsonl", *single, *unseen]
+    def test_data(self, size: int) -> list[str]:
+        """The data sets that so many experts are measured on, as `weft eval` takes them."""
+        unseen = [f"unseen-{name}={self.texts / name}/test.jsonl" for name in UNSEEN]
+        single = [f"{name}={self.texts / name}/test.jsonl" for name in NAMES[:size]]
+        return [f"mixed={self.texts}/mixed-{size}/test.jsonl", *single, *unseen]
 
 
 def main() -> None:
@@ -310,7 +310,7 @@ def composition_gate(work: Work, name: str, task_seen: bool, folder: Path) -> No
 
 def table(work: Work, size: int, recipe: str, seed: int) -> None:
     """Measure a mixture."""
-    data = work.data(size, "test")
+    data = work.test_data(size)
     measure(work, work.mixture(size, recipe, seed), f"{size}-{recipe}-{seed}", data, rows=["weft", "weft top-2"])
 
 
@@ -320,7 +320,7 @@ def others(work: Work, size: int) -> None:
         work,
         work.mixture(size, AT_ALL_SIZES[0], 0),
         f"{size}-others",
-        work.data(size, "test"),
+        work.test_data(size),
         rows=["base", "oracle", "uniform", "arrow", "compare"]
         + (["experts", "merges"] if size <= work.searched else []),
         search_data=str(work.texts / f"mixed-{size}" / "select.jsonl"),

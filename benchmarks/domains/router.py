@@ -48,7 +48,7 @@ def measure(work: Any, size: int, names: list[str]) -> None:
     centres = torch.nn.functional.normalize(centres - middle, dim=-1)
     data_sets = [
         read_data_set(name, source, tokenizer, names, sequence_length=work.length, max_sequences=work.most)
-        for name, source in named_sources(work.data(size, "test")).items()
+        for name, source in named_sources(work.test_data(size)).items()
     ]
     place_of = {
         data.name: torch.nn.functional.normalize(places([text.tokens for text in data.examples]) - middle, dim=-1)

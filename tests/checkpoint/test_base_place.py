@@ -218,7 +218,15 @@ def test_a_base_that_is_given_and_is_no_folder_is_named_before_the_hub(name, mes
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("gpt2", False), ("org/model", False), ("/m", True), ("./m", True), ("~/m", True), ("a/b/c", True)],
+    [
+        ("gpt2", False),
+        ("org/model", False),
+        ("/m", True),
+        ("./m", True),
+        ("~/m", True),
+        ("a/b/c", True),
+        ("a\\b", True),
+    ],
 )
 def test_which_names_can_be_no_hub_id(name, path):
     assert is_path(name) is path

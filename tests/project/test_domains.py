@@ -1,8 +1,11 @@
 """The bench's domains: documents are read, cut, dealt and mixed as they say, on made-up documents."""
 
+import functools
 import importlib
 import json
+import math
 import random
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -239,3 +242,54 @@ def test_a_folder_is_there_only_when_it_is_whole(bench, tmp_path):
     assert not (tmp_path / "y").exists()
     build.write(tmp_path / "y", {"test": rows})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
+def test_every_piece_of_work_needs_only_what_earlier_ones_make(bench, tmp_path):
+    bench_py = bench("bench")
+    work = bench_py.Work(tmp_path, tmp_path / "texts", tmp_path / "base", 1, 1, 1, 8, 0, False, 8)
+    made = set()
+    for piece in bench_py.all_pieces(work, [4, 8], 2, list(bench_py.RECIPES)):
+        assert set(piece.needs) <= made, piece.name
+        assert piece.made not in made, piece.name
+        made.add(piece.made)
+
+
+def test_pieces_are_done_in_order_and_what_needs_a_failed_one_is_left(bench, tmp_path, capfd):
+    pieces = bench("pieces")
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    pieces.do(
+        [
+            pieces.Piece("second", second, functools.partial(shutil.copy, first, second), (first,)),
+            pieces.Piece("first", first, functools.partial(shutil.copy, __file__, first)),
+            pieces.Piece("fails", third, functools.partial(shutil.copy, tmp_path / "nothing", third)),
+            pieces.Piece("fourth", tmp_path / "fourth", print, (third,)),
+        ],
+        jobs=1,
+        seconds=60,
+    )
+    shown = capfd.readouterr().out
+    assert second.read_bytes() == first.read_bytes()
+    assert "fails: failed: FileNotFoundError" in shown
+    assert "left, for want of what failed: fourth" in shown
+
+
+def test_the_tables_own_expert_is_each_passages(bench, tmp_path):
+    """Losses are 1 a token, and 0.5 in an expert's own parts; the gate has 0.5 everywhere."""
+    report = bench("report")
+    names = report.NAMES[:4]
+    labels = [[[0, names[0]], [5, names[1]]], [[0, names[2]]], [[0, names[3]], [9, names[0]]]]
+    parts = [name for of_text in labels for _, name in of_text]
+    (tmp_path / "mixed-4").mkdir()
+    (tmp_path / "mixed-4/test.jsonl").write_text("".join(json.dumps({"experts": one}) + "\n" for one in labels))
+    cells = []
+    for row in ["base", "weft", *(f"only {name}" for name in names)]:
+        good = set(names) if row == "weft" else {row.removeprefix("only ")}
+        for data, of in [("mixed", parts), *((name, [name] * 3) for name in names)]:
+            scores = [[5.0 if part in good else 10.0, 10] for part in of]
+            cells.append({"row": row, "data": data, "cell": {"scores": scores}})
+    (tmp_path / "4-gate-0.cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    rows = report.read(tmp_path, 4, tmp_path)
+    gate, base = (report.compared(rows, name, 4) for name in ("gate-0", "base"))
+    assert gate["mixed / own"] == gate["domains / own"] == (1.0, 1.0, 1.0)
+    assert base["mixed / own"] == base["domains / own"] == pytest.approx([math.exp(0.5)] * 3)
+    assert "| gate-0 |" in report.table({"gate-0": gate}, 4)

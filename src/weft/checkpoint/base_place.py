@@ -14,6 +14,7 @@ from typing import Any
 
 from weft.checkpoint.manifest import MANIFEST_NAME
 from weft.errors import CheckpointError
+from weft.files.presence import may_be_hub_id
 from weft.files.reading import read_json
 from weft.files.writing import final_folder
 
@@ -26,7 +27,7 @@ _MODEL_CONFIG = "config.json"
 
 def is_path(name: str) -> bool:
     """Whether a base model's name cannot be a Hub id."""
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or os.path.isabs(name)
+    return name.count("/") > 1 or not may_be_hub_id(name)
 
 
 def lasting_name(name: Any) -> Any:

@@ -58,18 +58,18 @@ def model_problem(what: str, name: str) -> str | None:
         return None
     if os.path.isfile(name):
         return f"{what} ({path_shown(name)}) is a file, expected a folder or Hub id"
-    return None if _may_be_hub_id(name) else f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
+    return None if may_be_hub_id(name) else f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
 
 
 def model_doubt(what: str, name: str) -> str | None:
     """A sentence for a name that may be a Hub id or a mistyped folder; None for other names."""
     at = Path(name)
-    if os.path.lexists(name) or not _may_be_hub_id(name) or not os.path.isdir(at.parent):
+    if os.path.lexists(name) or not may_be_hub_id(name) or not os.path.isdir(at.parent):
         return None
     return f"{what} ({name}) is no folder here: if it is not on the Hub either, correct it too"
 
 
-def _may_be_hub_id(name: str) -> bool:
+def may_be_hub_id(name: str) -> bool:
     """Whether this is user/repository, a repository's name alone, or user/repository/folder."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

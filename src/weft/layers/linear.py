@@ -20,14 +20,7 @@ _LAYOUT = StorageLayout(
 class XLoraLinearLayer(XLoraLayer):
     """The mixture around peft's `lora.Linear`, which also wraps transformers' `Conv1D`, and its quantised versions.
 
-    See `XLoraLayer` for equation, arguments and errors.
-
-    Example:
-        >>> target = LoraModel(nn.Sequential(nn.Linear(16, 32)), LoraConfig(target_modules=["0"]), "a").model[0]
-        >>> config = XLoraConfig(adapters={"a": "adapters/a"})
-        >>> layer = XLoraLinearLayer(None, target, target.forward, layer_number=0, config=config)
-        >>> layer.forward(torch.randn(2, 5, 16), scalings=torch.ones(2, 5, 1, 1)).shape
-        torch.Size([2, 5, 32])
+    See `XLoraLayer` for equation, arguments, errors and an example.
     """
 
     layout = _LAYOUT

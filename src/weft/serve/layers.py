@@ -47,7 +47,7 @@ class Product:
     """The product x W with a fixed W, by the fastest available kernel.
 
     On a CPU, a small product in half precision takes 50 us in torch, and 20 us with vLLM's kernels, for which W is
-    packed. In float32, torch is faster.
+    packed. In float32, torch is faster. (1 to 32 rows, 576 to 192; Xeon with AMX, 2026-11-27, by hand.)
 
     Args:
         weight: W, [in, out].

@@ -40,9 +40,8 @@ class ProgressLine(TrainerCallback):
         self._task = TaskID(0)
         self._losses: list[float] = []
         self._start = self._last = (0.0, 0, 0.0)
-        self._after_first: tuple[float, int, float] | None = (
-            None  # the end of the first step, which includes the set-up
-        )
+        # The end of the first step, which includes the set-up.
+        self._after_first: tuple[float, int, float] | None = None
         self._estimated = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
