@@ -2,8 +2,8 @@
 
 Names take dashes or underscores; a list takes values up to the next option; a switch takes --no- or a value.
 
-argparse ends at the first thing that is wrong, and takes `--prompt "-- so"` for two options; the libraries around it
-import what they describe. So weft reads command lines itself.
+argparse ends at the first thing that is wrong, and takes the text in `--prompt -so` for an option. So weft reads
+command lines itself: all that is wrong is said in one report.
 """
 
 from __future__ import annotations
