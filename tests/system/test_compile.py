@@ -59,14 +59,15 @@ close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 5e-2, "
 torch.testing.assert_close(found, expected, **close)
 """
 
+# A quarter of a minute each: those that differ in one thing from another are slow.
 CASES = [
-    ({}, "eager", "float32"),
     ({}, "aot_eager", "float32"),
-    ({}, "aot_eager", "bfloat16"),
     ({"top_k_lora": 1}, "aot_eager", "float32"),  # gathers: three experts, one of them chosen
-    ({"top_k_lora": 2, "scaling_pass_value": 0.2}, "eager", "float32"),
     ({"gate_layer": 1}, "aot_eager", "float32"),
-    ({"scaling_pass_layers": 1}, "aot_eager", "float32"),
+    pytest.param({}, "eager", "float32", marks=pytest.mark.slow),
+    pytest.param({}, "aot_eager", "bfloat16", marks=pytest.mark.slow),
+    pytest.param({"top_k_lora": 2, "scaling_pass_value": 0.2}, "eager", "float32", marks=pytest.mark.slow),
+    pytest.param({"scaling_pass_layers": 1}, "aot_eager", "float32", marks=pytest.mark.slow),
 ]
 
 

@@ -61,6 +61,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_model_may_be_compiled_and_still_follows_its_adapters(llama_adapters):
     # In a process of its own: the shape checks of this suite do not go together with torch.compile.
     paths = [llama_adapters["math"], llama_adapters["code"]]
