@@ -419,6 +419,11 @@ FLAT = {
         lambda values: values["layers"].update(dict.fromkeys(values["layers"], 0)),
         r"ordering.json: layers \(.*\) must number the LoRA layers from 0 to 5",
     ),
+    "a layer without a name": (
+        "ordering.json",
+        lambda values: values["layers"].update({"": values["layers"].pop("model.layers.0.mlp.up_proj")}),
+        r"ordering.json: layers \(.*\) must be names, but one is empty",
+    ),
     "a layer's number is none": (
         "ordering.json",
         lambda values: values["layers"].update({"model.layers.0.mlp.up_proj": "first"}),

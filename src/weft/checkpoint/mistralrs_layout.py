@@ -60,6 +60,8 @@ def _layers_in_order(flat: Path) -> list[str] | None:
         raise CheckpointError(
             f"{flat / ORDERING}: layers ({shown(layers)}) must number the LoRA layers from 0 to {len(layers) - 1}"
         )
+    if "" in layers:
+        raise CheckpointError(f"{flat / ORDERING}: layers ({shown(layers)}) must be names, but one is empty")
     return sorted(layers, key=lambda layer: layers[layer]) or None
 
 

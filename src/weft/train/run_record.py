@@ -19,6 +19,7 @@ from weft.data.labelled import labelled_source
 from weft.distributed import deepspeed_is_to_come, number_of_processes
 from weft.files.digests import digest_of_file, digest_of_weights
 from weft.files.reading import is_whole, read_json
+from weft.files.writing import replace_file
 from weft.options import TrainOptions
 from weft.train.checkpoints import step_of
 
@@ -46,8 +47,9 @@ def run_record(options: TrainOptions, adapters: dict[str, str]) -> dict[str, Any
 
 
 def write_run(checkpoint: Path, record: dict[str, Any]) -> None:
-    """Write it into a checkpoint."""
-    (checkpoint / RUN_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    """Write it into a checkpoint, which has all else: whole or not at all, as nobody may know it for incomplete."""
+    text = json.dumps(record, indent=1)
+    replace_file(checkpoint / RUN_RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def changes_since(checkpoint: Path, record: dict[str, Any]) -> list[str]:

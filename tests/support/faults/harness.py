@@ -117,8 +117,8 @@ class Harness:
         if kind_of_look != "done" or found != survey.after:
             return f"the same command gives something else: {kind_of_look}: {found}"
         left = [str(path) for path in self.root.rglob("*") if path.name in (".part", ".old") or path.suffix == ".part"]
-        # Of the digests of a checkpoint that has all else: nobody reads it, and it goes with the checkpoint.
-        left = [path for path in left if not path.endswith("weft_checkpoint.json.part")]
+        # Of a checkpoint that has all else: nobody reads them, and they go with the checkpoint.
+        left = [path for path in left if not path.endswith(("weft_checkpoint.json.part", "weft_run.json.part"))]
         return f"left behind: {left}" if kind == "done" and left else None
 
     def _start(self, scenario) -> Path:

@@ -145,7 +145,8 @@ def _trained(root):
 
 def _train_experts(root):
     command(
-        *("train", "--base", root / "base", "--experts-from", f"fox={root}/texts.jsonl"),
+        *("train", "--base", root / "base"),
+        *("--experts-from", f"fox={root}/texts.jsonl", f"dog={root}/texts.jsonl"),
         *("--output", root / "out", "--batch-size", "2", "--max-steps", "2", "--expert-steps", "2"),
         *("--expert-rank", "2", "--gate-start", "random", "--sequence-length", "32", "--resume", "true"),
     )
