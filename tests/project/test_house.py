@@ -22,8 +22,8 @@ ROOMS = [
     *("checkpoint", "config"),
     *("base_model", "gate", "data"),
     *("layers", "passes", "model"),
-    *("generation", "train", "evaluate"),
-    *("formats", "traces", "serve"),
+    *("generation", "train"),
+    *("formats", "evaluate", "traces", "serve"),
     "cli",
 ]
 # Whatever names them: they import modules of any room when these are asked for.

@@ -9,6 +9,7 @@ Nothing is trained, and no mixture is saved here.
     merges.py       static merges of the experts, and the search for their best weights
     rows.py         the rows of the table: a model and its settings
     cell_store.py   finished cells, stored by a digest
+    advice.py       what the numbers of a table suggest
     report.py       the table on screen, and as JSON, Markdown and CSV
     run.py          the whole evaluation
 """

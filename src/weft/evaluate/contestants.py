@@ -18,6 +18,8 @@ from peft.tuners.lora.arrow import create_arrow_model
 from weft.base_model.state import Flags
 from weft.checkpoint.adapters import local_folder, read_adapters
 from weft.evaluate.merges import refuse_unmergeable
+from weft.files.writing import temporary_folder
+from weft.formats.experts import drop_expert
 from weft.model.build import from_pretrained
 from weft.model.inject import inject_adapters, remove_adapters
 from weft.model.retrained import Retrained
@@ -92,6 +94,17 @@ def mixture(folder: str) -> Contestant:
         return model, model.base_model.unload
 
     return Contestant(f"mixture {folder}", load)
+
+
+def dropped(folder: str, name: str) -> Contestant:
+    """A mixture without one expert, as `weft drop-expert` writes it."""
+
+    def load(base: Any) -> Loaded:
+        with temporary_folder(lambda part: drop_expert(folder, name, part / "mixture")) as part:
+            model: Any = from_pretrained(part / "mixture", base)
+        return model, model.base_model.unload
+
+    return Contestant(f"mixture {folder} without {name}", load)
 
 
 def adapters(paths: dict[str, str]) -> Contestant:

@@ -99,6 +99,11 @@ class DataSet:
         return len(self.examples)
 
 
+def windows_of(data: DataSet) -> list[list[int]]:
+    """The tokens of each window of a data set of texts."""
+    return [text.tokens[window.start : window.end] for text in data.examples for window in text.windows]
+
+
 def token_windows(length: int, window: int, stride: int = 0) -> list[Window]:
     """The windows of a text of `length` tokens.
 

@@ -64,12 +64,14 @@ class Report:
         cells: row -> data set -> measurement; the rows are in the order of the table.
         impossible: row -> why it could not be measured.
         settings: options on which the results depend.
+        advice: what the numbers suggest, if it was asked for.
     """
 
     metrics: dict[str, Metric]
     cells: dict[str, dict[str, Measurement]] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    advice: list[str] = field(default_factory=list)
 
     def values(self, metric: str | None = None) -> dict[str, dict[str, float]]:
         """Row -> data set -> value, for one metric or for all."""
@@ -221,6 +223,7 @@ def as_json(report: Report) -> str:
         "peak_mb": {row: _finite(report.peak(row)) for row in report.cells},
         "examples": {data: cell.examples for data, cell in first.items()},
         "notes": notes(report),
+        **({"advice": report.advice} if report.advice else {}),
         "impossible": report.impossible,
         **report.settings,
     }
@@ -246,7 +249,8 @@ def as_markdown(report: Report) -> str:
         lines.append(
             f"| {name} | {' | '.join(texts)} | {_number(report.speed(row), 0)} | {_number(report.peak(row), 0)} |"
         )
-    return "\n".join([*lines, "", _INTERVALS, "", *(f"- {n}" for n in notes(report))]) + "\n"
+    advice = ["", "Advice:", "", *(f"- {line}" for line in report.advice)] if report.advice else []
+    return "\n".join([*lines, "", _INTERVALS, "", *(f"- {n}" for n in notes(report)), *advice]) + "\n"
 
 
 def as_csv(report: Report) -> str:

@@ -12,13 +12,16 @@ from peft.utils import CONFIG_NAME
 
 from weft.checkpoint.adapters import is_base_model, local_folder
 from weft.config import XLoraConfig
-from weft.errors import ConfigError
-from weft.evaluate.contestants import Contestant, adapters, arrow, base_alone, mixture
+from weft.errors import ConfigError, WeftError
+from weft.evaluate.contestants import Contestant, adapters, arrow, base_alone, dropped, mixture
 from weft.evaluate.merges import MERGES, Merge, merged
 from weft.files.reading import kind_shown, read_json
+from weft.formats.folding import mean_scalings
 from weft.model.model import at_own_weight
 
-GROUPS = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
+# The default rows, and those that are measured only if they are named or with `--advise`.
+USUAL = ("base", "experts", "uniform", "merges", "arrow", "weft", "topk", "frozen", "compare", "oracle")
+GROUPS = (*USUAL, "folded", "without")
 ORACLE = "oracle"
 # A context manager: the loaded model -> the model with the settings of a row.
 Setting = Callable[[Any], AbstractContextManager[Any]]
@@ -36,6 +39,7 @@ class Row:
         depends_on: the files on which its results depend, besides the base model: "experts", "mixture" or a folder.
         freeze_after: see `Runner`.
         merge: the merge, for a static merge; else None.
+        folded: its weights are the gate's mean scalings on texts.
         may_fail: errors after which the row is skipped and the others are measured. Methods of other libraries, which
             do not work with all base models and experts, may raise any error.
     """
@@ -47,16 +51,26 @@ class Row:
     depends_on: str | None = None
     freeze_after: int | None = None
     merge: Merge | None = None
+    folded: bool = False
     may_fail: tuple[type[Exception], ...] = ()
 
     def with_merge(self, merge: Merge, seed: int) -> Row:
         """The row with another merge. The digest of its cells still has the merge from which the search started."""
         return replace(self, setting=partial(_merged, merge, seed))
 
+    def with_texts(self, sequences: list[list[int]], batch_size: int) -> Row:
+        """The row, folded with the mean scalings on these texts."""
+        return replace(self, setting=partial(_folded, sequences, batch_size))
+
 
 def only(name: str) -> str:
     """The name of the row of one expert."""
     return f"only {name}"
+
+
+def without(name: str) -> str:
+    """The name of the row of the mixture without one expert."""
+    return f"without {name}"
 
 
 def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freeze_after: int, seed: int) -> list[Row]:
@@ -86,6 +100,9 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
             rows.append(Row(f"weft {name}", "topk", own, partial(_top_k, top), "mixture"))
     name, setting = f"weft frozen after {freeze_after}", partial(_freezable, freeze_after)
     rows.append(Row(name, "frozen", own, setting, "mixture", freeze_after=freeze_after, may_fail=(ConfigError,)))
+    rows.append(Row("folded", "folded", own, depends_on="mixture", folded=True, may_fail=(WeftError,)))
+    for name in paths if len(paths) > 1 else ():
+        rows.append(Row(without(name), "without", dropped(folder, name), depends_on="mixture", may_fail=(ConfigError,)))
     taken = sorted({ORACLE, *(row.name for row in rows)} & compare.keys())
     if taken:
         raise ConfigError(f"compare names a row ({', '.join(taken)}) that is there already: choose another name")
@@ -93,14 +110,18 @@ def all_rows(folder: str, config: XLoraConfig, compare: dict[str, str], *, freez
     return rows
 
 
-def chosen(rows: list[Row], wanted: list[str]) -> tuple[list[Row], bool]:
-    """The rows with these names or groups, and whether the oracle is wanted; all rows if nothing is named.
+def chosen(rows: list[Row], wanted: list[str], *, advise: bool = False) -> tuple[list[Row], bool]:
+    """The rows with these names or groups, and whether the oracle is wanted; the usual ones if nothing is named.
+
+    Args:
+        rows: all rows.
+        wanted: names of rows and groups.
+        advise: also take the rows that advice needs.
 
     Raises:
         ConfigError: a name is not that of a row or a group.
     """
-    if not wanted:
-        return rows, True
+    wanted = [*(wanted or USUAL), *(("weft", "folded", "without") if advise else ())]
     names = {row.name for row in rows}
     unknown = sorted(set(wanted) - names - set(GROUPS))
     if unknown:
@@ -133,6 +154,12 @@ def _fixed(weights: dict[str, float], model: Any) -> Iterator[Any]:
 @contextmanager
 def _merged(merge: Merge, seed: int, lora_model: Any) -> Iterator[Any]:
     with merged(lora_model, merge, seed) as model:
+        yield model
+
+
+@contextmanager
+def _folded(sequences: list[list[int]], batch_size: int, model: Any) -> Iterator[Any]:
+    with model.fixed_scalings(mean_scalings(model, sequences, batch_size)):
         yield model
 
 

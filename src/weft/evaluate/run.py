@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,9 +16,10 @@ from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
 from weft.data.texts import check_length, named_sources
 from weft.errors import ConfigError, WeftError, first_line, lack_of_memory
+from weft.evaluate.advice import advice
 from weft.evaluate.cell_store import Cell, CellStore, base_digest, digest_of, folder_digest
 from weft.evaluate.contestants import SharedBase
-from weft.evaluate.data_sets import DataSet, read_data_set
+from weft.evaluate.data_sets import DataSet, read_data_set, windows_of
 from weft.evaluate.intervals import interval, resampled_means
 from weft.evaluate.merges import best_merge
 from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, notes, render, write
@@ -59,7 +61,7 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     config = XLoraConfig.of_saved(open_mixture(options.model, keep_experts=False))
     compared = by_name(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
-    rows, with_oracle = chosen(everything, options.rows)
+    rows, with_oracle = chosen(everything, options.rows, advise=options.advise)
     base = load_placed_base(name, **loading_options(options))
     check_length(options.sequence_length, base.config)
     reader = _Reader(
@@ -71,12 +73,14 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
         raise ConfigError(f"search_data ({options.search_data}) must be texts: merges are chosen by perplexity")
 
     cells = CellStore(kept)
-    table = _Measuring(base, reader.tokenizer, config, options, cells, search)
+    table = _Measuring(base, reader.tokenizer, config, options, cells, search, data_sets)
     table.measure(_wanted(rows, data_sets, {row.name: row for row in everything} if with_oracle else None))
     report = _report(table, rows, data_sets, with_oracle, options)
+    if options.advise:
+        report.advice = advice(report, rows, config, shlex.quote(str(options.model)))
     console = results_console()
     print_table(render(report), console)
-    for line in notes(report):
+    for line in [*notes(report), *(["", "Advice:"] if options.advise else []), *report.advice]:
         console.print(line, markup=False, highlight=False)
     for output in outputs:
         write(report, output)
@@ -112,10 +116,18 @@ class _Measuring:
     """
 
     def __init__(
-        self, base: Any, tokenizer: Any, config: Any, options: EvalOptions, cells: CellStore, search: DataSet | None
+        self,
+        base: Any,
+        tokenizer: Any,
+        config: Any,
+        options: EvalOptions,
+        cells: CellStore,
+        search: DataSet | None,
+        data_sets: list[DataSet],
     ) -> None:
         self.shared, self.tokenizer, self.config, self.options = SharedBase(base), tokenizer, config, options
         self.cells, self.search = cells, search
+        self._fold_on = [search] if search else [data for data in data_sets if data.metric == "perplexity"]
         self.impossible: dict[str, str] = {}
         self._base_digest = base_digest(base)
         self._folder_digests: dict[str, str] = {}
@@ -132,6 +144,8 @@ class _Measuring:
             depends.append(self.options.seed)
         if row.merge is not None:
             depends.append(self.search.digest if self.search else str(row.merge))
+        if row.folded:
+            depends += [data.digest for data in self._fold_on]
         return digest_of(FORMAT, row.group, row.name, data.digest, self._base_digest, depends, self.options.batch_size)
 
     def _folder(self, path: str) -> str:
@@ -169,6 +183,9 @@ class _Measuring:
                     merge = best_merge(loaded, merge, self.search, self.tokenizer, self.options)
                     row = row.with_merge(merge, self.options.seed)
                 note = str(merge)
+            if row.folded:
+                texts = [text for data in self._fold_on for text in windows_of(data)]
+                row = row.with_texts(texts, self.options.batch_size)
             with row.setting(loaded) as model:
                 runner = Runner(model, self.tokenizer, self.options.batch_size, row.freeze_after)
                 for data in data_sets:

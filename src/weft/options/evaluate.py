@@ -23,11 +23,14 @@ class EvalOptions(MixtureOptions, LoadingOptions):
             scored once, after at least sequence_length - stride others; side by side, the first of a window after none.
 
     Args: Comparison
-        rows (ROW ...): Rows of the table: base, experts, uniform, merges, arrow, weft, topk, frozen, compare, oracle.
-            The name of one row works too. Default: all.
+        rows (ROW ...): Rows of the table: base, experts, uniform, merges, arrow, weft, topk, frozen, compare, oracle,
+            folded, without. The name of one row works too. Default: all but the last two.
+        advise: Say below the table which experts to drop, whether a static adapter would do, and what else the numbers
+            suggest. Measures the rows folded and without too.
         compare (NAME=FOLDER ...): More mixtures or LoRA adapters of the same base model, a row for each.
-        search_data (FILE): Texts on which peft's merges choose weight and density by perplexity. They should be neither
-            trained on nor in `data`. Default: none, weights are the mean and density is 0.5.
+        search_data (FILE): Texts on which peft's merges choose weight and density by perplexity, and on which the row
+            folded takes the gate's mean. They should be neither trained on nor in `data`. Default: none; weights are
+            the mean, density is 0.5, and the row folded takes the texts of `data`.
         freeze_after: Number of tokens after which the row "weft frozen" freezes the scalings.
 
     Args: Output
@@ -44,6 +47,7 @@ class EvalOptions(MixtureOptions, LoadingOptions):
     rows: list[str] = field(default_factory=list)
     compare: list[str] | dict[str, str] = field(default_factory=list)
     search_data: str | None = None
+    advise: bool = field(default=False, kw_only=True)
     sequence_length: int = field(default=512, kw_only=True)
     stride: int = field(default=0, kw_only=True)
     batch_size: int = field(default=4, kw_only=True)
