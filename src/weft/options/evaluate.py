@@ -13,21 +13,22 @@ class EvalOptions(MixtureOptions, LoadingOptions):
     """Compare a mixture with its base model, experts and static merges; with Arrow and the oracle too, on your data.
 
     Args: Data
-        data (NAME=FILE ...): Data sets in the formats of `weft train`; required. Texts give perplexity, .jsonl with
-            "question", "choices" and "answer" accuracy, .jsonl with "prompt" (a text, or messages) and "answer" exact
-            match. The oracle needs data sets with an expert's name, or rows with "expert".
+        data (NAME=FILE ...): Data sets in the formats of `weft train`; required. Metrics: perplexity
+            for texts; accuracy for .jsonl with "question", "choices" and "answer"; exact match for .jsonl with "prompt"
+            (a text, or messages) and "answer". The oracle needs data sets with an expert's name, or rows with "expert".
         max_sequences: Maximum number of windows or questions per data set, from its beginning; 0 takes all.
         sequence_length: Tokens that the model reads at once. Longer texts are read in several windows, longer questions
             lose their beginning.
-        stride: Tokens between the starts of two windows of a long text; 0 puts windows side by side. Each token is
-            scored once, after at least sequence_length - stride others; side by side, the first of a window after none.
+        stride: Tokens between the starts of two windows of a long text; 0 means windows without overlap. Each token is
+            scored once, with at least sequence_length - stride tokens of context; without overlap, a window's first
+            token has none.
 
     Args: Comparison
         rows (ROW ...): Rows of the table: base, experts, uniform, merges, arrow, weft, topk, frozen, compare, oracle.
             The name of one row works too. Default: all.
         compare (NAME=FOLDER ...): More mixtures or LoRA adapters of the same base model, a row for each.
-        search_data (FILE): Texts on which peft's merges choose weight and density by perplexity. They should be neither
-            trained on nor in `data`. Default: none, weights are the mean and density is 0.5.
+        search_data (FILE): Texts on which weight and density of peft's merges are chosen by perplexity. They should be
+            neither in the training data nor in `data`. Default: none; equal weights and density 0.5.
         freeze_after: Number of tokens after which the row "weft frozen" freezes the scalings.
 
     Args: Output
@@ -54,11 +55,11 @@ class EvalOptions(MixtureOptions, LoadingOptions):
     output: list[str] | str | None = field(default=None, kw_only=True)
 
     def missing(self) -> list[str]:
-        """The data, where they are missing."""
+        """The data, if missing."""
         return [] if self.data else ["data is missing: one or more name=FILE"]
 
     def wrong(self) -> list[str]:
-        """Names without a folder, and ranges."""
+        """Names without a folder, and values out of range."""
         problems = naming_problems(self.compare, "compare", "name=FOLDER")
         problems += least(self, batch_size=1, max_sequences=0, freeze_after=1, max_new_tokens=1)
         problems += length_problems(self.sequence_length)
@@ -69,7 +70,7 @@ class EvalOptions(MixtureOptions, LoadingOptions):
         return problems
 
     def models(self) -> list[tuple[str, str]]:
-        """And what it is compared with."""
+        """The mixture, its base model, and the models to compare with."""
         return [*super().models(), *(("model", path) for name, path in pairs(self.compare) if name and path)]
 
     def sources(self) -> list[tuple[str, str]]:
