@@ -375,5 +375,5 @@ def test_an_output_that_is_full_is_an_error(mixture):
             [sys.executable, "-m", "weft", "card", mixture], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 1
-    assert "weft card: error: what it prints cannot be written: No space left on device; free some" in done.stderr
+    assert "weft card: error: the output cannot be written: No space left on device; free some" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,18 +1,18 @@
-"""The screen: commands parse options, call what does the work, and print.
+"""The command line: parse the options, call the room that does the work, and print the result.
 
-Knows how nothing is done.
+Only parsing and printing are done here.
 
-    entry.py        from what was typed to an exit code
+    entry.py        runs a command line and returns its exit code
     commands.py     the table of commands
-    parser.py       a command line, and the files it names, as options
-    values.py       one value of an option
+    parser.py       command lines and files of --config -> options
+    values.py       parses one value of an option
     option_files.py the YAML of --config, read with limits
     help.py         `weft --help`, `weft COMMAND --help`
-    errors.py       what went wrong, in a line
-    memory.py       out of memory: how much was needed, and what takes less
+    errors.py       prints errors
+    memory.py       the message for out of memory
     terminal.py     generated text in the experts' colours
     environment.py  `weft env`, `weft --version`
-    chat.py, evaluate.py, experts.py, fold.py, formats.py, generate.py, inspect.py, train.py: one command or a few
+    chat.py, evaluate.py, experts.py, fold.py, formats.py, generate.py, inspect.py, train.py: one or more commands each
 """
 
 from weft.cli.entry import main

@@ -1,4 +1,4 @@
-"""`weft chat`: a conversation in the terminal, of which each turn reads only what is new."""
+"""`weft chat`: a conversation in the terminal. In each turn the model reads only the new tokens."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from weft.screen.visible import notice, say
 _COMMANDS = {
     "/help": "show this",
     "/reset": "forget the conversation",
-    "/experts": "begin or stop to show each token's leading expert",
-    "/quit": "end the chat, as the end of the input does",
+    "/experts": "show or hide each token's leading expert",
+    "/quit": "end the chat",
 }
 _HELP = "\n".join(f"{name:<10}{what}" for name, what in _COMMANDS.items())
 _HELP += "\n// or a space before a line that begins with / sends it as text"
 
 
 class Conversation:
-    """The messages so far, and the cache of both passes over them.
+    """The messages so far, and the KV cache of both passes.
 
-    The template is applied to the whole conversation at every turn, as templates may depend on all of it. The cache is
-    kept as far as its tokens are those of the new text, so nothing depends on how a template treats earlier turns.
+    The chat template is applied to the whole conversation in each turn, as a template may change earlier turns. The
+    cache is kept for the longest common prefix of the old and the new tokens.
 
     Args:
         model: a mixture.
-        tokenizer: with a chat template.
-        options: of `weft chat`.
+        tokenizer: its tokenizer, with a chat template.
+        options: the options of `weft chat`.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -63,24 +63,24 @@ class Conversation:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
-        # The base's own end of text, and what its tokenizer ends a message with.
+        # The base model's end of text, and the tokenizer's token at the end of a message.
         ends = end_tokens(model.get_base_model().generation_config.eos_token_id) | end_tokens(tokenizer.eos_token_id)
         self._eos_token_id = sorted(ends)
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system prompt."""
+        """Remove all messages except the system prompt."""
         system = self.options.system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        # Tokens, of which the cache holds the first ones: an answer's last token, and after Ctrl-C more, are not in it.
+        # The tokens so far. The cache has not read the last token of an answer, nor some more after Ctrl-C.
         self._read: list[int] = []
         self._cache: Cache = self.model.base_model.backbone.empty_cache()
 
     def reply(self, text: str) -> Generator[Step, None, None]:
-        """The steps of an answer; one that is stopped early is remembered as far as it came.
+        """Yield the steps of an answer. If it is stopped early, the conversation keeps the part so far.
 
         Raises:
-            ConfigError: the template refuses the messages, or the model has no positions left.
+            ConfigError: the template raises an error for the messages, or the model has no positions left.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         token_ids = self._token_ids(messages)
@@ -110,19 +110,19 @@ class Conversation:
             return conversation_tokens(self.tokenizer, messages, add_generation_prompt=True)
         except WeftError:
             raise
-        except Exception as err:  # whatever the template, which is a program of its own, raises
+        except Exception as err:  # a template is a program and can raise any error
             raise ConfigError(
                 f"the chat template refuses the conversation ({', '.join(message['role'] for message in messages)}): "
                 f"{first_line(err)}"
             ) from err
 
     def _keep_common_beginning(self, token_ids: list[int]) -> None:
-        if is_recurrent(self._cache):  # which does not tell how many tokens it is of
+        if is_recurrent(self._cache):  # its number of tokens is not known
             self._cache = self.model.base_model.backbone.empty_cache()
             return
         cached = self._read[: tokens_in(self._cache)]
         common = 0
-        # Not up to the last one: what comes after it is asked for, so it is read again.
+        # The last token is always read again, as its logits are needed.
         for one, other in zip(cached, token_ids[:-1], strict=False):
             if one != other:
                 break
@@ -130,7 +130,7 @@ class Conversation:
         if common == len(cached):
             return
         cache, self._cache = self._cache, self.model.base_model.backbone.empty_cache()
-        # A sliding window has lost what came before, a recurrent state cannot go back: then the new cache stays.
+        # A sliding window or a recurrent state cannot be cropped: then the new cache stays empty.
         if can_crop(cache):
             with suppress(RuntimeError):
                 cache.crop(common - len(cached))
@@ -138,10 +138,10 @@ class Conversation:
 
 
 def chat(options: ChatOptions) -> None:
-    """Answer the lines of the standard input, until it ends or says /quit.
+    """Answer the lines of the standard input until it ends or a line is /quit.
 
     Raises:
-        WeftError: the model or the options cannot work, or a line that is not typed at a terminal cannot be answered.
+        WeftError: the model or the options are not valid; or, if the input is no terminal, a line cannot be answered.
     """
     check_decoding(**decoding(options))
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
@@ -168,7 +168,7 @@ def chat(options: ChatOptions) -> None:
             _refuse(_unknown(command), interactive)
         elif text:
             if not interactive:
-                notice(f"> {text}")  # as a terminal shows it
+                notice(f"> {text}")  # on a terminal the user sees it
             try:
                 _answer(conversation, text, printer)
             except WeftError as err:
@@ -176,9 +176,9 @@ def chat(options: ChatOptions) -> None:
 
 
 def _edit_lines() -> None:
-    """Arrow keys move in a line and through those before it, which are kept in memory alone."""
-    with suppress(ImportError):  # of Windows, whose terminal does this itself
-        import readline  # noqa: F401  from here on `input` reads with it
+    """Let arrow keys edit a line and recall earlier lines, which are kept in memory only."""
+    with suppress(ImportError):  # on Windows, where the terminal does this
+        import readline  # noqa: F401  the import changes `input`
 
 
 def _line(prompt: str) -> str | None:
@@ -189,7 +189,7 @@ def _line(prompt: str) -> str | None:
 
 
 def _command_and_text(line: str) -> tuple[str, str]:
-    """What a line asks of the chat, or what it says to the model; the other is empty."""
+    """Split a line into (command, text for the model); one of them is empty."""
     text = line.strip()
     if line.startswith("//"):
         return "", text[1:]
@@ -202,7 +202,7 @@ def _unknown(command: str) -> ConfigError:
 
 
 def _refuse(err: WeftError, interactive: bool, hint: str = "") -> None:
-    """End a script; tell a person."""
+    """Raise the error in a script; print it on a terminal."""
     if not interactive:
         raise err
     say(f"{err}{hint}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The table of commands: what each is called, its options, what runs it, and an example."""
+"""The table of commands: name, options, function and example of each."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Command:
     """A command of `weft`.
 
     Attributes:
-        options: their class, whose docstring is the command's help.
+        options: the dataclass of its options, whose docstring is the command's help.
         runner: module:function that is called with the options; imported when the command runs.
         example: a command line.
-        imports_libraries: torch, transformers and peft come with the runner.
-        hands_on: options that weft does not know are another program's: they are the runner's second argument.
+        imports_libraries: whether the runner's module imports torch, transformers and peft.
+        hands_on: whether options that weft does not know are passed to the runner, as its second argument.
     """
 
     options: type[CommandOptions]
@@ -86,7 +86,7 @@ COMMANDS = {
     "env": Command(EnvOptions, "weft.cli.environment:show", "weft env", imports_libraries=False),
 }
 
-# As `weft --help` lists them.
+# The order of `weft --help`.
 GROUPS = {
     "Make a mixture": ("train", "add-expert", "drop-expert"),
     "Use it": ("generate", "chat", "serve"),

@@ -1,4 +1,4 @@
-"""The `weft` command line, from what was typed to an exit code."""
+"""Entry point of the `weft` command line: runs a command and returns its exit code."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from weft.screen.waiting import waiting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
+    """Run a command line, by default that of the process, and return the exit code.
 
     Raises:
-        SystemExit: with 2, after wrong usage.
+        SystemExit: the usage is wrong; its code is 2.
     """
     before, given = _command_first(sys.argv[1:] if argv is None else argv)
     command = next(iter(given), "")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names of other encodings end no command half-way
+        sys.stdout.reconfigure(errors="backslashreplace")  # so that a file name in another encoding raises no error
     try:
         return _run(command, [*given[1:], *before])
     except UsageError as err:
@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command_first(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """--quiet and --verbose before the command, and all from the command on."""
+    """Split the arguments into --quiet and --verbose before the command, and the command with the rest."""
     number = next((number for number, word in enumerate(argv) if word not in ("--quiet", "--verbose")), len(argv))
     return list(argv[:number]), list(argv[number:])
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return the exit code."""
     if name in ("", "-h", "--help"):
         print(overview())
         return 0 if name else 2

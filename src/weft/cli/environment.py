@@ -1,4 +1,4 @@
-"""`weft env` and `weft --version`: what weft runs on."""
+"""`weft env` and `weft --version`: versions and hardware."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weft.options import EnvOptions
 from weft.screen.visible import say
 
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "safetensors")
-# What is installed beside weft when it is wanted: packages, what for, and the extra of weft that brings them.
+# Optional packages, their purpose, and the extra of weft that installs them.
 _EXTRAS = (
     (("bitsandbytes", "torchao"), "quantised base models", "quant"),
     (("fastapi", "uvicorn"), "weft serve without vLLM", "serve"),
@@ -25,13 +25,13 @@ _EXTRAS = (
 
 
 def versions() -> str:
-    """A line with the versions of weft and of what it stands on; nothing is imported to find out."""
+    """Return a line with the versions of weft and its main dependencies, without importing them."""
     others = ", ".join(f"{name} {_version(name) or 'not installed'}" for name in _VERSIONS[:3])
     return f"weft {__version__} ({others})"
 
 
 def show(options: EnvOptions) -> None:
-    """Print what a report of a problem needs."""
+    """Print the versions and hardware for a problem report."""
     facts = {
         "weft": __version__,
         "Python": platform.python_version(),
@@ -49,7 +49,7 @@ def show(options: EnvOptions) -> None:
 
 
 def _found(packages: Iterable[str], extra: str) -> str:
-    """Which of these packages are there."""
+    """The installed ones of these packages, with their versions."""
     found = [f"{name} {_version(name)}" for name in packages if _version(name)]
     if found:
         return ", ".join(found)
@@ -64,7 +64,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, as Linux has it or else as Python does."""
+    """The processor's name, from Linux or else from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -74,7 +74,7 @@ def _processor() -> str:
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -87,7 +87,7 @@ def _memory() -> str:
 
 
 def _devices() -> Iterable[str]:
-    """What torch finds beside the processor."""
+    """The accelerators that torch finds."""
     try:
         import torch
     except ImportError:

@@ -1,6 +1,7 @@
-"""What went wrong, in a line on the screen: of several processes once.
+"""Prints errors in one line, and once if several processes fail.
 
-Exit codes: 0 done, 1 something the user can mend (printed without a traceback), 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 an error that the user can correct (printed without a traceback), 2 wrong usage, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from weft.errors import CheckpointError, WeftError, bullet_list, first_line
 from weft.files.reading import reason
 from weft.screen.visible import say
 
-# Seconds in which the first process has said what all fail with.
+# Seconds that other processes wait, so that the first one prints an error of all processes.
 WAIT_FOR_THE_FIRST = 15
 
 
 class UsageError(WeftError, ValueError):
-    """A command line that says nothing that can be done.
+    """A command line is not valid.
 
     Args:
-        problems: a sentence for each.
+        problems: one sentence for each problem.
     """
 
     in_all_processes = True
@@ -34,12 +35,12 @@ class UsageError(WeftError, ValueError):
 
 
 def speaks() -> bool:
-    """Whether this is the one of several processes that says what they did."""
+    """Whether this is the first of several processes, which prints for all."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def report(command: str, err: WeftError) -> None:
-    """Say what went wrong, once: where the first process fails too, the launcher ends this one while it waits."""
+    """Print an error. If the first process fails too, the launcher ends the others while they wait here."""
     which = ""
     if not speaks():
         time.sleep(WAIT_FOR_THE_FIRST)
@@ -50,19 +51,19 @@ def report(command: str, err: WeftError) -> None:
 
 
 def report_unforeseen(command: str, err: Exception) -> None:
-    """Say in a line what was not foreseen where it happened; what is no more than a fault of the program is raised."""
+    """Print an unexpected error in one line. A RuntimeError is raised again, as it is a bug and needs its traceback."""
     if isinstance(err, RuntimeError) and not isinstance(err, RecursionError):
         raise err
     if isinstance(err, OSError) and err.filename is None and err.errno in (errno.ENOSPC, errno.EPIPE):
-        # Of what the output goes to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
-        if err.errno == errno.ENOSPC:  # who closes a pipe has seen enough
-            report(command, CheckpointError(f"what it prints cannot be written: {err.strerror}; free some space"))
+        # The standard output cannot be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again at exit
+        if err.errno == errno.ENOSPC:  # a closed pipe is no error
+            report(command, CheckpointError(f"the output cannot be written: {err.strerror}; free some space"))
     else:
         report(command, WeftError(_in_a_line(err)))
 
 
 def _in_a_line(err: Exception) -> str:
-    """What the system says, and of which file."""
+    """The system's message, with the files that it is about."""
     files = [str(file) for file in (getattr(err, "filename", None), getattr(err, "filename2", None)) if file]
     return f"{', '.join(files)}: {reason(err)}" if files else f"{type(err).__name__}: {first_line(err)}"

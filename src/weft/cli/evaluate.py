@@ -1,4 +1,4 @@
-"""`weft eval`: the table, and what an interrupt leaves."""
+"""`weft eval`: prints the table, or how to continue after an interrupt."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from weft.screen.visible import say
 
 
 def evaluate(options: EvalOptions) -> None:
-    """Compare, and print the table.
+    """Compare the mixture with its alternatives and print the table.
 
     Raises:
-        WeftError: the model, the options or the data cannot work.
-        KeyboardInterrupt: after an interrupt; how to go on has been said.
+        WeftError: the model, the options or the data are not valid.
+        KeyboardInterrupt: the user interrupted; how to continue was printed.
     """
     try:
         compare(options)

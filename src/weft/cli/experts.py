@@ -1,4 +1,4 @@
-"""`weft add-expert`, `weft drop-expert`: adding or removing one expert of a trained mixture."""
+"""`weft add-expert`, `weft drop-expert`: add or remove an expert of a trained mixture."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from weft.screen.visible import say
 
 
 def add(options: AddExpertOptions) -> None:
-    """Write the mixture with the new expert, and say what to do next.
+    """Write the mixture with the new expert, and print the next step.
 
     Raises:
-        WeftError: the mixture, the adapter or the output cannot work.
+        WeftError: the mixture, the adapter or the output is not valid.
     """
     name, path = split_name(options.expert)
     assert name is not None
@@ -27,7 +27,7 @@ def drop(options: DropExpertOptions) -> None:
     """Write the mixture without the expert.
 
     Raises:
-        WeftError: the mixture or the output cannot work.
+        WeftError: the mixture or the output is not valid.
     """
     output = drop_expert(options.model, options.expert, options.output)
     say(f"saved to {output}: the other experts keep their ratios")

@@ -18,15 +18,15 @@ from weft.screen.visible import say
 
 
 def fold_mixture(options: FoldOptions) -> None:
-    """Write the adapter, and say how to load it.
+    """Write the adapter, and print how to load it.
 
     Raises:
-        WeftError: the model, the options or the data cannot work.
+        WeftError: the model, the options or the data are not valid.
     """
     weights = by_name(options.weights, "weights", "name=NUMBER", float)
     assert options.output is not None
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
-    check_output(Path(options.output), model.xlora_config)  # before a long look at the data
+    check_output(Path(options.output), model.xlora_config)  # before the data is read, which takes long
     config = fold(model, options.output, weights or _mean_over_data(model, tokenizer, options))
     say(f"saved to {options.output}: an ordinary LoRA adapter of rank {config.r}, load it with")
     say(f"  peft.PeftModel.from_pretrained(base, {options.output!r})")

@@ -1,4 +1,4 @@
-"""`weft convert`, `weft card`, `weft push`, `weft pull`: mixtures come in and go out."""
+"""`weft convert`, `weft card`, `weft push`, `weft pull`: mixtures in other layouts and on the Hub."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NEXT = {
 
 
 def convert(options: ConvertOptions) -> None:
-    """Write the mixture in the other layout, and say what was left out and what reads it.
+    """Write the mixture in another layout; print how to load it and what was left out.
 
     Raises:
-        WeftError: the source cannot be read, or the layout cannot hold it.
+        WeftError: the source cannot be read, or the layout cannot represent it.
     """
     adapters = by_name(options.adapters, "adapters") or None
     rename = by_name(options.rename, "rename", "OLD=NEW")
@@ -49,7 +49,7 @@ def card(options: CardOptions) -> None:
     """Write the model card.
 
     Raises:
-        WeftError: the mixture cannot be read, or has a card that a person wrote.
+        WeftError: the mixture cannot be read, or its card was written by a user.
     """
     settle(Path(options.model))
     if is_own(Path(options.model)) and not options.overwrite:
@@ -61,10 +61,10 @@ def card(options: CardOptions) -> None:
 
 
 def push_mixture(options: PushOptions) -> None:
-    """Put the mixture on the Hub.
+    """Upload the mixture to the Hub.
 
     Raises:
-        WeftError: the mixture cannot be read, or the Hub does not take it.
+        WeftError: the mixture cannot be read, or the Hub refuses it.
     """
     given = {name: getattr(options, name) for name in ("private", "base", "license", "evaluation", "dry_run")}
     done = push(options.model, options.repo_id, **given)
@@ -72,10 +72,10 @@ def push_mixture(options: PushOptions) -> None:
 
 
 def pull_mixture(options: PullOptions) -> None:
-    """Get a mixture from the Hub.
+    """Download a mixture from the Hub.
 
     Raises:
-        WeftError: it is not there, or is no mixture.
+        WeftError: the repository does not exist or is not a mixture.
     """
     folder = pull(options.repo_id, options.output, revision=options.revision)
     say(f"saved to {folder}: try  weft generate {folder} --prompt '...'")

@@ -10,10 +10,10 @@ from weft.options import GenerateOptions, decoding
 
 
 def generate(options: GenerateOptions) -> None:
-    """Print the prompt and its continuation as it comes.
+    """Print the prompt and its continuation, token by token.
 
     Raises:
-        WeftError: the model or the options cannot work.
+        WeftError: the model or the options are not valid.
     """
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
     steps = stream(

@@ -1,4 +1,4 @@
-"""What `weft --help` and `weft COMMAND --help` print, from the docstrings of the options."""
+"""The texts of `weft --help` and `weft COMMAND --help`, made from the docstrings of the options."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from weft.cli.commands import COMMANDS, GROUPS
 from weft.cli.parser import COMMON
 from weft.options.described import Option, description, options_of
 
-_INDENT = 28  # columns before a sentence
-_LEAST, _MOST = 40, 100  # columns of all
+_INDENT = 28  # columns before a description
+_LEAST, _MOST = 40, 100  # columns of the whole text
 _OVERVIEW = {
     "--quiet": COMMON["quiet"],
     "--verbose": COMMON["verbose"],
@@ -21,7 +21,7 @@ _OVERVIEW = {
 
 
 def overview(width: int | None = None) -> str:
-    """All commands, a line each."""
+    """The help of `weft`: all commands, one line each."""
     width = width or _width()
     lines = ["Usage: weft COMMAND [OPTIONS]", ""]
     lines += _wrapped("Several LoRA adapters as one model that mixes them token by token (X-LoRA).", width)
@@ -37,7 +37,7 @@ def overview(width: int | None = None) -> str:
 
 
 def command_help(name: str, width: int | None = None) -> str:
-    """A command's options, group by group, and an example."""
+    """The help of a command: its options in groups, and an example."""
     width = width or _width()
     command = COMMANDS[name]
     options = options_of(command.options)
@@ -61,18 +61,18 @@ def command_help(name: str, width: int | None = None) -> str:
 
 
 def as_typed(text: str, names: dict[str, str], mark: str = "") -> str:
-    """A docstring's text, its options as they are typed.
+    """Replace the names of fields in a docstring by options as they are typed.
 
     Args:
-        text: with options and commands between backticks.
-        names: field -> as it is typed.
-        mark: what to put in the place of the backticks.
+        text: the docstring, with options and commands between backticks.
+        names: field -> option as it is typed.
+        mark: replaces each backtick.
     """
     return re.sub(r"`([^`]+)`", lambda match: f"{mark}{names.get(match[1], match[1])}{mark}", text)
 
 
 def left_side(option: Option) -> str:
-    """An option as it is typed, with what stands for its value."""
+    """An option as it is typed, with a placeholder for its value."""
     if option.positional:
         return option.metavar
     if option.kind == "switch":
@@ -86,7 +86,7 @@ def _sentence(option: Option, names: dict[str, str]) -> str:
 
 
 def _entry(left: str, right: str, width: int, indent: int = _INDENT) -> list[str]:
-    """An option or a command, and beside it, or below where it is long, what it does."""
+    """An option or command with its description beside it, or below if the name is too long."""
     lines = _wrapped(right, width, " " * indent)
     if len(left) + 4 > indent:
         return [f"  {left}", *lines]
@@ -105,7 +105,7 @@ def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def _example(example: str, width: int) -> list[str]:
-    """A command line, continued where it is long as a shell takes it."""
+    """A command line, broken with backslashes as in a shell if it is too long."""
     lines, line = [], "  "
     for word in re.findall(r'(?:"[^"]*"|\S)+', example):
         if len(line) + len(word) + 3 > width:

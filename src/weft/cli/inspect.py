@@ -1,4 +1,4 @@
-"""`weft inspect`: what the gate does with a text, in the terminal, as a page, a file or a figure."""
+"""`weft inspect`: shows the gate's scalings for a text in the terminal, as a page, a file or a figure."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from weft.traces.trace import Trace
 
 
 def inspect(options: InspectOptions) -> None:
-    """Record or read a trace, print it, and write what is asked for.
+    """Record or load a trace, print it, and write the files that the options name.
 
     Raises:
-        WeftError: the model, the options, the data or a file cannot work.
+        WeftError: the model, the options, the data or a file is not valid.
     """
     _check(options)
-    others = [Trace.load(file) for file in options.compare]  # before a long look at the data
+    others = [Trace.load(file) for file in options.compare]  # before the data is read, which takes long
     shown = Trace.load(options.model) if options.is_trace else _recorded(options)
     if options.output is not None:
         shown.save(options.output)
@@ -56,7 +56,7 @@ def inspect(options: InspectOptions) -> None:
 
 
 def _check(options: InspectOptions) -> None:
-    """Raise where files are there that are not weft's to replace."""
+    """Raise if an output file exists that weft did not write."""
     checks: dict[str, Callable[..., None]] = {
         "figure": check_figure,
         "html": check_page,
@@ -115,7 +115,7 @@ def _print(shown: Trace, others: list[Trace]) -> None:
 
 
 def print_text(shown: Trace, console: Console) -> None:
-    """The text, each token in the colour of its leading expert."""
+    """Print the text, each token in the colour of its leading expert."""
     printer = StepPrinter(shown.expert_names, show_experts=True)
     printer.console = console
     printer.legend()
@@ -125,7 +125,7 @@ def print_text(shown: Trace, console: Console) -> None:
 
 
 def expert_table(shown: Trace) -> Table:
-    """A row per expert: its share, how often it leads, and the layer that takes most of it."""
+    """A row per expert: its mean share, how often it has the largest one, and the layer with its largest weight."""
     table = Table()
     for name, side in (("expert", "left"), ("mean share", "right"), ("leads", "right"), ("strongest in", "left")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def expert_table(shown: Trace) -> Table:
 
 
 def data_table(shown: Trace) -> Table:
-    """Experts by data set: mean shares, the largest of each row bold, and the perplexities."""
+    """A row per data set: the experts' mean shares, the largest in bold, and the perplexities."""
     table = Table(title="mean shares by data set")
     table.add_column("")
     for number, name in enumerate(shown.expert_names):

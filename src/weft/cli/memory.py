@@ -39,7 +39,7 @@ def less_memory(options: Any, *, loading: bool = False) -> str:
 
     Args:
         options: the options of the command; those that cannot be lowered further are left out.
-        loading: memory ran out while something was loaded, so options of the computation do not matter.
+        loading: memory ran out while a model was loaded, so options of the computation do not help.
     """
     ways = []
     if not loading:

@@ -1,7 +1,7 @@
-"""The YAML of `--config` and of structured options, read with limits: a few lines may stand for gigabytes.
+"""The YAML of `--config` and of structured options, read with limits on its size.
 
-An alias (`*name`) repeats what its anchor (`&name`) has, which may be made of aliases in turn. PyYAML keeps one copy of
-it, but whatever walks over the result sees all of them.
+A few lines can expand to gigabytes: an alias (`*name`) repeats the value of its anchor (`&name`), which can contain
+aliases. PyYAML keeps one copy, but code that iterates over the result visits every repetition.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weft.options.described import options_of
 _MOST_BYTES = 2**20
 _MOST_VALUES = 100_000
 _MOST_LEVELS = 32
-# YAML 1.2's numbers: with PyYAML's own, 1e-3 is a text.
+# The numbers of YAML 1.2. PyYAML's own pattern reads 1e-3 as a string.
 _NUMBER = re.compile(
     r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
@@ -27,11 +27,11 @@ _NUMBER = re.compile(
 
 
 def read_options(file: str) -> dict[Any, Any]:
-    """The options in a file of `--config`, or in YAML in the place of its name.
+    """Read the options from a file of `--config`, or from YAML text that is given instead of a file name.
 
     Raises:
-        ConfigError: the file is missing, a folder, not readable, too large or no UTF-8.
-        UsageError: it is no table in YAML.
+        ConfigError: the file is missing, a folder, not readable, too large or not UTF-8.
+        UsageError: it is not a table in YAML.
     """
     if file.lstrip().startswith("{"):
         text, name = file, "config"
@@ -45,10 +45,14 @@ def read_options(file: str) -> dict[Any, Any]:
 
 
 def structured(name: str, text: str) -> Any:
-    """What an option's value in YAML says.
+    """Parse the YAML value of an option.
+
+    Args:
+        name: the option, for the error.
+        text: its value.
 
     Raises:
-        UsageError: it is none, or larger than options can be.
+        UsageError: it is not valid YAML, or too large.
     """
     import yaml
 
@@ -63,10 +67,10 @@ def structured(name: str, text: str) -> Any:
 
 
 def load(text: str) -> Any:
-    """What a YAML text says.
+    """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none, or larger than options can be.
+        yaml.YAMLError: it is not valid YAML, or too large.
     """
     import yaml
 
@@ -75,17 +79,17 @@ def load(text: str) -> Any:
     try:
         refuse_large(text)
         return yaml.load(text, _loader())
-    except (ValueError, OverflowError, RecursionError) as err:  # of numbers and dates that are none
+    except (ValueError, OverflowError, RecursionError) as err:  # from invalid numbers and dates
         raise yaml.YAMLError(f"a value that cannot be read ({err})") from err
 
 
 @functools.cache
 def _loader() -> Any:
-    """PyYAML's safe loader, which makes texts of dates and numbers of 1e-3."""
+    """PyYAML's safe loader, changed to read dates as strings and 1e-3 as a number."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """Has resolvers of its own."""
+        """A subclass, so that PyYAML's own resolvers stay unchanged."""
 
     left_out = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
     Loader.yaml_implicit_resolvers = {
@@ -97,14 +101,14 @@ def _loader() -> Any:
 
 
 def refuse_large(text: str) -> None:
-    """Raise where a YAML text stands for more values, with its aliases written out, than options can have.
+    """Raise if a YAML text has too many values when its aliases are expanded.
 
     Raises:
-        yaml.YAMLError: it does, or it is no YAML.
+        yaml.YAMLError: it has, or it is not valid YAML.
     """
     import yaml
 
-    sizes: dict[str, int] = {}  # of the values with an anchor, once they are whole
+    sizes: dict[str, int] = {}  # of the complete values with an anchor
     unfinished: list[tuple[str | None, int]] = []  # anchor and size so far
     total = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -137,15 +141,15 @@ def refuse_large(text: str) -> None:
 
 
 def as_yaml(options_class: Any, values: Mapping[str, Any], how: str = "") -> str:
-    """All options of a command as a file for `--config`.
+    """Return all options of a command as the text of a file for `--config`.
 
     Args:
-        options_class: of the command.
-        values: those that are given.
-        how: comments, skip_default, skip_null, with commas between them.
+        options_class: the dataclass of the command's options.
+        values: the options that are given.
+        how: some of comments, skip_default and skip_null, separated by commas.
 
     Raises:
-        UsageError: there is no such way.
+        UsageError: `how` has another word.
     """
     import yaml
 

@@ -1,9 +1,10 @@
-"""A command line, and the YAML files that it names, as a command's options: what is wrong is said all at once.
+"""Parses a command line, and the YAML files that it names, into the options of a command.
 
-Names take dashes or underscores; a list takes values up to the next option; a switch takes --no- or a value.
+Names are written with dashes or underscores. A list has all values up to the next option. A switch is set by its name,
+by --no-NAME or by a value.
 
-argparse ends at the first thing that is wrong, and takes the text in `--prompt -so` for an option. So weft reads
-command lines itself: all that is wrong is said in one report.
+weft does not use argparse, which stops at the first problem, and reads the text in `--prompt -so` as an option. This
+parser reports all problems at once.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from weft.cli.values import SWITCH, from_words, from_yaml
 from weft.options.described import Option, options_of
 from weft.options.spellings import EARLIER, TRAINERS, todays_name
 
-# What every command takes beside its own options.
+# Options of every command.
 COMMON = {
-    "config": "Read options from a YAML file; options after it on the command line win.",
-    "print-config": "Print the options as such a file, and do nothing else.",
+    "config": "Read options from a YAML file; later options on the command line override it.",
+    "print-config": "Print the options as a file for --config, and exit.",
     "quiet": "Print results and errors only.",
-    "verbose": "Print what the libraries say, too.",
+    "verbose": "Print the messages of the libraries too.",
     "help": "Show this help.",
 }
 
 
 @dataclass
 class Given:
-    """What a command line says.
+    """The parsed command line.
 
     Attributes:
-        values: of options, by the names of the fields.
-        asked: which of `COMMON` are there: help, quiet, verbose, print-config (with what follows its =).
+        values: field -> value of the options.
+        asked: the options of `COMMON` that are given: help, quiet, verbose, print-config (with the text after its =).
         handed_on: arguments for the program that the command starts.
-        renamed: earlier names of options that are used.
-        problems: what is wrong, a sentence each.
+        renamed: a message for each old name of an option.
+        problems: one sentence for each problem.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -51,10 +52,10 @@ class Given:
 
 
 def command_named(name: str) -> Command:
-    """The command of that name.
+    """The command with this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the name is unknown.
     """
     if name in COMMANDS:
         return COMMANDS[name]
@@ -64,11 +65,11 @@ def command_named(name: str) -> Command:
 
 
 def parse(name: str, arguments: Sequence[str]) -> Given:
-    """The arguments that follow a command's name.
+    """Parse the arguments after a command's name.
 
     Raises:
         ConfigError: a file of --config cannot be read.
-        UsageError: with all that is wrong, unless help is asked for.
+        UsageError: with all problems; not raised with --help.
     """
     reader = _Reader(name)
     reader.read(arguments)
@@ -85,7 +86,7 @@ def parse(name: str, arguments: Sequence[str]) -> Given:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """': did you mean NAME?', or nothing where none is near; what a name begins with is near."""
+    """Return ': did you mean NAME?' for up to three names with this prefix, or else the most similar one; or ""."""
     names = list(names)
     begun = [one for one in names if one.startswith(name)]
     near = begun if 0 < len(begun) <= 3 else difflib.get_close_matches(name[:80].lower(), names, 1)
@@ -93,7 +94,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 class _Reader:
-    """Goes over the arguments from left to right."""
+    """Reads the arguments from left to right."""
 
     def __init__(self, command: str) -> None:
         self.given = Given()
@@ -104,7 +105,7 @@ class _Reader:
         self.skipped_words = False
 
     def read(self, arguments: Sequence[str]) -> None:
-        """All of them."""
+        """Read all arguments."""
         self._rest = list(arguments)
         while self._rest:
             word = self._rest.pop(0)
@@ -119,14 +120,14 @@ class _Reader:
             self._flag(name, value if equals else None)
 
     def _place(self, word: str) -> None:
-        """An argument without a name."""
+        """Use an argument without a name for the next positional option."""
         if self._free:
             self._set(self._free.pop(0), word, from_words)
         else:
             self.given.problems.append(f"{word!r} belongs to no option: put a value that has spaces into quotes")
 
     def _flag(self, name: str, value: str | None) -> None:
-        """An option, and the values after it."""
+        """Read an option and its values."""
         plain = name.lstrip("-").replace("_", "-")
         option = self._option(plain)
         if name.startswith("--") and plain in COMMON:
@@ -148,7 +149,7 @@ class _Reader:
             self._unknown(name, self._near(plain))
 
     def _option(self, plain: str) -> Option | None:
-        """The option of a name with dashes; a switch's with no- too."""
+        """The option with this name, written with dashes; for a switch also with no-."""
         name = plain.replace("-", "_")
         today = todays_name(name, self.options)
         self._note_earlier(name, today)
@@ -173,7 +174,7 @@ class _Reader:
             self.given.asked[plain] = value or ""
 
     def _config(self, file: str) -> None:
-        """The options in a YAML file; names of either kind."""
+        """Read the options in a YAML file; names are written with dashes or underscores."""
         for name, value in read_options(file).items():
             name = str(name).replace("-", "_")
             today = todays_name(name, self.options)
@@ -207,7 +208,7 @@ class _Reader:
             self._set(option, values, from_words)
 
     def _value(self, flag: str, value: str | None) -> str | None:
-        """The value of an option that has one."""
+        """The value of an option that needs one; None after noting the problem if it is missing."""
         if value is not None:
             return value
         if self._rest and not _ends_values(self._rest[0]):
@@ -231,17 +232,17 @@ class _Reader:
     def _unknown(self, name: str, near: str) -> None:
         self.given.problems.append(f"{name} is no option{near}")
         while self._rest and not _is_flag(self._rest[0]):
-            self._rest.pop(0)  # its values, and perhaps more
+            self._rest.pop(0)  # its values, perhaps also positional options
             self.skipped_words = True
 
 
 def _is_flag(word: str) -> bool:
-    """Whether an argument names an option; -2 is a number."""
+    """Whether an argument is the name of an option; -2 is a number."""
     return re.fullmatch(r"--?[^\W\d]\S*", word.partition("=")[0]) is not None
 
 
 def _ends_values(word: str) -> bool:
-    """Whether an argument is none of the values of an option before it; `-- so` is a text."""
+    """Whether an argument ends the values of the option before it. A text with a space, as `-- so`, does not."""
     return word in ("--", "-h") or re.fullmatch(r"--\S+", word.partition("=")[0]) is not None
 
 

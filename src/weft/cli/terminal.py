@@ -1,4 +1,4 @@
-"""Generated text on the terminal, in the colours of the experts; plain where the output is no terminal."""
+"""Prints generated text in the experts' colours; without colours if the output is no terminal."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from weft.screen.visible import PICTURES
 
 
 class StepPrinter:
-    """Writes the steps of a text as they come.
+    """Prints the steps of a text one by one.
 
     Args:
-        experts: their names, in the order of their colours.
-        show_experts: colour each piece by the expert with the largest share, and say at the end how large the shares
-            of all were on average.
+        experts: the experts' names, in the order of their colours.
+        show_experts: colour each piece by the expert with the largest share, and print the experts' mean shares at the
+            end.
 
     Example:
         >>> printer = StepPrinter(["math", "code"], show_experts=True)
@@ -36,20 +36,20 @@ class StepPrinter:
         self._steps: list[Step] = []
 
     def legend(self) -> None:
-        """Name the experts in their colours."""
+        """Print the experts' names in their colours."""
         if self._styles:
             self._line({name: name for name in self._styles})
         if len(self._styles) > len(PALETTE):
             self.write(f"(colours repeat after {len(PALETTE)} experts)\n")
 
     def add(self, step: Step) -> None:
-        """Write a step's text."""
+        """Print the text of a step."""
         self._steps.append(step)
         leading = max(step.shares, key=step.shares.__getitem__) if step.shares else None
         self.write(step.text, self._styles.get(leading or ""))
 
     def end(self) -> None:
-        """End the text: a new line, and the shares of the experts in it."""
+        """End the text with a new line, and print the experts' mean shares in it."""
         self.write("\n")
         if self._styles and any(step.shares for step in self._steps):
             means = {name: sum(step.shares[name] for step in self._steps) / len(self._steps) for name in self._styles}
@@ -57,9 +57,9 @@ class StepPrinter:
         self._steps = []
 
     def write(self, text: str, style: Style | None = None) -> None:
-        """Write text as it stands: nothing in it is markup."""
+        """Print text literally, without markup."""
         if self.console.is_terminal:
-            text = text.translate(PICTURES)  # a model's text must not steer the terminal
+            text = text.translate(PICTURES)  # a model's text must not control the terminal
         self.console.print(Segments([Segment(text, style)]), end="")
 
     def _line(self, labels: dict[str, str]) -> None:
@@ -68,7 +68,7 @@ class StepPrinter:
         for name, label in labels.items():
             used += 2 + len(label)
             if used > self.console.width and self.console.is_terminal:
-                self.write("\n")  # before the terminal breaks a name
+                self.write("\n")  # so that the terminal does not break a name
                 used = 2 + len(label)
             self.write("  ")
             self.write(label, self._styles[name])

@@ -1,4 +1,4 @@
-"""`weft train`: a gate, or experts and then a gate, and what an interrupt leaves."""
+"""`weft train`: trains a gate, or experts and then a gate; prints how to continue after an interrupt."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from weft.train.experts import experts_folder, train_in_stages
 
 
 def train(options: TrainOptions) -> None:
-    """Train, and say where the mixture is; or what training it needs.
+    """Train, and print where the mixture is saved; with `dry_run`, print what the training needs.
 
     Raises:
-        WeftError: the options, adapters or data cannot work.
-        KeyboardInterrupt: after an interrupt; how to go on has been said.
+        WeftError: the options, adapters or data are not valid.
+        KeyboardInterrupt: the user interrupted; how to continue was printed.
     """
     try:
         output = train_in_stages(options)
     except KeyboardInterrupt:
         if speaks() and not options.dry_run:
-            _say_how_to_go_on(options)
+            _say_how_to_continue(options)
         raise
     if speaks() and not options.dry_run:
         say(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
 
-def _say_how_to_go_on(options: TrainOptions) -> None:
+def _say_how_to_continue(options: TrainOptions) -> None:
     if last_checkpoint(Path(options.output) / "checkpoints") is not None:
         say(f"stopped; what was learned is in {options.output}, continue with --resume true", file=sys.stderr)
     elif (Path(options.output) / "adapter_config.json").exists():

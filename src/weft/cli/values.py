@@ -1,4 +1,4 @@
-"""One value of an option, typed or from a YAML file, as the option's type has it."""
+"""Parses one value of an option, from the command line or a YAML file, into the option's type."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from weft.files.reading import is_list_of_strings, is_number, shown
 from weft.options.described import Option
 
-# What a switch may be followed by, as in YAML 1.1.
+# The values of a switch, as in YAML 1.1.
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _EXPECTED = {"whole": "a whole number", "number": "a number", "switch": "true or false", "text": "a text"}
 
 
 def from_words(option: Option, value: str | list[str]) -> Any:
-    """What was typed: one word, or those of a list.
+    """Parse a value from the command line: one word, or the words of a list.
 
     Raises:
-        ValueError: it is no value of this option; the message says of which.
+        ValueError: it is not a value of this option, which the message names.
     """
     if isinstance(value, list):
         return value
@@ -34,10 +34,10 @@ def from_words(option: Option, value: str | list[str]) -> Any:
 
 
 def from_yaml(option: Option, value: Any) -> Any:
-    """What a YAML file says, or a list or table that was typed in YAML.
+    """Convert a value from YAML: from a file, or a list or table on the command line.
 
     Raises:
-        ValueError: it is no value of this option; the message says of which.
+        ValueError: it is not a value of this option, which the message names.
     """
     if value is None and option.optional:
         return None
@@ -48,7 +48,7 @@ def from_yaml(option: Option, value: Any) -> Any:
             return float(value)
         except OverflowError:
             raise _error(option, value) from None
-    if isinstance(value, str):  # perhaps a number in quotes
+    if isinstance(value, str):  # it may be a number in quotes
         return value if option.kind == "text" else from_words(option, value)
     if type(value) is {"whole": int, "number": float, "switch": bool}.get(option.kind):
         return value

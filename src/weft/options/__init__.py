@@ -1,14 +1,13 @@
-"""The options of every command, as dataclasses: each has its meaning, unit and default here and nowhere else.
+"""The options of every command, as dataclasses: meaning, unit and default of each option.
 
-Knows no command: what an option does is said where it is used. Options of the mixture itself have the names and ranges
-of `XLoraConfig`, those that transformers' Trainer has too have the Trainer's. Nothing heavy is imported, so that
-`weft --help` answers at once.
+Options of the mixture have the names and ranges of `XLoraConfig`. Options that transformers' Trainer has too have the
+Trainer's names. Nothing heavy is imported, so that `weft --help` is fast.
 
-    base.py         what several commands share: `~` in paths, number formats, the base model
+    base.py         base classes and options that several commands share: the base model, dtype
     spellings.py    other names of options: the Trainer's, and those of earlier versions
-    described.py    what each option is, read from the dataclasses and their docstrings
-    foreseen.py     all problems that can be found before anything is imported or loaded
-    values.py       what no option can be, whatever it means
+    described.py    descriptions of options, read from the dataclasses and their docstrings
+    foreseen.py     finds all problems that need no import of torch and no loading
+    values.py       checks of values that are the same for all options
     checks.py       checks that the options of several commands share
     ranges.py       the ranges of a mixture's own options
     training.py     checks of the options of `weft train`

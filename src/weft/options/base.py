@@ -1,6 +1,6 @@
-"""What the dataclasses of the commands' options have in common: paths with `~`, other spellings, shared options.
+"""Base classes of the commands' options: paths with `~`, other spellings, shared options.
 
-A shell replaces `~` at the start of a word only: not in name=~/folder, and nobody does in a YAML file or in Python.
+`~` is expanded here, as a shell expands it only at the start of a word: not in name=~/folder, YAML files or Python.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PATHS = (
 
 
 class _TakesOtherSpellings(type):
-    """Makes options of earlier names, and of transformers', too."""
+    """Accepts options under the names of earlier versions and of transformers."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **in_todays_spelling(cls, kwargs))
 
 
 class CommandOptions(metaclass=_TakesOtherSpellings):
-    """What each of those dataclasses begins with."""
+    """Base class of the options of each command."""
 
     def __post_init__(self) -> None:
         for name in _PATHS:
@@ -43,7 +43,7 @@ class CommandOptions(metaclass=_TakesOtherSpellings):
         return []
 
     def wrong(self) -> list[str]:
-        """Values out of their range, and options that exclude each other."""
+        """Values out of range, and options that exclude each other."""
         return []
 
     def models(self) -> list[tuple[str, str]]:
@@ -59,7 +59,7 @@ class CommandOptions(metaclass=_TakesOtherSpellings):
         return []
 
     def doubts(self) -> list[str]:
-        """Possible problems. They are named only beside certain ones."""
+        """Possible problems, reported only together with certain ones."""
         return []
 
 
@@ -92,7 +92,7 @@ class BaseModelOptions(CommandOptions):
     trust_remote_code: bool = False
 
     def models(self) -> list[tuple[str, str]]:
-        """The base model, if it is given."""
+        """The base model, if given."""
         return [*([("base", self.base)] if self.base else []), *super().models()]
 
 

@@ -12,7 +12,7 @@ from weft.files.writing import file_problem
 
 
 def pairs(values: list[str] | dict[str, Any]) -> list[tuple[str | None, str]]:
-    """The pairs of name=VALUE, ..., unchecked; None for a missing name."""
+    """Split name=VALUE, ... into pairs (name, value), unchecked; the name is None if it is missing."""
     if isinstance(values, dict):
         return list(values.items())
     return [split_name(value) for value in values]
@@ -21,7 +21,7 @@ def pairs(values: list[str] | dict[str, Any]) -> list[tuple[str | None, str]]:
 def naming_problems(
     values: list[str] | dict[str, Any], option: str, expected: str = FOLDERS, read: Callable[[str], Any] = str
 ) -> list[str]:
-    """The problem of the values name=VALUE of an option, if any; see `by_name`."""
+    """The problem with an option's values name=VALUE, if any; see `by_name`."""
     try:
         by_name(values, option, expected, read)
     except ConfigError as err:
@@ -55,7 +55,7 @@ def least(options: Any, **smallest: int) -> list[str]:
 
 
 def length_problems(sequence_length: int) -> list[str]:
-    """The problem of a number of tokens per sequence, if any."""
+    """The problem with a number of tokens per sequence, if any."""
     if sequence_length >= 2:
         return []
     return [f"sequence_length ({sequence_length}) must be at least 2: one token to read, one to predict"]

@@ -1,11 +1,11 @@
-"""What the options of a command are, read from their dataclass: the one source of `--help` and of the reference.
+"""Reads the options of a command from their dataclass, for `--help` and the reference.
 
 The docstring has a section `Args: GROUP` for each group of options, with entries such as
 
     top_k (N): First sentence. More sentences. Default: all.
 
-`N` stands for the value (left out, it comes from the type), `--help` shows the first sentence, the reference all of
-them, and `Default:` says in words what None means. Entries of base classes come after the class's own.
+`N` is the placeholder of the value; without it, the type gives one. `--help` shows the first sentence, the reference
+all of them. `Default:` describes the default None. Entries of base classes come after those of the class itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 _SECTION = re.compile(r"Args:(?: (.*))?")
 _ENTRY = re.compile(r"    (\w+)(?: \((.*?)\))?: (.*)")
 _SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z`])")
-# Groups that come after all others, in this order.
+# Groups after all others, in this order.
 _LAST = {"Output": 1, "Experts that are trained first": 2, "Advanced": 3}
 _METAVARS = {"whole": "N", "number": "NUMBER"}
 
@@ -32,18 +32,18 @@ class Option:
     """One option of a command.
 
     Attributes:
-        name: of the field.
-        kind: of its values.
-        optional: None is a value.
+        name: name of the field.
+        kind: kind of its values.
+        optional: whether None is a value.
         choices: the values of a choice.
-        table: the type of the values in a table {name: value}, which some lists may be instead; None for the others.
-        positional: it is given by its place.
-        default: None for one that is positional.
-        metavar: what stands for a value in `--help`.
-        group: its title; "" for those that are positional.
-        sentence: what it does.
-        more: further sentences.
-        default_words: what its default means.
+        table: the type of the values if a list can also be given as a table {name: value}; else None.
+        positional: whether it is given by position.
+        default: default value; None if positional.
+        metavar: placeholder of its value in `--help`.
+        group: title of its group; "" if positional.
+        sentence: the first sentence of its description.
+        more: the other sentences.
+        default_words: its default, in words.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As it is typed; one that is positional as its placeholder."""
+        """The option as it is typed; the placeholder if positional."""
         return self.metavar if self.positional else f"--{self.name.replace('_', '-')}"
 
 
 def options_of(options_class: Any) -> list[Option]:
-    """The options of a command, in the order in which they are shown: those of one group beside each other."""
+    """The options of a command in the order of `--help`: positional ones first, then group by group."""
     hints = get_type_hints(options_class)
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     found: dict[str, Option] = {}
@@ -84,13 +84,13 @@ def options_of(options_class: Any) -> list[Option]:
 
 
 def description(options_class: Any) -> list[str]:
-    """The paragraphs about the command itself, the first of which is one sentence."""
+    """The paragraphs that describe the command; the first one is a single sentence."""
     about = inspect.cleandoc(options_class.__doc__ or "").partition("\nArgs:")[0]
     return [" ".join(paragraph.split()) for paragraph in about.strip().split("\n\n")]
 
 
 def _entries(text: str) -> Iterator[tuple[str, str, str, str]]:
-    """(group, name, metavar, words) of each entry in a docstring."""
+    """(group, name, metavar, description) of each entry in a docstring."""
     group: str | None = None
     entry: list[str] = []
     for line in [*text.splitlines(), ""]:
@@ -140,7 +140,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, metavar: str, group: str, 
 
 
 def _shown(default: Any) -> str:
-    """A default as it would be typed."""
+    """A default value as it is typed."""
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, list):

@@ -13,14 +13,15 @@ class EvalOptions(MixtureOptions, LoadingOptions):
     """Compare a mixture with its base model, experts and static merges; with Arrow and the oracle too, on your data.
 
     Args: Data
-        data (NAME=FILE ...): Data sets in the formats of `weft train`; required. Texts give perplexity, .jsonl with
-            "question", "choices" and "answer" accuracy, .jsonl with "prompt" (a text, or messages) and "answer" exact
-            match. The oracle needs data sets with an expert's name, or rows with "expert".
+        data (NAME=FILE ...): Data sets in the formats of `weft train`; required. Metrics: perplexity
+            for texts; accuracy for .jsonl with "question", "choices" and "answer"; exact match for .jsonl with "prompt"
+            (a text, or messages) and "answer". The oracle needs data sets with an expert's name, or rows with "expert".
         max_sequences: Maximum number of windows or questions per data set, from its beginning; 0 takes all.
         sequence_length: Tokens that the model reads at once. Longer texts are read in several windows, longer questions
             lose their beginning.
-        stride: Tokens between the starts of two windows of a long text; 0 puts windows side by side. Each token is
-            scored once, after at least sequence_length - stride others; side by side, the first of a window after none.
+        stride: Tokens between the starts of two windows of a long text; 0 means windows without overlap. Each token is
+            scored once, with at least sequence_length - stride tokens of context; without overlap, a window's first
+            token has none.
 
     Args: Comparison
         rows (ROW ...): Rows of the table: base, experts, uniform, merges, arrow, weft, topk, frozen, compare, oracle,
@@ -28,9 +29,9 @@ class EvalOptions(MixtureOptions, LoadingOptions):
         advise: Say below the table which experts to drop, whether a static adapter would do, and what else the numbers
             suggest. Measures the rows folded and without too.
         compare (NAME=FOLDER ...): More mixtures or LoRA adapters of the same base model, a row for each.
-        search_data (FILE): Texts on which peft's merges choose weight and density by perplexity, and on which the row
-            folded takes the gate's mean. They should be neither trained on nor in `data`. Default: none; weights are
-            the mean, density is 0.5, and the row folded takes the texts of `data`.
+        search_data (FILE): Texts on which weight and density of peft's merges are chosen by perplexity. The row folded
+            takes the gate's mean on them. They should be neither in the training data nor in `data`. Default: none;
+            equal weights, density 0.5, and the texts of `data` for the row folded.
         freeze_after: Number of tokens after which the row "weft frozen" freezes the scalings.
 
     Args: Output
@@ -58,11 +59,11 @@ class EvalOptions(MixtureOptions, LoadingOptions):
     output: list[str] | str | None = field(default=None, kw_only=True)
 
     def missing(self) -> list[str]:
-        """The data, where they are missing."""
+        """The data, if missing."""
         return [] if self.data else ["data is missing: one or more name=FILE"]
 
     def wrong(self) -> list[str]:
-        """Names without a folder, and ranges."""
+        """Names without a folder, and values out of range."""
         problems = naming_problems(self.compare, "compare", "name=FOLDER")
         problems += least(self, batch_size=1, max_sequences=0, freeze_after=1, max_new_tokens=1)
         problems += length_problems(self.sequence_length)
@@ -73,7 +74,7 @@ class EvalOptions(MixtureOptions, LoadingOptions):
         return problems
 
     def models(self) -> list[tuple[str, str]]:
-        """And what it is compared with."""
+        """The mixture, its base model, and the models to compare with."""
         return [*super().models(), *(("model", path) for name, path in pairs(self.compare) if name and path)]
 
     def sources(self) -> list[tuple[str, str]]:

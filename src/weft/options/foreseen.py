@@ -1,7 +1,6 @@
-"""Finds all problems of a command's options that need no import of torch and no loading, for one report.
+"""Finds all problems of a command's options that need no import of torch and no loading, and reports them together.
 
-Each class of options lists its own (`CommandOptions`). Problems that show only on the Hub or inside of files are found
-later.
+Each class of options lists its problems (see `CommandOptions`). Problems on the Hub or inside of files are found later.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from weft.options.values import value_problems
 
 
 def refuse_foreseen(options: CommandOptions) -> None:
-    """Raise if these options have problems that can be found now.
+    """Raise if these options have problems that `foreseen` finds.
 
     Raises:
-        ConfigError: with all of them.
+        ConfigError: with all problems.
     """
     refuse(foreseen(options))
 
@@ -25,7 +24,7 @@ def refuse(problems: list[str]) -> None:
     """Raise if there are problems: one as a sentence, several as a list.
 
     Raises:
-        ConfigError: with all of them.
+        ConfigError: with all problems.
     """
     if len(problems) == 1:
         raise ConfigError(problems[0])
@@ -45,7 +44,7 @@ def foreseen(options: CommandOptions) -> list[str]:
     problems += [source_problem(what, source) for what, source in options.sources()]
     problems += options.in_the_way()
     found = [problem for problem in problems if problem is not None]
-    if found:  # the user has to correct something anyway, so possible problems are worth a line
+    if found:  # the user must correct something anyway, so possible problems are listed too
         doubtful = [model_doubt(what, name) for what, name in options.models()]
         found += [doubt for doubt in [*doubtful, *options.doubts()] if doubt is not None]
     return found

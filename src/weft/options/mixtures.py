@@ -1,4 +1,4 @@
-"""The options of the commands that make one saved mixture of another: `fold`, `convert`, `push`, `add-expert`, ..."""
+"""The options of the commands that write, convert, upload or download a saved mixture."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from weft.options.checks import least, length_problems, naming_problems, pairs
 class FoldOptions(MixtureOptions, LoadingOptions):
     """Write a constant mixture as one ordinary LoRA adapter; peft, vLLM and LoRAX load it.
 
-    Give either `weights` or `data`. Folding a trained gate (`data`) keeps the average weight of each expert in each
-    layer, and loses what the gate decides from token to token.
+    Give either `weights` or `data`. Folding a trained gate (`data`) keeps the mean weight of each expert in each layer,
+    and loses the differences between tokens.
 
     Args: Experts' weights
         weights (NAME=NUMBER ...): Weight of each expert, in all layers; experts that are left out get 0.
@@ -43,7 +43,7 @@ class FoldOptions(MixtureOptions, LoadingOptions):
     max_sequences: int = field(default=0, kw_only=True)
 
     def missing(self) -> list[str]:
-        """The output, and weights or data, where they are missing."""
+        """The output, and weights or data, if missing."""
         needed = {
             "output is missing: a folder for the adapter": self.output,
             "weights and data are missing: give name=NUMBER for each expert, or texts for the gate to read": (
@@ -53,7 +53,7 @@ class FoldOptions(MixtureOptions, LoadingOptions):
         return [sentence for sentence, given in needed.items() if not given]
 
     def wrong(self) -> list[str]:
-        """Weights and data together, and ranges."""
+        """Weights and data together, and values out of range."""
         problems = naming_problems(self.weights, "weights", "name=NUMBER", float)
         problems += least(self, batch_size=1, max_sequences=0)
         if self.weights and self.data:
@@ -68,7 +68,7 @@ class FoldOptions(MixtureOptions, LoadingOptions):
         return [("data", source) for source in self.data]
 
     def in_the_way(self) -> list[str]:
-        """Whatever is in the folder, but for an adapter that was folded."""
+        """Files in the output folder, except a folded adapter."""
         if self.output is None or os.path.isfile(os.path.join(self.output, FOLDED)):
             return []
         return _in_the_way(Path(self.output))
@@ -92,17 +92,17 @@ class AddExpertOptions(MixtureOptions, BaseModelOptions):
     output: str | None = None
 
     def wrong(self) -> list[str]:
-        """An expert without a name or a place."""
+        """An expert without a name or a folder."""
         name, path = split_name(self.expert)
         return [] if name and path else [f"expert ({self.expert!r}) must be name=FOLDER or name=HUB_ID"]
 
     def models(self) -> list[tuple[str, str]]:
-        """And the adapter."""
+        """The mixture, its base model, and the adapter."""
         name, path = split_name(self.expert)
         return [*super().models(), *([(f"adapter {name!r}", path)] if name and path else [])]
 
     def in_the_way(self) -> list[str]:
-        """Whatever is in another folder than the mixture's own."""
+        """Files in the output folder, unless it is the mixture's own."""
         return _beside_in_the_way(self.model, self.output, f"with-{split_name(self.expert)[0]}")
 
 
@@ -122,7 +122,7 @@ class DropExpertOptions(MixtureOptions):
     output: str | None = None
 
     def in_the_way(self) -> list[str]:
-        """Whatever is in another folder than the mixture's own."""
+        """Files in the output folder, unless it is the mixture's own."""
         return _beside_in_the_way(self.model, self.output, f"without-{self.expert}")
 
 
@@ -130,22 +130,22 @@ class DropExpertOptions(MixtureOptions):
 class ConvertOptions(BaseModelOptions):
     """Write a mixture in the layout of another library; the logits are the same.
 
-    What that layout cannot hold is named.
+    Options that the layout cannot represent are listed.
 
     Args:
         source: Folder or Hub id of a mixture of weft, peft, xlora or mistral.rs.
 
     Args: Output
         to: Layout to write.
-        output (FOLDER): Folder for it, new or empty. Default: SOURCE-LAYOUT.
+        output (FOLDER): Folder for the converted mixture, new or empty. Default: SOURCE-LAYOUT.
 
     Args: Experts
         adapters (NAME=FOLDER ...): Folders or Hub ids of the experts, if they are not where the source says.
-        rename (OLD=NEW ...): New names of experts; peft takes numbers from 0 on only.
+        rename (OLD=NEW ...): New names of experts; for peft they must be the numbers from 0 on.
 
     Args: Advanced
-        base (MODEL): Folder or Hub id of the base model, of which only the config is read. For mistralrs, the name by
-            which the engine will load it. Default: the one that the mixture names.
+        base (MODEL): Folder or Hub id of the base model; only its config is read. For mistralrs, the name by which the
+            engine will load it. Default: the one that the mixture names.
     """
 
     source: str
@@ -156,7 +156,7 @@ class ConvertOptions(BaseModelOptions):
 
     @property
     def target(self) -> str:
-        """The folder that is written."""
+        """The folder to write."""
         return self.output or f"{Path(self.source).name}-{self.to}"
 
     def wrong(self) -> list[str]:
@@ -164,13 +164,13 @@ class ConvertOptions(BaseModelOptions):
         return [*naming_problems(self.adapters, "adapters"), *naming_problems(self.rename, "rename", "OLD=NEW")]
 
     def models(self) -> list[tuple[str, str]]:
-        """The mixture and its experts; for mistral.rs the base model is a name that is not read here."""
+        """The mixture, its experts and the base model; for mistral.rs the base model is only a name."""
         given = [] if self.to == "mistralrs" else super().models()
         experts = [(f"adapter {name!r}", path) for name, path in pairs(self.adapters) if name and path]
         return [("the mixture", self.source), *given, *experts]
 
     def in_the_way(self) -> list[str]:
-        """Whatever is in the folder."""
+        """Files in the output folder."""
         return _in_the_way(Path(self.target))
 
 
@@ -179,7 +179,7 @@ class PublicationOptions(CommandOptions):
     """Options of `card` and `push`.
 
     Args: Card
-        base (HUB_ID): Hub id of the base model, for the card. Default: what the mixture says.
+        base (HUB_ID): Hub id of the base model, for the card. Default: the one that the mixture names.
         license (NAME): Licence of the mixture, as the Hub writes it (apache-2.0, mit, ...). Default: none is declared.
         evaluation (FILE): Results that `weft eval --output` wrote, for the card. Default: eval.json in the folder.
     """
@@ -189,7 +189,7 @@ class PublicationOptions(CommandOptions):
     evaluation: str | None = None
 
     def wrong(self) -> list[str]:
-        """Results that are not there."""
+        """A missing file of results."""
         if self.evaluation is None:
             return []
         missing = file_missing("evaluation", self.evaluation, "weft eval --output")
@@ -207,7 +207,7 @@ class CardOptions(MixtureOptions, PublicationOptions):
         model: Folder of a trained mixture.
 
     Args: Card
-        overwrite: Replace a card that a person wrote too.
+        overwrite: Replace also a card that weft did not write.
     """
 
     overwrite: bool = False
@@ -221,11 +221,11 @@ class PushOptions(MixtureOptions, PublicationOptions):
 
     Args:
         model: Folder of a trained mixture.
-        repo_id: Repository, as user/name; it is made if it does not exist.
+        repo_id: Repository, as user/name; it is created if it does not exist.
 
     Args: Output
         private: Make the repository private.
-        dry_run: Send nothing; list what would be sent.
+        dry_run: Upload nothing; list the files that would be uploaded.
     """
 
     repo_id: str
@@ -241,7 +241,7 @@ class PullOptions(CommandOptions):
         repo_id: Repository, as user/name.
 
     Args: Output
-        output (FOLDER): Folder for it, new or empty. Default: a folder of the repository's name here.
+        output (FOLDER): Folder for the mixture, new or empty. Default: the repository's name, in the current folder.
         revision (NAME): Branch, tag or commit. Default: the main branch.
     """
 
@@ -250,7 +250,7 @@ class PullOptions(CommandOptions):
     revision: str | None = None
 
     def in_the_way(self) -> list[str]:
-        """Whatever is in the folder."""
+        """Files in the output folder."""
         folder = self.output or self.repo_id.partition("/")[2]
         return _in_the_way(Path(folder)) if folder else []
 
@@ -261,9 +261,9 @@ def _in_the_way(folder: Path) -> list[str]:
 
 
 def _beside_in_the_way(model: str, output: str | None, what: str) -> list[str]:
-    """What is in a folder for a mixture that was made of another one, which it may replace."""
+    """The problem with the output folder of a command that changes a mixture, which may replace the mixture itself."""
     try:
         target = folder_beside(model, what) if output is None else Path(output)
-    except ValueError:  # of a name that no expert can have, of which more is said where the mixture is known
+    except ValueError:  # an invalid expert name, which is reported when the mixture is read
         return []
     return [] if os.path.realpath(target) == os.path.realpath(model) else _in_the_way(target)

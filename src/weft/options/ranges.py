@@ -1,4 +1,4 @@
-"""The ranges of a mixture's own options, which `XLoraConfig` and `weft train` have: a sentence for each problem."""
+"""Checks of the mixture's options in `XLoraConfig` and `weft train`. Each returns one sentence per problem."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from weft.files.reading import is_list_of_strings, is_number, is_whole, shown
 
-# The gate's own losses (`weft.losses`), and their weights without "_weight".
+# The gate's losses (`weft.losses`). The option NAME_weight is the weight of the loss NAME.
 GATE_LOSSES = ("balance_loss", "entropy_loss", "expert_label_loss")
 
 
 def range_problems(config: Any) -> list[str]:
-    """Numbers out of their range."""
+    """Numbers out of range."""
     problems = []
     smallest = {"xlora_depth": 1, "xlora_size": 1, "scalings_log_size": 1}
     smallest_if_given = {"hidden_size": 1, "scaling_pass_layers": 1, "gate_layer": 0}
@@ -42,7 +42,7 @@ def range_problems(config: Any) -> list[str]:
 
 
 def type_problems(config: Any) -> list[str]:
-    """Values of other types than their option's."""
+    """Values of a wrong type."""
     switches = ("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters", "allow_dora")
     problems = [
         f"{name} ({shown(value)}) must be True or False"
@@ -57,7 +57,7 @@ def type_problems(config: Any) -> list[str]:
 
 
 def routing_problems(config: Any) -> list[str]:
-    """Options of routing that do not go together."""
+    """Options of routing that do not fit together."""
     problems = []
     num_adapters = len(config.adapters) if isinstance(config.adapters, dict) else 0
     if config.top_k_lora is not None:
@@ -78,7 +78,7 @@ def routing_problems(config: Any) -> list[str]:
 
 
 def top_k_problems(top_k: Any, num_adapters: int) -> list[str]:
-    """What is wrong with `top_k` for this many adapters (which may be 0 when that is a problem of its own)."""
+    """The problem with `top_k` for this number of adapters, if any; 0 if the number is not known."""
     if not is_whole(top_k) or top_k < 1 or (num_adapters and top_k > num_adapters):
         upper = f"the number of adapters ({num_adapters})" if num_adapters else "the number of adapters"
         return [f"top_k_lora ({shown(top_k)}) must be between 1 and {upper}"]

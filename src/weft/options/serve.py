@@ -12,19 +12,18 @@ from weft.options.base import MixtureOptions
 class ServeOptions(MixtureOptions):
     """Serve a trained mixture with an OpenAI-compatible API.
 
-    Options that are not listed here are vLLM's own and are handed on to it.
+    Options that are not listed here are passed on to vLLM.
 
     Args: Model
         base (MODEL): Folder or Hub id of the base model. Default: the one that the mixture names.
         name (NAME): Model name that clients use. Default: the folder's name.
 
     Args: Server
-        host (ADDRESS): Address to listen on. Other machines reach the server only at an address of this one's other
-            than 127.0.0.1.
+        host (ADDRESS): Address to listen on. With 127.0.0.1, other machines cannot reach the server.
         port: Port to listen on.
-        api_key (KEY): Key that clients must send. Default: none is asked for.
-        engine: Engine that runs the mixture; auto takes vllm where it is installed, else embedded. The embedded engine
-            needs transformers only, and is for trying things.
+        api_key (KEY): Key that clients must send. Default: none is required.
+        engine: Engine that runs the mixture; auto uses vllm if it is installed, else embedded. The embedded engine
+            needs only transformers, and is meant for trying a mixture out.
     """
 
     base: str | None = None
@@ -35,7 +34,7 @@ class ServeOptions(MixtureOptions):
     engine: Literal["auto", "vllm", "embedded"] = "auto"
 
     def wrong(self) -> list[str]:
-        """A key that is none."""
+        """An empty key."""
         return ["api_key ('') must not be empty: leave it out to ask for none"] if self.api_key == "" else []
 
     def models(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Other spellings of options: those of transformers' Trainer where weft has a shorter one, and those before 0.1.0."""
+"""Other names of options: the Trainer's names if weft has a shorter one, and names before 0.1.0."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# weft's options with a short form of the Trainer's name.
+# The Trainer's name -> weft's shorter name.
 TRAINERS = {
     "per_device_train_batch_size": "batch_size",
     "num_train_epochs": "epochs",
     "early_stopping_patience": "early_stopping",
 }
-# Taken until 0.2.
+# Name before 0.1.0 -> present name. Accepted until 0.2.
 EARLIER = {
     "log_steps": "logging_steps",
     "warmup": "warmup_ratio",
@@ -23,16 +23,19 @@ EARLIER = {
 
 
 def todays_name(name: str, names: Collection[str]) -> str:
-    """The name that an option has today, among the names of a command's options."""
+    """The present name of an option, if a command has an option of that name; else `name`."""
     today = {**TRAINERS, **EARLIER}.get(name, name)
     return today if today in names else name
 
 
 def in_todays_spelling(options_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of such a dataclass, by the names of its fields.
+    """Rename keyword arguments of a dataclass of options to the names of its fields.
 
     Raises:
-        TypeError: an option is given in two spellings.
+        TypeError: an option is given under two names.
+
+    Warns:
+        FutureWarning: an option is given under a name before 0.1.0.
     """
     names = {field.name for field in dataclasses.fields(options_class)}
     values: dict[str, Any] = {}

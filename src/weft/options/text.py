@@ -31,7 +31,7 @@ class SamplingOptions(LoadingOptions):
 
 @dataclass(kw_only=True)
 class DecodingOptions(LoadingOptions):
-    """Options of a command that generates with all ways of decoding.
+    """Further options of a command that generates text.
 
     Args: Sampling
         top_k: Sample from this number of most likely tokens only. Default: all.
@@ -41,8 +41,8 @@ class DecodingOptions(LoadingOptions):
         show_experts: Colour each token by the expert with the largest share in it, with a legend.
 
     Args: Advanced
-        speculate: Maximum number of tokens to draft and check at once; 0 drafts none. The text is the same, and comes
-            sooner where it repeats itself or the prompt.
+        speculate: Maximum number of tokens to draft and verify at once; 0 turns speculation off. The text is the same;
+            it is generated faster if it repeats itself or the prompt.
     """
 
     top_k: int | None = None
@@ -51,7 +51,7 @@ class DecodingOptions(LoadingOptions):
     show_experts: bool = False
 
     def wrong(self) -> list[str]:
-        """Ranges."""
+        """Values out of range."""
         return decoding_problems(**decoding(self))
 
 
@@ -63,15 +63,15 @@ class GenerateOptions(MixtureOptions, SamplingOptions, DecodingOptions):
         prompt (TEXT): The text to continue; required.
 
     Args: Advanced
-        freeze_scalings_after: Number of new tokens after which the scalings are frozen at their mean. From there on
-            there is one pass per token. Excludes `speculate`. Default: never.
+        freeze_scalings_after: Number of new tokens after which the scalings are frozen at their mean. After that, each
+            token needs only one pass. Excludes `speculate`. Default: never.
     """
 
     prompt: str = ""
     freeze_scalings_after: int | None = field(default=None, kw_only=True)
 
     def missing(self) -> list[str]:
-        """The prompt, where it is missing."""
+        """The prompt, if missing."""
         return [] if self.prompt else ["prompt is missing: the text to continue"]
 
 
@@ -92,14 +92,14 @@ class ChatOptions(MixtureOptions, SamplingOptions, DecodingOptions):
 
 
 def decoding(options: Any) -> dict[str, Any]:
-    """What `generate` or `chat` say of how tokens are chosen, but for the seed, by its names in `weft.stream`."""
+    """The decoding options of `generate` or `chat`, without the seed, as arguments of `weft.stream`."""
     return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
 
 def decoding_problems(
     max_new_tokens: int, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> list[str]:
-    """What is out of its range, a sentence each."""
+    """One sentence for each value out of range."""
     problems = []
     if not is_whole(max_new_tokens) or max_new_tokens < 1:
         problems.append(f"max_new_tokens ({shown(max_new_tokens)}) must be at least 1")
@@ -116,26 +116,26 @@ def decoding_problems(
 
 @dataclass
 class InspectOptions(MixtureOptions, SamplingOptions):
-    """Show which expert the gate uses for which token and layer; and what the mixture gains by it.
+    """Show which experts the gate uses for each token and layer; and how much better the mixture predicts the text.
 
-    Give one of `text`, `data` and `generate`, or a trace file in the place of the model.
+    Give one of `text`, `data` and `generate`, or a trace file instead of the model.
 
     Args:
         model: Folder or Hub id of a trained mixture, or a trace file that `output` wrote.
 
     Args: Input
         text (TEXT): A text for the gate to read.
-        data (NAME=FILE ...): Data sets for the gate to read, in the formats of `weft train`. A file without a name has
-            its own.
+        data (NAME=FILE ...): Data sets for the gate to read, in the formats of `weft train`. Without NAME, a data set
+            has the file's name.
         generate (TEXT): A prompt for the mixture to continue; the new text is shown too.
-        compare (TRACE ...): Trace files to show beside this one.
-        max_tokens: Maximum number of tokens in the trace. Data sets get equal parts of it.
+        compare (TRACE ...): Trace files to compare with.
+        max_tokens: Maximum number of tokens in the trace, divided equally between the data sets.
         max_new_tokens: Maximum number of tokens that `generate` adds.
         sequence_length: Tokens per sequence of `data`; longer texts are cut into several.
 
     Args: Output
-        html (FILE): Write a page with all of it, which opens without a network.
-        output (FILE): Write the trace, to be shown again later.
+        html (FILE): Write an HTML page with the whole trace, which needs no network.
+        output (FILE): Write the trace to a file, which can be given instead of the model.
         figure (FILE): Write a figure (.pdf, .png or .svg) with matplotlib.
         title (TEXT): Title of the trace. Default: the model's name.
 
@@ -156,18 +156,18 @@ class InspectOptions(MixtureOptions, SamplingOptions):
     batch_size: int = field(default=4, kw_only=True)
 
     def missing(self) -> list[str]:
-        """What the gate is to read, where nothing is given."""
+        """The input, if missing."""
         if self.text or self.data or self.generate or self.is_trace:
             return []
         return ["text, data and generate are missing: give one of them, a text, data files or a prompt to continue"]
 
     @property
     def is_trace(self) -> bool:
-        """Whether a trace file stands in the place of the model."""
+        """Whether a trace file is given instead of the model."""
         return os.path.isfile(self.model)
 
     def wrong(self) -> list[str]:
-        """What is given beside each other, ranges, and trace files that are not there."""
+        """Inputs that exclude each other, values out of range, and missing trace files."""
         given = [name for name in ("text", "data", "generate") if getattr(self, name)]
         problems = least(self, max_tokens=1, batch_size=1)
         problems += length_problems(self.sequence_length) if self.data else []
@@ -183,7 +183,7 @@ class InspectOptions(MixtureOptions, SamplingOptions):
         return [*problems, *(problem for problem in missing if problem is not None)]
 
     def models(self) -> list[tuple[str, str]]:
-        """The mixture, where it is no trace."""
+        """The mixture, unless it is a trace."""
         return [] if self.is_trace else super().models()
 
     def sources(self) -> list[tuple[str, str]]:

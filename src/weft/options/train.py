@@ -23,16 +23,16 @@ from weft.options.training import (
 class TrainOptions(LoadingOptions):
     """Train the gate that mixes several LoRA adapters of a base model.
 
-    The base model and the adapters stay as they are.
+    The base model and the adapters are not changed.
 
     Args: Model and experts
         base (MODEL): Folder or Hub id of the base model, a causal language model.
         adapters (NAME=FOLDER ...): The experts: LoRA adapters of the base model, two or more, as folders or Hub ids.
-        experts_from (NAME=DATA ...): Experts to train first, each on its own data, given like `data`. They go to
-            OUTPUT-experts/NAME, and complete ones are not trained again. Without `data` the gate learns on the data of
-            all of them.
+        experts_from (NAME=DATA ...): Experts to train first, each on its own data, given like `data`. They are saved in
+            OUTPUT-experts/NAME; complete ones are not trained again. Without `data`, the gate is trained on the data of
+            all experts.
         start_from (MIXTURE): A trained mixture to train further, as a folder or Hub id. Its experts, gate and options
-            take the place of `adapters` and a new gate. Default: a new gate.
+            are used instead of `adapters` and a new gate. Default: a new gate.
 
     Args: Data
         data (FILE ...): Training texts: files (.jsonl, .csv, .parquet, text) or names of data sets. Lines of .jsonl and
@@ -41,39 +41,40 @@ class TrainOptions(LoadingOptions):
             `expert_label_loss_weight`.
         eval_data (FILE ...): Held-out texts; the mixture with the lowest loss on them is saved.
         sequence_length: Tokens per sequence; longer texts are cut into several.
-        assistant_only_loss: Train on the assistant's turns only; all rows must have "messages". This is TRL's option of
-            the same name; it holds for the experts and for the loss on `eval_data` too.
-        packing: Put several short texts into one sequence, where none sees another, instead of padding.
+        assistant_only_loss: Train on the assistant's turns only; all rows must have "messages". As in TRL. It applies
+            also to the experts and to the loss on `eval_data`.
+        packing: Put several short texts into one sequence instead of padding; they do not see each other.
         group_by_length: Put texts of similar length into a batch, to save padding; excludes `packing`.
 
     Args: Training
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
         epochs: Number of passes over the data, if `max_steps` and `max_tokens` are 0. The Trainer's
             num_train_epochs.
-        max_tokens: Stop after this number of trained tokens, without padding; 0 sets no limit. The data is repeated as
-            often as that takes. With `max_steps`, whichever comes first.
+        max_tokens: Stop after this number of trained tokens, without padding; 0 sets no limit. The data is repeated if
+            necessary. With `max_steps`, training stops at the limit that is reached first.
         batch_size: Sequences per device and forward pass. The Trainer's per_device_train_batch_size.
         gradient_accumulation_steps: Forward passes per optimizer step.
         learning_rate: Peak learning rate of AdamW.
-        warmup_ratio: Share of the steps, 0 to 1, in which the learning rate rises. After them it falls to 0 (cosine).
+        warmup_ratio: Fraction of the steps, 0 to 1, in which the learning rate rises. After them it falls to 0
+            (cosine).
         seed: Random seed for the gate's start values, the order of the data and dropout.
-        eval_steps: Steps between two evaluations on `eval_data`; 0 takes `save_steps`. Each comes with a checkpoint.
+        eval_steps: Steps between two evaluations on `eval_data`; 0 takes `save_steps`. Each one saves a checkpoint.
         early_stopping: Stop after this number of evaluations without a lower loss; 0 never stops early. The Trainer's
             early_stopping_patience.
 
     Args: Gate
         gate_start: Fit the gate, before training, to the data's labels or to each expert's loss per token. With
-            random it is not fitted. Labels are those of `data`. Default: losses, where they can be computed.
+            random it is not fitted. Labels are those of `data`. Default: losses, if they can be computed.
         layerwise_scalings: Predict weights for each LoRA layer, instead of one set for all layers.
         xlora_depth: Number of linear layers of the gate, 1 or more.
         xlora_size: Width of the gate's hidden layers, if `xlora_depth` is 2 or more.
         xlora_dropout_p: Dropout between the gate's layers, if `xlora_depth` is 2 or more.
         top_k_lora: Number of experts that each token keeps. Default: all.
         softmax_temperature: Divisor of the gate's logits; lower values give sharper weights.
-        global_scaling_weight: Factor on the whole mixture, beside the gate's weights. Above 1 where the experts are
-            trained too little: try 2.
-        gate_layer: Run one pass only, in which the gate reads the input of this decoder layer. The layers from there on
-            follow the gate. Default: none, a scaling pass comes first.
+        global_scaling_weight: Factor on the whole mixture, in addition to the gate's weights. If the experts are
+            undertrained, a value above 1 helps: try 2.
+        gate_layer: Run one pass only, in which the gate reads the input of this decoder layer. Only this layer and
+            those after it follow the gate. Default: none, a scaling pass comes first.
         scaling_pass_layers: Number of decoder layers that the scaling pass runs. Default: all.
         scaling_pass_value: Weight of the experts in the scaling pass; 0 leaves them out. Default: 0, or 1 / number
             of experts with `gate_layer`.
@@ -83,29 +84,29 @@ class TrainOptions(LoadingOptions):
 
     Args: Experts that are trained first
         expert_rank: Rank of the experts.
-        expert_alpha: The experts' lora_alpha: what an expert adds is multiplied by lora_alpha / rank.
-        expert_targets (MODULE ...): Modules that the experts adapt; all-linear means all linear layers but the output
-            layer.
+        expert_alpha: The experts' lora_alpha: an expert's output is multiplied by lora_alpha / rank.
+        expert_targets (MODULE ...): Modules that the experts adapt; all-linear means all linear layers except the
+            output layer.
         expert_steps: Optimizer steps per expert; 0 trains for `expert_epochs` instead.
         expert_epochs: Number of passes over an expert's data, if `expert_steps` is 0.
         expert_learning_rate: Peak learning rate of the experts.
 
     Args: Output
-        output (FOLDER): Folder for the trained mixture; checkpoints go into its folder "checkpoints".
+        output (FOLDER): Folder for the trained mixture; checkpoints are in its subfolder "checkpoints".
         save_steps: Steps between two checkpoints.
         logging_steps: Steps between two lines of the log.
         resume: Continue from the last checkpoint in the output folder.
         report_to (TOOL ...): Send the log to these tools too: tensorboard, wandb, mlflow, or others that the Trainer
-            knows. Files of TensorBoard go into the folder of the checkpoints.
-        dry_run: Load everything, take two steps, write nothing, and say how much memory and time the training needs.
+            supports. TensorBoard's files are in the folder of the checkpoints.
+        dry_run: Load everything, take two steps, write nothing, and print how much memory and time the training needs.
 
     Args: Advanced
         bf16: Train in mixed precision with bfloat16.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         cache_scaling_pass: Compute the scaling pass of each text once and read it from disk in every epoch. For a
             frozen base model without dropout.
-        cache_dtype: Number format of that cache; float32 is exact, the others take half the space.
-        cache_folder (FOLDER): Folder for caches, which runs on the same base model and data share. Default: the
+        cache_dtype: Number format of that cache; float32 is exact, the others need half the space.
+        cache_folder (FOLDER): Folder for caches; runs on the same base model and data can share it. Default: the
             folder "scaling-cache" in the output folder.
         use_trainable_adapters: Train the experts together with the gate.
         allow_dora: Accept adapters with DoRA.
@@ -166,7 +167,7 @@ class TrainOptions(LoadingOptions):
     dry_run: bool = False
 
     def missing(self) -> list[str]:
-        """Base model, experts and data, where nothing brings them along."""
+        """Base model, experts and data, if no option gives them."""
         needed = {
             "base is missing: the folder or Hub id of the base model": self.base or self.start_from,
             "adapters is missing: the experts, as name=FOLDER (or experts_from, as name=DATA)": self.adapters
@@ -177,7 +178,7 @@ class TrainOptions(LoadingOptions):
         return [sentence for sentence, given in needed.items() if not given]
 
     def wrong(self) -> list[str]:
-        """Experts, ranges, and what excludes each other."""
+        """Invalid experts, values out of range, and options that exclude each other."""
         problems = [*expert_problems(self), *gate_problems(self), *mixture_problems(self, self._expert_names())]
         return [*problems, *(own_training_problems(self) if self.experts_from else [])]
 
@@ -188,16 +189,16 @@ class TrainOptions(LoadingOptions):
         return [*super().models(), *adapters, *start]
 
     def sources(self) -> list[tuple[str, str]]:
-        """Texts, of which some may be named for an expert."""
+        """The texts, without names of experts."""
         named = [("data", self._source(value)) for value in [*self.data, *self.eval_data]]
         return [*named, *(("data", source) for name, source in pairs(self.experts_from) if name and source)]
 
     def in_the_way(self) -> list[str]:
-        """What is in the output folder."""
+        """An output folder that cannot be written."""
         return output_problems(self)
 
     def doubts(self) -> list[str]:
-        """An earlier run."""
+        """Checkpoints of an earlier run."""
         if self.resume or not checkpoints_of(self):
             return []
         return [f"output ({self.output}) holds the checkpoints of a run: give another folder, or --resume true"]
@@ -206,7 +207,7 @@ class TrainOptions(LoadingOptions):
         return [name for name, _ in [*pairs(self.adapters), *pairs(self.experts_from)] if name]
 
     def _source(self, value: str) -> str:
-        """A source without the name of an expert; those of a mixture to start from are not known yet."""
+        """A source without the name of an expert. The expert names of `start_from` are not known yet."""
         name, source = split_name(value)
         is_named = name in self._expert_names() or (self.start_from is not None and file_is_missing(value))
         return source if is_named else value

@@ -14,9 +14,9 @@ from weft.options.checks import least, length_problems, naming_problems, pairs
 from weft.options.ranges import range_problems, routing_problems
 
 CHECKPOINTS = "checkpoints"  # in the output folder
-# A file in the folder of the checkpoints, of a run without a complete one: its output may be overwritten.
+# A file in the folder of the checkpoints until one is complete: the output of such a run may be overwritten.
 BEGUN = ".begun"
-# What a run writes into its output folder before its first checkpoint.
+# Folders in the output folder that a run writes before its first checkpoint.
 OF_A_RUN = {CHECKPOINTS, "scaling-cache"}
 
 
@@ -36,7 +36,7 @@ def expert_problems(options: Any) -> list[str]:
 
 
 def number_problems(names: list[str], which: str) -> list[str]:
-    """The problem of a single expert; a gate needs several. (No expert at all is found as a missing option.)"""
+    """The problem of a single expert, as a gate needs several. (No expert at all is found as a missing option.)"""
     if len(names) != 1:
         return []
     return [
@@ -70,7 +70,7 @@ def gate_problems(options: Any) -> list[str]:
 
 
 def mixture_problems(options: Any, expert_names: list[str]) -> list[str]:
-    """Problems of the mixture's own options, as `XLoraConfig` words them."""
+    """Problems of the mixture's own options, with the messages of `XLoraConfig`."""
     others = {"hidden_size": None, "scalings_log_size": 1, "enable_softmax": True, "enable_softmax_topk": False}
     values = SimpleNamespace(**{**others, **vars(options), "adapters": dict.fromkeys(expert_names, "-")})
     if values.scaling_pass_value is None:
@@ -107,7 +107,7 @@ def output_problems(options: Any) -> list[str]:
         return []
     if options.resume and not options.experts_from:
         return [f"resume (True) found no checkpoint in {output / CHECKPOINTS}: leave it out to start anew"]
-    if (output / CHECKPOINTS / BEGUN).exists():  # by a run, whose files may be replaced
+    if (output / CHECKPOINTS / BEGUN).exists():
         return []
     problem = used_folder_problem(output, "output", own=OF_A_RUN)
     return [] if problem is None else [problem]

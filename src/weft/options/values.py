@@ -1,6 +1,6 @@
-"""What no option of the command line can be, whatever it means: no number, no text, several items in one word.
+"""Checks of values that are the same for all options: invalid numbers, invalid text, several items in one word.
 
-The ranges of single options are checked where they are used.
+The ranges of single options are checked elsewhere.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 from weft.files.reading import has_surrogate, is_number, is_whole, shown
 
-# numpy's random numbers, of which transformers sets the seed too, take no other.
-_MOST_SEED = 2**32 - 1
-# Texts, where all other strings are names of files, which may be of any bytes.
+# The largest seed of numpy, which transformers seeds too.
+_MAX_SEED = 2**32 - 1
+# Options that are texts. All other strings can be file names, which can have any bytes.
 _TEXTS = ("prompt", "system", "text", "generate", "title")
-# Lists of names, none of which has a comma.
+# Lists of names without commas.
 _NAMES = ("rows", "expert_targets")
-_ITEM = re.compile(r"[\w-]+=")  # what an item of many lists begins with
+_ITEM = re.compile(r"[\w-]+=")  # the beginning of an item name=VALUE
 
 
 def value_problems(options: Any) -> list[str]:
-    """What is wrong with the values of such a dataclass, a sentence each.
+    """One sentence for each invalid value in a dataclass of options.
 
     Example:
         >>> value_problems(TrainOptions(learning_rate=math.nan))
@@ -32,8 +32,8 @@ def value_problems(options: Any) -> list[str]:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.name == "seed":
-            if not is_whole(value) or not 0 <= value <= _MOST_SEED:
-                problems.append(f"seed ({shown(value)}) must be a whole number from 0 to {_MOST_SEED}")
+            if not is_whole(value) or not 0 <= value <= _MAX_SEED:
+                problems.append(f"seed ({shown(value)}) must be a whole number from 0 to {_MAX_SEED}")
         elif isinstance(value, float) and not is_number(value):
             problems.append(f"{field.name} ({value}) must be a finite number")
         elif isinstance(value, int) and not isinstance(value, bool) and not is_whole(value):
@@ -52,11 +52,11 @@ def value_problems(options: Any) -> list[str]:
 
 
 def _items(word: Any, name: str) -> list[str]:
-    """The items that commas join in a word; none where there is no comma, or it may be of a file's name."""
+    """The items of a word that are separated by commas; none if there is no comma, or it may belong to a file name."""
     if not isinstance(word, str) or "," not in word or os.path.exists(_ITEM.sub("", word, count=1)):
         return []
     items = [item for item in word.split(",") if item]
-    # At its end it was written before a space.
+    # A comma at the end separated this word from the next one.
     several = word.endswith(",") or name in _NAMES or any(_ITEM.match(one) or os.path.exists(one) for one in items[1:])
     return items if several else []
 

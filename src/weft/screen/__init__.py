@@ -1,14 +1,14 @@
-"""What a person sees, in a terminal or in a browser: escaped, coloured, and on time.
+"""Output for people, in a terminal or in a browser.
 
-Knows no model and no file of weft's: texts and numbers in, texts out.
+Models and files are not used here, only texts and numbers.
 
-    visible.py      names and messages that cannot steer a terminal
-    loudness.py     how much a person wants to see
-    libraries.py    what other libraries say that nobody can act on, hidden
-    console.py      rich's console, for texts that others wrote
-    tables.py       tables, in blocks of columns that fit
-    countdown.py    what is done and how long the rest takes
-    waiting.py      a sign of life where nobody knows that
+    visible.py      prints messages in which control characters have no effect
+    loudness.py     how much is printed: --quiet, --verbose
+    libraries.py    hides messages of other libraries on which a user cannot act
+    console.py      rich's console for untrusted texts
+    tables.py       tables, split into blocks of columns that fit the screen
+    countdown.py    progress and the time left
+    waiting.py      a message during a long operation of unknown length
     palette.py      the experts' colours: the same in the terminal, on pages and in figures
-    web/            what the pages in a browser share: template, styles, scripts
+    web/            template, styles and scripts of the pages in a browser
 """

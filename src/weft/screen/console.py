@@ -1,4 +1,4 @@
-"""rich's console, for texts that others wrote."""
+"""rich's console for untrusted texts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from weft.screen.visible import visible
 
 
 class VisibleConsole(Console):
-    """rich's console, in which nothing but its own styles steers the terminal."""
+    """rich's console, in which control characters in texts have no effect on the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich's, all text made visible."""
+        """As rich's `render`, with all text passed through `visible`."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=visible(segment.text))

@@ -1,4 +1,4 @@
-"""How far something is and how long it still takes, on the screen or in a log; amounts of time and memory."""
+"""Progress and the time left, on the screen or in a log; durations and sizes as text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from weft.screen.console import VisibleConsole
 from weft.screen.loudness import is_quiet
 
-EVERY = 10.0  # seconds between two lines, where there is no terminal
+EVERY = 10.0  # seconds between two lines if the output is no terminal
 
 
 class Countdown:
-    """A bar with the time left on a terminal, which goes when it is done; elsewhere a line every ten seconds.
+    """A progress bar with the time left, removed at the end; without a terminal, a line every ten seconds.
 
     Args:
-        total: steps to come; None where nobody knows.
-        what: is being done.
-        hidden: show nothing, as all but one of several processes do.
+        total: number of steps; None if it is not known.
+        what: name of the operation.
+        hidden: show nothing; for all but one of several processes.
 
     Example:
         >>> with Countdown(len(batches), "reading") as countdown:
@@ -52,7 +52,7 @@ class Countdown:
             self._bar.stop()
 
     def advance(self, steps: int = 1, what: str | None = None) -> None:
-        """So many more steps are done, and `what` is done next."""
+        """Count `steps` more steps as done; `what` names the next operation."""
         self.done += steps
         self.what = self.what if what is None else what
         now = time.monotonic()

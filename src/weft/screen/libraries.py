@@ -1,6 +1,6 @@
-"""What other libraries say that nobody can act on, hidden where each of them says it; all else is let through.
+"""Hides messages of other libraries on which a user cannot act. Other messages are shown.
 
-None of it is hidden where `--verbose` asks for it.
+With `--verbose` none are hidden.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from weft.screen.loudness import is_quiet, is_verbose
 from weft.screen.visible import say
 
-# Logger and beginnings of its messages: optional kernels that are not there, and notices from one library to another.
-# peft imports these libraries wherever they are installed.
+# Logger -> beginnings of messages to hide: missing optional kernels, and notices to developers of other libraries.
+# peft imports these libraries if they are installed.
 _NOTICES = {
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward from kernels-community",),
@@ -27,27 +27,27 @@ _NOTICES = {
 
 
 class _Notices(logging.Filter):
-    """Leaves out messages that begin so."""
+    """Removes messages with these beginnings."""
 
     def __init__(self, beginnings: tuple[str, ...]) -> None:
         super().__init__()
         self._beginnings = beginnings
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to show it."""
+        """Whether to show the message."""
         return is_verbose() or not str(record.msg).startswith(self._beginnings)
 
 
 def hide_notices() -> None:
-    """Hide the notices above, before peft is imported."""
+    """Hide the messages in `_NOTICES`. Call this before peft is imported."""
     for logger, beginnings in _NOTICES.items():
         logging.getLogger(logger).addFilter(_Notices(beginnings))
 
 
 @contextmanager
 def import_warnings_hidden() -> Iterator[None]:
-    """Hide what modules warn of in their own sources while they are imported; filters that they set stay."""
-    filters: Any = warnings.filters  # catch_warnings would take theirs away
+    """Hide deprecation and syntax warnings of modules while they are imported; filters that they set stay."""
+    filters: Any = warnings.filters  # catch_warnings would remove the modules' filters
     own = [("ignore", re.compile("(?s)"), kind, None, 0) for kind in (DeprecationWarning, SyntaxWarning)]
     filters[:0] = own
     try:
@@ -60,7 +60,7 @@ def import_warnings_hidden() -> Iterator[None]:
 
 @contextmanager
 def deprecations_of_peft_hidden() -> Iterator[None]:
-    """Hide what peft asks of a model under a name that transformers has given up."""
+    """Hide the warning for an attribute that peft reads and transformers has deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
@@ -68,10 +68,10 @@ def deprecations_of_peft_hidden() -> Iterator[None]:
 
 @contextmanager
 def libraries_hushed(speaker: str) -> Iterator[None]:
-    """Leave to a command's screen what weft says: no warnings of other libraries, and no bars but those of downloads.
+    """Show only weft's warnings, one line each, and the progress bars of downloads.
 
     Args:
-        speaker: the command, which weft's own warnings are said by, a line each.
+        speaker: the command, printed before each warning.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if is_verbose():
@@ -84,14 +84,14 @@ def libraries_hushed(speaker: str) -> Iterator[None]:
         say(f"{speaker}: warning: {message}", file=file or sys.stderr)
 
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers import logging as theirs
+    from transformers import logging as transformers_logging
 
-    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     downloads = not is_quiet() and not are_progress_bars_disabled()
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()  # of loading and saving weights; training has its own
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of loading and saving weights; training has its own
     if downloads:
-        enable_progress_bars()  # which transformers takes away with its own
+        enable_progress_bars()  # transformers has disabled those of the Hub too
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(accelerate|peft|torch|transformers)\b")
@@ -100,6 +100,6 @@ def libraries_hushed(speaker: str) -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
-        theirs.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
-            theirs.enable_progress_bar()
+            transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""How much a person wants to see: results and errors only, what weft says, or what the libraries say too."""
+"""How much is printed: results and errors only, also weft's notices, or also the messages of other libraries."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 QUIET, NORMAL, VERBOSE = range(3)
-_wanted = [NORMAL]  # by each command that runs, of which the last one counts
+_wanted = [NORMAL]  # a stack; the last level is in effect
 
 
 @contextmanager
 def loudness(wanted: int) -> Iterator[None]:
-    """Say so much meanwhile."""
+    """Set the level in this block."""
     _wanted.append(wanted)
     try:
         yield
@@ -25,5 +25,5 @@ def is_quiet() -> bool:
 
 
 def is_verbose() -> bool:
-    """Whether what other libraries say is let through."""
+    """Whether messages of other libraries are shown."""
     return _wanted[-1] == VERBOSE

@@ -1,4 +1,4 @@
-"""Tables on a screen of any width: what does not fit beside each other comes below, and no cell is broken."""
+"""Tables on a screen of any width: columns that do not fit side by side are printed below."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from rich.table import Table
 
 from weft.screen.console import VisibleConsole
 
-_ENDLESS = 100_000  # columns of a pipe or file
+_UNLIMITED = 100_000  # width of a pipe or file
 
 
 def results_console() -> VisibleConsole:
-    """A console as wide as the terminal; without one as wide as what is printed, so that all lines are whole."""
+    """A console with the terminal's width; of unlimited width if the output is no terminal."""
     console = VisibleConsole()
-    return console if console.is_terminal else VisibleConsole(width=_ENDLESS)
+    return console if console.is_terminal else VisibleConsole(width=_UNLIMITED)
 
 
 def print_table(table: Table, console: VisibleConsole) -> None:
-    """Print a table in blocks of as many columns as fit, each beginning with the first column.
+    """Print a table in blocks of as many columns as fit. Each block begins with the first column.
 
-    The first column takes at most half of the width. Its texts, and a column that is too wide for a block of its own,
-    are continued on further lines, at spaces where there are any.
+    The first column has at most half of the width. Longer texts in it, and in a column that is too wide for a block,
+    are wrapped, at spaces if there are any.
     """
     for block in _blocks(table, console):
         console.print(block)
@@ -38,12 +38,12 @@ def _blocks(table: Table, console: VisibleConsole) -> Iterator[Table]:
 
 
 def _width(table: Table, console: VisibleConsole) -> int:
-    """How many columns of the screen a table takes if nothing in it is broken."""
-    return console.measure(table, options=console.options.update(max_width=_ENDLESS)).maximum
+    """The width of a table on the screen if no text is wrapped."""
+    return console.measure(table, options=console.options.update(max_width=_UNLIMITED)).maximum
 
 
 def _part(table: Table, numbers: Sequence[int], console: VisibleConsole, title: object = None) -> Table:
-    """These columns of a table."""
+    """A table of only these columns."""
     part = Table(title=title)  # type: ignore[arg-type]
     columns = [table.columns[number] for number in numbers]
     for number, column in zip(numbers, columns, strict=True):

@@ -1,4 +1,4 @@
-"""Names and messages on a screen: what others wrote must not steer the terminal, nor hide what is beside it."""
+"""Names and messages on a screen. Untrusted text must not control the terminal or hide other text."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 from weft.screen.loudness import is_quiet
 
-# Control characters are shown as their pictures.
+# Control characters are shown as Unicode's control pictures.
 PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
 PICTURES |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
-# What turns the direction of the text around it, and halves of characters, which no screen can show.
+# Characters that change the direction of text, and surrogates, which cannot be shown.
 _HIDDEN = [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 _PLAIN = PICTURES | dict.fromkeys(_HIDDEN, "\ufffd")
 _LONGEST = 200  # characters of a name
 
 
 def visible(text: str) -> str:
-    """Text with all of it to be seen; line feeds and tabs stay."""
+    """Text with its invisible and control characters replaced; line feeds and tabs stay."""
     return text.translate(_PLAIN)
 
 
 def shortened(name: str) -> str:
-    """A name that is no longer than a screen can take."""
+    """A name, cut to at most 200 characters."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a message with names in it."""
+    """Print a message, which may contain untrusted names."""
     print(visible(text), file=file or sys.stdout, flush=True)
 
 
 def notice(text: str, file: Any = None) -> None:
-    """Print what is good to know while something runs, unless only results are wanted."""
+    """Print a message that is neither a result nor an error; nothing with `--quiet`."""
     if not is_quiet():
         say(text, file)

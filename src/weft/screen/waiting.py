@@ -1,4 +1,4 @@
-"""A sign of life while something takes long that cannot say how long."""
+"""Shows that a long operation of unknown length is running."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from weft.screen.loudness import is_quiet, is_verbose
 from weft.screen.visible import say, visible
 
 LONG = 10.0  # seconds
-_LONGEST = 70  # characters of a line that can be erased: one that the terminal wraps cannot
+_LONGEST = 70  # characters of the line; a line that the terminal wraps cannot be erased
 _ERASE = "\r\x1b[K"
 
 
 @contextmanager
 def waiting(what: str, *, hidden: bool = False) -> Iterator[None]:
-    """Say on the standard error what is waited for.
+    """Print the name of a long operation to the standard error while it runs.
 
-    On a terminal at once, in a line that is gone afterwards; elsewhere, or where the libraries speak too, in a line
-    that stays, after ten seconds.
+    On a terminal the line is printed at once, and erased at the end. Without a terminal or with `--verbose` it is
+    printed after ten seconds, and stays.
 
     Args:
-        what: is being done.
-        hidden: say nothing, as all but one of several processes do.
+        what: name of the operation.
+        hidden: print nothing; for all but one of several processes.
 
     Example:
         >>> with waiting("loading my-model"):
@@ -47,4 +47,4 @@ def waiting(what: str, *, hidden: bool = False) -> Iterator[None]:
             yield
         finally:
             later.cancel()
-            later.join()  # or it is still there for a moment
+            later.join()  # so that the thread has ended

@@ -1,8 +1,7 @@
-"""What weft's pages in a browser share: each is one HTML file that asks for no other file.
+"""Shared parts of weft's pages in a browser. Each page is a single HTML file that loads no other file.
 
-words.js says how text of others is shown, experts.js how experts are (colours, bars, what hovers over a token),
-common.css how all of it looks. A page's package has a page.html, a style.css and scripts of its own. Nothing of torch
-is needed here.
+words.js shows untrusted text, experts.js shows experts (colours, bars, tooltips of tokens), common.css is the shared
+style. A page's package has its own page.html, style.css and scripts. torch is not needed here.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ _SCRIPTS = ("words.js", "experts.js")
 
 
 def one_file(package: str, scripts: Sequence[str], data: Any, title: str = "") -> str:
-    """The page of a package, with its data.
+    """Return the HTML of a package's page, with its data.
 
     Args:
-        package: its name. page.html has the places {{title}}, {{style}}, {{script}}, {{data}}, and {{style_hash}} and
-            {{script_hash}} for its Content-Security-Policy, which lets nothing else act.
-        scripts: the package's own, in their order.
-        data: what JSON can say; the scripts read it.
-        title: plain text.
+        package: name of the package. Its page.html has the placeholders {{title}}, {{style}}, {{script}}, {{data}}, and
+            {{style_hash}} and {{script_hash}} for its Content-Security-Policy, which allows no other script or style.
+        scripts: file names of the package's own scripts, in their order.
+        data: data for the scripts; it must be representable in JSON.
+        title: title as plain text.
 
     Example:
         >>> one_file("weft.serve.page", ["app.js"], {"palette": PALETTE})
@@ -45,7 +44,7 @@ def one_file(package: str, scripts: Sequence[str], data: Any, title: str = "") -
         "script_hash": _csp_hash(script),
         "data": _json(data),
     }
-    # All places at once: what a part says is never taken for a place.
+    # All placeholders in one pass, so that none is replaced inside of an inserted part.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: places[place[1]], _text(own, "page.html"))
 
 
@@ -55,11 +54,11 @@ def _text(folder: Any, name: str) -> str:
 
 
 def _csp_hash(text: str) -> str:
-    """By which a Content-Security-Policy knows the one script, or style, that may act."""
+    """The hash of a script or style, for the Content-Security-Policy that allows it."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _json(data: Any) -> str:
-    """JSON that ends no script element, whatever is in it."""
-    text = json.dumps(data, separators=(",", ":"))  # ASCII: no bidi mark stands in the source
+    """JSON that cannot end a script element."""
+    text = json.dumps(data, separators=(",", ":"))  # ASCII, so that the source has no bidi marks
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

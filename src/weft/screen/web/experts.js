@@ -1,5 +1,5 @@
-// How experts are shown, here as everywhere: colours, bars, and what hovers over a token. `group` is what has experts: their
-// names (experts) and the numbers of their colours (colours).
+// Shows experts: colours, bars and tooltips of tokens. `group` is an object with the experts' names (experts) and the
+// numbers of their colours (colours).
 
 const $ = (id) => document.getElementById(id);
 
@@ -59,7 +59,7 @@ function setBars(rows, shares) {
   });
 }
 
-// The theme that is not shown now, instead of the system's choice.
+// Switch between the light and the dark theme.
 function otherTheme() {
   const { dataset } = document.documentElement;
   const dark = dataset.theme ? dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;

@@ -1,13 +1,13 @@
-// How text and numbers are shown. Text of others reaches a page only as text, never as markup.
+// Shows text and numbers. Untrusted text is added to a page only as text, never as markup.
 
-// Characters that steer what is beside them or cannot be seen, by their names.
+// Names of characters that change the direction of text or are invisible.
 const MARKS = {
   0xad: "SHY", 0x61c: "ALM", 0x200b: "ZWSP", 0x200e: "LRM", 0x200f: "RLM", 0x2028: "LS", 0x2029: "PS",
   0x202a: "LRE", 0x202b: "RLE", 0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ",
   0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI", 0xfeff: "BOM",
 };
 
-// The others that cannot be seen, but for joiners and variation selectors, which writing and emoji need.
+// Other invisible characters, except joiners and variation selectors, which scripts and emoji need.
 const UNSEEN = /(?![\u200c\u200d\ufe00-\ufe0f])\p{Default_Ignorable_Code_Point}/u;
 
 function visibleCharacter(character) {
@@ -22,13 +22,13 @@ function visibleCharacter(character) {
   return UNSEEN.test(character) ? `⟦U+${code.toString(16).toUpperCase()}⟧` : character;
 }
 
-// A token's text with all of it to be seen; part of a character has none of its own.
+// A token's text with all characters visible. The text is empty if the token is a part of a character.
 const visible = (piece) => (piece === "" ? "◦" : Array.from(piece, visibleCharacter).join(""));
 
-// The same for what is read rather than studied: lines and tabs are what they do.
+// The same, but line feeds and tabs stay as they are.
 const readable = (text) => Array.from(text, (character) => (/[\n\t]/.test(character) ? character : visibleCharacter(character))).join("");
 
-// The same in one line, for titles.
+// The same as `visible`, in one line and in quotes, for titles.
 const quoted = (piece) => `“${visible(piece).replaceAll("⏎\n", "⏎").replaceAll("\t", "")}”`;
 
 const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)}%`;
@@ -43,7 +43,7 @@ function probability(logProb) {
 function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (key === "style") made.style.cssText = value; // an attribute of this name is not allowed to act
+    if (key === "style") made.style.cssText = value; // the policy forbids the attribute
     else if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value);
   }
   made.append(...children);
@@ -65,10 +65,10 @@ function luminance(rgb) {
 }
 
 const INKS = [[20, 22, 26], [255, 255, 255]];
-// Black or white, whichever is read more easily on a ground.
+// Black or white, by the better contrast with a background.
 const inkOn = (rgb) => (luminance(rgb) > 0.2 ? INKS[0] : INKS[1]);
 
-// What the theme has made of the page, for what is drawn.
+// The colours of the present theme, for drawing.
 function themeColours() {
   const resolved = (property) => {
     const probe = element("i", { style: `color:var(${property})` });
