@@ -1,13 +1,13 @@
-"""From files to rows, from rows to tokens, from tokens to batches.
+"""Data: files -> rows -> tokens -> batches.
 
-Knows no model, only its tokenizer.
+Only the tokenizer of a model is used here.
 
     texts.py            rows from files, tokens from rows
     tables.py           rows from .csv and .tsv
-    given.py            what a caller in Python gives to be read, as tokens
-    chat_template.py    conversations as a tokenizer's template renders them
-    labelled.py         texts labelled by the expert that they belong to
+    given.py            texts or token ids of a caller in Python, as token ids
+    chat_template.py    conversations rendered by a tokenizer's chat template
+    labelled.py         texts labelled with their experts
     padded.py           sequences as padded batches
-    packing.py          several texts in one row, none of which sees another
-    batches.py          rows -> batches: which stand together, and how they become tensors
+    packing.py          packs several texts into one row, in which they do not see each other
+    batches.py          orders rows and collates them into batches
 """

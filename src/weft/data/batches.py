@@ -1,4 +1,4 @@
-"""Rows -> batches: which rows stand together, and how they become tensors."""
+"""Orders rows and collates them into batches of tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from weft.gate.losses import NO_EXPERT
 
 
 class RowCollator:
-    """Makes a batch of rows: each column padded on the right, as positions are counted from a row's first token.
+    """Collates rows into a batch. Columns are padded on the right, as positions are counted from a row's first token.
 
-    A row has `input_ids` and `labels`, and in all rows of a batch or none `expert_labels` and `position_ids`. Rows with
-    `position_ids` hold several texts (see `weft.data.packing`): they get no attention mask, and each token of padding
-    is a text of its own, at position 0.
+    A row has `input_ids` and `labels`. All rows of a batch, or none, have `expert_labels`; the same for `position_ids`.
+    Rows with `position_ids` contain several texts (see `weft.data.packing`): they get no attention mask, and each
+    padding token is a separate text, at position 0.
 
     Args:
-        pad_token_id: fills `input_ids` up.
+        pad_token_id: padding of `input_ids`.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -35,7 +35,7 @@ class RowCollator:
         }
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """The batch, `[row, longest]` each."""
+        """Return the batch; each tensor is `[row, longest]`."""
         if "position_ids" not in rows[0]:
             rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
         longest = max(len(row["input_ids"]) for row in rows)
@@ -47,13 +47,13 @@ class RowCollator:
 
 
 class RowsAndABlank(Dataset):
-    """The rows of a data set and, behind them, one without anything to learn, to fill batches up with.
+    """The rows of a data set, followed by a blank row, which fills up batches and has no labels.
 
-    The blank row is the shortest one without its labels, so that whatever makes batches of rows (packed or not, with a
-    scaling pass from a cache) takes it too.
+    The blank row is a copy of the shortest row without its labels, so that every collator accepts it (for packed rows,
+    for a scaling pass from a cache).
 
     Args:
-        rows: with `input_ids` and `labels` each.
+        rows: rows with `input_ids` and `labels`.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -75,17 +75,17 @@ class RowsAndABlank(Dataset):
 
 
 class FullBatches(Sampler[int]):
-    """The indices of all rows in an order that seed and epoch decide, and that of the blank row up to a whole batch.
+    """Samples all rows in an order of seed and epoch, then the blank row until the last batch is full.
 
-    With as many rows as all processes' batches need together, nobody has to repeat rows (as accelerate would), so the
-    gradients are those of one process.
+    The batches of all processes are full then, so that accelerate repeats no rows, and the gradients are the same as
+    with one process.
 
     Args:
-        num_rows: without the blank one, whose index is `num_rows`.
-        multiple: the number of indices is one of this.
-        seed: of the order.
-        lengths: of the rows, to put those of similar length together; None for any order.
-        group_size: how many rows are used together, and should be alike.
+        num_rows: number of rows without the blank one, whose index is `num_rows`.
+        multiple: the number of indices is a multiple of this.
+        seed: random seed of the order.
+        lengths: lengths of the rows, to group rows of similar length; None for a random order.
+        group_size: number of rows in such a group.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class FullBatches(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is of."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,15 +1,14 @@
-"""Conversations as a model reads them: rendered by its tokenizer's chat template, and tokenised as they are rendered.
+"""Conversations as token ids, rendered by the tokenizer's chat template.
 
-A template writes the beginning of a conversation and the ends of its turns itself, so the tokenizer adds none of its
-own, as in transformers' `apply_chat_template(tokenize=True)`. Whatever here reads or writes a conversation gets its
-tokens from `conversation_tokens`.
+The template writes all special tokens, so the tokenizer adds none, as in transformers'
+`apply_chat_template(tokenize=True)`. All code of weft gets the tokens of a conversation from `conversation_tokens`.
 
-Which of them are the assistant's a template says by its markers, `{% generation %}` and `{% endgeneration %}`. Without
-markers it is what the assistant would have written in a chat: a turn begins where the conversation before it, rendered
-to be answered, ends, and it ends where the conversation up to it does. These renderings have to be beginnings of the
-whole one. Where a template writes an answer in another way once the conversation goes on, as those do that drop the
-reasoning of earlier answers or end a conversation with a token of its own, it ends with what stands behind another
-answer in its place, both as the last message and in the whole conversation.
+The tokens of the assistant are marked by the template with `{% generation %}` and `{% endgeneration %}`. If it has no
+such markers, they are found by rendering beginnings of the conversation. A turn of the assistant begins at the end of
+the messages before it, rendered with a generation prompt. It ends at the end of the messages up to it. Both renderings
+must be prefixes of the whole conversation. Some templates render an earlier answer in another way than the last one:
+they drop its reasoning, or end the conversation with a special token. Then the answer is replaced by a fixed text. The
+text that the template writes after it, both as the last message and in the whole conversation, is the end of the turn.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 from weft.errors import DataError
 from weft.files.reading import has_surrogate, shown
 
-# An answer that no template has a reason to change, in the place of one.
+# Replaces an answer. Templates do not change such a text.
 _STAND_IN = "(an answer)"
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -29,16 +28,16 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def conversation_tokens(
     tokenizer: Any, messages: list[Any], *, add_generation_prompt: bool = False, **options: Any
 ) -> list[int]:
-    """The tokens of a conversation.
+    """Return the token ids of a conversation.
 
     Args:
-        tokenizer: with a chat template.
-        messages: dicts with "role", and "content" or what else the template knows.
-        add_generation_prompt: end with what the template writes before an answer.
-        **options: `tools`, and what else the template knows.
+        tokenizer: a tokenizer with a chat template.
+        messages: dicts with "role", and "content" or other keys of the template.
+        add_generation_prompt: end with the template's beginning of an answer.
+        **options: `tools`, and other variables of the template.
 
     Raises:
-        Exception: any, from the template, which is a program of its own.
+        Exception: any error, as a template is a program.
 
     Example:
         >>> conversation_tokens(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
@@ -48,16 +47,16 @@ def conversation_tokens(
 
 
 def assistant_mask(tokenizer: Any, messages: list[Any], **options: Any) -> list[bool]:
-    """Whether each of `conversation_tokens` is of a turn of the assistant's, its end included.
+    """Return for each of `conversation_tokens` whether it is in a turn of the assistant, including the turn's end.
 
     Args:
-        tokenizer: a "fast" one, with a chat template.
+        tokenizer: a "fast" tokenizer with a chat template.
         messages: as for `conversation_tokens`.
         **options: as for `conversation_tokens`.
 
     Raises:
-        DataError: the template does not say which they are.
-        Exception: any, from the template.
+        DataError: the tokens of the assistant cannot be found.
+        Exception: any error of the template.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError('assistant_only_loss (True) needs a tokenizer that knows its tokens\' places (a "fast" one)')
@@ -76,7 +75,7 @@ def assistant_mask(tokenizer: Any, messages: list[Any], **options: Any) -> list[
 
 
 def _turn(tokenizer: Any, messages: list[Any], index: int, whole: str, options: dict[str, Any]) -> tuple[int, int]:
-    """From which character of the whole conversation to which a turn is the assistant's."""
+    """The first character of an assistant's turn in the whole conversation, and the one after its last."""
     advice = (
         "put {% generation %} and {% endgeneration %} around what the assistant writes, in the base model's "
         "chat_template.jinja"
@@ -97,31 +96,31 @@ def _turn(tokenizer: Any, messages: list[Any], index: int, whole: str, options: 
 
 
 def _end(tokenizer: Any, messages: list[Any], index: int, whole: str, options: dict[str, Any]) -> int | None:
-    """The character of the whole conversation before which a message ends; None where that cannot be told."""
+    """The index of the character after a message in the whole conversation; None if it cannot be found."""
     until = _rendered(tokenizer, messages[: index + 1], **options)
     if whole.startswith(until):
         return len(until)
     if not isinstance(messages[index].get("content"), str):
         return None
     marked = [*messages[:index], {**messages[index], "content": _STAND_IN}, *messages[index + 1 :]]
-    _, is_last, ending = _rendered(tokenizer, marked[: index + 1], **options).partition(_STAND_IN)
-    _, is_there, rest = _rendered(tokenizer, marked, **options).partition(_STAND_IN)
+    _, in_last, ending = _rendered(tokenizer, marked[: index + 1], **options).partition(_STAND_IN)
+    _, in_whole, rest = _rendered(tokenizer, marked, **options).partition(_STAND_IN)
     if not rest.startswith(ending):
-        ending = ending.removesuffix(tokenizer.eos_token or "")  # of the conversation
-    if not (is_last and is_there and ending and rest.startswith(ending) and whole.endswith(rest)):
+        ending = ending.removesuffix(tokenizer.eos_token or "")  # the end of the conversation
+    if not (in_last and in_whole and ending and rest.startswith(ending) and whole.endswith(rest)):
         return None
     return len(whole) - len(rest) + len(ending)
 
 
 def check_messages(tokenizer: Any, messages: list[Any], **options: Any) -> None:
-    """Raise where a template would be given what is no conversation, or would leave a part of one out.
+    """Raise if the messages are not a conversation, or if the template would leave parts of it out.
 
-    Contents that are lists of parts are tried with texts that can be found again: a template that knows strings only
-    leaves such contents out, or prints them as Python or JSON does.
+    Contents that are lists of parts are tested by rendering unique texts: a template that supports only strings leaves
+    such contents out, or prints the list as Python or JSON.
 
     Raises:
-        DataError: says which message, and why.
-        Exception: any, from the template.
+        DataError: with the message and the reason.
+        Exception: any error of the template.
     """
     probes: dict[int, list[dict[str, str]]] = {}
     for number, message in enumerate(messages, start=1):
@@ -155,10 +154,10 @@ def check_messages(tokenizer: Any, messages: list[Any], **options: Any) -> None:
 
 
 def refuse_half_characters(value: Any) -> None:
-    """Raise where a text, or one in a list or object, holds half of a character, as JSON's escapes can write it.
+    """Raise if a text, or a text in a list or dict, has a lone surrogate, which JSON's escapes can write.
 
     Raises:
-        DataError: it does: a tokenizer cannot read it.
+        DataError: it has, so a tokenizer cannot read it.
     """
     if isinstance(value, str):
         if has_surrogate(value):
@@ -175,7 +174,7 @@ def refuse_half_characters(value: Any) -> None:
 
 
 def _is_result(message: dict[str, Any]) -> bool:
-    """Whether a content is what a tool has answered, which may be any list."""
+    """Whether a message is the result of a tool, whose content may be any list."""
     parts = [part for part in message["content"] if isinstance(part, dict) and "type" in part]
     return message["role"] == "tool" and not parts
 
@@ -187,5 +186,5 @@ def _rendered(tokenizer: Any, messages: list[Any], **options: Any) -> str:
 
 def _applied(tokenizer: Any, messages: list[Any], **options: Any) -> Any:
     refuse_half_characters([messages, options])
-    # A long conversation is cut later.
+    # Not verbose: no warning for a long conversation, which is cut later.
     return tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs={"verbose": False}, **options)

@@ -1,4 +1,4 @@
-"""What a caller in Python gives to be read, as token ids: the same kinds everywhere, and one error for all others."""
+"""Converts the texts, rows or token ids that functions accept in Python to token ids."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _EXPECTED = (
 
 
 def given_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: bool = False) -> list[int]:
-    """The token ids of a text, of a row of a data file, or of token ids in another form.
+    """Return the token ids of a text, of a row of a data file, or of token ids in another form.
 
     Args:
         given: a text, or a row with "text" or "messages", which need a tokenizer; or token ids ([seq] or [1, seq]), or
             a row with `input_ids`.
-        what: what it is called in messages.
+        what: its name in messages.
         tokenizer: the base model's tokenizer.
-        is_prompt: the text is to be continued, the messages are to be answered.
+        is_prompt: whether the text will be continued, or the messages answered.
 
     Raises:
-        ConfigError: `given` is of another kind, or it is a text and there is no tokenizer.
+        ConfigError: `given` has another type, or it is a text and there is no tokenizer.
         DataError: the text or the messages cannot be tokenised.
     """
     if isinstance(given, Mapping) and "input_ids" in given:
@@ -47,7 +47,7 @@ def given_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: boo
 
 
 def some_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: bool = False) -> list[int]:
-    """As `given_tokens`, where no tokens are an error.
+    """`given_tokens`, but raise if there are no tokens.
 
     Raises:
         ConfigError, DataError: as `given_tokens`; or there are no tokens.
@@ -59,7 +59,7 @@ def some_tokens(given: Any, what: str, tokenizer: Any = None, *, is_prompt: bool
 
 
 def is_text(given: Any) -> bool:
-    """Whether this is a text, or a row of one, as data files have them."""
+    """Whether this is a text, or a row with "text" or "messages"."""
     if isinstance(given, Mapping):
         return isinstance(given.get("text"), str) or isinstance(given.get("messages"), list)
     return isinstance(given, str)

@@ -1,7 +1,7 @@
-"""Texts labelled by the expert that they, or parts of them, belong to.
+"""Texts labelled with the expert to which they, or parts of them, belong.
 
-A file that is named for an expert (math=a.jsonl) labels its texts; a row's "expert" labels that text, and its "experts"
-([[start, name], ...], from which character on) the text's parts.
+An expert's name before a file (math=a.jsonl) labels all its texts. A row's "expert" labels its text. A row's "experts"
+([[start, name], ...]; start is the index of a character) labels the parts of its text.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from weft.gate.losses import NO_EXPERT
 
 
 def labelled_source(value: str, expert_names: Sequence[str]) -> tuple[str, str | None]:
-    """ "math=a.jsonl" as the file and the expert "math"; None where no expert is named.
+    """Split "math=a.jsonl" into the file and the expert "math"; the expert is None if none is named.
 
-    A name is only an expert's, so that other paths may hold an "=".
+    Only names of experts are split off, as paths can contain "=".
     """
     name, source = split_name(value)
     return (source, name) if name in expert_names else (value, None)
@@ -36,19 +36,18 @@ def training_rows(
     labelled: bool,
     assistant_only_loss: bool = False,
 ) -> list[dict[str, Any]]:
-    """The token sequences of all sources as rows for a Trainer.
+    """Read all sources and return their token sequences as rows for a Trainer.
 
     Args:
-        values: the sources, of which some may be named for an expert.
-        expert_names: in the order of their numbers.
-        tokenizer: the base model's.
-        length: tokens of a row at most; a rest of one token is dropped.
-        labelled: give each token the number of its expert, -100 for none, as `expert_labels`.
-        assistant_only_loss: `labels` are -100 but for the assistant's turns; rows without a label to learn from are
-            dropped.
+        values: the sources, SOURCE or EXPERT=SOURCE.
+        expert_names: the experts in the order of their numbers.
+        tokenizer: the base model's tokenizer.
+        length: maximum number of tokens per row; a remainder of one token is dropped.
+        labelled: add `expert_labels`, the number of each token's expert, -100 for none.
+        assistant_only_loss: set `labels` outside of the assistant's turns to -100, and drop rows without labels.
 
     Raises:
-        DataError: a source cannot be read or holds nothing to learn from, or labels are asked for and there are none.
+        DataError: a source cannot be read or has no usable row; or `labelled` is set and there are no labels.
     """
     rows: list[dict[str, Any]] = []
     for value in values:
@@ -65,24 +64,24 @@ def training_rows(
 
 
 def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tuple[list[int], list[int], list[Any]]:
-    """A row's tokens, none where its text is blank, the part of each, and the parts' labels as they stand in the row.
+    """Return a row's token ids (empty for a blank text), the part of each token, and the label of each part.
 
     Args:
-        row: as it was read.
-        place: of the row, for messages.
-        tokenizer: the base model's.
-        default: the label where the row has none.
+        row: the row of the data file.
+        place: place of the row, for messages.
+        tokenizer: the base model's tokenizer.
+        default: label of a row without one.
 
     Raises:
-        DataError: the row cannot be read, "experts" is no list of parts, or of a row without "text", or the tokenizer
-            does not know which characters its tokens are.
+        DataError: the row cannot be read, "experts" is not a list of parts, the row has "experts" but no "text", or the
+            tokenizer has no character offsets.
     """
     tokens = row_tokens(row, place, tokenizer)
     spans = row.get("experts")
     if spans and not isinstance(row.get("text"), str):
         raise DataError(f'{place}: "experts" counts the characters of "text", which is not there: name one "expert"')
     if not spans or not tokens:
-        # Tables have null where a row has no value.
+        # Tables have null for a missing value.
         return tokens, [0] * len(tokens), [default if row.get("expert") is None else row["expert"]]
     try:
         starts, names = zip(*spans, strict=True)
@@ -96,7 +95,7 @@ def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tupl
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f'{place}: "experts" needs a tokenizer that knows its tokens\' places (a "fast" one)')
     offsets = tokenizer(row["text"], verbose=False, return_offsets_mapping=True)["offset_mapping"]
-    # A special token behind the text says that it is at 0: it belongs to the part before it.
+    # A special token after the text has the offset 0, but belongs to the last part.
     parts = accumulate((bisect_right(starts, start) - 1 for start, _ in offsets), max)
     return tokens, list(parts), list(names)
 
@@ -104,17 +103,17 @@ def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tupl
 def labelled_tokens(
     row: Any, place: str, tokenizer: Any, expert_names: Sequence[str], default: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """A row's tokens, none where its text is blank, and the number of each one's expert, -100 for none.
+    """Return a row's token ids (empty for a blank text) and the number of each token's expert, -100 for none.
 
     Args:
-        row: as it was read.
-        place: of the row, for messages.
-        tokenizer: the base model's.
-        expert_names: in the order of their numbers.
-        default: the label where the row has none.
+        row: the row of the data file.
+        place: place of the row, for messages.
+        tokenizer: the base model's tokenizer.
+        expert_names: the experts in the order of their numbers.
+        default: label of a row without one.
 
     Raises:
-        DataError: as `tokens_and_parts`, or a label is no expert's name.
+        DataError: as for `tokens_and_parts`, or a label is not the name of an expert.
     """
     tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
     numbers = _numbers(names, expert_names, place)
@@ -130,7 +129,7 @@ def _source_rows(
     *,
     assistant_only_loss: bool,
 ) -> list[dict[str, Any]]:
-    """The rows of one source, with `expert_labels` where there are names of experts."""
+    """The rows of one source, with `expert_labels` if `expert_names` is given."""
     check_sequence_length(length)
     rows = []
     for place, row in read_rows(source):
@@ -143,7 +142,7 @@ def _source_rows(
         columns |= {"input_ids": tokens, "labels": labels}
         for start in range(0, len(tokens) - 1, length):
             cut = {name: values[start : start + length] for name, values in columns.items()}
-            if any(label != NO_LABEL for label in cut["labels"][1:]):  # nothing predicts the first
+            if any(label != NO_LABEL for label in cut["labels"][1:]):  # the first token is not predicted
                 rows.append(cut)
     if not rows:
         behind = ", with one of the assistant's behind the first" if assistant_only_loss else ""

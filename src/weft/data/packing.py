@@ -1,8 +1,8 @@
-"""Several texts in one row of a batch, none of which sees another.
+"""Packs several texts into one row of a batch, in which they do not see each other.
 
-The texts of a row are told apart by `position_ids` that start again at 0. There is no attention mask: without one
-transformers makes a mask of the position ids, for full and for sliding attention. Whether a model really keeps the
-texts apart depends on its architecture and its attention implementation: see `weft.train.packing_check`.
+Each text of a row begins at 0 in `position_ids`. There is no attention mask: without one, transformers makes a mask
+from the position ids, for full and for sliding attention. Whether a model really separates the texts depends on its
+architecture and its attention implementation: see `weft.train.packing_check`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from weft.data.texts import NO_LABEL
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of texts, row by row: the longest first, each into the fullest row that has room for it.
+    """Distribute texts over rows (best fit, decreasing), and return the indices of the texts in each row.
 
     Args:
-        lengths: tokens of each text, none above `capacity`.
-        capacity: tokens of a row.
+        lengths: number of tokens of each text, at most `capacity`.
+        capacity: maximum number of tokens per row.
     """
     rows: list[list[int]] = []
     by_room: list[tuple[int, int]] = []  # (tokens that still fit, row), sorted
@@ -36,12 +36,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def packed_rows(examples: Sequence[dict[str, Any]], capacity: int) -> list[dict[str, list[int]]]:
-    """Examples with several texts each; the first token of a text has the label -100, as nothing precedes it.
+    """Pack examples into rows. The first token of each text has the label -100, as nothing precedes it.
 
     Args:
-        examples: `input_ids` of one text each, `labels` where they are others, and, in all or none, `expert_labels`,
-            one for each token.
-        capacity: tokens of a row.
+        examples: one text each, with `input_ids`, with `labels` if they differ from these, and (all or none) with
+            `expert_labels`, one for each token.
+        capacity: maximum number of tokens per row.
     """
     rows = []
     for indices in pack([len(example["input_ids"]) for example in examples], capacity):

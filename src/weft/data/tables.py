@@ -1,6 +1,6 @@
 """Rows from tables of comma- or tab-separated values, whose first line names the columns.
 
-By Python's csv: what guesses types, as pandas does, would make numbers and missing values of texts.
+Read with Python's csv, as pandas guesses types, and would read some texts as numbers or missing values.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from weft.files.reading import shown
 
 
 def table_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table with a column "text", each with its place; an empty cell is None but in that column.
+    """Yield (place, row) for each row of a table with a column "text". An empty cell of another column is None.
 
     Args:
-        path: of the file, for messages.
-        text: what it holds.
+        path: path of the file, for messages.
+        text: content of the file.
         delimiter: "," or a tab.
 
     Raises:
-        DataError: there is no such column, a row has other cells than there are columns, or quotes are not closed.
+        DataError: there is no such column, a row has too few or too many cells, or quotes are not closed.
     """
     lines = _cells(path, text, delimiter)
     if not lines:
@@ -42,7 +42,7 @@ def table_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, dic
 def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """The cells of each row that is not empty, with the number of its first line."""
     lines, number = [], 1
-    before = csv.field_size_limit(max(1, len(text)))  # a text may have more than csv's 131,072 characters
+    before = csv.field_size_limit(max(1, len(text)))  # csv's default is 131,072 characters
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         for cells in reader:

@@ -1,7 +1,4 @@
-"""Rows from files, and tokens from rows: the one place where a text or a conversation becomes tokens.
-
-It knows nothing of models.
-"""
+"""Reads rows from files, and tokenises their texts and conversations."""
 
 from __future__ import annotations
 
@@ -18,23 +15,23 @@ from weft.files.names import split_name
 from weft.files.presence import EXPECTED, LINES, TABLES, source_problem
 from weft.files.reading import parse_json, read_text, shown
 
-# Windows editors put a byte order mark first.
+# Windows editors write a byte order mark first.
 _ENCODING = "utf-8-sig"
-# The label of a token that counts in no loss, as in transformers.
+# The label of a token that is ignored in the loss, as in transformers.
 NO_LABEL = -100
 
 
 def read_tokens(source: str, tokenizer: Any) -> list[list[int]]:
-    """The tokens of each text or conversation of one source.
+    """Return the token ids of each text or conversation of one source.
 
     Args:
         source: a .jsonl file with "text" or "messages" in each line, a .json file of the same or with a list of such
             objects, a .parquet file with such a column, a .csv or .tsv file with a column "text", any other file as one
             plain text, or the name or folder of a data set of the `datasets` library (its split "train").
-        tokenizer: the base model's.
+        tokenizer: the base model's tokenizer.
 
     Raises:
-        DataError: nothing is there, it cannot be read (which line, and why), or it holds no text.
+        DataError: it does not exist, it cannot be read (with the line and the reason), or it has no text.
     """
     found = [row_tokens(row, place, tokenizer) for place, row in read_rows(source)]
     found = [tokens for tokens in found if tokens]
@@ -44,13 +41,13 @@ def read_tokens(source: str, tokenizer: Any) -> list[list[int]]:
 
 
 def read_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """All rows of one source as they stand in it, each with its place, for messages.
+    """Yield (place, row) for all rows of one source, unchanged. The place is for messages.
 
     Args:
         source: as for `read_tokens`; a plain text is one row, {"text": ...}.
 
     Raises:
-        DataError: nothing is there, or it cannot be read (which line, and why).
+        DataError: it does not exist, or it cannot be read (with the line and the reason).
     """
     path = Path(source)
     suffix = path.suffix.lower()
@@ -70,10 +67,10 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def token_sequences(texts: Iterable[list[int]], length: int) -> list[list[int]]:
-    """The tokens of each text as consecutive sequences of at most `length`; a rest of one token is dropped.
+    """Split the tokens of each text into consecutive sequences of at most `length`; a remainder of one is dropped.
 
     Raises:
-        DataError: `length` leaves nothing to predict, or no text has two tokens.
+        DataError: `length` is below 2, or no text has two tokens.
     """
     check_sequence_length(length)
     sequences = []
@@ -85,7 +82,7 @@ def token_sequences(texts: Iterable[list[int]], length: int) -> list[list[int]]:
 
 
 def check_sequence_length(length: int) -> None:
-    """Raise where sequences of this length leave nothing to predict.
+    """Raise if sequences of this length have no token to predict.
 
     Raises:
         DataError: `length` is below 2.
@@ -95,7 +92,7 @@ def check_sequence_length(length: int) -> None:
 
 
 def check_length(length: int, model_config: Any) -> None:
-    """Raise where the model cannot read sequences of this length.
+    """Raise if the model cannot read sequences of this length.
 
     Raises:
         DataError: `length` is above the model's number of positions.
@@ -106,20 +103,20 @@ def check_length(length: int, model_config: Any) -> None:
 
 
 def num_positions(model_config: Any) -> int | None:
-    """How many tokens a model can read at once; None where its config sets no limit."""
+    """The maximum number of tokens of a model; None if its config has no limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def named_sources(values: list[str]) -> dict[str, str]:
-    """["math=a.jsonl", "b.jsonl"] as {name: source}; a source without a name has its file's.
+    """Convert ["math=a.jsonl", "b.jsonl"] to {name: source}; a source without a name gets the name of its file.
 
     Raises:
-        DataError: two sources have one name.
+        DataError: two sources have the same name, or a name or file is empty.
     """
     sources: dict[str, str] = {}
     for value in values:
         name, source = split_name(value)
-        if name is None or "/" in name:  # the "=" of a path is none of ours
+        if name is None or "/" in name:  # the "=" is part of a path
             name, source = Path(value).stem, value
         if not name or not source:
             raise DataError(f"data ({value}) must be name=FILE or FILE")
@@ -130,7 +127,7 @@ def named_sources(values: list[str]) -> dict[str, str]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """An object per line; of a .json file that begins as a list, its items."""
+    """The objects of the lines; for a .json file with a list, its items."""
     text = _plain_text(path)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
         try:
@@ -139,7 +136,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{path}: no valid JSON ({err}); expected one object per line, or a list of them") from err
         yield from ((f"{path}, item {number}", row) for number, row in enumerate(items))
         return
-    # Split at line feeds only: JSON strings may hold the other characters that str.splitlines splits at.
+    # Split at line feeds only: JSON strings may contain other characters at which str.splitlines splits.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = f"{path}, line {number}"
@@ -151,10 +148,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _one_text(path: Path) -> str:
-    """A file that is one plain text.
+    """Read a plain text file.
 
     Raises:
-        DataError: it is none: other bytes, or the lines of a .jsonl file.
+        DataError: it is binary, or has the lines of a .jsonl file.
     """
     text = _plain_text(path)
     if "\0" in text:
@@ -173,20 +170,20 @@ def _is_row(line: str) -> bool:
 
 
 def text_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text, with what the tokenizer puts before and behind one.
+    """Return the token ids of a text, with the special tokens that the tokenizer adds.
 
     Raises:
-        DataError: the text is none (see `refuse_half_characters`).
+        DataError: the text has a lone surrogate.
     """
     refuse_half_characters(text)
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that goes on: without what the tokenizer puts behind one that is complete.
+    """Return the token ids of a text to continue, without special tokens at its end.
 
     Raises:
-        DataError: the text is none (see `refuse_half_characters`).
+        DataError: the text has a lone surrogate.
     """
     refuse_half_characters(text)
     encoded = tokenizer(text, verbose=False, return_special_tokens_mask=True)
@@ -197,13 +194,13 @@ def prompt_tokens(text: str, tokenizer: Any) -> list[int]:
 
 
 def row_tokens(row: Any, place: str, tokenizer: Any) -> list[int]:
-    """The tokens of one row; none where its text is blank.
+    """Return the token ids of one row; empty if its text is blank.
 
     Args:
-        row: an object with "text", or with "messages", which the tokenizer's chat template renders; "tools" (a list,
-            or JSON) and "chat_template_kwargs" (an object) are handed to it.
-        place: of the row, for messages.
-        tokenizer: the base model's.
+        row: a dict with "text", or with "messages", which the tokenizer's chat template renders; "tools" (a list, or
+            JSON) and "chat_template_kwargs" (a dict) are passed to the template.
+        place: place of the row, for messages.
+        tokenizer: the base model's tokenizer.
 
     Raises:
         DataError: it has neither, or the template cannot render it.
@@ -217,10 +214,10 @@ def row_tokens(row: Any, place: str, tokenizer: Any) -> list[int]:
 
 
 def row_prompt_tokens(row: dict[str, Any], place: str, tokenizer: Any) -> list[int]:
-    """The tokens of a row's "prompt", a text that goes on, or messages that are to be answered.
+    """Return the token ids of a row's "prompt": a text to continue, or messages to answer.
 
     Raises:
-        DataError: the chat template cannot render the messages, or they are answered already.
+        DataError: the chat template cannot render the messages, or the last one is an answer.
     """
     prompt = row["prompt"]
     if isinstance(prompt, str):
@@ -232,16 +229,16 @@ def row_prompt_tokens(row: dict[str, Any], place: str, tokenizer: Any) -> list[i
 
 
 def assistant_labels(tokens: list[int], row: dict[str, Any], place: str, tokenizer: Any) -> list[int]:
-    """A row's tokens where they are of the assistant's turns, -100 in the place of the others.
+    """Return the labels of a row: its token ids in the assistant's turns, -100 elsewhere.
 
     Args:
-        tokens: of `row_tokens`.
-        row: as it was read.
-        place: of the row, for messages.
-        tokenizer: the base model's.
+        tokens: result of `row_tokens`.
+        row: the row of the data file.
+        place: place of the row, for messages.
+        tokenizer: the base model's tokenizer.
 
     Raises:
-        DataError: the row has no "messages", or it cannot be told which tokens are the assistant's, or none are.
+        DataError: the row has no "messages", or the assistant's tokens cannot be found, or there are none.
     """
     if isinstance(row.get("text"), str):
         raise DataError(
@@ -259,7 +256,7 @@ def assistant_labels(tokens: list[int], row: dict[str, Any], place: str, tokeniz
 
 
 def at_place(place: str, tokens_of: Callable[[str, Any], list[int]], text: str, tokenizer: Any) -> list[int]:
-    """What `tokens_of` makes of a row's text; its errors name the place."""
+    """Call `tokens_of` with a row's text; errors get the place."""
     try:
         return tokens_of(text, tokenizer)
     except DataError as err:
@@ -267,7 +264,7 @@ def at_place(place: str, tokens_of: Callable[[str, Any], list[int]], text: str, 
 
 
 def _conversation(row: dict[str, Any], key: str, place: str, tokenizer: Any, render: Callable[..., Any]) -> Any:
-    """What `render` makes of a row's messages; all errors name the place."""
+    """Call `render` with a row's messages; errors get the place."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise DataError(f'{place}: has "{key}", but the base model\'s tokenizer has no chat template')
     try:
@@ -276,12 +273,12 @@ def _conversation(row: dict[str, Any], key: str, place: str, tokenizer: Any, ren
         return render(tokenizer, row[key], **options)
     except DataError as err:
         raise DataError(f"{place}: {err}") from err
-    except Exception as err:  # whatever the template, which is a program of its own, raises
+    except Exception as err:  # a template is a program and can raise any error
         raise DataError(f"{place}: the chat template refuses its messages: {first_line(err)}") from err
 
 
 def _template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row hands to the template beside its messages, by the names that TRL's data sets have."""
+    """The variables of a row for the template, beside its messages; the keys are those of TRL's data sets."""
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
@@ -292,7 +289,7 @@ def _template_options(row: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f'"tools" ({shown(tools)}) must be a list of JSON schemas')
     if not isinstance(options, dict | None):
         raise DataError(f'"chat_template_kwargs" ({shown(options)}) must be an object')
-    # Tables have null where a row has no value; some templates take an empty list for tools.
+    # Tables have null for a missing value; some templates treat an empty list as tools.
     given = {name: value for name, value in (options or {}).items() if value is not None}
     return {**given, **({"tools": tools} if tools else {})}
 
@@ -301,11 +298,11 @@ def _plain_text(path: Path) -> str:
     return read_text(path, error=DataError, most=None, encoding=_ENCODING)
 
 
-def _refuse_kinds(folder: Path) -> None:
-    """Raise where a folder has tables of several kinds, of which `datasets` would read one and leave the others out.
+def _refuse_mixed_kinds(folder: Path) -> None:
+    """Raise if a folder has data files of several kinds, as `datasets` would read only one kind.
 
     Raises:
-        DataError: it has, and no README.md, which may say what is the data set.
+        DataError: it has, and there is no README.md, which can name the files of the data set.
     """
     kinds = {ending for ending in (".jsonl", ".parquet", *TABLES) if next(folder.rglob(f"*{ending}"), None)}
     if len(kinds) > 1 and not os.path.lexists(folder / "README.md"):
@@ -320,11 +317,11 @@ def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str
     from datasets.exceptions import DatasetGenerationError
 
     if os.path.isdir(source):
-        _refuse_kinds(Path(source))
+        _refuse_mixed_kinds(Path(source))
     try:
         rows = datasets.load_dataset(kind, split="train", **options)
-    except Exception as err:  # the library raises many kinds, its own and those of its readers
-        # Which says that there was an error.
+    except Exception as err:  # the library and its readers raise many kinds of errors
+        # A DatasetGenerationError says only that there was an error.
         cause = err.__cause__ if isinstance(err, DatasetGenerationError) else None
         reason = first_line(cause or err)
         if os.path.isdir(source):
