@@ -48,17 +48,20 @@ class TrainOptions(LoadingOptions):
 
     Args: Training
         max_steps: Number of optimizer steps; 0 trains for `epochs` instead.
-        epochs: Number of passes over the data, if `max_steps` and `max_tokens` are 0. The Trainer's
-            num_train_epochs.
+        epochs: Number of passes over the data, if `max_steps` and `max_tokens` are 0. The Trainer's num_train_epochs.
+            If all three are 0, training lasts until the loss on held-out texts stops falling: those of `eval_data`, or
+            a tenth of `data`.
         max_tokens: Stop after this number of trained tokens, without padding; 0 sets no limit. The data is repeated if
             necessary. With `max_steps`, training stops at the limit that is reached first.
         batch_size: Sequences per device and forward pass. The Trainer's per_device_train_batch_size.
         gradient_accumulation_steps: Forward passes per optimizer step.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate of AdamW. Default: 1e-3; without a number of steps 5e-3, which falls when the
+            loss on held-out texts does not.
         warmup_ratio: Fraction of the steps, 0 to 1, in which the learning rate rises. After them it falls to 0
             (cosine).
         seed: Random seed for the gate's start values, the order of the data and dropout.
-        eval_steps: Steps between two evaluations on `eval_data`; 0 takes `save_steps`. Each one saves a checkpoint.
+        eval_steps: Steps between two evaluations on `eval_data`; 0 takes `save_steps`, or without a number of steps
+            chooses them. Each one saves a checkpoint.
         early_stopping: Stop after this number of evaluations without a lower loss; 0 never stops early. The Trainer's
             early_stopping_patience.
 
@@ -72,7 +75,7 @@ class TrainOptions(LoadingOptions):
         top_k_lora: Number of experts that each token keeps. Default: all.
         softmax_temperature: Divisor of the gate's logits; lower values give sharper weights.
         global_scaling_weight: Factor on the whole mixture, in addition to the gate's weights. If the experts are
-            undertrained, a value above 1 helps: try 2.
+            undertrained, a value above 1 helps: try 2. Default: 1; without a number of steps, chosen on held-out texts.
         gate_layer: Run one pass only, in which the gate reads the input of this decoder layer. Only this layer and
             those after it follow the gate. Default: none, a scaling pass comes first.
         scaling_pass_layers: Number of decoder layers that the scaling pass runs. Default: all.
@@ -126,7 +129,7 @@ class TrainOptions(LoadingOptions):
     gate_start: Literal["random", "labels", "losses"] | None = None
     output: str = "weft-model"
     max_steps: int = 0
-    epochs: float = 1.0
+    epochs: float = 0.0
     max_tokens: int = 0
     batch_size: int = 4
     gradient_accumulation_steps: int = 1
@@ -137,7 +140,7 @@ class TrainOptions(LoadingOptions):
     cache_scaling_pass: bool = False
     cache_dtype: CacheDtype = "float32"
     cache_folder: str | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     warmup_ratio: float = 0.1
     seed: int = 0
     save_steps: int = 100
@@ -155,7 +158,7 @@ class TrainOptions(LoadingOptions):
     xlora_dropout_p: float = 0.2
     softmax_temperature: float = 1.0
     top_k_lora: int | None = None
-    global_scaling_weight: float = 1.0
+    global_scaling_weight: float | None = None
     scaling_pass_value: float | None = None
     scaling_pass_layers: int | None = None
     gate_layer: int | None = None

@@ -50,7 +50,7 @@ def gate_problems(options: Any) -> list[str]:
     problems = least(options, batch_size=1, gradient_accumulation_steps=1, save_steps=1, logging_steps=1)
     problems += least(options, max_steps=0, max_tokens=0, eval_steps=0, early_stopping=0)
     problems += length_problems(options.sequence_length)
-    if options.learning_rate <= 0:
+    if options.learning_rate is not None and options.learning_rate <= 0:
         problems.append(f"learning_rate ({options.learning_rate}) must be above 0")
     if not 0 <= options.warmup_ratio <= 1:
         problems.append(f"warmup_ratio ({options.warmup_ratio}) must be in [0, 1]")
@@ -59,13 +59,14 @@ def gate_problems(options: Any) -> list[str]:
             f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: that "
             "mixture's gate goes on"
         )
-    for name in ("eval_steps", "early_stopping"):
+    to_a_plateau = options.max_steps == options.max_tokens == options.epochs == 0
+    for name in ("early_stopping",) if to_a_plateau else ("eval_steps", "early_stopping"):
         if getattr(options, name) > 0 and not options.eval_data:
             problems.append(f"{name} ({getattr(options, name)}) needs eval_data: held-out texts")
     if options.packing and options.group_by_length:
         problems.append("packing (True) and group_by_length (True) exclude each other: packed sequences are all long")
-    if options.max_steps == options.max_tokens == 0 and options.epochs <= 0:
-        problems.append(f"epochs ({options.epochs}) must be above 0")
+    if options.epochs < 0:
+        problems.append(f"epochs ({options.epochs}) must be at least 0")
     return problems
 
 
@@ -75,6 +76,8 @@ def mixture_problems(options: Any, expert_names: list[str]) -> list[str]:
     values = SimpleNamespace(**{**others, **vars(options), "adapters": dict.fromkeys(expert_names, "-")})
     if values.scaling_pass_value is None:
         values.scaling_pass_value = 0.0
+    if values.global_scaling_weight is None:
+        values.global_scaling_weight = 1.0
     return [*range_problems(values), *routing_problems(values)]
 
 

@@ -17,6 +17,9 @@ Knows no screen but a line of progress, and no command.
     run_record.py       what a run is trained with, and what a run that resumes has changed
     callbacks.py        the gate in a Trainer's log
     reports.py          the tools that the log goes to
+    plateau.py          training until the loss on held-out texts stops falling
+    weight_search.py    the weight of the mixture, chosen on held-out texts
+    comparison.py       the trained mixture beside its experts, on held-out texts
     stopping.py         what ends a training early: Ctrl-C, a budget of tokens
     progress.py         what the screen shows
     scaling_cache.py    the scaling pass of all texts, computed once

@@ -13,6 +13,7 @@ from weft.base_model.versions import checkpointing_arguments, length_grouping_ar
 from weft.distributed import number_of_processes
 from weft.options import TrainOptions
 
+_LEARNING_RATE = 1e-3
 # What a mixture's config has too.
 MIXTURE_OPTIONS = (
     "layerwise_scalings",
@@ -35,7 +36,9 @@ MIXTURE_OPTIONS = (
 
 def mixture_options(options: TrainOptions) -> dict[str, Any]:
     """The options of a new mixture, for its config."""
-    return {name: getattr(options, name) for name in MIXTURE_OPTIONS}
+    given = {name: getattr(options, name) for name in MIXTURE_OPTIONS}
+    weight = given["global_scaling_weight"]
+    return {**given, "global_scaling_weight": 1.0 if weight is None else weight}
 
 
 def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
@@ -55,7 +58,15 @@ def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int
     return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
 
 
-def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int, most_steps: int) -> TrainingArguments:
+def training_arguments(
+    options: TrainOptions,
+    folder: Path,
+    schedule_steps: int,
+    most_steps: int,
+    *,
+    schedule: str = "cosine",
+    evaluates: bool | None = None,
+) -> TrainingArguments:
     """The Trainer's options for a run, with checkpoints in `folder`.
 
     Args:
@@ -63,6 +74,8 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         folder: for the checkpoints.
         schedule_steps: optimizer steps over which the learning rate falls.
         most_steps: at most so many; 0 where `epochs` decides.
+        schedule: of the learning rate, by the Trainer's name.
+        evaluates: whether there are held-out texts; None: if `eval_data` names some.
     """
     return TrainingArguments(
         output_dir=os.fspath(folder),
@@ -70,8 +83,8 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
+        learning_rate=_LEARNING_RATE if options.learning_rate is None else options.learning_rate,
+        lr_scheduler_type=schedule,
         warmup_steps=int(options.warmup_ratio * schedule_steps),
         weight_decay=0.0,
         seed=options.seed,
@@ -83,7 +96,7 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         **length_grouping_arguments(options.group_by_length),
         remove_unused_columns=False,
         disable_tqdm=True,
-        **_evaluation_arguments(options),
+        **_evaluation_arguments(options, evaluates=bool(options.eval_data) if evaluates is None else evaluates),
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),
@@ -91,8 +104,8 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
     )
 
 
-def _evaluation_arguments(options: TrainOptions) -> dict[str, Any]:
-    if not options.eval_data:
+def _evaluation_arguments(options: TrainOptions, *, evaluates: bool) -> dict[str, Any]:
+    if not evaluates:
         return {"save_steps": options.save_steps}
     # A checkpoint for each evaluation, so that the best one is there to be loaded.
     steps = options.eval_steps or options.save_steps

@@ -131,7 +131,7 @@ def _memory(model: Any, optimizer: Any, peak: float | None) -> str:
 
 def _time(options: TrainOptions, steps: int, seconds: float, evaluation: float) -> str:
     text = f"about {about(steps * seconds)} for {steps:,} steps of {seconds:.2g} s"
-    evaluations = steps // (options.eval_steps or options.save_steps) if options.eval_data else 0
+    evaluations = steps // (options.eval_steps or options.save_steps) if evaluation else 0
     if evaluations:
         text += f", and {about(evaluations * evaluation)} for {evaluations} evaluations"
     if options.cache_scaling_pass:

@@ -18,26 +18,29 @@ from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.labelled import training_rows
 from weft.data.packing import packed_rows
 from weft.data.texts import check_length
-from weft.distributed import by_the_first
+from weft.distributed import by_the_first, number_of_processes
 from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.files.names import by_name
 from weft.files.writing import errors_of_writing
 from weft.model.build import from_adapters, from_pretrained
 from weft.options import TrainOptions
 from weft.options.foreseen import refuse_foreseen
-from weft.screen.visible import notice
+from weft.screen.visible import notice, say
 from weft.train.arguments import mixture_options, steps_to_train, training_arguments
 from weft.train.callbacks import GateCallback
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resume, prepare_folder
 from weft.train.checks import check, open_sources
+from weft.train.comparison import comparison
 from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
+from weft.train.plateau import Plan, Plateau, plan
 from weft.train.progress import ProgressLine
 from weft.train.run_record import run_record
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.train.start import check_steps_left, resume_from, say_resuming, start_gate, with_mixture_options
 from weft.train.stopping import StopOnInterrupt, TokenBudget
 from weft.train.trainer import WeftTrainer, trained_tokens
+from weft.train.weight_search import WeightSearch
 
 _Rows = list[dict[str, Any]]
 
@@ -66,14 +69,17 @@ def train(options: TrainOptions) -> Path:
     if checkpoints.last is not None:
         say_resuming(checkpoints.last, record, by_the_first(notice))
     model = _load_model(options, adapters)
+    planned = plan(options, rows, held_out, by_the_first(notice))
+    options = planned.options
     if options.dry_run:
-        dry_run(options, model, tokenizer, rows, held_out)
+        dry_run(options, model, tokenizer, planned.rows, planned.held_out)
         return Path(options.output)
-    interrupt, progress = StopOnInterrupt(), ProgressLine(options.max_tokens)
+    interrupt = StopOnInterrupt()
+    progress = ProgressLine(options.max_tokens, may_stop_earlier=planned.expected_steps is not None)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress]
     if options.early_stopping:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
-    trainer = _trainer(options, model, tokenizer, rows, held_out, callbacks, checkpoints, record)
+    trainer = _trainer(planned, model, tokenizer, callbacks, checkpoints, record)
     folder = checkpoints_folder(options.output)
     together = False
     try:
@@ -92,6 +98,8 @@ def train(options: TrainOptions) -> Path:
             _save(trainer, tokenizer, options, together=together)
     if interrupt.requested:
         raise KeyboardInterrupt
+    if planned.expected_steps is not None and planned.held_out is not None and number_of_processes() == 1:
+        say(comparison(model, planned.held_out, options.batch_size, bf16=options.bf16))
     return Path(options.output)
 
 
@@ -150,16 +158,15 @@ def _load_model(options: TrainOptions, adapters: dict[str, str]) -> PeftModel:
 
 
 def _trainer(
-    options: TrainOptions,
+    planned: Plan,
     model: PeftModel,
     tokenizer: Any,
-    rows: _Rows,
-    held_out: _Rows | None,
     callbacks: list[TrainerCallback],
     checkpoints: Checkpoints,
     record: dict[str, Any],
 ) -> WeftTrainer:
     """What trains the model on the rows, from its start or from the last checkpoint on."""
+    options, rows, held_out, expected = planned
     packed = rows
     if options.packing:
         check_packing(model, options.batch_size)
@@ -169,7 +176,14 @@ def _trainer(
     if checkpoints.last is not None:
         check_steps_left(options, len(packed), checkpoints.last)
     schedule_steps, most_steps = steps_to_train(options, len(packed), tokens)
-    arguments = training_arguments(options, folder, schedule_steps, most_steps)
+    arguments = training_arguments(
+        options,
+        folder,
+        expected or schedule_steps,
+        most_steps,
+        schedule="constant_with_warmup" if expected else "cosine",
+        evaluates=held_out is not None,
+    )
     if not options.resume:
         start_gate(model, rows, options, arguments.device)
     collator: Callable[[list[Any]], Any] = RowCollator(tokenizer.pad_token_id)
@@ -189,10 +203,24 @@ def _trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    if expected is not None:
+        _end_at_a_plateau(trainer, model, planned)
     GateCallback.attach(trainer)
     if options.resume:
         resume_from(trainer, checkpoints, by_the_first(notice))
     return trainer
+
+
+def _end_at_a_plateau(trainer: WeftTrainer, model: PeftModel, planned: Plan) -> None:
+    """Let held-out texts decide learning rate, weight and end of a training."""
+    options, _, held_out, _ = planned
+    assert options.learning_rate is not None
+    assert held_out is not None
+    trainer.add_callback(Plateau(options.learning_rate))
+    # The scaling pass does not depend on the weight only if the experts are left out of it.
+    is_cached = options.cache_scaling_pass and model.xlora_config.constant_weight != 0
+    if options.global_scaling_weight is None and not (is_cached or options.use_trainable_adapters):
+        trainer.add_callback(WeightSearch(trainer, model, held_out))
 
 
 def _scaling_cache(

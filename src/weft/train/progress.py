@@ -31,10 +31,12 @@ class ProgressLine(TrainerCallback):
 
     Args:
         max_tokens: the budget of tokens; 0 is none.
+        may_stop_earlier: the number of steps is a limit that is seldom reached.
     """
 
-    def __init__(self, max_tokens: int = 0) -> None:
+    def __init__(self, max_tokens: int = 0, *, may_stop_earlier: bool = False) -> None:
         self.max_tokens = max_tokens
+        self._at_most = "at most " if may_stop_earlier else ""
         self.console = Console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -61,7 +63,7 @@ class ProgressLine(TrainerCallback):
         elif now[0] - self._after_first[0] >= _PATIENCE:
             self._estimate(now, args, state)
         if self._bar is not None:
-            description = f"step {state.global_step}/{state.max_steps}"
+            description = self._step(state)
             left = self._left(now)
             self._bar.update(self._task, completed=self._share(state), description=description, left=left)
 
@@ -69,7 +71,7 @@ class ProgressLine(TrainerCallback):
         """Write a line."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        parts = [f"step {state.global_step}/{state.max_steps}"]
+        parts = [self._step(state)]
         shares = []
         now = self._now(state)
         if "loss" in logs:
@@ -122,11 +124,14 @@ class ProgressLine(TrainerCallback):
             peak = peak_memory(args.device)
             memory = "" if peak is None else f"; {size(peak)} of {'GPU ' * (args.device.type == 'cuda')}memory"
             without = "" if str(args.eval_strategy.value) == "no" else " without evaluations"
-            self._print(f"about {about(seconds)}{without}{memory}")
+            self._print(f"{self._at_most or 'about '}{about(seconds)}{without}{memory}")
 
     def _print(self, line: str) -> None:
         if not is_quiet():
             self.console.print(line, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
+
+    def _step(self, state: Any) -> str:
+        return f"step {state.global_step}" if self._at_most else f"step {state.global_step}/{state.max_steps}"
 
     def _share(self, state: Any) -> float:
         """How much of the training is done, 0 to 1."""
@@ -138,7 +143,9 @@ class ProgressLine(TrainerCallback):
 
     def _left(self, now: tuple[float, int, float]) -> str:
         done = now[2] - self._start[2]
-        return f"{clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 else ""
+        return (
+            f"{clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 and not self._at_most else ""
+        )
 
 
 def _in_lines(parts: list[str], shares: list[str], width: int) -> str:

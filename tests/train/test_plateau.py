@@ -1,0 +1,236 @@
+"""A training without a number of steps: it ends at a plateau, and held-out texts choose rate and weight."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+import weft
+from weft.cli import main
+from weft.evaluate import perplexity
+from weft.model.model import at_own_weight
+from weft.options import TrainOptions
+from weft.train.comparison import comparison
+from weft.train.plateau import failures, interval_of, plan, split
+from weft.train.weight_search import WeightSearch
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """60 texts, of which 6 are held out."""
+    file = tmp_path / "texts.jsonl"
+    words = ["the quick brown fox", "over the lazy dog", "a mathematician proves it", "code that nobody reads"]
+    file.write_text("\n".join(json.dumps({"text": f"{words[number % 4]} {number}"}) for number in range(60)))
+    return str(file)
+
+
+@pytest.fixture
+def command(base_folder, base_adapters, texts, tmp_path):
+    def build(name, *more):
+        return [
+            *(
+                "train",
+                "--base",
+                str(base_folder),
+                "--adapters",
+                *(f"{name}={path}" for name, path in base_adapters.items()),
+            ),
+            *("--data", texts, "--output", str(tmp_path / name), "--batch-size", "6", "--sequence-length", "32"),
+            *("--gate-start", "random", *more),
+        ]
+
+    return build
+
+
+def log_of(folder):
+    last = max((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return last, json.loads((last / "trainer_state.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([], 0),
+        ([3.0], 0),
+        ([3.0, 2.9, 2.8], 0),
+        ([3.0, 2.9985], 1),  # 0.05%
+        ([3.0, 3.1, 2.9, 2.9, 2.95, 2.8], 3),
+        ([math.nan, 3.0], 1),
+        ([2.0, math.nan, math.inf, 1.0], 2),
+    ],
+)
+def test_an_evaluation_fails_if_its_loss_is_not_clearly_the_lowest(losses, expected):
+    assert failures(losses) == expected
+
+
+def test_a_tenth_is_held_out_and_the_rest_is_trained_on():
+    rows = [{"input_ids": [number], "labels": [number]} for number in range(1000)]
+    rest, held_out = split(rows, seed=0)
+    assert len(held_out) == 64
+    assert sorted(row["input_ids"][0] for row in rest + held_out) == list(range(1000))
+    assert split(rows, seed=0)[1] == held_out
+    assert split(rows, seed=1)[1] != held_out
+    assert len(split(rows[:40], seed=0)[1]) == 4
+    assert split(rows[:39], seed=0) == (rows[:39], None)
+
+
+def test_evaluations_take_about_a_fifth_of_the_time():
+    assert interval_of(64, 4) == 27  # 16 forward passes; 27 steps take as long as 81
+    assert interval_of(4, 8) == 10
+
+
+def test_a_number_of_steps_is_kept_and_held_out_texts_are_trained_on():
+    rows = [{"input_ids": [number], "labels": [number]} for number in range(100)]
+    for given in ({"max_steps": 3}, {"epochs": 2.0}, {"max_tokens": 50}):
+        options = TrainOptions(**given)
+        planned = plan(options, rows, None)
+        assert planned == (options, rows, None, None)
+
+
+def test_eval_data_are_what_is_held_out():
+    rows = [{"input_ids": [number], "labels": [number]} for number in range(100)]
+    planned = plan(TrainOptions(eval_data=["x"], learning_rate=0.01), rows, rows[:20])
+    assert planned.rows == rows
+    assert planned.held_out == rows[:20]
+    assert planned.options.learning_rate == 0.01
+    assert (planned.options.eval_steps, planned.options.max_steps) == (10, 400)
+    planned = plan(TrainOptions(eval_data=["x"], eval_steps=7), rows, rows[:20])
+    assert (planned.options.eval_steps, planned.options.learning_rate) == (7, 5e-3)
+
+
+def test_it_ends_at_a_plateau_with_the_best_checkpoint(command, tmp_path, capsys):
+    assert main(command("out", "--eval-steps", "3", "--learning-rate", "0.3")) == 0
+    shown = capsys.readouterr()
+    assert "until the loss on 6 held-out sequences stops falling, evaluated every 3 steps; at most 120" in shown.out
+    assert "on 6 held-out sequences: loss " in shown.out
+    _, state = log_of(tmp_path / "out")
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert failures(losses) == 4
+    assert failures(losses[:-1]) == 3
+    assert state["global_step"] == 3 * len(losses) < 120
+    # Constant after the warm-up, and 0.3 of it after each failure.
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    late = [step for step in rates if step > 3]
+    expected = [0.3 * 0.3 ** failures(losses[: (step - 1) // 3]) for step in late]
+    assert [rates[step] for step in late] == pytest.approx(expected)
+    # The saved mixture is the one with the lowest loss.
+    best = json.loads((tmp_path / "out/adapter_config.json").read_text())["global_scaling_weight"]
+    weights = [entry for entry in state["log_history"] if "global_scaling_weight" in entry]
+    before = [entry for entry in weights if entry["step"] <= state["best_global_step"]]
+    assert best == (before[-1]["global_scaling_weight"] if before else 1.0)
+
+
+def test_a_resumed_run_ends_as_the_whole_one(command, tmp_path, monkeypatch):
+    assert main(command("whole", "--eval-steps", "3", "--learning-rate", "0.3", "--seed", "1")) == 0
+    _, whole = log_of(tmp_path / "whole")
+
+    def stop_at(step):
+        original = WeightSearch.on_step_end
+
+        def on_step_end(self, args, state, control, **kwargs):
+            original(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                control.should_training_stop = True
+
+        monkeypatch.setattr(WeightSearch, "on_step_end", on_step_end)
+
+    half = 3 * ((whole["global_step"] // 3) // 2)
+    with monkeypatch.context():
+        stop_at(half)
+        assert main(command("part", "--eval-steps", "3", "--learning-rate", "0.3", "--seed", "1")) == 0
+    monkeypatch.undo()
+    assert log_of(tmp_path / "part")[1]["global_step"] == half
+    assert main(command("part", "--eval-steps", "3", "--learning-rate", "0.3", "--seed", "1", "--resume", "true")) == 0
+    _, part = log_of(tmp_path / "part")
+    for name in ("eval_loss", "learning_rate", "global_scaling_weight"):
+        one, other = ([entry[name] for entry in state["log_history"] if name in entry] for state in (whole, part))
+        assert other == pytest.approx(one), name
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "part" / file).read_bytes().replace(b"part", b"whole") == (
+            tmp_path / "whole" / file
+        ).read_bytes().replace(b"part", b"whole")
+
+
+def test_too_few_texts_are_read_once_and_this_is_said(command, texts, tmp_path, capsys):
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"the quick brown fox {number}"}) for number in range(12)))
+    few = [str(file) if value == texts else value for value in command("few")]
+    assert main(few) == 0
+    assert (
+        "one pass over the data: 12 sequences, 40 are needed to hold out some (or eval_data)" in capsys.readouterr().out
+    )
+
+
+def test_a_weight_that_is_given_is_kept(command, tmp_path):
+    assert main(command("given", "--eval-steps", "3", "--global-scaling-weight", "1.5")) == 0
+    assert weft.from_pretrained(tmp_path / "given").get_global_scaling_weight() == 1.5
+    _, state = log_of(tmp_path / "given")
+    assert not [entry for entry in state["log_history"] if "global_scaling_weight" in entry]
+
+
+class FakeTrainer:
+    """Evaluates a parabola of the logarithm of the weight."""
+
+    def __init__(self, model, best):
+        self.model, self.best, self.logged = model, best, []
+        self.state = SimpleNamespace(log_history=[], global_step=0, best_global_step=None)
+
+    def get_eval_dataloader(self, rows):
+        return rows
+
+    def evaluation_loop(self, rows, description, prediction_loss_only):
+        loss = 2 + math.log(self.model.weight / self.best) ** 2
+        return SimpleNamespace(metrics={"eval_loss": loss})
+
+    def log(self, values):
+        self.state.log_history.append({**values, "step": self.state.global_step})
+
+
+class FakeModel:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def get_global_scaling_weight(self):
+        return self.weight
+
+    def set_global_scaling_weight(self, weight):
+        self.weight = weight
+
+
+@pytest.mark.parametrize(("best", "expected"), [(1.0, 1.0), (2.0, 1.2**4), (0.1, 1.2**-3), (9.0, 1.2**7)])
+def test_the_weight_climbs_to_the_best_one_within_its_limits(best, expected):
+    model = FakeModel(1.0)
+    trainer = FakeTrainer(model, best)
+    search = WeightSearch(trainer, model, [{}] * 20)
+    search.on_train_begin(None, trainer.state, None)
+    for step in range(1, 11):
+        trainer.state.global_step = step
+        search.on_step_end(None, trainer.state, SimpleNamespace(should_evaluate=True))
+    assert model.weight == pytest.approx(expected)
+    # Back to an earlier step, and to the start.
+    trainer.state.best_global_step = 0
+    search.on_train_end(SimpleNamespace(load_best_model_at_end=True), trainer.state, None)
+    assert model.weight == 1.0
+
+
+def test_the_comparison_has_the_losses_of_evaluation(mixture):
+    model = weft.from_pretrained(mixture)
+    sequences = [[1, 5, 9, 4, 7, 3], [2, 8, 6, 4], [3, 3, 7, 9, 11], [9, 1, 2, 6, 5]]
+    rows = [{"input_ids": sequence, "labels": [-100, *sequence[1:]]} for sequence in sequences]
+    losses = {"weft": math.log(perplexity(model, sequences, 2))}
+    for name in ("math", "code"):
+        with at_own_weight(model, {name: 1.0}):
+            losses[name] = math.log(perplexity(model, sequences, 2))
+    with model.disable_adapter():
+        losses["base"] = math.log(perplexity(model, sequences, 2))
+    best = min(("math", "code"), key=losses.get)
+    said = comparison(model, rows, batch_size=3)
+    assert said.startswith(
+        f"on 4 held-out sequences: loss {losses['weft']:.3f}, base model {losses['base']:.3f}, best expert alone "
+        f"({best}) {losses[best]:.3f}. At least as good as each sequence's best expert on "
+    )
+    # Tokens without a label do not count.
+    for row in rows:
+        row["labels"] = [*row["labels"][:-1], -100]
+    assert comparison(model, rows, batch_size=3) != said
