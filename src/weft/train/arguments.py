@@ -1,4 +1,4 @@
-"""The options of a training -> transformers' `TrainingArguments`, steps, and a mixture's own options."""
+"""Converts the options of a training to transformers' `TrainingArguments`, steps, and a mixture's options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weft.base_model.versions import checkpointing_arguments, length_grouping_ar
 from weft.distributed import number_of_processes
 from weft.options import TrainOptions
 
-# What a mixture's config has too.
+# Options that are also in the mixture's config.
 MIXTURE_OPTIONS = (
     "layerwise_scalings",
     "xlora_depth",
@@ -39,7 +39,7 @@ def mixture_options(options: TrainOptions) -> dict[str, Any]:
 
 
 def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
-    """Optimizer steps as expected, and at most (0: `epochs` decides)."""
+    """Optimizer steps: (expected number, maximum). The maximum 0 means that `epochs` ends the training."""
     per_step = options.batch_size * options.gradient_accumulation_steps * number_of_processes()
     if options.max_tokens:
         expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
@@ -50,19 +50,19 @@ def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) 
 
 
 def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps that a budget of tokens takes: as expected, and at most."""
+    """Optimizer steps for a budget of tokens: (expected number, maximum)."""
     expected = -(-max_tokens * steps_per_epoch // tokens_per_epoch)
     return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
 
 
 def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int, most_steps: int) -> TrainingArguments:
-    """The Trainer's options for a run, with checkpoints in `folder`.
+    """The Trainer's arguments for a run.
 
     Args:
-        options: of the run.
-        folder: for the checkpoints.
-        schedule_steps: optimizer steps over which the learning rate falls.
-        most_steps: at most so many; 0 where `epochs` decides.
+        options: the options of the run.
+        folder: folder for the checkpoints.
+        schedule_steps: number of optimizer steps in the learning rate schedule.
+        most_steps: maximum number of optimizer steps; 0 if `epochs` ends the training.
     """
     return TrainingArguments(
         output_dir=os.fspath(folder),
@@ -76,7 +76,7 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
         weight_decay=0.0,
         seed=options.seed,
         logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,  # such a loss stops the run
+        logging_nan_inf_filter=False,  # WeftTrainer stops at such a loss
         report_to=options.report_to,
         **checkpointing_arguments({"use_reentrant": False} if options.gradient_checkpointing else None),
         bf16=options.bf16,
@@ -94,7 +94,7 @@ def training_arguments(options: TrainOptions, folder: Path, schedule_steps: int,
 def _evaluation_arguments(options: TrainOptions) -> dict[str, Any]:
     if not options.eval_data:
         return {"save_steps": options.save_steps}
-    # A checkpoint for each evaluation, so that the best one is there to be loaded.
+    # A checkpoint for each evaluation, so that the best one can be loaded.
     steps = options.eval_steps or options.save_steps
     return {
         "eval_strategy": "steps",
