@@ -56,8 +56,8 @@ def gate_problems(options: Any) -> list[str]:
         problems.append(f"warmup_ratio ({options.warmup_ratio}) must be in [0, 1]")
     if options.start_from and options.gate_start not in (None, "random"):
         problems.append(
-            f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: that "
-            "mixture's gate goes on"
+            f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: the gate "
+            "of that mixture is trained further"
         )
     for name in ("eval_steps", "early_stopping"):
         if getattr(options, name) > 0 and not options.eval_data:

@@ -51,7 +51,7 @@ MOST_TOKENS = 32_768  # maximum number of tokens to read: 64 sequences of 512
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
 _TURN = 64  # mean number of tokens that an expert writes before another one continues
 _STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
-_HELD_OUT = 8  # one of so many sequences is held out
+_HELD_OUT = 8  # one of this number of sequences is held out
 # A channel whose deviation is below this fraction of its mean varies by rounding errors only.
 _ROUNDING = 1e-6
 
@@ -197,7 +197,7 @@ def _draw(
     if not chosen and unlabelled:
         what = "labels: none of the examples has one (expert_labels)"
         if by == "losses":
-            what = "losses: in none of the examples is there a token behind the first that counts (labels)"
+            what = "losses: in none of the examples is there a token after the first that counts (labels)"
         raise DataError(f"the gate cannot be fitted by {what}")
     if not chosen:
         raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")

@@ -195,7 +195,7 @@ class ScalingCacheCollator:
             if found is not None:
                 if start > 0 and batch.get("attention_mask") is not None:
                     raise ConfigError(
-                        "padding_side ('left') must be 'right' with a cache of the scaling pass: behind padding a "
+                        "padding_side ('left') must be 'right' with a cache of the scaling pass: after padding, a "
                         "text's first token is predicted from padding, for which the cache has nothing. Set it on the "
                         "tokenizer"
                     )
