@@ -137,7 +137,7 @@ def test_the_trainers_own_names_are_taken():
         ("train --gate-start best", "--gate-start ('best') must be one of random, labels, losses"),
         ("train spare", "'spare' belongs to no option: put a value that has spaces into quotes"),
         ("generate --prompt x", "MODEL is missing: folder or Hub id of a trained mixture"),
-        ("push m", "REPO_ID is missing: repository, as user/name; it is made if it does not exist"),
+        ("push m", "REPO_ID is missing: repository, as user/name; it is created if it does not exist"),
         ("train --data [a", "data is no YAML that can be read, line 1: "),
         ("train --data {a:1}", "data ({'a:1': None}) must be a list of texts, FILE each"),
         ("train --quiet --verbose", "--quiet and --verbose exclude each other"),

@@ -390,7 +390,7 @@ NO_TOKENS = "needs tokens of the assistant's, and the chat template gives none i
             "\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
             CHAT,
-            f"{UNTOLD}: the chat template changes message 2, or what stands before it, when the conversation goes on; "
+            f"{UNTOLD}: the chat template changes message 2, or the text before it, when the conversation continues; "
             r"put \{% generation %\} and \{% endgeneration %\} around what the assistant writes, in the base model's "
             "chat_template.jinja",
         ),
@@ -399,7 +399,7 @@ NO_TOKENS = "needs tokens of the assistant's, and the chat template gives none i
             "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.index0 >= messages | length - 2 %}"
             "short {% endif %}{{ m['content'] }} [/INST]{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
             CHAT,
-            f"{UNTOLD}: the chat template changes message 2, or what stands before it, when",
+            f"{UNTOLD}: the chat template changes message 2, or the text before it, when",
         ),
         (
             "llama 3",
@@ -483,7 +483,7 @@ def test_data_whose_assistants_tokens_are_all_cut_away_is_an_error(write):
     messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
     file = write({"messages": messages})
     with pytest.raises(
-        DataError, match="holds no text of two tokens or more, with one of the assistant's behind the first"
+        DataError, match="holds no text of two tokens or more, with one of the assistant's after the first"
     ):
         training_rows([file], [], tokenizer, 2, labelled=False, assistant_only_loss=True)
 
@@ -629,9 +629,7 @@ def test_examples_without_a_token_that_counts_are_left_out_of_a_fit(apart, capsy
     first_alone = {"input_ids": told, "labels": [told[0], *[-100] * 7]}
     weft.fit_gate(model, [some, first_alone, {"input_ids": told}], announce=said.append)
     assert "the losses of 16 tokens of 2 sequences" in said[0]
-    with pytest.raises(
-        DataError, match="by losses: in none of the examples is there a token behind the first that cou"
-    ):
+    with pytest.raises(DataError, match="by losses: in none of the examples is there a token after the first that cou"):
         weft.fit_gate(model, [first_alone])
     with pytest.raises(DataError, match=r"labels of example 0 have shape \[3\], expected \[8\]: one for each token"):
         weft.fit_gate(model, [{"input_ids": told, "labels": told[:3]}])

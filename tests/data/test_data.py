@@ -225,7 +225,7 @@ def test_folder_of_several_kinds_is_named(tmp_path, tokenizer):
     (tmp_path / "train.jsonl").write_text('{"text": "one"}')
     (tmp_path / "more.csv").write_text("text\ntwo\n")
     assert error_of(str(tmp_path), tokenizer) == (
-        f"data ({tmp_path}) is a folder with .csv and .jsonl files, of which one kind would be read: give the files"
+        f"data ({tmp_path}) is a folder with .csv and .jsonl files, but only one kind would be read: give the files"
     )
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: more.csv\n---\n")
     assert read_texts(str(tmp_path), tokenizer) == ["two"]

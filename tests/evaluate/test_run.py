@@ -234,7 +234,7 @@ def test_a_stopped_evaluation_keeps_what_is_finished(table, mixture, data, monke
     monkeypatch.setattr(evaluation, "score", interrupted)
     output = str(tmp_path / "table.json")
     assert main(["eval", mixture, "--data", *data[:1], "--rows", "base", "weft", "--output", output]) == 130
-    assert "stopped; finished cells are kept, the same command goes on" in capsys.readouterr().err
+    assert "stopped; finished cells are kept, the same command continues" in capsys.readouterr().err
     assert set(table("--rows", "base", "weft", data=data[:1])["perplexity"]) == {"base", "weft"}
     assert len(calls) == 3
 
@@ -326,7 +326,7 @@ def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp
             cells.keep("b" * 64, "weft", "code", cell)
     assert str(raised.value) == (
         f"{file} cannot be written: [Errno 27] File too large (what was measured before is kept in it); free some "
-        "space, and the same command goes on"
+        "space, and the same command continues"
     )
     again = CellStore(file)
     again.keep("b" * 64, "weft", "code", cell)

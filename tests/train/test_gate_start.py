@@ -337,7 +337,7 @@ def test_training_starts_from_the_fit(arguments, tmp_path, capsys):
     assert main([*arguments, "--gate-start", "labels", "--max-steps", "1", "--learning-rate", "1e-6"]) == 0
     shown = capsys.readouterr().out
     assert "fitting the gate to the labels of " in shown
-    assert "of the tokens that were kept aside" in shown
+    assert "of the held-out tokens" in shown
     model, tokenizer = weft.from_pretrained(tmp_path / "out"), tiny_tokenizer()
     for number, word in enumerate(("seven", "return")):
         inputs = tokenizer(f"{word} {word} {word}", return_tensors="pt")

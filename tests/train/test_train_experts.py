@@ -134,7 +134,7 @@ def test_some_experts_may_be_there_already_and_the_gate_have_data_of_its_own(
 def test_complete_experts_are_not_trained_again(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("weft.train.experts.train", lambda options: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(arguments) == 130  # between the stages
-    assert f"complete experts are in {tmp_path}/out-experts, the same command goes on" in capsys.readouterr().err
+    assert f"complete experts are in {tmp_path}/out-experts, the same command continues" in capsys.readouterr().err
     monkeypatch.undo()
     before = tensors(tmp_path / "out-experts/fox")
     for file in (tmp_path / "out-experts/law").iterdir():

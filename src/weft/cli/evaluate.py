@@ -20,5 +20,5 @@ def evaluate(options: EvalOptions) -> None:
         compare(options)
     except KeyboardInterrupt:
         if options.output:
-            say("stopped; finished cells are kept, the same command goes on", file=sys.stderr)
+            say("stopped; finished cells are kept, the same command continues", file=sys.stderr)
         raise

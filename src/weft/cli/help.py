@@ -11,7 +11,7 @@ from weft.cli.parser import COMMON
 from weft.options.described import Option, description, options_of
 
 _INDENT = 28  # columns before a description
-_LEAST, _MOST = 40, 100  # columns of the whole text
+_MIN_WIDTH, _MAX_WIDTH = 40, 100  # columns of the whole text
 _OVERVIEW = {
     "--quiet": COMMON["quiet"],
     "--verbose": COMMON["verbose"],
@@ -116,4 +116,4 @@ def _example(example: str, width: int) -> list[str]:
 
 
 def _width() -> int:
-    return max(_LEAST, min(_MOST, shutil.get_terminal_size().columns))
+    return max(_MIN_WIDTH, min(_MAX_WIDTH, shutil.get_terminal_size().columns))

@@ -100,7 +100,7 @@ class _Reader:
         self.given = Given()
         self._command = command
         self.options = {option.name: option for option in options_of(COMMANDS[command].options)}
-        self._free = [option for option in self.options.values() if option.positional]
+        self._positional = [option for option in self.options.values() if option.positional]
         self._rest: list[str] = []
         self.skipped_words = False
 
@@ -111,18 +111,18 @@ class _Reader:
             word = self._rest.pop(0)
             if word == "--":
                 for rest in self._rest:
-                    self._place(rest)
+                    self._add_positional(rest)
                 return
             if not _is_flag(word):
-                self._place(word)
+                self._add_positional(word)
                 continue
             name, equals, value = ("--help" if word == "-h" else word).partition("=")
             self._flag(name, value if equals else None)
 
-    def _place(self, word: str) -> None:
+    def _add_positional(self, word: str) -> None:
         """Use an argument without a name for the next positional option."""
-        if self._free:
-            self._set(self._free.pop(0), word, from_words)
+        if self._positional:
+            self._set(self._positional.pop(0), word, from_words)
         else:
             self.given.problems.append(f"{word!r} belongs to no option: put a value that has spaces into quotes")
 
@@ -181,7 +181,7 @@ class _Reader:
             if today in self.options:
                 self._note_earlier(name, today)
                 self._set(self.options[today], value, from_yaml)
-                self._free = [option for option in self._free if option.name != today]
+                self._positional = [option for option in self._positional if option.name != today]
             else:
                 names = [*self.options, *TRAINERS]
                 self.given.problems.append(f"config has {name!r}, which is no option{did_you_mean(name, names)}")

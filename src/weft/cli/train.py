@@ -35,8 +35,8 @@ def _say_how_to_continue(options: TrainOptions) -> None:
     elif (Path(options.output) / "adapter_config.json").exists():
         say(
             f"stopped before the first checkpoint; what was learned is in {options.output}: --start-from "
-            f"{options.output} goes on from it, into another folder",
+            f"{options.output} continues from it, in another folder",
             file=sys.stderr,
         )
     elif options.experts_from:
-        say(f"stopped; complete experts are in {experts_folder(options)}, the same command goes on", file=sys.stderr)
+        say(f"stopped; complete experts are in {experts_folder(options)}, the same command continues", file=sys.stderr)

@@ -90,7 +90,7 @@ def _turn(tokenizer: Any, messages: list[Any], index: int, whole: str, options: 
     if end is None or not whole[:end].startswith(before):
         raise DataError(
             "assistant_only_loss (True) cannot tell which tokens are the assistant's: the chat template changes "
-            f"message {index + 1}, or what stands before it, when the conversation goes on; {advice}"
+            f"message {index + 1}, or the text before it, when the conversation continues; {advice}"
         )
     return len(before), end
 

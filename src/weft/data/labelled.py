@@ -145,8 +145,8 @@ def _source_rows(
             if any(label != NO_LABEL for label in cut["labels"][1:]):  # the first token is not predicted
                 rows.append(cut)
     if not rows:
-        behind = ", with one of the assistant's behind the first" if assistant_only_loss else ""
-        raise DataError(f"data ({source}) holds no text of two tokens or more{behind}")
+        after = ", with one of the assistant's after the first" if assistant_only_loss else ""
+        raise DataError(f"data ({source}) holds no text of two tokens or more{after}")
     return rows
 
 

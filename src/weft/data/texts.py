@@ -307,7 +307,7 @@ def _refuse_mixed_kinds(folder: Path) -> None:
     kinds = {ending for ending in (".jsonl", ".parquet", *TABLES) if next(folder.rglob(f"*{ending}"), None)}
     if len(kinds) > 1 and not os.path.lexists(folder / "README.md"):
         raise DataError(
-            f"data ({folder}) is a folder with {' and '.join(sorted(kinds))} files, of which one kind would be read: "
+            f"data ({folder}) is a folder with {' and '.join(sorted(kinds))} files, but only one kind would be read: "
             "give the files"
         )
 

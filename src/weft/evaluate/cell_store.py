@@ -95,7 +95,7 @@ class CellStore:
         self._known[digest] = cell
         if self.file is not None:
             line = json.dumps({"digest": digest, "row": row, "data": data, "cell": asdict(cell)})
-            kept, advice = "what was measured before is kept in it", "free some space, and the same command goes on"
+            kept, advice = "what was measured before is kept in it", "free some space, and the same command continues"
             with errors_of_writing(self.file, kept, advice), self.file.open("a", encoding="utf-8") as out:
                 out.write(("\n" if self._broken else "") + line + "\n")
             self._broken = False

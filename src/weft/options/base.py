@@ -21,14 +21,14 @@ _PATHS = (
 )
 
 
-class _TakesOtherSpellings(type):
+class _AcceptsOtherNames(type):
     """Accepts options under the names of earlier versions and of transformers."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **in_todays_spelling(cls, kwargs))
 
 
-class CommandOptions(metaclass=_TakesOtherSpellings):
+class CommandOptions(metaclass=_AcceptsOtherNames):
     """Base class of the options of each command."""
 
     def __post_init__(self) -> None:

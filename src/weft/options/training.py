@@ -56,8 +56,8 @@ def gate_problems(options: Any) -> list[str]:
         problems.append(f"warmup_ratio ({options.warmup_ratio}) must be in [0, 1]")
     if options.start_from and options.gate_start not in (None, "random"):
         problems.append(
-            f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: that "
-            "mixture's gate goes on"
+            f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: the gate "
+            "of that mixture is trained further"
         )
     to_a_plateau = options.max_steps == options.max_tokens == options.epochs == 0
     for name in ("early_stopping",) if to_a_plateau else ("eval_steps", "early_stopping"):

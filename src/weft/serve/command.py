@@ -167,7 +167,7 @@ def _refuse_flags(flags: Sequence[str]) -> None:
 
 
 def _refuse_misspelt(flags: Sequence[str], takes: Callable[[str], bool] = lambda name: False) -> None:
-    """Raise where a flag is near one of weft serve's own, and none that `takes` knows."""
+    """Raise if a flag is similar to an option of weft serve, and `takes` does not accept it."""
     own = {option.flag[2:]: option.flag for option in options_of(ServeOptions) if not option.positional}
     for flag in flags:
         name = flag.partition("=")[0]

@@ -17,7 +17,7 @@ def parsed(flags: Sequence[str] | None = None) -> Namespace:
 
 
 def takes(name: str) -> bool:
-    """Whether `vllm serve` has a flag of that name, or one that begins so; what follows a dot is JSON's."""
+    """Whether `vllm serve` has a flag with this name or prefix. Of --flag.key, only --flag is compared."""
     name = name.partition(".")[0].replace("_", "-")
     return any(known.startswith(name) for known in make_arg_parser(FlexibleArgumentParser())._option_string_actions)
 

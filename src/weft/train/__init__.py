@@ -1,29 +1,29 @@
-"""The recipe: data in, a trained mixture out, on transformers' Trainer.
+"""Training of mixtures and experts, on transformers' Trainer.
 
-Knows no screen but a line of progress, and no command.
+Nothing is printed here but progress and notices.
 
-    gate.py             `weft train`: the gate (and, if asked, the experts)
-    experts.py          two stages: the experts first, then the gate
-    checks.py           what is wrong with the options, as checkpoints, mixtures and the Hub tell
-    dry_run.py          what a training needs, told by a step
-    packing_check.py    whether a model keeps the texts of a packed row apart
+    gate.py             trains the gate (and, if asked, the experts)
+    experts.py          two stages: trains the experts first, then the gate
+    checks.py           checks of the options that read checkpoints, mixtures or the Hub
+    dry_run.py          estimates the memory and time of a training
+    packing_check.py    checks that a model separates the texts of a packed row
     arguments.py        options -> transformers' TrainingArguments, steps, a mixture's options
-    start.py            from a mixture, with a fitted gate, or from a checkpoint
-    gate_fit.py         a gate fitted to say which expert fits each token
-    trainer.py          the Trainer: all that weft overrides of transformers' one
-    finite_loss.py      a loss that is not finite: the last good weights, and what to say
+    start.py            starts from a mixture, with a fitted gate, or from a checkpoint
+    gate_fit.py         fits the gate to predict each token's expert, before training
+    trainer.py          a subclass of transformers' Trainer
+    finite_loss.py      stops at a loss that is not finite, with the last good weights
     sharding.py         weights and the optimizer's state between shards and files
-    checkpoints.py      which checkpoints are whole, and which are kept
-    run_record.py       what a run is trained with, and what a run that resumes has changed
-    callbacks.py        the gate in a Trainer's log
-    reports.py          the tools that the log goes to
+    checkpoints.py      finds complete checkpoints, removes old ones
+    run_record.py       records the options and data of a run; changes of a run that resumes
+    callbacks.py        adds metrics of the gate to a Trainer's log
+    reports.py          checks the tools that receive the log
     plateau.py          training until the loss on held-out texts stops falling
-    weight_search.py    the weight of the mixture, chosen on held-out texts
-    comparison.py       the trained mixture beside its experts, on held-out texts
-    stopping.py         what ends a training early: Ctrl-C, a budget of tokens
-    progress.py         what the screen shows
-    scaling_cache.py    the scaling pass of all texts, computed once
-    scaling_index.py    what its files hold
+    weight_search.py    chooses the weight of the mixture on held-out texts
+    comparison.py       compares the trained mixture with its experts on held-out texts
+    stopping.py         ends a training early: Ctrl-C, a budget of tokens
+    progress.py         progress on the screen
+    scaling_cache.py    computes the scaling pass of all texts once and keeps it on disk
+    scaling_index.py    the index of such a cache
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The options of a training -> transformers' `TrainingArguments`, steps, and a mixture's own options."""
+"""Converts the options of a training to transformers' `TrainingArguments`, steps, and a mixture's options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from weft.distributed import number_of_processes
 from weft.options import TrainOptions
 
 _LEARNING_RATE = 1e-3
-# What a mixture's config has too.
+# Options that are also in the mixture's config.
 MIXTURE_OPTIONS = (
     "layerwise_scalings",
     "xlora_depth",
@@ -42,7 +42,7 @@ def mixture_options(options: TrainOptions) -> dict[str, Any]:
 
 
 def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) -> tuple[int, int]:
-    """Optimizer steps as expected, and at most (0: `epochs` decides)."""
+    """Optimizer steps: (expected number, maximum). The maximum 0 means that `epochs` ends the training."""
     per_step = options.batch_size * options.gradient_accumulation_steps * number_of_processes()
     if options.max_tokens:
         expected, most = budget_in_steps(options.max_tokens, tokens_per_epoch, -(-num_rows // per_step))
@@ -53,7 +53,7 @@ def steps_to_train(options: TrainOptions, num_rows: int, tokens_per_epoch: int) 
 
 
 def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int) -> tuple[int, int]:
-    """Steps that a budget of tokens takes: as expected, and at most."""
+    """Optimizer steps for a budget of tokens: (expected number, maximum)."""
     expected = -(-max_tokens * steps_per_epoch // tokens_per_epoch)
     return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
 
@@ -67,14 +67,14 @@ def training_arguments(
     schedule: str = "cosine",
     evaluates: bool | None = None,
 ) -> TrainingArguments:
-    """The Trainer's options for a run, with checkpoints in `folder`.
+    """The Trainer's arguments for a run.
 
     Args:
-        options: of the run.
-        folder: for the checkpoints.
-        schedule_steps: optimizer steps over which the learning rate falls.
-        most_steps: at most so many; 0 where `epochs` decides.
-        schedule: of the learning rate, by the Trainer's name.
+        options: the options of the run.
+        folder: folder for the checkpoints.
+        schedule_steps: number of optimizer steps in the learning rate schedule.
+        most_steps: maximum number of optimizer steps; 0 if `epochs` ends the training.
+        schedule: the Trainer's name of the learning rate schedule.
         evaluates: whether there are held-out texts; None: if `eval_data` names some.
     """
     return TrainingArguments(
@@ -89,7 +89,7 @@ def training_arguments(
         weight_decay=0.0,
         seed=options.seed,
         logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,  # such a loss stops the run
+        logging_nan_inf_filter=False,  # WeftTrainer stops at such a loss
         report_to=options.report_to,
         **checkpointing_arguments({"use_reentrant": False} if options.gradient_checkpointing else None),
         bf16=options.bf16,
@@ -107,7 +107,7 @@ def training_arguments(
 def _evaluation_arguments(options: TrainOptions, *, evaluates: bool) -> dict[str, Any]:
     if not evaluates:
         return {"save_steps": options.save_steps}
-    # A checkpoint for each evaluation, so that the best one is there to be loaded.
+    # A checkpoint for each evaluation, so that the best one can be loaded.
     steps = options.eval_steps or options.save_steps
     return {
         "eval_strategy": "steps",

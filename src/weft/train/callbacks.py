@@ -1,4 +1,4 @@
-"""The gate in the log of transformers' `Trainer`, of TRL's trainers, and of what they report to."""
+"""Adds metrics of the gate to the log of transformers' `Trainer` and of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from weft.gate.metrics import GateMetrics
 
 
 class GateCallback(TrainerCallback):
-    """Adds to each line of the training log what the gate did since the last one.
+    """Adds metrics of the gate since the last line to each line of the training log.
 
     The keys are those of `GateMetrics.read`: each expert's share and top-1 share, the entropy before and after top-k,
     and the gate's losses, without their weights. They are in `state.log_history` and on the screen. A Trainer calls
-    the tools of `report_to` before the callbacks that it is given: for metrics in these too (TensorBoard calls them
-    train/gate/...), call `attach`. A gate that collapses, and a loss that has no effect, is warned of. In distributed
-    training the means are over all processes.
+    the tools of `report_to` before the callbacks that it is given. To send the metrics to these tools too, call
+    `attach` (TensorBoard then shows them as train/gate/...). In distributed training the means are over all processes.
 
     Raises:
-        ConfigError: the model that is trained is no mixture of weft's.
+        ConfigError: the model is not a mixture of weft.
+
+    Warns:
+        UserWarning: the gate has collapsed, or one of its losses has no effect.
 
     Example:
         >>> trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[weft.GateCallback()])
@@ -39,16 +41,16 @@ class GateCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Any) -> None:
-        """Let a Trainer call this callback before all others, so that they see the metrics in what it logs.
+        """Make this the first callback of a Trainer, so that the others get the metrics too.
 
         Args:
-            trainer: transformers' one, or one that is derived of it. A GateCallback that it has moves to the front.
+            trainer: transformers' Trainer or a subclass. If it already has a GateCallback, that one is moved.
         """
         callback = trainer.pop_callback(cls) or cls()
         trainer.callback_handler.callbacks.insert(0, callback)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Begin to count."""
+        """Switch the metrics on."""
         mixture = extract_model_from_parallel(model, keep_torch_compile=False)
         metrics = getattr(mixture, "gate_metrics", None)
         if not isinstance(metrics, GateMetrics):
@@ -61,7 +63,7 @@ class GateCallback(TrainerCallback):
         metrics.enabled = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the means to a line of the training log; those of evaluations have none."""
+        """Add the metrics to a line of the training log. Lines of evaluations get none."""
         if self._metrics is None or logs is None or "loss" not in logs:
             return
         means = self._metrics.read(across_processes=True)
@@ -72,7 +74,7 @@ class GateCallback(TrainerCallback):
             self._warn_of_losses_without_effect(means)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count no longer."""
+        """Set the metrics back."""
         if self._metrics is not None:
             self._metrics.clear()
             self._metrics.enabled = self._was_enabled

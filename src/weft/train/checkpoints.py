@@ -1,8 +1,8 @@
-"""The checkpoints of a training: which of them are whole, what is the matter with the others, and which are kept.
+"""The checkpoints of a training: finds complete ones, reports damaged ones, and removes old ones.
 
-transformers' Trainer writes a checkpoint file by file, from all processes, `trainer_state.json` last. When all have
-written, weft adds the digests of all its files (`weft_checkpoint.json`). So a checkpoint without either was not
-completed, and does not count; one whose files are not those of the digests was damaged later, and is named.
+transformers' Trainer writes a checkpoint file by file, from all processes, `trainer_state.json` last. Then weft writes
+the digests of all files (`weft_checkpoint.json`). A checkpoint that has neither is incomplete and is ignored. If its
+files differ from the digests, it was damaged later, which is reported.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from weft.options.training import BEGUN, CHECKPOINTS
 RECORD = "weft_checkpoint.json"
 _FORMAT_VERSION = 1
 _KEPT = 2  # checkpoints of a run
-# Of DeepSpeed, which writes the optimizer into a folder of its own and its name into a file.
+# DeepSpeed writes the optimizer into a folder, and the folder's name into a file.
 _DEEPSPEED_FOLDERS, _DEEPSPEED_LATEST = "global_step*", "latest"
 _PICKLES = (".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a folder of checkpoints has.
+    """The checkpoints in a folder.
 
     Attributes:
-        last: the newest whole one.
-        damaged: those that are newer, or all where none is whole, with what is the matter; the newest first.
-        incomplete: those that were not completed, old and new.
+        last: the newest valid checkpoint: complete and not damaged.
+        damaged: damaged checkpoints -> the problem, from the newest to `last`.
+        incomplete: all checkpoints that were not completed.
     """
 
     last: Path | None = None
@@ -49,7 +49,7 @@ class Checkpoints:
     incomplete: list[Path] = field(default_factory=list)
 
     def passed_over(self) -> list[str]:
-        """A line for each that is newer than the last whole one."""
+        """One line for each checkpoint that is newer than `last`."""
         if self.last is None:
             return []
         step = step_of(self.last)
@@ -62,16 +62,16 @@ class Checkpoints:
 
 
 def checkpoints_folder(output: str) -> Path:
-    """Where a training with this output has its checkpoints."""
+    """The folder of the checkpoints of a training with this output folder."""
     return Path(output) / CHECKPOINTS
 
 
 def find_checkpoints(folder: Path) -> Checkpoints:
-    """Look at the checkpoints in a folder, from the newest to the first that is whole; all of its files are read."""
-    there = _by_step(folder)
-    incomplete = [path for path in there if is_incomplete(path)]
+    """Check the checkpoints in a folder, from the newest to the first valid one. All files of these are read."""
+    existing = _by_step(folder)
+    incomplete = [path for path in existing if is_incomplete(path)]
     damaged: dict[Path, str] = {}
-    for path in reversed(there):
+    for path in reversed(existing):
         if path not in incomplete:
             problem = damage(path)
             if problem is None:
@@ -81,13 +81,13 @@ def find_checkpoints(folder: Path) -> Checkpoints:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in a folder, or None."""
+    """The newest valid checkpoint in a folder, or None."""
     last = find_checkpoints(folder).last
     return None if last is None else str(last)
 
 
 def how_to_resume(folder: Path) -> str:
-    """What to do after a training that could not save."""
+    """The advice for a training that could not save."""
     last = last_checkpoint(folder)
     if last is None:
         return f"There is no checkpoint yet in {folder}: start anew with more space"
@@ -95,7 +95,7 @@ def how_to_resume(folder: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, as its name says; -1 where it says none."""
+    """The step in a checkpoint's name; -1 if there is none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() and number.isascii() else -1
 
@@ -106,16 +106,16 @@ def is_incomplete(checkpoint: Path) -> bool:
         return False
     try:
         read_json(checkpoint / TRAINER_STATE_NAME)
-    except (CheckpointError, OSError):  # another process may just be removing it
+    except (CheckpointError, OSError):  # perhaps another process is removing it
         return True
     return False
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is the matter with a completed checkpoint, in a line; None where it is whole.
+    """The problem with a completed checkpoint, in one line; None if it is valid.
 
-    It has all that resuming needs, and every file is as it was saved. Earlier versions left no digests: theirs must be
-    readable, and the mixture fit its own manifest.
+    A valid checkpoint has all files that resuming needs, and no file has changed. Earlier versions wrote no digests:
+    then the files must be readable, and the mixture must fit its manifest.
     """
     try:
         problems = _missing(checkpoint) or (
@@ -127,13 +127,13 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def write_record(checkpoint: Path) -> None:
-    """Write the digests of all files of a checkpoint, which is complete then.
+    """Write the digests of all files of a checkpoint, which completes it.
 
     Raises:
-        CheckpointError: that cannot be written.
+        CheckpointError: the file cannot be written.
     """
     files = [file.relative_to(checkpoint) for file in checkpoint.rglob("*") if file.is_file()]
-    # Resuming reads no cards, which a user may write anew; .part is what a process that was killed has left.
+    # Without model cards, which a user may edit, and .part files, which a killed process has left.
     read = [file for file in files if file.suffix not in (".md", ".part") and not file.parts[0].startswith(".")]
     names = [file.as_posix() for file in read if file.name != RECORD]
     record = {"format_version": _FORMAT_VERSION, "files": digests(checkpoint, names)}
@@ -142,7 +142,7 @@ def write_record(checkpoint: Path) -> None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint in such an order that what is left of it does not count, as far as that can be done."""
+    """Remove a checkpoint. It is marked incomplete first, so that files that cannot be removed do no harm."""
     if checkpoint.is_symlink():
         checkpoint.unlink(missing_ok=True)
         return
@@ -152,28 +152,28 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def remove_old_checkpoints(newest: Path, best: str | None) -> None:
-    """Remove all but the newest ones, and the best.
+    """Remove all checkpoints except the newest ones and the best one.
 
-    transformers goes by dates, and would count those that were passed over.
+    transformers orders checkpoints by date, and would count damaged ones.
 
     Args:
-        newest: is whole.
+        newest: the newest checkpoint, which is complete.
         best: the checkpoint with the lowest loss so far, if any.
     """
     before = [path for path in _by_step(newest.parent) if step_of(path) < step_of(newest)]
     others = [path for path in before if best is None or path.name != Path(best).name]
     kept = _KEPT - 1 - (len(before) - len(others))
-    with suppress(OSError):  # which is no reason to stop
+    with suppress(OSError):  # training can continue
         for path in others[: len(others) - max(kept, 0)]:
             remove_checkpoint(path)
         (newest.parent / BEGUN).unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:
-    """Make the folder for the checkpoints of a training, and remove those in it that were not completed.
+    """Create the folder for the checkpoints of a training, and remove incomplete ones from it.
 
     Raises:
-        ConfigError: that cannot be done.
+        ConfigError: the folder cannot be created, or one cannot be removed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:
 
 
 def not_saved_error(checkpoint: Path, cause: Exception) -> CheckpointError:
-    """What to raise where a checkpoint could not be written, and is removed."""
+    """The error for a checkpoint that could not be written and was removed."""
     free = ""
     with suppress(OSError):
         free = f", with {shutil.disk_usage(checkpoint.parent).free / 2**20:.1f} MiB free"
@@ -199,7 +199,7 @@ def not_saved_error(checkpoint: Path, cause: Exception) -> CheckpointError:
 
 
 def best_before(checkpoint: Path) -> Path | None:
-    """The checkpoint with the lowest loss so far, to which a training that goes on from another one may come back."""
+    """The checkpoint with the lowest loss before this one, which may be loaded at the end of training; or None."""
     best = read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
     if not isinstance(best, str) or Path(best).name == checkpoint.name:
         return None
@@ -207,18 +207,18 @@ def best_before(checkpoint: Path) -> Path | None:
 
 
 def describe(damaged: dict[Path, str]) -> str:
-    """Damaged checkpoints with what is the matter, for a message."""
+    """Damaged checkpoints with their problems, for a message."""
     return ", ".join(f"{path.name} ({reason})" for path, reason in damaged.items())
 
 
 def _by_step(folder: Path) -> list[Path]:
-    """What a training takes for its checkpoints in a folder, the oldest first."""
-    there = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0 and path.is_dir()]
-    return sorted(there, key=step_of)
+    """The checkpoints in a folder, the oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
 def _missing(checkpoint: Path) -> list[str]:
-    """What resuming needs and is not there."""
+    """One sentence for each file that resuming needs and that is missing."""
     needed = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, MANIFEST_NAME, TRAINER_STATE_NAME]
     by_deepspeed = any(checkpoint.glob(_DEEPSPEED_FOLDERS))
     if by_deepspeed != deepspeed_is_to_come() and (by_deepspeed or (checkpoint / OPTIMIZER_NAME).exists()):
@@ -226,7 +226,7 @@ def _missing(checkpoint: Path) -> list[str]:
         return [f"the state of its optimizer was saved {with_or_without} DeepSpeed, which must be used as it was"]
     needed += [_DEEPSPEED_LATEST] if by_deepspeed else [OPTIMIZER_NAME, SCHEDULER_NAME]
     problems = [f"{name} is missing" for name in needed if not (checkpoint / name).is_file()]
-    # Of other processes than now, of which those are not read: then only dropout draws anew.
+    # The number of processes may differ. A process without a file draws other random numbers for dropout.
     if not any(checkpoint.glob("rng_state*.pth")):
         problems.append("rng_state.pth is missing")
     return problems
@@ -241,17 +241,17 @@ def _changed(checkpoint: Path) -> list[str]:
 
 
 def _unreadable(checkpoint: Path) -> list[str]:
-    """What cannot be read of a checkpoint without digests."""
+    """The problems of a checkpoint without digests."""
     state = read_json(checkpoint / TRAINER_STATE_NAME)
     if state.get("global_step") != step_of(checkpoint):
         return [f"{TRAINER_STATE_NAME} is of step {state.get('global_step')!r}"]
     verify(checkpoint, read_json(checkpoint / CONFIG_NAME))
     pickles = [file for file in sorted(checkpoint.rglob("*")) if file.suffix in _PICKLES and file.is_file()]
-    return [f"{file.relative_to(checkpoint).as_posix()} is not whole" for file in pickles if not _is_whole_zip(file)]
+    return [f"{file.relative_to(checkpoint).as_posix()} is not whole" for file in pickles if not _is_intact_zip(file)]
 
 
-def _is_whole_zip(file: Path) -> bool:
-    """Whether a file that torch saved is whole: it has checksums of all its parts."""
+def _is_intact_zip(file: Path) -> bool:
+    """Whether a file saved by torch is intact, by the checksums of its zip entries."""
     try:
         with zipfile.ZipFile(file) as opened:
             return opened.testzip() is None

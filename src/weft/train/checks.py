@@ -1,6 +1,6 @@
-"""Checks of a training against files: checkpoints, mixtures, the Hub.
+"""Checks of a training's options that read checkpoints, mixtures or the Hub.
 
-The checks that need no files to be read come first (`weft.options.foreseen`).
+Checks that read no files are done first, in `weft.options.foreseen`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from weft.train.weight_search import WEIGHT_LOGGED
 
 
 def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
-    """Raise if the gate cannot be trained with these options, which `refuse_foreseen` has checked.
+    """Raise if the gate cannot be trained with these options. Call this after `refuse_foreseen`.
 
     Returns:
         The checkpoints in the output folder.
 
     Raises:
-        ConfigError: with all that is wrong.
+        ConfigError: with all problems.
     """
-    problems = replace(options, start_from=None, experts_from=[]).missing()  # which have been looked into
+    # start_from and experts_from were already replaced by what they give.
+    problems = replace(options, start_from=None, experts_from=[]).missing()
     problems += number_problems(list(adapters), f"start_from ({options.start_from}) has")
     problems += _start_problems(options)
     problems += report_problems(options.report_to)
@@ -51,10 +52,10 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
 
 
 def open_sources(options: TrainOptions, adapters: dict[str, str]) -> Any:
-    """The tokenizer of the base model. The folders of the adapters are located too, and downloaded from the Hub.
+    """Load the tokenizer of the base model, and find or download the adapters.
 
     Raises:
-        ConfigError: with all that cannot be found.
+        ConfigError: with all files that cannot be found.
     """
     assert options.base is not None
     problems, tokenizer = [], None
@@ -73,7 +74,7 @@ def open_sources(options: TrainOptions, adapters: dict[str, str]) -> Any:
 
 
 def _start_problems(options: TrainOptions) -> list[str]:
-    """Why the gate cannot start as these options say."""
+    """Problems of `gate_start`."""
     if options.gate_start in (None, "random") or options.start_from is not None or not sharding_is_to_come():
         return []
     return [
@@ -85,14 +86,14 @@ def _start_problems(options: TrainOptions) -> list[str]:
 def _output_problems(options: TrainOptions, checkpoints: Checkpoints) -> list[str]:
     """Problems of an output folder without a complete checkpoint."""
     begun = (checkpoints_folder(options.output) / BEGUN).exists()
-    if checkpoints.last is not None or checkpoints.damaged or begun:  # a run's, whose files may be replaced
+    if checkpoints.last is not None or checkpoints.damaged or begun:  # the output of a run, which may be replaced
         return []
     problem = used_folder_problem(Path(options.output), "output", own=OF_A_RUN)
     return [] if problem is None else [problem]
 
 
 def _resume_problems(options: TrainOptions, adapters: dict[str, str], checkpoints: Checkpoints) -> list[str]:
-    """A run must neither continue another one nor mix its checkpoints with another's."""
+    """Problems with resuming; or, without `resume`, with the checkpoints of another run in the output folder."""
     folder = checkpoints_folder(options.output)
     last, damaged = checkpoints.last, checkpoints.damaged
     if not options.resume:

@@ -1,7 +1,7 @@
-"""The two-stage recipe: where a user has data but no adapters, the experts are trained first, then the gate.
+"""Trains a mixture in two stages: first the experts, each on its own data, then the gate.
 
 An expert is an ordinary LoRA adapter, trained with peft and transformers' `Trainer` on the base model. It is saved when
-it is complete, so that a run that was stopped goes on with the experts that are missing.
+it is complete, so that a run after an interrupt trains only the missing experts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from weft.train.stopping import StopOnInterrupt
 from weft.train.trainer import WeftTrainer, trained_tokens
 
 RECORD = "weft_expert.json"
-# What an expert's training depends on, beside its data.
+# The options that change the training of an expert.
 _RECORDED = (
     "base",
     "expert_rank",
@@ -67,21 +67,21 @@ _RECORDED = (
 
 
 def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) -> Path:
-    """Train the experts of `experts_from` that are not there yet, each on its data, and then the gate.
+    """Train the missing experts of `experts_from`, each on its data, and then the gate.
 
-    Experts go to OUTPUT-experts/NAME, ordinary adapters. The gate learns on `data`, or without it on the data of all
-    experts. Without `experts_from` this is `weft.train.gate.train`.
+    Experts are saved as ordinary adapters in OUTPUT-experts/NAME. The gate is trained on `data`, or without it on the
+    data of all experts. Without `experts_from` this is `weft.train.gate.train`.
 
     Args:
         options: see `TrainOptions`.
-        say: told what goes on, a line at a time.
+        say: called with each line of the progress.
 
     Returns:
         The folder with the mixture and its tokenizer.
 
     Raises:
-        WeftError: the options, adapters or data cannot work; found out before anything is trained.
-        KeyboardInterrupt: after an interrupt; complete experts stay.
+        WeftError: the options, adapters or data are not valid. Raised before anything is trained.
+        KeyboardInterrupt: the user interrupted. Complete experts are kept.
     """
     if not options.experts_from:
         return train(options)
@@ -109,18 +109,18 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
 
 
 def train_experts(options: TrainOptions, say: Callable[[str], None] = notice) -> dict[str, Path]:
-    """Train the experts of `experts_from` that are not there yet, and no gate: each an ordinary LoRA adapter.
+    """Train the missing experts of `experts_from`, as ordinary LoRA adapters, without a gate.
 
     Args:
-        options: `base`, `experts_from`, `output` and what begins with expert_; see `TrainOptions`.
-        say: told what goes on, a line at a time.
+        options: `base`, `experts_from`, `output` and the options expert_...; see `TrainOptions`.
+        say: called with each line of the progress.
 
     Returns:
         The experts' folders by name.
 
     Raises:
-        WeftError: the options or data cannot work; found out before anything is trained.
-        KeyboardInterrupt: after an interrupt; complete experts stay.
+        WeftError: the options or data are not valid. Raised before anything is trained.
+        KeyboardInterrupt: the user interrupted. Complete experts are kept.
     """
     problems = own_training_problems(options)
     if problems:
@@ -131,12 +131,12 @@ def train_experts(options: TrainOptions, say: Callable[[str], None] = notice) ->
 def _train_missing(
     options: TrainOptions, say: Callable[[str], None], *, gate_options: TrainOptions | None
 ) -> dict[str, Path]:
-    """Train the experts that are not there yet, when a mixture of all of them has been tried with fresh ones.
+    """Train the missing experts. Before that, make a mixture with untrained ones, to find problems early.
 
     Args:
-        options: of the recipe.
-        say: told what goes on.
-        gate_options: of the gate's training that follows; None where none does.
+        options: the options of the whole training.
+        say: called with each line of the progress.
+        gate_options: the options of the gate's training; None if no gate is trained.
     """
     assert options.base is not None
     sources = _sources(options)
@@ -159,7 +159,7 @@ def _dry_run(options: TrainOptions, gate_options: TrainOptions, missing: list[st
 
 
 def _dry_run_experts(options: TrainOptions, missing: list[str], folder: Path) -> None:
-    """Estimate the training of each missing expert, and save an adapter of their size in the folder."""
+    """Estimate the training of each missing expert, and save an adapter of the same size in the folder."""
     assert options.base is not None
     sources, tokenizer = _sources(options), load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
     base = load_base(options.base, **loading_options(options))
@@ -175,7 +175,7 @@ def _dry_run_experts(options: TrainOptions, missing: list[str], folder: Path) ->
 
 
 def experts_folder(options: TrainOptions) -> Path:
-    """Where the experts are that the recipe trains: beside the output."""
+    """The folder of the trained experts, beside the output folder."""
     output = Path(options.output)
     return output.with_name(f"{output.name}-experts")
 
@@ -185,7 +185,7 @@ def _sources(options: TrainOptions) -> dict[str, str]:
 
 
 def _all_adapters(options: TrainOptions, folders: dict[str, Path]) -> dict[str, str]:
-    """The experts to be trained first, then those that are there already."""
+    """name -> folder: the experts to train, then the given adapters."""
     return {**{name: str(folder) for name, folder in folders.items()}, **by_name(options.adapters, "adapters")}
 
 
@@ -197,8 +197,8 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
     """Whether an earlier run has trained this expert.
 
     Raises:
-        ConfigError: it trained another one under this name, or something else is there.
-        CheckpointError: its files were changed or lost since.
+        ConfigError: it was trained with other options or data, or the folder has other files.
+        CheckpointError: its files were changed or lost.
     """
     settle(folder, leftovers=True)
     if not os.path.lexists(folder / CONFIG_NAME):
@@ -209,7 +209,7 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
             f"{folder} holds an adapter that weft did not train: give it with --adapters, or move it away"
         )
     saved = {EARLIER.get(option, option): value for option, value in read_json(folder / RECORD).items()}
-    # Earlier versions knew no such option, and recorded none.
+    # Earlier versions did not have this option.
     saved, wanted = {"assistant_only_loss": False, **saved}, _record(name, options)
     damage = changes(folder, saved.get("files", {}))
     if damage:
@@ -229,10 +229,10 @@ def _is_complete(name: str, folder: Path, options: TrainOptions) -> bool:
 def _tried_targets(
     options: TrainOptions, missing: list[str], gate_options: TrainOptions | None, say: Callable[[str], None]
 ) -> tuple[str | list[str], Any]:
-    """What the experts are to adapt, and the base model, on which a mixture with fresh experts could be made.
+    """Make a mixture with untrained experts, and return the experts' targets and the base model.
 
     Raises:
-        WeftError: what could not be mixed after the training.
+        WeftError: the trained experts could not be mixed.
     """
     assert options.base is not None
     base = load_base(options.base, **loading_options(options))
@@ -262,15 +262,16 @@ def _tried_targets(
 
 def _save_quietly(model: Any, folder: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of embeddings, said again when an expert is saved
+        warnings.simplefilter("ignore")  # about embeddings; repeated when an expert is saved
         model.save_pretrained(str(folder))
 
 
 def _mixable_targets(base: Any, options: TrainOptions) -> tuple[str | list[str], list[str]]:
-    """The targets by names of modules, and the fused parameters that all-linear would mean too.
+    """Return the target modules that can be mixed, and the fused parameters of all-linear that cannot.
 
     Raises:
-        ConfigError: the targets given do not fit the base model, or mean such parameters.
+        AdapterError: the targets do not fit the base model.
+        ConfigError: the targets include fused parameters.
     """
     given: str | list[str] = options.expert_targets
     given = given[0] if given == ["all-linear"] else given
@@ -329,10 +330,10 @@ def _train_expert(
     """Train one expert and save it when it is complete.
 
     Args:
-        base: the base model that the expert before has left; None loads it.
+        base: the base model from the training of the previous expert; None loads it.
 
     Returns:
-        The base model, as it was; None where it lies in shards, which no other training can take over.
+        The unchanged base model; None if it is sharded, as then it cannot be used for another training.
     """
     assert options.base is not None
     if base is None:
@@ -356,14 +357,14 @@ def _train_expert(
         try:
             trainer.train()
         finally:
-            interrupt.on_train_end(arguments, trainer.state, trainer.control)  # which an error leaves out
+            interrupt.on_train_end(arguments, trainer.state, trainer.control)  # not called after an error
     if interrupt.requested:
         raise KeyboardInterrupt
     state_dict = trainer.whole_state()
 
     def write(part: Path) -> None:
         model.save_pretrained(str(part), state_dict=state_dict)
-        files = [file.name for file in part.iterdir() if file.suffix != ".md"]  # a user may write its card
+        files = [file.name for file in part.iterdir() if file.suffix != ".md"]  # a user may edit its card
         record = {**_record(name, options), "files": digests(part, files)}
         (part / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""What a training needs to stop at a loss that is not finite, with the weights that gave the last finite one.
+"""Helpers to stop a training at a loss that is not finite, with the weights of the last finite loss.
 
-transformers' Trainer trains on, and leaves such a loss out of its log (`logging_nan_inf_filter`).
+transformers' Trainer continues, and removes such a loss from its log (`logging_nan_inf_filter`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _SHOWN = 60  # characters of each text
 
 
 class FiniteWeights:
-    """A copy of the weights that gave the last finite loss; of shards, this process's."""
+    """A copy of the weights of the last finite loss. If they are sharded, of this process's shards."""
 
     def __init__(self) -> None:
         self._copies: list[Tensor] | None = None
 
     @torch.no_grad()
     def keep(self, weights: list[Any]) -> None:
-        """Copy the weights, always the same ones."""
+        """Copy the weights. Each call must have the same ones."""
         own = _own_parts(weights)
         if self._copies is None:
             self._copies = [weight.clone() for weight in own]
@@ -32,7 +32,7 @@ class FiniteWeights:
 
     @torch.no_grad()
     def restore(self, weights: list[Any]) -> None:
-        """Give the weights the values that were kept, if any were."""
+        """Copy the kept values back into the weights, if any were kept."""
         if self._copies is not None:
             torch._foreach_copy_(_own_parts(weights), self._copies)
 
@@ -44,7 +44,7 @@ def gradient_norm(weights: list[Any]) -> Tensor:
 
 
 def texts_of(input_ids: Any, tokenizer: Any) -> list[str]:
-    """The texts of a batch, cut, for a message."""
+    """The beginnings of a batch's texts, for a message."""
     if input_ids is None:
         return ["(no input_ids)"]
     texts = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
@@ -52,13 +52,13 @@ def texts_of(input_ids: Any, tokenizer: Any) -> list[str]:
 
 
 def not_finite_error(what: str, where: str, texts: list[str], learning_rate: float) -> TrainingError:
-    """The error of all processes, which raise it together.
+    """The error for a value that is not finite; all processes raise it.
 
     Args:
-        what: is not finite.
+        what: the value that is not finite.
         where: the step, and the forward pass in it.
-        texts: of the batches in question, of all processes.
-        learning_rate: of the training.
+        texts: the texts of the batch, from all processes with such a value.
+        learning_rate: the learning rate of the training.
     """
     error = TrainingError(
         f"training stopped: {what} at {where}, with these texts in the batch:"
@@ -70,5 +70,5 @@ def not_finite_error(what: str, where: str, texts: list[str], learning_rate: flo
 
 
 def _own_parts(weights: list[Any]) -> list[Tensor]:
-    """The weights; of shards, this process's."""
+    """The weights; if they are sharded, this process's shards."""
     return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]

@@ -1,6 +1,6 @@
-"""`weft train`: the gate (and, if asked, the experts) on transformers' `Trainer`.
+"""Trains the gate (and, if asked, the experts) with transformers' `Trainer`.
 
-The Trainer brings logging, checkpoints, resuming, mixed precision and accelerate; weft brings the model and the data.
+The Trainer does logging, checkpoints, resuming, mixed precision and distribution; weft adds the model and the data.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _Rows = list[dict[str, Any]]
 
 
 def train(options: TrainOptions) -> Path:
-    """Train a mixture and save it; with `dry_run`, say what that needs, and save nothing.
+    """Train a mixture and save it; with `dry_run`, print how much memory and time that needs, and save nothing.
 
     Returns:
         The folder with the mixture and its tokenizer.
 
     Raises:
-        WeftError: the options, adapters or data cannot work.
-        KeyboardInterrupt: after an interrupt, when the mixture so far and a checkpoint to resume from are saved.
+        WeftError: the options, adapters or data are not valid.
+        KeyboardInterrupt: the user interrupted. The mixture so far and a checkpoint are saved.
     """
     if options.experts_from:
         raise ConfigError(f"experts_from ({options.experts_from}) needs weft.train.experts.train_in_stages")
@@ -83,7 +83,7 @@ def train(options: TrainOptions) -> Path:
     folder = checkpoints_folder(options.output)
     together = False
     try:
-        with errors_of_writing(folder, "what was saved before is kept", "free some space"):  # a report
+        with errors_of_writing(folder, "what was saved before is kept", "free some space"):  # of the tools in report_to
             trainer.train(resume_from_checkpoint=str(checkpoints.last) if options.resume else None)
         together = True
     except WeftError as err:
@@ -91,9 +91,9 @@ def train(options: TrainOptions) -> Path:
         raise
     finally:
         progress.close()
-        interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # which an error leaves out
-        # Also after a second interrupt or an error half-way: what was learned so far is kept. A model in shards takes
-        # all processes to save, of which some may be elsewhere then: it has its checkpoints.
+        interrupt.on_train_end(trainer.args, trainer.state, trainer.control)  # not called after an error
+        # Save the mixture also after a second interrupt or an error. A sharded model is not saved after an error of one
+        # process, as saving needs all processes; it has its checkpoints.
         if trainer.state.global_step > 0 and (together or not trainer.in_shards):
             _save(trainer, tokenizer, options, together=together)
     if interrupt.requested:
@@ -109,17 +109,17 @@ def new_mixture(base: Any, adapters: dict[str, str], options: TrainOptions) -> P
 
 
 def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> _Rows:
-    """The rows that the gate learns on, with labels where their loss is asked for.
+    """Read the training data of the gate, with labels if the options need them.
 
     Raises:
-        DataError: the data cannot be read, or it has no labels and their loss is asked for.
+        DataError: the data cannot be read, or it has no labels and the options need them.
     """
     labelled = options.expert_label_loss_weight != 0 or options.gate_start == "labels"
     return read_rows_of(options.data, adapters, tokenizer, options, labelled=labelled)
 
 
 def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> _Rows | None:
-    """The rows that the training is evaluated on, if any; an expert's name before a file changes nothing.
+    """Read the evaluation data, if any. Names of experts before a file are ignored.
 
     Raises:
         DataError: the data cannot be read.
@@ -132,10 +132,10 @@ def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: An
 def read_rows_of(
     data: Sequence[str], adapters: Sequence[str], tokenizer: Any, options: TrainOptions, *, labelled: bool = False
 ) -> _Rows:
-    """The rows of these sources, with the options of a training.
+    """Read the rows of these sources, with the options of a training.
 
     Raises:
-        DataError: the data cannot be read, or have no labels, if these are asked for.
+        DataError: the data cannot be read; or `labelled` is set and there are no labels.
     """
     return training_rows(
         data,
@@ -148,7 +148,7 @@ def read_rows_of(
 
 
 def _load_model(options: TrainOptions, adapters: dict[str, str]) -> PeftModel:
-    """The mixture to train: a new one, or the one to go on from."""
+    """The mixture to train: a new one, or the one of `start_from`."""
     assert options.base is not None
     base = load_base(options.base, **loading_options(options))
     check_length(options.sequence_length, base.config)
@@ -165,7 +165,7 @@ def _trainer(
     checkpoints: Checkpoints,
     record: dict[str, Any],
 ) -> WeftTrainer:
-    """What trains the model on the rows, from its start or from the last checkpoint on."""
+    """The Trainer for the model and the rows, which starts at the beginning or from the last checkpoint."""
     options, rows, held_out, expected = planned
     packed = rows
     if options.packing:
@@ -226,7 +226,7 @@ def _end_at_a_plateau(trainer: WeftTrainer, model: PeftModel, planned: Plan) -> 
 def _scaling_cache(
     model: Any, sequences: list[list[int]], options: TrainOptions, arguments: TrainingArguments
 ) -> ScalingCache:
-    """The scaling pass of each text, from the disk."""
+    """The cache of each text's scaling pass."""
     model.to(arguments.device)
     folder = options.cache_folder or Path(options.output) / "scaling-cache"
     with (

@@ -1,24 +1,24 @@
-"""Where a gate starts from: a classifier that says of each token whose it is, fitted before training.
+"""Fits the gate, before training, as a classifier that predicts the expert of each token.
 
-Training a gate through the mixture asks much of each step: the language model's loss is noisy, and it reaches the gate
-through every layer. To know whose text it is needs none of that. The gate's function f of a token's hidden state h,
-the same for all layers, is fitted by itself to say which expert the token belongs to,
+The language model's loss is a noisy signal for the gate, and reaches it through all layers of the mixture. Here a
+function f of a token's hidden state h, with the gate's architecture and the same for all layers, is fitted directly to
+target shares q of the experts,
 
     minimise  mean_t -Σ_e q_{t,e} ln softmax(f(h_t))_e
 
-and every layer of the mixture starts from it. Training then starts at a mixture that follows the text, and tells the
-layers apart. Where q comes from:
+and becomes the gate's start in every layer. Training then starts with a mixture that follows the text, and learns the
+differences between layers. The targets are
 
-- "labels": q is 1 for the expert that the data names, as `expert_label_loss_weight` has it.
-- "losses": q_{t,e} = P(expert e wrote the token after t | the whole text), if experts wrote the text in turns: after
-  each token another one of them goes on with probability 1/64, and the token has the probability that the expert whose
-  turn it is gives it, alone, after all that was before. This is a hidden Markov model, whose posterior the
-  forward-backward algorithm computes (Rabiner, A tutorial on hidden Markov models, 1989, equation 27). It needs no
-  labels, and one forward pass for each expert. Tokens that the training's loss leaves out (`labels` of -100, as those
-  of a user's turns may have) are read, but say nothing of who wrote, and the mean is over the t before the others.
+- "labels": q is 1 for the expert that the data names, as in `expert_label_loss_weight`.
+- "losses": q_{t,e} = P(expert e wrote the token after t | the whole text) in a hidden Markov model, in which the
+  experts write the text in turns. After each token, another expert continues with probability 1/64. The probability of
+  a token is the one that the present expert alone gives it after all tokens before. The forward-backward algorithm
+  computes this posterior (Rabiner, A tutorial on hidden Markov models, 1989, equation 27). It needs no labels, and one
+  forward pass per expert. Tokens that the training's loss ignores (`labels` of -100, for example a user's turns) are
+  read, but their probability is set to 1, and positions t before them are not in the mean.
 
-Hidden states have channels far larger than others, and a large mean. f is fitted on (h - mean) / deviation, channel by
-channel, which its first linear layer then takes in: W / deviation, and b - W mean / deviation.
+Hidden states have a large mean, and some channels are far larger than others. So f is fitted on (h - mean) / deviation
+for each channel. This is then folded into its first linear layer: W / deviation, and b - W mean / deviation.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from weft.gate.losses import NO_EXPERT
 from weft.model.model import at_own_weight
 from weft.screen.countdown import Countdown
 
-MOST_TOKENS = 32_768  # that are read; 64 sequences of 512
-_LENGTH = 512  # of the sequences that a text is cut into, as `weft train` does
-_TURN = 64  # tokens that one expert writes on average before another one goes on
+MOST_TOKENS = 32_768  # maximum number of tokens to read: 64 sequences of 512
+_LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
+_TURN = 64  # mean number of tokens that an expert writes before another one continues
 _STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
-_HELD_OUT = 8  # one sequence in so many
-# Of a channel's mean: what varies less is no more than rounding, and says nothing.
+_HELD_OUT = 8  # one of this number of sequences is held out
+# A channel whose deviation is below this fraction of its mean varies by rounding errors only.
 _ROUNDING = 1e-6
 
 
@@ -66,31 +66,32 @@ def fit_gate(
     seed: int = 0,
     announce: Callable[[str], None] = lambda line: None,
 ) -> float:
-    """Fit a mixture's gate to say whose each token is, in the place of its random start; training goes on from there.
+    """Fit a mixture's gate to predict the expert of each token, as a start for training instead of random weights.
 
-    At most 32,768 tokens are read. Nothing but the gate changes, in place.
+    At most 32,768 tokens are read. Only the gate changes, in place.
 
     Args:
-        model: of `weft.from_adapters`, a causal language model, where it is to run.
+        model: a mixture from `weft.from_adapters`, on the device where it will run; "losses" needs a causal language
+            model.
         examples: a list (or a data set) of texts, or of rows with "text" or "messages" as in data files, which need a
-            tokenizer and are cut into sequences of at most 512 tokens; or of token ids, or rows with `input_ids`. They
-            should hold all the domains, and better switch between them. With "labels" rows have `expert_labels`, a
-            number for each token, -100 for none, or, beside a text, "expert" or "experts" as in data files; examples
-            without any are left out. With "losses" `labels`, if they are there, are -100 where a token does not count.
+            tokenizer and are split into sequences of at most 512 tokens; or of token ids, or rows with `input_ids`.
+            They should have all domains, if possible several in one text. With "labels", rows have `expert_labels` (an
+            index for each token, -100 for none) or, with a text, "expert" or "experts" as in data files; examples
+            without labels are left out. With "losses", optional `labels` are -100 for tokens to ignore.
         by: "labels" or "losses", see above.
-        tokenizer: the base model's, for texts.
+        tokenizer: the base model's tokenizer, for texts.
         batch_size: sequences per forward pass.
-        seed: which sequences are read, and where the fit starts.
-        announce: gets a line that says what is read, before it is.
+        seed: random seed for the choice of sequences and the start of the fit.
+        announce: called with a line about the data before it is read.
 
     Returns:
-        In how many of the tokens that were kept aside the gate's first choice is that of the labels or losses, 0 to 1;
-        nan with one example, of which nothing is kept aside.
+        The fraction of held-out tokens for which the gate's first choice is that of the labels or losses, 0 to 1; nan
+        with one example, as then nothing is held out.
 
     Raises:
-        ConfigError: this gate cannot be fitted so, or an example is none of these.
-        DataError: there are no labels, or wrong ones.
-        TrainingError: the model gives NaN for these texts; the gate is as it was.
+        ConfigError: this gate cannot be fitted in this way, or an example has another type.
+        DataError: there are no labels, or they are not valid.
+        TrainingError: the model returns NaN for these texts. The gate is unchanged.
 
     Example:
         >>> weft.fit_gate(model, ["def f(x):", "The contract says"], tokenizer=tokenizer)  # 0.87
@@ -120,7 +121,7 @@ def fit_gate(
             countdown.advance(len(read[0]))
     kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
     gate = model.internal_xlora_classifier
-    # The gate decides: not in half precision. And it learns, whatever surrounds this call.
+    # The gate runs in full precision. Gradients are needed also if the caller has switched them off.
     with torch.autocast(hidden[0].device.type, enabled=False), torch.enable_grad():
         network = _fitted(gate, torch.cat(hidden[kept:]), torch.cat(targets[kept:]), seed)
         _write(network, gate)
@@ -132,7 +133,7 @@ def fit_gate(
 
 
 def fit_problems(model: Any, by: str) -> list[str]:
-    """Why this mixture's gate cannot be fitted to labels or losses, a sentence each."""
+    """One sentence for each reason why this mixture's gate cannot be fitted to labels or losses."""
     if getattr(model, "passes", None) is None:
         return [f"model ({type(model).__name__}) must be a mixture of weft's, from weft.from_adapters"]
     config, backbone = model.xlora_config, model.passes.backbone
@@ -154,7 +155,7 @@ def fit_problems(model: Any, by: str) -> list[str]:
 def _rows_of(
     example: Any, index: int, by: str, tokenizer: Any, expert_names: Sequence[str], length: int
 ) -> list[dict[str, Any]]:
-    """An example as rows of token ids: itself, or a text's sequences of at most `length`."""
+    """Convert an example to rows of token ids; a text is split into sequences of at most `length`."""
     place = f"example {index}"
     if not is_text(example) or (isinstance(example, Mapping) and "input_ids" in example):
         row = dict(example) if isinstance(example, Mapping) else {}
@@ -169,7 +170,7 @@ def _rows_of(
 def _draw(
     examples: Any, by: str, tokenizer: Any, expert_names: Sequence[str], length: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Examples in random order, up to `MOST_TOKENS` tokens; those that have one that the fit can learn from."""
+    """Choose examples at random, up to `MOST_TOKENS` tokens. Examples without a token for the fit are left out."""
     chosen: list[dict[str, Any]] = []
     left, unlabelled = MOST_TOKENS, False
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -196,7 +197,7 @@ def _draw(
     if not chosen and unlabelled:
         what = "labels: none of the examples has one (expert_labels)"
         if by == "losses":
-            what = "losses: in none of the examples is there a token behind the first that counts (labels)"
+            what = "losses: in none of the examples is there a token after the first that counts (labels)"
         raise DataError(f"the gate cannot be fitted by {what}")
     if not chosen:
         raise DataError("the gate cannot be fitted: the examples hold no text of two tokens or more")
@@ -216,7 +217,7 @@ def _labels(example: Mapping[str, Any], index: int, num_experts: int) -> Tensor:
 
 
 def _per_token(example: Mapping[str, Any], name: str, index: int, otherwise: int) -> Tensor:
-    """What an example has for each of its tokens; the same for all where it has nothing."""
+    """The value of each token in an example's column; `otherwise` for all if the column is missing."""
     length = len(example["input_ids"])
     found = torch.as_tensor(example.get(name, [otherwise] * length))
     if tuple(found.shape) != (length,):
@@ -227,9 +228,9 @@ def _per_token(example: Mapping[str, Any], name: str, index: int, otherwise: int
 
 
 def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:
-    """What the gate reads of each example [token, hidden], and what it shall say there [token, expert].
+    """The gate's input [token, hidden] and target [token, expert] for each example.
 
-    With "labels" only of the tokens that have one, with "losses" of those before a token that counts.
+    With "labels" only for tokens with a label, with "losses" only for tokens before one that counts.
     """
     experts = list(model.xlora_config.expert_names)
     device = resident_device(model.internal_xlora_classifier)
@@ -237,7 +238,7 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
     ids, mask = padded([example["input_ids"] for example in examples])
     where = execution_device(model.passes.backbone.module)
     inputs = {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
-    read = _what_the_gate_reads(model, inputs)
+    read = _gate_inputs(model, inputs)
     hidden = [read[row, :length].to(device, torch.float32) for row, length in enumerate(lengths)]
     if by == "labels":
         labels = [example["expert_labels"].to(device) for example in examples]
@@ -250,7 +251,7 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
         posterior = _posterior(_losses(model, inputs, counts[:, 1:], experts)).float().to(device)
         targets = []
         for row, length in enumerate(lengths):
-            following = torch.tensor([*range(length - 1), length - 2])  # the last token's is that of the one before
+            following = torch.tensor([*range(length - 1), length - 2])  # the last token has the target before it
             following, counted = following.to(device), counts[row, following + 1].to(device)
             targets.append(posterior[row, following[counted]])
             hidden[row] = hidden[row][counted]
@@ -266,16 +267,16 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
 def _losses(
     model: Any, inputs: dict[str, Tensor], counts: Tensor, experts: Sequence[str]
 ) -> Float[Tensor, "batch token expert"]:
-    """What each expert alone loses on each token but the first, given those before; 0 where it does not count."""
+    """The loss of each expert alone on each token but the first; 0 for tokens that do not count."""
     losses = []
     for name in experts:
         with at_own_weight(model, {name: 1.0}):
             losses.append(negative_log_likelihoods(model(**inputs).logits, inputs["input_ids"]).cpu())
     table = torch.stack(losses, -1).double()
-    return table.masked_fill(~counts[..., None], 0.0)  # which says nothing of who wrote
+    return table.masked_fill(~counts[..., None], 0.0)  # equal for all experts
 
 
-def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:
+def _gate_inputs(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:
     if model.xlora_config.gate_layer is None:
         return model.passes.scaling_pass_alone(inputs)
     seen: list[Tensor] = []
@@ -290,16 +291,16 @@ def _what_the_gate_reads(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor,
             model(**inputs)
     finally:
         hook.remove()
-        model.passes.carrier.clear()  # which the pass would have done at its end
+        model.passes.carrier.clear()  # as at the end of a complete pass
     return seen[0]
 
 
 class _SeenError(Exception):
-    """Ends a forward pass whose later layers nobody asks for."""
+    """Ends a forward pass early, as its later layers are not needed."""
 
 
 def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "batch token expert"]:
-    """The forward-backward algorithm, in logarithms."""
+    """The posterior of the forward-backward algorithm, computed in logarithms."""
     tokens, experts = losses.shape[1:]
     move = math.log(1 / _TURN / max(1, experts - 1))
     change = losses.new_full((experts, experts), move).fill_diagonal_(math.log(1 - 1 / _TURN))
@@ -315,7 +316,7 @@ def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "ba
 
 
 def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
-    """A network like the gate's with an output for each expert, in evaluation mode; it takes h as it is."""
+    """Fit a network like the gate's with one output per expert; its input is h. Returned in evaluation mode."""
     mean, deviation = hidden.mean(0), hidden.std(0, correction=0)
     deviation = torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
     last = gate.layers[-1]
@@ -346,7 +347,7 @@ def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
 
 @torch.no_grad()
 def _write(network: Any, gate: Any) -> None:
-    """The gate's parameters: the network's, its outputs in every layer, times the temperature by which λ divides."""
+    """Copy the network into the gate, its outputs to every layer, multiplied by the temperature of the softmax."""
     config = gate.config
     temperature = config.softmax_temperature if config.enable_softmax else 1.0
     for own, fitted in zip(gate.layers[:-1], network[:-1], strict=True):

@@ -1,6 +1,6 @@
-"""Whether a model keeps the texts of a packed row apart (see `weft.data.packing`), tried before the training.
+"""Checks, before training, that a model separates the texts of a packed row (see `weft.data.packing`).
 
-That depends on its architecture and its attention implementation: a recurrent one goes on with its state.
+This depends on its architecture and its attention implementation. A recurrent model keeps its state, for example.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 from weft.base_model.state import in_evaluation_mode
 from weft.errors import ConfigError
 
-# Texts of so many tokens are tried: two different ones before the same one.
+# Number of tokens of the first and the second text in a row.
 _BEFORE, _BEHIND = 6, 9
 
 
 def check_packing(model: Any, batch_size: int) -> None:
-    """Raise where the texts of a row would see each other.
+    """Raise if the texts of a row would see each other.
 
-    Reads one text behind two different ones, and alone, with the base model as it is.
+    Compares the base model's hidden states of a text after two different texts, and alone.
 
     Args:
-        model: of `weft.from_adapters` or `weft.from_pretrained`.
-        batch_size: rows per batch; attention implementations may do differently with one.
+        model: a mixture from `weft.from_adapters` or `weft.from_pretrained`.
+        batch_size: rows per batch; attention implementations can differ for a single row.
 
     Raises:
         ConfigError: this model cannot be trained on packed texts.
@@ -47,7 +47,7 @@ def check_packing(model: Any, batch_size: int) -> None:
         read = [_read(passes, row, positions.expand(len(row), -1)) for row in rows]
         one, other = torch.cat(read)[:, _BEFORE:]
         alone = _read(passes, ids[:1, _BEFORE:], positions[None, _BEFORE:])[0]
-    # Another text before changes nothing but, at most, the order of sums; the position in the row changes the kernels.
+    # Tolerances: another first text may change the order of sums; another position in the row may change the kernels.
     exact = vocabulary.dtype.itemsize >= 4 and not torch.is_autocast_enabled(ids.device.type)
     leaked, moved = _difference(one, other), _difference(one, alone)
     if leaked > (1e-5 if exact else 0.02) or moved > (1e-3 if exact else 0.2):

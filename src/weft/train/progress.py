@@ -1,4 +1,4 @@
-"""What the screen shows of a training: what it will take, a line per log step, a bar, a summary."""
+"""Shows a training on the screen: an estimate of time and memory, a line per log step, a progress bar, a summary."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from weft.base_model.usage import peak_memory
 from weft.screen.countdown import about, clock, size
 from weft.screen.loudness import is_quiet
 
-# Names of what the gate did, in the log.
+# Prefixes of the gate's metrics in the log.
 _GATE, _SHARE = "gate/", "gate/share/"
-# Entries of a log line that say nothing new, or that the line says in words.
+# Entries of the log that are not shown, or shown in another form.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
 _PATIENCE = 2.0  # seconds of steps before the estimate is printed, unless a log line comes first
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
-# Left out on terminals with fewer columns: it follows a known schedule.
+# The learning rate is left out on terminals with fewer columns, as its schedule is known.
 _LEARNING_RATE, _LEAST_COLUMNS = "learning_rate", 100
 
 
 class ProgressLine(TrainerCallback):
-    """A line per log step: loss, tokens per second, time left; on a terminal a bar below. A summary at the end.
+    """Prints a line per log step (loss, tokens per second, time left), and a summary at the end.
 
-    Before the first line, an estimate of time and memory, from the steps so far.
+    On a terminal there is a progress bar too. Before the first line, time and memory are estimated from the first
+    steps.
 
     Args:
-        max_tokens: the budget of tokens; 0 is none.
-        may_stop_earlier: the number of steps is a limit that is seldom reached.
+        max_tokens: the budget of tokens; 0 for none.
+        may_stop_earlier: the number of steps is a limit that is rarely reached.
     """
 
     def __init__(self, max_tokens: int = 0, *, may_stop_earlier: bool = False) -> None:
@@ -56,7 +57,7 @@ class ProgressLine(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Update the bar."""
         now = self._now(state)
         if self._after_first is None:
             self._after_first = now
@@ -68,7 +69,7 @@ class ProgressLine(TrainerCallback):
             self._bar.update(self._task, completed=self._share(state), description=description, left=left)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write a line."""
+        """Print a line."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         parts = [self._step(state)]
@@ -82,7 +83,7 @@ class ProgressLine(TrainerCallback):
             if name.startswith(_SHARE):
                 shares.append(f"{name.removeprefix(_SHARE)} {value:.0%}")
             elif name.startswith(_GATE) and not name.endswith("_loss"):
-                continue  # there for the reports
+                continue  # for the tools of report_to only
             elif name == _LEARNING_RATE and self._width < _LEAST_COLUMNS:
                 continue
             elif name not in _LEFT_OUT and not name.endswith(_LEFT_OUT_ENDS):
@@ -93,7 +94,7 @@ class ProgressLine(TrainerCallback):
         self._print(_in_lines(parts, shares, self._width))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sum up."""
+        """Print the summary."""
         self.close()
         if state.is_world_process_zero:
             now = self._now(state)
@@ -104,7 +105,7 @@ class ProgressLine(TrainerCallback):
             )
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -134,7 +135,7 @@ class ProgressLine(TrainerCallback):
         return f"step {state.global_step}" if self._at_most else f"step {state.global_step}/{state.max_steps}"
 
     def _share(self, state: Any) -> float:
-        """How much of the training is done, 0 to 1."""
+        """The fraction of the training that is done, 0 to 1."""
         steps = state.global_step / max(1, state.max_steps)
         return min(1.0, max(steps, state.num_input_tokens_seen / self.max_tokens if self.max_tokens else 0.0))
 
@@ -149,7 +150,7 @@ class ProgressLine(TrainerCallback):
 
 
 def _in_lines(parts: list[str], shares: list[str], width: int) -> str:
-    """One line, or where it is too long for the screen the shares below, and no part of it broken."""
+    """Join the parts into one line; if it is too long for the screen, wrap it between parts, with the shares below."""
     lines = [parts[0]]
     fits = len("  ".join([*parts, *shares])) <= width
     for number, part in enumerate([*parts[1:], *shares], start=1):

@@ -1,7 +1,7 @@
-"""What a run is trained with, stored in each of its checkpoints, and what a run that resumes from one has changed.
+"""The record of a run's options, models and data in each checkpoint, and the changes of a run that resumes from one.
 
-Base model and adapters are known by their weights, and data by its content, so that moved files are the same ones. A
-Hub id is known by its name.
+Base model and adapters are identified by a digest of their weights, and data by a digest of its content, so files can
+be moved. A Hub id is identified by its name.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from weft.train.checkpoints import step_of
 
 RUN_RECORD = "weft_run.json"
 _FORMAT_VERSION = 1
-# Whose product is the number of sequences of a step.
+# Their product is the number of sequences per step.
 _PER_STEP = ("batch_size", "gradient_accumulation_steps", "processes")
-# On which it depends which texts a step has.
+# They determine the texts of each step.
 _ORDER = ("sequence_length", "assistant_only_loss", "packing", "group_by_length", "seed")
 _AMOUNT = ("max_steps", "epochs", "max_tokens")
 _OTHERS = ("learning_rate", "warmup_ratio", "eval_steps", "early_stopping", "bf16", "dtype", "quantization")
@@ -35,7 +35,7 @@ _DATA = ("data", "eval_data")
 
 
 def run_record(options: TrainOptions, adapters: dict[str, str]) -> dict[str, Any]:
-    """What a run is trained with; its data has been read, so it is there."""
+    """Return the record of a run. Call this after its data was read, as the files must exist."""
     names = [name for name in (*_AMOUNT, *_PER_STEP, *_ORDER, *_OTHERS) if name != "processes"]
     return {
         "format_version": _FORMAT_VERSION,
@@ -47,17 +47,17 @@ def run_record(options: TrainOptions, adapters: dict[str, str]) -> dict[str, Any
 
 
 def write_run(checkpoint: Path, record: dict[str, Any]) -> None:
-    """Write it into a checkpoint, which has all else: whole or not at all, as nobody may know it for incomplete."""
+    """Write the record into a checkpoint whose other files are written, completely or not at all."""
     text = json.dumps(record, indent=1)
     replace_file(checkpoint / RUN_RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def changes_since(checkpoint: Path, record: dict[str, Any]) -> list[str]:
-    """What a run that resumes from a checkpoint has changed, a line each.
+    """Return one line for each change of a run that resumes from a checkpoint.
 
     Args:
-        checkpoint: which may be an earlier version's, of which nothing is known.
-        record: of the run.
+        checkpoint: the checkpoint; without a record, if an earlier version wrote it, there are no lines.
+        record: the record of the run that resumes.
 
     Raises:
         CheckpointError: the checkpoint's record is broken.
@@ -78,7 +78,7 @@ def changes_since(checkpoint: Path, record: dict[str, Any]) -> list[str]:
 
 
 def refused_changes(checkpoint: Path, options: TrainOptions, adapters: dict[str, str]) -> list[str]:
-    """Why a run cannot resume from a checkpoint with these options, a sentence each.
+    """Return one sentence for each reason why a run cannot resume from a checkpoint with these options.
 
     Raises:
         CheckpointError: a file of the checkpoint is broken.
@@ -122,19 +122,19 @@ def _per_step(options: dict[str, Any]) -> Any:
 
 
 def _model(name: str | None) -> dict[str, Any]:
-    """A base model or an adapter."""
+    """The record of a base model or an adapter."""
     return {"name": name, "digest": digest_of_weights(Path(name)) if name and os.path.isdir(name) else None}
 
 
 def _source(value: str, expert_names: Sequence[str]) -> dict[str, Any]:
-    """One of the data."""
+    """The record of a data source."""
     source, expert = labelled_source(value, expert_names)
     digest = digest_of_file(Path(source))["digest"] if os.path.isfile(source) else None
     return {"name": None if digest else source, "digest": digest, "expert": expert}
 
 
 def _other_model(what: str, name: str | None, saved: Any) -> list[str]:
-    """A sentence, if this is another model than the saved one."""
+    """One sentence if this is not the recorded model."""
     named, before, now = saved.string("name", None), saved.string("digest", None), _model(name)["digest"]
     if (before == now) if before and now else (named == name):  # a Hub id has no digest
         return []
@@ -144,7 +144,7 @@ def _other_model(what: str, name: str | None, saved: Any) -> list[str]:
 
 
 def _data_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """How data has changed, {as it was given: what it is}."""
+    """Describe the change of the data, or return None. The keys are the sources as given, the values their records."""
     contents = list(before.values()), list(now.values())
     if contents[0] == contents[1]:
         return None

@@ -1,13 +1,12 @@
-"""The scaling pass of a frozen base, computed once for each text and kept on disk.
+"""The scaling pass of a frozen base model, computed once for each text and kept on disk.
 
-At `scaling_pass_value` 0 what the gate reads depends on the base model and the tokens alone, so it is the same in every
-epoch, for every mixture of adapters of that base. `ScalingCache` computes it, keeps it in safetensors files that are
-read piece by piece, and `ScalingCacheCollator` puts it into batches, where the model takes it in the place of its own
-scaling pass.
+At `scaling_pass_value` 0 the gate's input depends only on the base model and the tokens. So it is the same in every
+epoch, and for every mixture on that base model. `ScalingCache` computes it and keeps it in safetensors files, of which
+only the needed rows are read. `ScalingCacheCollator` adds it to batches, and the model uses it instead of a scaling
+pass.
 
-A cache lies in a folder named by a digest of all it depends on, so that it is never found for anything else. The folder
-gets its name when it is complete, so that half a cache has none; its index has the files' digests, so that a damaged
-one is found out.
+The name of a cache's folder is a digest of everything on which the cache depends. The folder gets this name when it is
+complete, so an incomplete cache is never used. Its index has the digests of its files, so damage is detected.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ from weft.train.scaling_index import DTYPES, INDEX, damage_of, digest_of_index, 
 
 _VERSION = 1
 _TENSOR = "hidden"
-# Of one file; it is in memory while it is written.
+# Size of one file, which is in memory while it is written.
 _FILE_BYTES = 2**28
-# Attributes and modules of a base model that act in training mode only.
+# Parts of the names of attributes that make a base model random in training mode.
 _RANDOM_IN_TRAINING = ("drop", "jitter")
-# Of the base model's config, without influence on what it computes.
+# Entries of the base model's config that do not change its output.
 _NO_INFLUENCE = {"_name_or_path", "transformers_version", "use_cache", "architectures", "dtype", "torch_dtype"}
 
 Tokens = Sequence[Sequence[int]]
 
 
 class ScalingCache:
-    """What the gate reads for each of many token sequences: `[seq, hidden]` each. Made by `build`.
+    """The gate's input `[seq, hidden]` for each of many token sequences. Use `build` to make a cache.
 
     Args:
-        folder: of a complete cache.
-        sequences: the token sequences that it was built for, in their order.
+        folder: the folder of a complete cache.
+        sequences: the token sequences of the cache, in the same order.
 
     Example:
         >>> cache = weft.ScalingCache.build(model, sequences, "scaling-cache", dtype="bfloat16")
@@ -87,22 +86,22 @@ class ScalingCache:
         batch_size: int = 8,
         announce: Callable[[str], None] = print,
     ) -> ScalingCache:
-        """The cache for these sequences; computed where the folder has none that fits.
+        """Return the cache for these sequences; compute it if the folder does not have it.
 
-        The scaling pass runs in evaluation mode, under the autocast in force. With several processes, let the first one
-        build before the others (`TrainingArguments.main_process_first`).
+        The scaling pass runs in evaluation mode, with the caller's autocast. With several processes, the first one must
+        build the cache before the others (`TrainingArguments.main_process_first`).
 
         Args:
-            model: of `weft.from_adapters` or `weft.from_pretrained`, on the device where it is to run.
-            sequences: token ids of each text, without padding, as they will be in the batches.
-            folder: holds caches, each in a folder of its own; those that fit no more can be deleted.
-            dtype: to keep the hidden states in: "float32", "bfloat16" or "float16".
+            model: a mixture from `weft.from_adapters` or `weft.from_pretrained`, on the device where it will run.
+            sequences: token ids of each text as in the batches, without padding.
+            folder: folder of caches, each in a subfolder; unused ones can be deleted.
+            dtype: dtype of the stored hidden states: "float32", "bfloat16" or "float16".
             batch_size: sequences per forward pass.
-            announce: gets a line that says how large the cache is, before it is computed.
+            announce: called with a line about the size of the cache before it is computed.
 
         Raises:
-            ConfigError: this model's scaling pass cannot be computed ahead, the dtype is none of those or cannot hold
-                the numbers, or the disk has too little space.
+            ConfigError: this model's scaling pass cannot be precomputed, the dtype is unknown or its range is too
+                small, or there is not enough free disk space.
             CheckpointError: the folder cannot be written.
         """
         passes = model.passes
@@ -137,7 +136,7 @@ class ScalingCache:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Float[Tensor, "seq hidden"]:
-        """What the gate reads for one sequence, read from disk.
+        """The gate's input for one sequence, read from disk.
 
         Raises:
             CheckpointError: the file was lost or damaged since the cache was made or found.
@@ -158,24 +157,24 @@ class ScalingCache:
             ) from err
 
     def find(self, tokens: Sequence[int]) -> Float[Tensor, "seq hidden"] | None:
-        """What the gate reads for these tokens; None where the cache does not have them."""
+        """The gate's input for these tokens; None if the cache does not have them."""
         index = self._indices.get(_digest_of_tokens(tokens))
         return None if index is None else self[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # another process maps the files itself
+        return {**self.__dict__, "_open": {}}  # another process must open the files itself
 
 
 class ScalingCacheCollator:
-    """Puts what a cache has for a batch's texts into the batch, as `scaling_pass_hidden` `[batch, seq, hidden]`.
+    """Adds the cached scaling pass of a batch's texts to the batch, as `scaling_pass_hidden` `[batch, seq, hidden]`.
 
-    Texts are found by their tokens: the unmasked ones of a row; without an attention mask the whole row, cut where
-    `position_ids` start again at 0 (packed texts). A batch with a text that the cache lacks, such as one of evaluation
-    data, stays as it is: the model runs its scaling pass.
+    Texts are looked up by their tokens: the unmasked ones of a row; without an attention mask the whole row, split
+    where `position_ids` is 0 (packed texts). If the cache lacks a text, for example of evaluation data, the batch is
+    not changed, and the model runs its scaling pass.
 
     Args:
         cache: the cache.
-        collator: makes a batch with `input_ids` of a list of examples, padded on the right.
+        collator: a collator that makes a batch with `input_ids` from a list of examples, padded on the right.
     """
 
     def __init__(self, cache: ScalingCache, collator: Callable[[list[Any]], Any]) -> None:
@@ -183,10 +182,10 @@ class ScalingCacheCollator:
         self.collator = collator
 
     def __call__(self, examples: list[Any]) -> Any:
-        """The batch.
+        """Return the batch.
 
         Raises:
-            ConfigError: a text that the cache has stands behind padding.
+            ConfigError: a text of the cache has padding before it.
         """
         batch = self.collator(examples)
         ids = batch["input_ids"]
@@ -196,12 +195,12 @@ class ScalingCacheCollator:
             if found is not None:
                 if start > 0 and batch.get("attention_mask") is not None:
                     raise ConfigError(
-                        "padding_side ('left') must be 'right' with a cache of the scaling pass: behind padding a "
+                        "padding_side ('left') must be 'right' with a cache of the scaling pass: after padding, a "
                         "text's first token is predicted from padding, for which the cache has nothing. Set it on the "
                         "tokenizer"
                     )
                 hidden[row, start:end] = found
-            elif end - start > 1:  # one token alone has nothing to predict and nobody sees it: padding of packed texts
+            elif end - start > 1:  # a single token is padding of packed texts, which is not used
                 return batch
         batch[SCALING_PASS_HIDDEN] = hidden
         return batch
@@ -223,7 +222,7 @@ def _texts(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Iterat
 
 
 def cache_problems(model: Any) -> list[str]:
-    """Why this model's scaling pass cannot be computed once for all epochs, a sentence each."""
+    """One sentence for each reason why this model's scaling pass cannot be computed once for all epochs."""
     passes = model.passes
     problems = precomputed_problems(passes.config, passes.backbone)
     base = passes.backbone.module
@@ -247,10 +246,10 @@ def cache_problems(model: Any) -> list[str]:
 
 
 def _random_in_training(base: nn.Module) -> Iterator[tuple[str, float]]:
-    """Names and values of what is random in the base model in training mode."""
+    """(name, value) of each attribute that makes the base model random in training mode."""
     for path, module in base.named_modules():
         if _is_lora(path):
-            continue  # the experts are out of the scaling pass
+            continue  # the experts are off in the scaling pass
         if isinstance(module, nn.modules.dropout._DropoutNd):
             if module.p > 0:
                 yield f"{path}.p", module.p
@@ -261,10 +260,10 @@ def _random_in_training(base: nn.Module) -> Iterator[tuple[str, float]]:
 
 
 def cache_key(model: Any, sequences: Tokens, dtype: str) -> str:
-    """A digest (SHA-256) of all that the result depends on.
+    """A digest (SHA-256) of everything on which a cache depends.
 
-    That is: the base model's weights, buffers and config, the tokens, `scaling_pass_layers`, the dtype, autocast and
-    the version of transformers. Adapters, gate and training options are not in it: they may change.
+    This is: the base model's weights, buffers and config, the tokens, `scaling_pass_layers`, the dtype, autocast and
+    the version of transformers. Adapters, gate and training options are not included and may change.
     """
     passes = model.passes
     base = passes.backbone.module
@@ -289,18 +288,18 @@ def cache_key(model: Any, sequences: Tokens, dtype: str) -> str:
 
 
 def _base_tensors(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a base model without adapters would have, under the names that it would have there."""
+    """The tensors of the base model, with their names in a model without adapters."""
     for path, module in base.named_modules():
         if not _is_lora(path):
             saved: dict[str, Any] = {}
-            module._save_to_state_dict(saved, "", False)  # of this module alone; quantised ones add their scales
-            saved |= dict(module.named_buffers(recurse=False))  # also those that are not saved
+            module._save_to_state_dict(saved, "", False)  # without submodules; quantised modules add their scales
+            saved |= dict(module.named_buffers(recurse=False))  # also non-persistent buffers
             plain = path.replace(".base_layer", "")
             yield from ((f"{plain}.{name}", value) for name, value in sorted(saved.items()))
 
 
 def _add_tensor(digest: Any, name: str, value: Any) -> None:
-    if hasattr(value, "__tensor_flatten__"):  # a subclass, as of torchao
+    if hasattr(value, "__tensor_flatten__"):  # a tensor subclass, for example of torchao
         parts, context = value.__tensor_flatten__()
         digest.update(f"{name} {context}".encode())
         for part in parts:
@@ -321,7 +320,7 @@ def _digest_of_tokens(tokens: Sequence[int]) -> bytes:
 
 
 def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, batch_size: int) -> None:
-    """Write the files of a cache, then the index that names them."""
+    """Write the files of a cache, then their index."""
     files: list[dict[str, Any]] = []
     width = passes.config.hidden_size
     with in_evaluation_mode(passes.backbone.base), Countdown(len(sequences), "scaling pass") as countdown:
@@ -336,7 +335,7 @@ def _compute(passes: Any, sequences: Tokens, target: Path, dtype: torch.dtype, b
 
 
 def _in_files(sequences: Tokens, bytes_per_token: int) -> Iterator[tuple[int, Tokens]]:
-    """(number of its first sequence, its sequences) of each file."""
+    """Yield (index of the first sequence, sequences) for each file."""
     first = size = 0
     for index, sequence in enumerate(sequences):
         if size >= _FILE_BYTES:
@@ -349,11 +348,11 @@ def _in_files(sequences: Tokens, bytes_per_token: int) -> Iterator[tuple[int, To
 def _hidden_states(
     passes: Any, sequences: Tokens, dtype: torch.dtype, batch_size: int, advance: Callable[[int], None]
 ) -> Float[Tensor, "tokens hidden"]:
-    """What the gate reads, sequence after sequence."""
+    """The gate's input for all sequences, concatenated."""
     device = next(passes.backbone.module.parameters()).device
     starts = [0, *itertools.accumulate(len(sequence) for sequence in sequences)]
     hidden = torch.empty(starts[-1], passes.config.hidden_size, dtype=dtype)
-    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))  # so that little is padding
+    by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))  # to reduce padding
     for start in range(0, len(sequences), batch_size):
         indices = by_length[start : start + batch_size]
         ids, mask = padded([sequences[index] for index in indices])

@@ -1,4 +1,4 @@
-"""The index of a scaling cache: what its files hold, and whether they are as they were written."""
+"""The index of a scaling cache: the first sequence, size and digest of each file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is the matter with a cache; "" where there is none, None where all of it is as it was written."""
+    """The problem with a cache; "" if it does not exist, None if it is complete and unchanged."""
     if not os.path.lexists(folder):
         return ""
     try:
@@ -31,16 +31,16 @@ def damage_of(folder: Path) -> str | None:
 
 
 def digest_of_index(index: dict[str, Any]) -> str:
-    """Of all that an index says."""
+    """The digest of an index without its own digest."""
     values = {name: value for name, value in index.items() if name != "index"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(folder: Path) -> JsonTable:
-    """The index of a cache, all of whose values are of their types.
+    """Read the index of a cache and check the types of its values.
 
     Raises:
-        CheckpointError: it is missing or broken.
+        CheckpointError: it is missing or not valid.
     """
     index = read_json(folder / INDEX)
     index.whole("hidden_size", least=1)

@@ -1,6 +1,6 @@
-"""Weights and the optimizer's state between FSDP's shards and files that any number of processes can read.
+"""Converts weights and the optimizer's state between FSDP's shards and files for any number of processes.
 
-Of shards, transformers' Trainer would write checkpoints that FSDP alone can read.
+transformers' Trainer writes checkpoints of shards that only FSDP can read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from weft.distributed import is_sharded
 
 
 def gathered_state(optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state dict, whole and on the CPU; all processes call this."""
+    """An optimizer's state dict, gathered on the CPU. All processes must call this."""
     state: dict[str, Any] = optimizer.state_dict()
     state["state"] = {
         number: {name: value.full_tensor().cpu() if is_sharded(value) else value for name, value in entries.items()}
@@ -24,7 +24,7 @@ def gathered_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_gathered_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Give an optimizer a state dict of `gathered_state`, in shards where its parameters are."""
+    """Load a state dict of `gathered_state` into an optimizer, sharded like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state["state"] = {
         number: {name: _like(parameters[number], value) for name, value in entries.items()}
@@ -35,7 +35,7 @@ def load_gathered_state(optimizer: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def load_weights(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Give a model in shards the weights of a saved adapter; others stay as they are."""
+    """Load the weights of a saved adapter into a sharded model. Other weights are not changed."""
     of_heads = f".modules_to_save.{model.active_adapter}."
     for name, parameter in model.named_parameters():
         saved = tensors.get(name.replace(of_heads, "."))
@@ -44,9 +44,9 @@ def load_weights(model: Any, tensors: dict[str, Tensor]) -> None:
 
 
 def lay_out_as_parameters(optimizer: Any) -> None:
-    """Give the optimizer's tensors their parameters' strides: fused AdamW takes for granted that they have them.
+    """Give the optimizer's tensors the strides of their parameters, as fused AdamW requires.
 
-    Stacked experts lie transposed, those of FSDP's checkpoints do not.
+    Stacked experts have transposed strides; tensors of FSDP's checkpoints do not.
     """
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
@@ -55,7 +55,7 @@ def lay_out_as_parameters(optimizer: Any) -> None:
 
 
 def _like(parameter: Any, value: Any) -> Any:
-    """A tensor of a parameter's shape, in shards where the parameter is; anything else as it is."""
+    """Shard a tensor of a parameter's shape like the parameter. Other values are returned unchanged."""
     if not isinstance(value, Tensor) or not is_sharded(parameter) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""Where `weft train` starts: from a mixture, with a gate that is fitted, or from the last checkpoint."""
+"""The start of `weft train`: from a mixture, with a fitted gate, or from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from weft.train.run_record import changes_since
 
 
 def with_mixture_options(options: TrainOptions) -> TrainOptions:
-    """The options with the base model, the experts and the gate's options of the mixture to start from.
+    """Return the options with base model, experts and gate options of the mixture to start from.
 
     Args:
-        options: as given; they come back as they are where `start_from` is None.
+        options: the given options; returned unchanged if `start_from` is None.
 
     Raises:
-        ConfigError: one of them is given and is another one than the mixture's.
+        ConfigError: one of these options is given and differs from the mixture's.
         CheckpointError: the mixture cannot be read.
     """
     if options.start_from is None:
@@ -57,9 +57,9 @@ def with_mixture_options(options: TrainOptions) -> TrainOptions:
 
 
 def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
-    """Fit the gate to the labels or losses of the data; in all processes alike.
+    """Fit the gate to the labels or losses of the data, with the same result in all processes.
 
-    Where the options leave it open, by the losses, and where that cannot be done, not at all.
+    If `gate_start` is None, it is fitted to the losses; if that is not possible, it stays random.
     """
     by, say = options.gate_start or "losses", by_the_first(notice)
     left_open = options.gate_start is None
@@ -67,7 +67,7 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
         return
     base = model.get_base_model()
     if not getattr(base, "is_quantized", False) and getattr(base, "hf_device_map", None) is None:
-        model.to(device)  # quantised and spread models are where they stay
+        model.to(device)  # quantised models and those with a device map cannot be moved
     try:
         agreement = fit_gate(model, rows, by, batch_size=options.batch_size, seed=options.seed, announce=say)
     except WeftError as err:
@@ -79,16 +79,16 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
         for parameter in model.internal_xlora_classifier.parameters():
             torch.distributed.broadcast(parameter.data, src=0)
     if not math.isnan(agreement):
-        say(f"the gate's first choice is theirs in {agreement:.0%} of the tokens that were kept aside")
+        say(f"the gate's first choice agrees with the {by} for {agreement:.0%} of the held-out tokens")
 
 
 def say_resuming(checkpoint: Path, record: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Say from which step a training goes on, and what has changed since.
+    """Print the step from which a training resumes, and the changes since the checkpoint.
 
     Args:
-        checkpoint: from which it goes on.
-        record: what it is trained with now, of `run_record`.
-        say: told that, a line at a time.
+        checkpoint: the checkpoint from which it resumes.
+        record: the present record, from `run_record`.
+        say: called with each line.
     """
     lines = changes_since(checkpoint, record)
     say(f"resuming from step {step_of(checkpoint)}{', with changes:' if lines else ''}")
@@ -97,13 +97,13 @@ def say_resuming(checkpoint: Path, record: dict[str, Any], say: Callable[[str], 
 
 
 def check_steps_left(options: TrainOptions, num_rows: int, checkpoint: Path) -> None:
-    """Raise where `epochs` ends before the step of the checkpoint to resume from.
+    """Raise if `epochs` ends before the step of the checkpoint to resume from.
 
     Raises:
         ConfigError: it does.
     """
     if options.max_steps or options.max_tokens:
-        return  # which are looked at earlier
+        return  # these were checked earlier
     per_step = options.batch_size * options.gradient_accumulation_steps * number_of_processes()
     steps, done = math.ceil(options.epochs * math.ceil(num_rows / per_step)), step_of(checkpoint)
     if steps < done:
@@ -111,14 +111,14 @@ def check_steps_left(options: TrainOptions, num_rows: int, checkpoint: Path) -> 
 
 
 def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
-    """Say which checkpoints a training that goes on from the last whole one passes over.
+    """Print the checkpoints that are skipped, and restore the best checkpoint so far.
 
-    Where the best one so far is not whole, the best is chosen from here on.
+    If the best one is not valid, the best one of the remaining training is used.
 
     Args:
-        trainer: of the training.
-        checkpoints: of which there is a last one.
-        say: told that, a line at a time.
+        trainer: the Trainer that resumes.
+        checkpoints: the checkpoints in the output folder; `last` must be set.
+        say: called with each line.
     """
     for line in checkpoints.passed_over():
         say(line)
@@ -136,13 +136,13 @@ def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str],
 
 
 class _Best(TrainerCallback):
-    """Tells a training that goes on where the best checkpoint so far is; None where it is lost."""
+    """Sets the best checkpoint so far in the state of a training that resumes; None if it is lost."""
 
     def __init__(self, best: Path | None) -> None:
         self._best = best
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say it."""
+        """Set it, after the Trainer has loaded its state."""
         if self._best is None:
             state.best_metric = state.best_global_step = None
         state.best_model_checkpoint = None if self._best is None else str(self._best)

@@ -1,4 +1,4 @@
-"""What ends a training before its last step: Ctrl-C, and a budget of tokens."""
+"""Callbacks that end a training before its last step: Ctrl-C, and a budget of tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from weft.distributed import any_process
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns the first Ctrl-C into an orderly stop: finish the step, write a checkpoint, end. The second one aborts.
+    """At the first Ctrl-C, finish the step, write a checkpoint and end the training. The second Ctrl-C aborts.
 
     Args:
-        saves: write that checkpoint.
+        saves: whether to write the checkpoint.
     """
 
     def __init__(self, *, saves: bool = True) -> None:
@@ -23,21 +23,21 @@ class StopOnInterrupt(TrainerCallback):
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Watch for Ctrl-C."""
+        """Install the signal handler."""
         try:
             self._previous = signal.signal(signal.SIGINT, self._request)
-        except ValueError:  # signals reach the main thread only
+        except ValueError:  # only the main thread can set a handler
             self._previous = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop here if it came, to whichever process."""
+        """Stop if any process was interrupted."""
         self.requested = any_process(self.requested, args.device)
         if self.requested:
             control.should_save = self._saves
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give Ctrl-C back."""
+        """Restore the previous signal handler."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 
@@ -47,16 +47,16 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class TokenBudget(TrainerCallback):
-    """Ends the training with the step that reaches so many trained tokens.
+    """Ends the training after the step that reaches a number of trained tokens.
 
     Args:
-        tokens: the budget; 0 is none.
+        tokens: the number of tokens; 0 for no limit.
     """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop here if they are spent."""
+        """Stop if the number is reached."""
         if self.tokens and state.num_input_tokens_seen >= self.tokens:
             control.should_log = control.should_save = control.should_training_stop = True

@@ -1,7 +1,7 @@
-"""The Trainer of `weft train`: all that weft overrides of transformers' one, for experts and for mixtures.
+"""The Trainer of `weft train`, a subclass of transformers' Trainer, for experts and for mixtures.
 
-transformers' Trainer and accelerate start the processes' work and exchange the gradients (DDP, FSDP2). What they leave
-to the program is here: batches, counting, a loss that is not finite, checkpoints, and one folder at the end.
+transformers' Trainer and accelerate distribute the work and exchange the gradients (DDP, FSDP2). This class adds full
+batches, counted tokens, errors for a loss that is not finite, verified checkpoints, and one output folder.
 """
 
 from __future__ import annotations
@@ -41,34 +41,31 @@ from weft.train.sharding import gathered_state, lay_out_as_parameters, load_gath
 
 
 class WeftTrainer(Trainer):
-    """A Trainer that gives the same model with any number of processes of the same batch together.
+    """A Trainer whose result does not depend on the number of processes, if the total batch size is the same.
 
-    Its training data are `RowsAndABlank`. Where a model's loss does not count the tokens of all rows (its forward takes
-    no `num_items_in_batch`), rows are repeated, as accelerate does.
+    Its training data are `RowsAndABlank`. If a model's loss is not divided by the tokens of all rows (its forward has
+    no `num_items_in_batch`), rows are repeated, as in accelerate.
 
-    - It counts the tokens it has trained on, in `state.num_input_tokens_seen`; resuming goes on counting. A token
-      counts where it has a label that the loss compares with a prediction: padding, the first token of a text and
-      masked labels do not.
-    - It raises `TrainingError` before the optimizer takes a step with a loss or a gradient that is not finite. Each
-      forward pass is checked, so also each of several that make one step. The model keeps the weights that gave the
-      last finite loss: where the first loss after a step is not finite, those from before the step. Of several
-      processes all stop, whichever had the loss.
-    - A checkpoint is complete, with the digests of its files (see `weft.train.checkpoints`), or it leaves no trace:
-      one that cannot be written (a full disk) is removed, and `CheckpointError` says which one to resume from. Of
-      several processes all raise it, whichever could not write.
+    - It counts the trained tokens in `state.num_input_tokens_seen`, also after resuming. A token is counted if its
+      label is in the loss: padding, the first token of a text and masked labels are not.
+    - It raises `TrainingError` before an optimizer step with a loss or gradient that is not finite. Each forward pass
+      is checked, also with gradient accumulation. The model keeps the weights of the last finite loss: if the first
+      loss after a step is not finite, those before the step. All processes raise the error.
+    - A checkpoint is complete, with the digests of its files (see `weft.train.checkpoints`), or it is removed, for
+      example if the disk is full. `CheckpointError` then names the checkpoint to resume from. All processes raise it.
 
     Args:
-        model: of weft or of peft.
-        arguments: of the training.
-        tokenizer: turns a batch into texts again, for messages.
-        schedule_steps: over which the learning rate falls, where it is not the number of steps at most.
-        record: what the run is trained with, for its checkpoints (`weft.train.run_record`); None stores nothing.
-        **options: of transformers' Trainer.
+        model: a model of weft or peft.
+        arguments: the training arguments.
+        tokenizer: decodes the texts of a batch for messages.
+        schedule_steps: number of steps of the learning rate schedule; None for the maximum number of steps.
+        record: record of the run for its checkpoints (see `weft.train.run_record`); None for none.
+        **options: arguments of transformers' Trainer.
     """
 
     optimizer: Any
     lr_scheduler: Any
-    # What could not be written of the checkpoint that is being saved; None between checkpoints.
+    # Errors while a checkpoint is saved; None at other times.
     _failures: list[Exception] | None = None
 
     def __init__(
@@ -92,12 +89,12 @@ class WeftTrainer(Trainer):
     # ------------------------------------------------------------------ batches and steps
 
     def get_train_dataloader(self) -> Any:
-        """The batches, of the present size: transformers before 5.2 resumes with the checkpoint's."""
+        """The batches, of the present batch size: transformers before 5.2 resumes with that of the checkpoint."""
         self._train_batch_size = self.args.train_batch_size
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        # Blank rows are blank in a loss that counts the tokens of all rows, which not every model's does.
+        # Blank rows have no effect only if the loss is divided by the number of tokens of all rows.
         if not self.model_accepts_loss_kwargs:
             return super()._get_train_sampler(train_dataset)
         args, rows = self.args, cast(RowsAndABlank, self.train_dataset)
@@ -112,7 +109,7 @@ class WeftTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
-        # Nothing predicts the first token of a text, which transformers before 5.10 counts for the mean, too.
+        # The first token of a text is not predicted, but transformers before 5.10 counts it.
         return super()._get_num_items_in_batch([_without_first_label(batch) for batch in batch_samples], device)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -120,11 +117,11 @@ class WeftTrainer(Trainer):
         return super().create_scheduler(self._schedule_steps or num_training_steps, optimizer)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: nobody reads it, and transformers would go through all parameters at every step."""
+        """Return 0: not used, and slow, as transformers iterates over all parameters at every step."""
         return 0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one batch.
+        """Run the forward and backward pass of one batch.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -142,9 +139,9 @@ class WeftTrainer(Trainer):
         return loss
 
     def _check_gradients(self) -> None:
-        """Check the gradients before a step, and keep the weights, whose losses were finite."""
+        """Check the gradients before a step, and keep a copy of the weights, as their losses were finite."""
         weights = self._trained_weights()
-        # In float16 accelerate's scaler leaves such steps out itself.
+        # In float16 accelerate's scaler skips such steps.
         if getattr(self.accelerator, "scaler", None) is None:
             norm = gradient_norm(weights)
             if not torch.isfinite(norm):
@@ -153,10 +150,10 @@ class WeftTrainer(Trainer):
         self._passes = 0
 
     def _stop_not_finite(self, what: str | None) -> None:
-        """Raise in all processes, which all come here.
+        """Raise the error in all processes, which must all call this.
 
         Args:
-            what: is wrong with this process's batch; None where another's is meant.
+            what: the problem with this process's batch; None if only other processes have one.
         """
         accumulated = self.args.gradient_accumulation_steps
         which = f", forward pass {self._passes} of {accumulated}" if accumulated > 1 else ""
@@ -175,18 +172,18 @@ class WeftTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._failures = []
         try:
-            self._in_first_process(remove_checkpoint)  # one of this step that was passed over
-            any_process(False, self.args.device)  # wait for it
+            self._in_first_process(remove_checkpoint)  # a damaged one of the same step
+            any_process(False, self.args.device)  # wait for the first process
             super()._save_checkpoint(*args, **kwargs)
             if self._record is not None:
                 record = self._record
                 self._in_first_process(lambda newest: write_run(newest, record))
-            self._in_first_process(write_record)  # it has come here after all have written
+            self._in_first_process(write_record)  # all processes have written their files now
             best = self.state.best_model_checkpoint
             self._in_first_process(lambda newest: remove_old_checkpoints(newest, best))
             self._raise_failure()
         except CheckpointError:
-            raise  # of `_raise_failure`, or DeepSpeed's
+            raise  # from `_raise_failure` or from saving with DeepSpeed
         except Exception as err:
             self._failures.append(err)
             self._raise_failure()
@@ -196,15 +193,14 @@ class WeftTrainer(Trainer):
         finally:
             self._failures = None
 
-    # Between these some processes wait for others, so that an error must wait for the last one.
+    # Processes wait for each other between these methods, so an error is kept and raised after the last one.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self._write(super()._save, output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
-            # DeepSpeed's processes wait for each other on their way: one that fails there must end, for the others to
-            # end.
+            # Processes wait for each other inside of DeepSpeed: if one fails, it must exit so that the others exit too.
             self._raise_failure()
             try:
                 super()._save_optimizer_and_scheduler(output_dir)
@@ -241,10 +237,10 @@ class WeftTrainer(Trainer):
             self._write(write, self._checkpoint)
 
     def _raise_failure(self) -> None:
-        """Raise what went wrong in any process; all come here."""
+        """Raise the error of any process in all of them. All processes must call this."""
         if not any_process(bool(self._failures), self.args.device):
             return
-        self._remove_incomplete()  # now that nobody writes any more
+        self._remove_incomplete()  # no process writes any more
         error = not_saved_error(self._checkpoint, self._failures[0]) if self._failures else None
         fail_together(error, self.args.device)
 
@@ -282,7 +278,7 @@ class WeftTrainer(Trainer):
         self._follow_schedule(checkpoint)
 
     def _follow_schedule(self, checkpoint: str | None) -> None:
-        """Go on with the present schedule of the learning rate: the optimizer has loaded that of the checkpoint."""
+        """Set the learning rates of the present schedule, as the optimizer has loaded those of the checkpoint."""
         if checkpoint is None or self.is_deepspeed_enabled:
             return
         peak, schedule = self.args.learning_rate, self.lr_scheduler
@@ -295,23 +291,23 @@ class WeftTrainer(Trainer):
 
     @property
     def in_shards(self) -> bool:
-        """Whether no process holds the whole model."""
+        """Whether the model is sharded over the processes (FSDP or DeepSpeed)."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def whole_state(self) -> dict[str, Any] | None:
-        """The state dict of a model in shards, gathered; all processes call this. None where it is not in shards."""
+        """The gathered state dict of a sharded model; None for other models. All processes must call this."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.in_shards else None
 
     def write_together(self, folder: Path, write: Callable[[Path], None], *, together: bool = True) -> None:
-        """Let the first process replace a folder.
+        """Replace a folder in the first process.
 
         Args:
-            folder: then has all that `write` wrote, or what it had before.
+            folder: the folder. It has either all new files or all old ones afterwards.
             write: see `replace_folder`.
-            together: all processes call this; not so after an error, when others may wait elsewhere.
+            together: all processes call this. False after an error, when other processes may be elsewhere.
 
         Raises:
-            CheckpointError: the folder cannot be written; in all processes, if they are together.
+            CheckpointError: the folder cannot be written; raised in all processes if `together`.
         """
         error = None
         if self.args.should_save:
@@ -325,7 +321,7 @@ class WeftTrainer(Trainer):
             raise error
 
     def save_mixture(self, folder: Path, tokenizer: Any, *, together: bool) -> None:
-        """Write the mixture and its tokenizer; see `write_together`. In shards it takes all processes together."""
+        """Write the mixture and its tokenizer; see `write_together`. If sharded, all processes must call this."""
         state_dict = self.whole_state()
 
         def write(part: Path) -> None:
@@ -337,7 +333,7 @@ class WeftTrainer(Trainer):
         self.write_together(folder, write, together=together)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers', which would leave frozen experts out of what it gathers for ZeRO-3."""
+        """As in transformers, but with the frozen experts, which it does not gather for ZeRO-3."""
         if self.is_deepspeed_enabled:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model_wrapped))
         else:
@@ -345,23 +341,23 @@ class WeftTrainer(Trainer):
 
     def _wrap_model(self, *args: Any, **kwargs: Any) -> Any:
         if self.in_shards:
-            register_with_peft()  # whose saving then hands on the experts' gathered tensors
+            register_with_peft()  # so that peft saves the gathered tensors of the experts
         return super()._wrap_model(*args, **kwargs)
 
 
 class _BeforeOptimizerStep(TrainerCallback):
-    """Calls a function before each step of the optimizer, for which a Trainer has no method."""
+    """Calls a function before each optimizer step, as a Trainer has no method for it."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Call it."""
+        """Call the function."""
         self._function()
 
 
 def trained_tokens(labels: Sequence[int]) -> int:
-    """How many tokens of a sequence `WeftTrainer` counts."""
+    """The number of tokens of a sequence that `WeftTrainer` counts."""
     return sum(label != NO_LABEL for label in labels[1:])
 
 
