@@ -66,6 +66,23 @@ def test_two_processes_with_the_model_in_shards_train_what_one_does(options, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_processes_end_at_the_plateau_of_one_with_its_weight(options, data, tmp_path, launcher):
+    more = ["--epochs", "0", "--eval-data", str(data), "--eval-steps", "2", "--learning-rate", "0.02"]
+    assert main(options("one", 1, *more)) == 0
+    program = [SHARDED] if launcher == "fsdp2.yaml" else ["-m", "weft"]
+    run(accelerate_launch(launcher, *program, *options("two", 2, *more)))
+    assert_same_mixture(tmp_path / "one", tmp_path / "two")
+    weights = [weft.from_pretrained(tmp_path / name).get_global_scaling_weight() for name in ("one", "two")]
+    assert weights[0] == pytest.approx(weights[1])
+    steps = [
+        max(int(path.name.split("-")[1]) for path in (tmp_path / name / "checkpoints").glob("checkpoint-*"))
+        for name in ("one", "two")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.slow
 def test_dora_experts_in_shards_are_trained_as_in_one_process(options, base_folder, tmp_path):
     experts = []
     for seed, name in enumerate(("math", "code")):

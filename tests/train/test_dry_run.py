@@ -57,7 +57,17 @@ def test_a_dry_run_finds_what_a_training_would(dry, tmp_path, capsys):
 def test_a_dry_run_of_experts_that_are_still_to_be_trained(base_folder, base_adapters, data, tmp_path, capsys):
     before = folder_files(tmp_path)
     experts = ["--experts-from", f"fox={data}", f"owl={data}", "--adapters", f"math={base_adapters['math']}"]
-    more = ["--output", str(tmp_path / "out"), "--sequence-length", "32", "--expert-rank", "2", "--max-steps", "4", "--dry-run"]
+    more = [
+        "--output",
+        str(tmp_path / "out"),
+        "--sequence-length",
+        "32",
+        "--expert-rank",
+        "2",
+        "--max-steps",
+        "4",
+        "--dry-run",
+    ]
     assert main(["train", "--base", str(base_folder), *experts, *more]) == 0
     lines = capsys.readouterr().out.splitlines()
     heads = [line for line in lines if not line.startswith("  ")]
