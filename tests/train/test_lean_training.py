@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,3 +203,22 @@ def test_runs_share_a_cache_and_a_mixture_loads_with_one_beside_it(run, tmp_path
     run("again", "--cache-scaling-pass", "--cache-folder", str(tmp_path / "out/scaling-cache"))
     assert re.search(r"scaling pass: .*, found\n", capsys.readouterr().out)
     assert not (tmp_path / "again/scaling-cache").exists()
+
+
+@pytest.mark.parametrize("experts", [3, 8, 9, 32])
+def test_a_log_line_names_the_shares_of_at_most_eight_experts(experts, capsys):
+    logs = {"loss": 2.0} | {f"gate/share/e{number}": (number + 1) / 1000 for number in range(experts)}
+    state = SimpleNamespace(is_world_process_zero=True, global_step=5, max_steps=10, num_input_tokens_seen=10)
+    line = ProgressLine()
+    line._estimated = True
+    line.on_log(None, state, None, logs=logs)
+    shown = capsys.readouterr().out
+    if experts <= 8:
+        assert [f"e{number} " in shown for number in range(experts)] == [True] * experts
+        assert "others" not in shown
+    else:
+        named = range(experts - 1, experts - 8, -1)
+        places = [shown.index(f"e{number} ") for number in named]
+        assert places == sorted(places)
+        rest = sum((number + 1) / 1000 for number in range(experts - 7))
+        assert f"{experts - 7} others {rest:.0%}" in shown

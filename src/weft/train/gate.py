@@ -98,7 +98,8 @@ def train(options: TrainOptions) -> Path:
             _save(trainer, tokenizer, options, together=together)
     if interrupt.requested:
         raise KeyboardInterrupt
-    if planned.expected_steps is not None and planned.held_out is not None and number_of_processes() == 1:
+    whole = number_of_processes() == 1 and not trainer.in_shards
+    if planned.expected_steps is not None and planned.held_out is not None and whole:
         say(comparison(model, planned.held_out, options.batch_size, bf16=options.bf16))
     return Path(options.output)
 

@@ -16,6 +16,7 @@ from weft.screen.loudness import is_quiet
 
 # Prefixes of the gate's metrics in the log.
 _GATE, _SHARE = "gate/", "gate/share/"
+_MOST_SHARES = 8
 # Entries of the log that are not shown, or shown in another form.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
 _PATIENCE = 2.0  # seconds of steps before the estimate is printed, unless a log line comes first
@@ -73,7 +74,7 @@ class ProgressLine(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         parts = [self._step(state)]
-        shares = []
+        shares: dict[str, float] = {}
         now = self._now(state)
         if "loss" in logs:
             self._estimate(now, args, state)
@@ -81,7 +82,7 @@ class ProgressLine(TrainerCallback):
             parts.append(f"loss {self._losses[-1]:.4f}")
         for name, value in logs.items():
             if name.startswith(_SHARE):
-                shares.append(f"{name.removeprefix(_SHARE)} {value:.0%}")
+                shares[name.removeprefix(_SHARE)] = value
             elif name.startswith(_GATE) and not name.endswith("_loss"):
                 continue  # for the tools of report_to only
             elif name == _LEARNING_RATE and self._width < _LEAST_COLUMNS:
@@ -91,7 +92,7 @@ class ProgressLine(TrainerCallback):
         if "loss" in logs:
             parts += [f"{_rate(self._last, now):,.0f} tokens/s", *filter(None, [self._left(now)])]
             self._last = now
-        self._print(_in_lines(parts, shares, self._width))
+        self._print(_in_lines(parts, _named(shares), self._width))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print the summary."""
@@ -147,6 +148,16 @@ class ProgressLine(TrainerCallback):
         return (
             f"{clock((now[0] - self._start[0]) / done * (1 - now[2]))} left" if done > 0 and not self._at_most else ""
         )
+
+
+def _named(shares: dict[str, float]) -> list[str]:
+    """The experts' shares in words; of more than eight experts, the largest seven and the sum of the others."""
+    names = list(shares)
+    if len(names) > _MOST_SHARES:
+        names = sorted(names, key=lambda name: -shares[name])[: _MOST_SHARES - 1]
+    words = [f"{name} {shares[name]:.0%}" for name in names]
+    others = [share for name, share in shares.items() if name not in names]
+    return [*words, f"{len(others)} others {sum(others):.0%}"] if others else words
 
 
 def _in_lines(parts: list[str], shares: list[str], width: int) -> str:
