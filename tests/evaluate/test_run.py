@@ -110,13 +110,15 @@ def test_the_summary_names_what_is_better_what_is_worse_and_what_nobody_can_tell
         "only math": measured(1.0, *below),
         "uniform mix": measured(2.0, -0.1, 0.1),
         "only code": measured(4.0, *above),
+        "weft of May": measured(5.0, *above),
         "weft": Measurement(2.0, 2.0, 2.0, 8, 100.0, 1.0, None),
         "weft top-1": measured(9.0, *above),
         "oracle": measured(1.0, *below),
     }
-    report = Report({"mixed": metric}, {row: {"mixed": cell} for row, cell in cells.items()})
+    same_gate = frozenset({"weft", "weft top-1"})
+    report = Report({"mixed": metric}, {row: {"mixed": cell} for row, cell in cells.items()}, same_gate=same_gate)
     assert notes(report) == [
-        "mixed: better than weft: only math; worse: base, only code; no difference that 8 examples could show: "
+        "mixed: better than weft: only math; worse: base, only code, weft of May; no difference that 8 examples could show: "
         "uniform mix"
     ]
 

@@ -64,6 +64,7 @@ class Report:
         cells: row -> data set -> measurement; the rows are in the order of the table.
         impossible: row -> why it could not be measured.
         settings: options on which the results depend.
+        same_gate: rows with the mixture's own gate and other settings, which the notes do not compare with it.
         advice: what the numbers suggest, if it was asked for.
     """
 
@@ -71,6 +72,7 @@ class Report:
     cells: dict[str, dict[str, Measurement]] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    same_gate: frozenset[str] = frozenset({MIXTURE})
     advice: list[str] = field(default_factory=list)
 
     def values(self, metric: str | None = None) -> dict[str, dict[str, float]]:
@@ -150,7 +152,7 @@ def _verdict(report: Report, data: str) -> Iterable[str]:
     open_: list[str] = []
     for row, cells in report.cells.items():
         difference = cells[data].minus_weft if data in cells else None
-        if row == ORACLE or row.startswith(MIXTURE) or difference is None or not math.isfinite(sum(difference)):
+        if row == ORACLE or row in report.same_gate or difference is None or not math.isfinite(sum(difference)):
             continue
         low, high = difference
         if low <= 0 <= high:

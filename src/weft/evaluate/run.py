@@ -237,7 +237,9 @@ def _report(
         "dtype": str(table.shared.base.dtype),
         "seed": options.seed,
     }
-    report = Report({data.name: data.metric for data in data_sets}, {}, table.impossible, settings)
+    same_gate = frozenset(row.name for row in rows if row.group in ("weft", "topk", "frozen"))
+    metrics = {data.name: data.metric for data in data_sets}
+    report = Report(metrics, {}, table.impossible, settings, same_gate)
     found: dict[str, dict[str, Cell]] = {}
     for row in rows:
         if row.name not in table.impossible:
