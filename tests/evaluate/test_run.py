@@ -118,8 +118,8 @@ def test_the_summary_names_what_is_better_what_is_worse_and_what_nobody_can_tell
     same_gate = frozenset({"weft", "weft top-1"})
     report = Report({"mixed": metric}, {row: {"mixed": cell} for row, cell in cells.items()}, same_gate=same_gate)
     assert notes(report) == [
-        "mixed: better than weft: only math; worse: base, only code, weft of May; no difference that 8 examples could show: "
-        "uniform mix"
+        "mixed: better than weft: only math; worse: base, only code, weft of May; no difference that 8 examples could "
+        "show: uniform mix"
     ]
 
 

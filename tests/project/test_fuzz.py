@@ -22,6 +22,7 @@ def test_hostile_folders_options_and_data_are_right_or_refused():
     assert int(ran.stdout.splitlines()[-1].split()[0]) > 500  # cases
 
 
+@pytest.mark.slow
 def test_a_case_can_be_tried_again_alone():
     command = [sys.executable, "-m", "fuzz", "--seed", "14", "--case", "3", "--kind", "options"]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")])

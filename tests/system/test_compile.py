@@ -62,8 +62,9 @@ torch.testing.assert_close(found, expected, **close)
 # A quarter of a minute each: those that differ in one thing from another are slow.
 CASES = [
     ({}, "aot_eager", "float32"),
-    ({"top_k_lora": 1}, "aot_eager", "float32"),  # gathers: three experts, one of them chosen
-    ({"gate_layer": 1}, "aot_eager", "float32"),
+    # Gathers: three experts, one of them chosen.
+    pytest.param({"top_k_lora": 1}, "aot_eager", "float32", marks=pytest.mark.slow),
+    pytest.param({"gate_layer": 1}, "aot_eager", "float32", marks=pytest.mark.slow),
     pytest.param({}, "eager", "float32", marks=pytest.mark.slow),
     pytest.param({}, "aot_eager", "bfloat16", marks=pytest.mark.slow),
     pytest.param({"top_k_lora": 2, "scaling_pass_value": 0.2}, "eager", "float32", marks=pytest.mark.slow),

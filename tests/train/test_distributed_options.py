@@ -22,7 +22,7 @@ GATE_LOSSES = ("balance", "entropy", "expert-label")
 
 LAUNCHERS = [
     pytest.param(torchrun, id="ddp"),
-    pytest.param(partial(accelerate_launch, "fsdp2.yaml"), marks=pytest.mark.slow, id="fsdp2"),
+    pytest.param(partial(accelerate_launch, "fsdp2.yaml"), id="fsdp2"),
 ]
 
 
@@ -65,6 +65,7 @@ def held_out(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, options, labelled, held_out, tmp_path):
     weights = [part for name in GATE_LOSSES for part in (f"--{name}-loss-weight", "0.1")]
@@ -109,6 +110,7 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
     assert state(tmp_path / "watched-2")["global_step"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_what_goes_wrong_in_one_process_stops_both(launcher, options, base_without_z, tmp_path):
     texts = tmp_path / "z.jsonl"
