@@ -134,6 +134,11 @@ def test_how_many_examples_would_show_one_percent():
     )
 
 
+def test_rows_that_are_clearly_worse_do_not_ask_for_more_examples():
+    assert "data0: 16 examples" in advised(only_math=[(90, 900)], only_code=[(-2, 2)])[-1]
+    assert not [line for line in advised(only_math=[(90, 900)]) if "examples show" in line]
+
+
 def test_a_mixture_that_is_not_compared_gets_no_advice():
     cell = Measurement(10.0, float("nan"), float("nan"), 1, 100.0, 1.0, None)
     report = Report({"law": "perplexity"}, {"weft": {"law": cell}, "base": {"law": cell}})

@@ -199,10 +199,11 @@ def _cheaper(losses: dict[str, dict[str, Loss]], of_group: dict[str, list[str]],
 
 
 def _examples(report: Report, losses: dict[str, dict[str, Loss]]) -> list[str]:
-    """How many examples a data set needs to show differences of 1%."""
+    """How many examples a data set needs to show differences of 1%, where rows are too close to tell."""
     lines = []
     for data in report.metrics:
-        halves = sorted((of_row[data].high - of_row[data].low) / 2 for of_row in losses.values() if data in of_row)
+        close = [of_row[data] for of_row in losses.values() if data in of_row]
+        halves = sorted((loss.high - loss.low) / 2 for loss in close if loss.low <= 0 <= loss.high)
         halves = [half for half in halves if half > 0]
         if not halves or halves[len(halves) // 2] <= _LITTLE:
             continue
