@@ -22,7 +22,7 @@ SERVED = Served("my-mixture", ("code", "law"))
 
 
 ASKED = [("my-mixture", None), ("my-mixture:law", None), ("my-mixture", {"weights": {"code": 0.7}})]
-EXAMPLES = Path(__file__).parents[2] / "examples/serve"
+EXAMPLES = Path(__file__).parents[3] / "examples/serve"
 
 
 @pytest.fixture(scope="module")
