@@ -152,6 +152,21 @@ def test_a_resumed_run_ends_as_the_whole_one(command, tmp_path, monkeypatch):
         ).read_bytes().replace(b"part", b"whole")
 
 
+def test_a_run_that_goes_on_for_a_number_of_steps_keeps_the_weight_it_has_found(command, tmp_path, capsys):
+    options = ("--eval-steps", "3", "--learning-rate", "0.3", "--seed", "1")
+    assert main(command("out", *options)) == 0
+    last, state = log_of(tmp_path / "out")
+    found = json.loads((last / "adapter_config.json").read_text())["global_scaling_weight"]
+    assert found != 1.0
+    more = ("--resume", "true", "--max-steps", str(state["global_step"] + 2))
+    assert main(command("out", *options[2:], *more)) == 0
+    assert weft.from_pretrained(tmp_path / "out").get_global_scaling_weight() == found
+    # A weight that the run does not have is refused.
+    capsys.readouterr()
+    assert main(command("out", *options, "--resume", "true", "--global-scaling-weight", "3")) == 1
+    assert f"global_scaling_weight (3.0) must be what the run to resume has ({found})" in capsys.readouterr().err
+
+
 def test_too_few_texts_are_read_once_and_this_is_said(command, texts, tmp_path, capsys):
     file = tmp_path / "few.jsonl"
     file.write_text("\n".join(json.dumps({"text": f"the quick brown fox {number}"}) for number in range(12)))
@@ -203,15 +218,10 @@ def test_the_weight_climbs_to_the_best_one_within_its_limits(best, expected):
     model = FakeModel(1.0)
     trainer = FakeTrainer(model, best)
     search = WeightSearch(trainer, model, [{}] * 20)
-    search.on_train_begin(None, trainer.state, None)
     for step in range(1, 11):
         trainer.state.global_step = step
         search.on_step_end(None, trainer.state, SimpleNamespace(should_evaluate=True))
     assert model.weight == pytest.approx(expected)
-    # Back to an earlier step, and to the start.
-    trainer.state.best_global_step = 0
-    search.on_train_end(SimpleNamespace(load_best_model_at_end=True), trainer.state, None)
-    assert model.weight == 1.0
 
 
 def test_the_comparison_has_the_losses_of_evaluation(mixture):

@@ -30,8 +30,8 @@ class Loss(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """Without its sign."""
-        ends = sorted((abs(self.low), abs(self.high))) if self.low * self.high > 0 else (self.low, self.high)
+        """A shown loss or gain, without its sign."""
+        ends = sorted((abs(self.low), abs(self.high)))
         return f"{abs(self.value):.1%} ({ends[0]:.1%} to {ends[1]:.1%})"
 
 
@@ -162,10 +162,12 @@ def _static(losses: dict[str, dict[str, Loss]], static: list[str], config: Any, 
         if of_row[data].low > 0:
             return [f"Keep the gate: the best static adapter here ({best}) is worse on {data} by {of_row[data]}."]
         return [f"The examples do not show whether a static adapter ({best}) would do."]
-    weight = 1 / len(config.adapters) / config.global_scaling_weight  # folding multiplies by the global weight
-    equal = " ".join(f"{name}={weight:.4g}" for name in config.adapters)
-    how = {"folded": f": weft fold {model} --data FILE", "uniform mix": f": weft fold {model} --weights {equal}"}
-    command = how.get(best, "")
+    command = ""
+    if best == "folded":
+        command = f": weft fold {model} --data FILE"
+    elif best == "uniform mix" and config.global_scaling_weight:  # by which folding multiplies
+        weight = 1 / len(config.adapters) / config.global_scaling_weight
+        command = f": weft fold {model} --weights {' '.join(f'{name}={weight:.4g}' for name in config.adapters)}"
     return [f"A static adapter would do: the row {best} is {_most(of_row)}, and every LoRA server loads one{command}"]
 
 

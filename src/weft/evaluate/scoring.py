@@ -16,7 +16,7 @@ from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.given import Given, some_tokens
 from weft.data.padded import padded_batches
-from weft.evaluate.data_sets import DataSet
+from weft.evaluate.data_sets import DataSet, windows_of
 from weft.generation.stream import end_tokens
 
 # (sum, weight) for each part: negative log-likelihood in nats and number of tokens, or 1 if right and 1.
@@ -117,8 +117,7 @@ def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
     sums = torch.zeros(len(data.labels), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     plan = [(number, window) for number, text in enumerate(data.examples) for window in text.windows]
-    sequences = [data.examples[number].tokens[window.start : window.end] for number, window in plan]
-    losses = token_losses(runner, sequences, advance)
+    losses = token_losses(runner, windows_of(data), advance)
     for (number, window), of_window in zip(plan, losses, strict=True):
         scored = of_window[window.first - window.start - 1 :].double()
         parts = torch.tensor(data.examples[number].parts[window.first : window.end]) + offsets[number]

@@ -65,7 +65,7 @@ def training_arguments(
     most_steps: int,
     *,
     schedule: str = "cosine",
-    evaluates: bool | None = None,
+    evaluates: bool = False,
 ) -> TrainingArguments:
     """The Trainer's arguments for a run.
 
@@ -75,7 +75,7 @@ def training_arguments(
         schedule_steps: number of optimizer steps in the learning rate schedule.
         most_steps: maximum number of optimizer steps; 0 if `epochs` ends the training.
         schedule: the Trainer's name of the learning rate schedule.
-        evaluates: whether there are held-out texts; None: if `eval_data` names some.
+        evaluates: whether there are held-out texts to evaluate on.
     """
     return TrainingArguments(
         output_dir=os.fspath(folder),
@@ -96,7 +96,7 @@ def training_arguments(
         **length_grouping_arguments(options.group_by_length),
         remove_unused_columns=False,
         disable_tqdm=True,
-        **_evaluation_arguments(options, evaluates=bool(options.eval_data) if evaluates is None else evaluates),
+        **_evaluation_arguments(options, evaluates=evaluates),
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.accelerator.is_available(),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME
-from transformers.trainer import TRAINER_STATE_NAME
 
 from weft.base_model.loading import load_tokenizer
 from weft.checkpoint.adapters import local_folder
@@ -25,7 +24,6 @@ from weft.train.arguments import mixture_options
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, describe, find_checkpoints
 from weft.train.reports import report_problems
 from weft.train.run_record import refused_changes
-from weft.train.weight_search import WEIGHT_LOGGED
 
 
 def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
@@ -116,8 +114,8 @@ def _resume_problems(options: TrainOptions, adapters: dict[str, str], checkpoint
     saved = read_json(last / CONFIG_NAME)
     given = XLoraConfig(adapters=dict.fromkeys(adapters, "-"), **mixture_options(options))
     names = mixture_options(options)
-    if options.global_scaling_weight is None and WEIGHT_LOGGED in (last / TRAINER_STATE_NAME).read_text("utf-8"):
-        names.pop("global_scaling_weight")  # the run chooses it
+    if options.global_scaling_weight is None:
+        names.pop("global_scaling_weight")  # the run continues with that of the checkpoint
     wanted: dict[str, Any] = {"expert_names": list(adapters), **{name: getattr(given, name) for name in names}}
     problems = [
         f"{name} ({value!r}) must be what the run to resume has ({saved.get(name)!r})"

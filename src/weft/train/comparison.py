@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
-from weft.data.padded import padded_batches
+from weft.data.padded import padded
 from weft.data.texts import NO_LABEL
-from weft.model.model import at_own_weight
+from weft.train.gate_fit import losses_of_experts
 
 _PASSES, _LEAST, _MOST = 320, 8, 32  # forward passes of all models together; sequences
 
@@ -26,40 +28,35 @@ def comparison(model: Any, held_out: list[dict[str, Any]], batch_size: int, *, b
         batch_size: sequences per forward pass.
         bf16: run under autocast, as the training did.
     """
-    names = model.xlora_config.expert_names
+    names = list(model.xlora_config.expert_names)
     rows = held_out[: max(_LEAST, min(_MOST, _PASSES // (len(names) + 2)))]
     training = model.training
     model.eval()
     try:
         with torch.autocast(execution_device(model).type, torch.bfloat16, enabled=bf16):
-            own = _losses(model, rows, batch_size)
-            alone = {}
-            for name in names:
-                with at_own_weight(model, {name: 1.0}):
-                    alone[name] = _losses(model, rows, batch_size)
-            with model.disable_adapter():
-                base = _losses(model, rows, batch_size)
+            batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+            losses = torch.cat([_losses(model, batch, names) for batch in batches])
     finally:
         model.train(training)
-    tokens = own[:, 1].sum()
-    best = min(alone, key=lambda name: float(alone[name][:, 0].sum()))
-    of_own_best = torch.stack([losses[:, 0] for losses in alone.values()]).min(0).values
-    better = int((own[:, 0] <= of_own_best).sum())
-    means = [float(losses[:, 0].sum() / tokens) for losses in (own, base, alone[best])]
+    own, base, alone = losses[:, 0], losses[:, 1], losses[:, 2:]
+    best = int(alone.sum(0).argmin())
+    better = int((own <= alone.min(1).values).sum())
+    tokens = sum(label != NO_LABEL for row in rows for label in row["labels"][1:])
+    means = [float(of_model.sum() / tokens) for of_model in (own, base, alone[:, best])]
     return (
         f"on {len(rows)} held-out sequences: loss {means[0]:.3f}, base model {means[1]:.3f}, best expert alone "
-        f"({best}) {means[2]:.3f}. At least as good as each sequence's best expert on {better} of {len(rows)}"
+        f"({names[best]}) {means[2]:.3f}. At least as good as each sequence's best expert on {better} of {len(rows)}"
     )
 
 
-def _losses(model: Any, rows: list[dict[str, Any]], batch_size: int) -> Tensor:
-    """The sum of the losses of each row's tokens with a label, and their number, [row, 2]; in float64."""
+def _losses(model: Any, rows: list[dict[str, Any]], names: list[str]) -> Float[Tensor, "row model"]:
+    """The sum of each row's losses, over tokens with a label: of the mixture, the base model and each expert alone."""
+    ids, mask = padded([row["input_ids"] for row in rows])
     device = execution_device(model)
-    found: list[Tensor] = []
-    for input_ids, attention_mask in padded_batches([row["input_ids"] for row in rows], batch_size):
-        logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False).logits
-        for losses in negative_log_likelihoods(logits, input_ids).cpu().double():
-            labels = torch.tensor(rows[len(found)]["labels"][1:])
-            counted = labels != NO_LABEL
-            found.append(torch.stack([losses[: len(labels)][counted].sum(), counted.sum().double()]))
-    return torch.stack(found)
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    counts = pad_sequence([torch.tensor(row["labels"][1:]) != NO_LABEL for row in rows], batch_first=True)
+    own = negative_log_likelihoods(model(**inputs).logits, ids).cpu()
+    with model.disable_adapter():
+        base = negative_log_likelihoods(model(**inputs).logits, ids).cpu()
+    two = torch.stack([own, base], -1).double().masked_fill(~counts[..., None], 0.0)
+    return torch.cat([two, losses_of_experts(model, inputs, counts, names)], -1).sum(1)

@@ -40,7 +40,7 @@ from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.train.start import check_steps_left, resume_from, say_resuming, start_gate, with_mixture_options
 from weft.train.stopping import StopOnInterrupt, TokenBudget
 from weft.train.trainer import WeftTrainer, trained_tokens
-from weft.train.weight_search import WeightSearch
+from weft.train.weight_search import WeightSearch, restore_weight
 
 _Rows = list[dict[str, Any]]
 
@@ -69,6 +69,8 @@ def train(options: TrainOptions) -> Path:
     if checkpoints.last is not None:
         say_resuming(checkpoints.last, record, by_the_first(notice))
     model = _load_model(options, adapters)
+    if checkpoints.last is not None and options.global_scaling_weight is None:
+        restore_weight(model, checkpoints.last)
     planned = plan(options, rows, held_out, by_the_first(notice))
     options = planned.options
     if options.dry_run:

@@ -248,7 +248,7 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
         counts = torch.zeros_like(ids, dtype=torch.bool)
         for row, example in enumerate(examples):
             counts[row, : lengths[row]] = example["counts"]
-        posterior = _posterior(_losses(model, inputs, counts[:, 1:], experts)).float().to(device)
+        posterior = _posterior(losses_of_experts(model, inputs, counts[:, 1:], experts)).float().to(device)
         targets = []
         for row, length in enumerate(lengths):
             following = torch.tensor([*range(length - 1), length - 2])  # the last token has the target before it
@@ -264,7 +264,7 @@ def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list
     return hidden, targets
 
 
-def _losses(
+def losses_of_experts(
     model: Any, inputs: dict[str, Tensor], counts: Tensor, experts: Sequence[str]
 ) -> Float[Tensor, "batch token expert"]:
     """The loss of each expert alone on each token but the first; 0 for tokens that do not count."""

@@ -28,7 +28,8 @@ _FACTOR = 0.3
 _FAILURES = 4  # with which the training ends
 _PEAK = 5e-3  # the first learning rate, if the options give none
 _HELD_OUT, _MOST_HELD_OUT, _LEAST_HELD_OUT = 0.1, 64, 4  # of the sequences
-# An evaluation takes about a fifth of the time of the steps between two: a forward pass is a third of a step.
+# An evaluation takes about a fifth of the time of the steps between two: a forward pass is a third of a step. The
+# search for the weight comes on top.
 _SHARE, _FORWARD, _LEAST_INTERVAL = 0.2, 1 / 3, 10
 _EXPECTED_INTERVALS = 8
 _MOST_EPOCHS, _MOST_INTERVALS = 10, 40  # whichever is more

@@ -30,7 +30,16 @@ _PER_STEP = ("batch_size", "gradient_accumulation_steps", "processes")
 # They determine the texts of each step.
 _ORDER = ("sequence_length", "assistant_only_loss", "packing", "group_by_length", "seed")
 _AMOUNT = ("max_steps", "epochs", "max_tokens")
-_OTHERS = ("learning_rate", "warmup_ratio", "eval_steps", "early_stopping", "bf16", "dtype", "quantization")
+_OTHERS = (
+    "learning_rate",
+    "global_scaling_weight",
+    "warmup_ratio",
+    "eval_steps",
+    "early_stopping",
+    "bf16",
+    "dtype",
+    "quantization",
+)
 _DATA = ("data", "eval_data")
 
 

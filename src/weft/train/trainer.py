@@ -38,6 +38,7 @@ from weft.train.checkpoints import (
 from weft.train.finite_loss import FiniteWeights, gradient_norm, not_finite_error, texts_of
 from weft.train.run_record import write_run
 from weft.train.sharding import gathered_state, lay_out_as_parameters, load_gathered_state, load_weights
+from weft.train.weight_search import restore_weight
 
 
 class WeftTrainer(Trainer):
@@ -264,6 +265,7 @@ class WeftTrainer(Trainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
+        restore_weight(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
