@@ -17,7 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # Shown as they stand. Browsers show JSON and images themselves, and would save these.
 SOURCES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".txt": "text"}
-_LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
+# The text of a link may go on in the next line, not in the next paragraph.
+_LINK = re.compile(r"(!?\[(?:[^\]\n]|\n(?![ \t]*\n))*\]\()([^)\s]+)(\))")
 _FENCE = re.compile(r"^ *(```|~~~)")
 _log = logging.getLogger("mkdocs.plugins.links")
 _origins: dict[str, str] = {}  # a page that this hook added -> what it shows
@@ -44,12 +45,17 @@ def replace_links(markdown: str, replace: Any) -> str:
             return match[0]
         return f"{match[1]}{replace(path)}{hash_sign}{anchor}{match[3]}"
 
-    lines, in_code = [], False
+    parts, prose, in_code = [], "", False
     for line in markdown.splitlines(keepends=True):
         if _FENCE.match(line):
             in_code = not in_code
-        lines.append(line if in_code else _LINK.sub(replaced, line))
-    return "".join(lines)
+            parts += [_LINK.sub(replaced, prose), line]
+            prose = ""
+        elif in_code:
+            parts.append(line)
+        else:
+            prose += line
+    return "".join(parts) + _LINK.sub(replaced, prose)
 
 
 def resolve(origin: str, target: str) -> str:

@@ -38,6 +38,10 @@ def test_links_are_found_and_replaced_outside_of_code_only():
     assert replaced == text.replace("x.md", "X.MD").replace("y.png", "Y.PNG").replace("../w", "../W")
 
 
+def test_the_text_of_a_link_may_break_into_the_next_line_but_not_into_the_next_paragraph():
+    assert list(links.links("see the [commented\n  files](configs) and [x]\n\n(no) [y\n\nz](none)")) == ["configs"]
+
+
 def test_what_is_outside_of_docs_becomes_part_of_the_site():
     assert links.resolve("docs/training.md", "../examples/harness.py") == "examples/harness.py"
     assert links.resolve("examples", "harness.py") == "examples/harness.py"
