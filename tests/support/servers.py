@@ -55,7 +55,14 @@ def started(folder, *flags, program=("-m", "weft", "serve"), **variables):
     environment = {**os.environ, **variables}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         try:
-            first = next(line for line in run.stdout if "serves" in line)  # vLLM may say something before
+            said = []  # vLLM may say something before
+            for line in run.stdout:
+                said.append(line)
+                if "serves" in line:
+                    break
+            else:
+                raise AssertionError("it ended without serving:\n" + "".join(said))
+            first = said[-1]
             threading.Thread(target=run.stdout.read, daemon=True).start()  # a full pipe would stop it
             for _ in range(600):
                 try:
