@@ -6,7 +6,7 @@ import pytest
 
 from weft.cli.commands import COMMANDS
 from weft.options import GenerateOptions, TrainOptions
-from weft.options.spellings import EARLIER, TRAINERS, todays_name
+from weft.options.spellings import EARLIER, TRAINERS, current_name
 
 
 def test_the_trainers_names_are_options_of_the_trainer():
@@ -33,6 +33,6 @@ def test_an_option_in_two_spellings_is_refused():
 
 
 def test_other_commands_do_not_know_these_names():
-    assert todays_name("warmup", {"prompt"}) == "warmup"
+    assert current_name("warmup", {"prompt"}) == "warmup"
     with pytest.raises(TypeError, match="warmup"):
         GenerateOptions("m", warmup=1)

@@ -99,7 +99,7 @@ def kept_by_name(layer: LoraLayer) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, *unlisted)))
 
 
-def in_todays_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, name: str) -> dict[str, Tensor]:
+def with_current_names(weights: dict[str, Tensor], base: Any, config: LoraConfig, name: str) -> dict[str, Tensor]:
     """An adapter's weights under the base model's present layer names, if transformers has renamed the layers.
 
     peft 0.18 has no such renaming.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from weft.cli.commands import COMMANDS
-from weft.cli.errors import UsageError, report, report_unforeseen, speaks
+from weft.cli.errors import UsageError, is_first_process, report, report_unforeseen
 from weft.cli.help import command_help, overview
 from weft.cli.option_files import as_yaml
 from weft.cli.parser import Given, command_named, parse
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WeftError as err:
         report(command, err)
     except KeyboardInterrupt:
-        if speaks():
+        if is_first_process():
             say(f"weft {command}: interrupted", file=sys.stderr)
         return 130
     except (OSError, UnicodeError, MemoryError, RecursionError, RuntimeError) as err:
@@ -76,7 +76,9 @@ def _run(name: str, arguments: list[str]) -> int:
         options = command.options(**given.values)
         refuse_foreseen(options)
         with ExitStack() as meanwhile:
-            with waiting("loading torch, transformers, peft", hidden=not command.imports_libraries or not speaks()):
+            with waiting(
+                "loading torch, transformers, peft", hidden=not command.imports_libraries or not is_first_process()
+            ):
                 if command.imports_libraries:
                     meanwhile.enter_context(libraries_hushed(f"weft {name}"))
                 module, _, function = command.runner.partition(":")

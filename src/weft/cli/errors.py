@@ -34,7 +34,7 @@ class UsageError(WeftError, ValueError):
         super().__init__(problems[0] if len(problems) == 1 else several)
 
 
-def speaks() -> bool:
+def is_first_process() -> bool:
     """Whether this is the first of several processes, which prints for all."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -42,7 +42,7 @@ def speaks() -> bool:
 def report(command: str, err: WeftError) -> None:
     """Print an error. If the first process fails too, the launcher ends the others while they wait here."""
     which = ""
-    if not speaks():
+    if not is_first_process():
         time.sleep(WAIT_FOR_THE_FIRST)
         if err.in_all_processes:
             return

@@ -20,7 +20,7 @@ from weft.cli.errors import UsageError
 from weft.cli.option_files import read_options, structured
 from weft.cli.values import SWITCH, from_words, from_yaml
 from weft.options.described import Option, options_of
-from weft.options.spellings import EARLIER, TRAINERS, todays_name
+from weft.options.spellings import EARLIER, TRAINERS, current_name
 
 # Options of every command.
 COMMON = {
@@ -151,7 +151,7 @@ class _Reader:
     def _option(self, plain: str) -> Option | None:
         """The option with this name, written with dashes; for a switch also with no-."""
         name = plain.replace("-", "_")
-        today = todays_name(name, self.options)
+        today = current_name(name, self.options)
         self._note_earlier(name, today)
         option = self.options.get(today)
         if option is None and plain.startswith("no-"):
@@ -177,7 +177,7 @@ class _Reader:
         """Read the options in a YAML file; names are written with dashes or underscores."""
         for name, value in read_options(file).items():
             name = str(name).replace("-", "_")
-            today = todays_name(name, self.options)
+            today = current_name(name, self.options)
             if today in self.options:
                 self._note_earlier(name, today)
                 self._set(self.options[today], value, from_yaml)

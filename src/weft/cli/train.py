@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from weft.cli.errors import speaks
+from weft.cli.errors import is_first_process
 from weft.options import TrainOptions
 from weft.screen.visible import say
 from weft.train.checkpoints import last_checkpoint
@@ -22,10 +22,10 @@ def train(options: TrainOptions) -> None:
     try:
         output = train_in_stages(options)
     except KeyboardInterrupt:
-        if speaks() and not options.dry_run:
+        if is_first_process() and not options.dry_run:
             _say_how_to_continue(options)
         raise
-    if speaks() and not options.dry_run:
+    if is_first_process() and not options.dry_run:
         say(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
 

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weft.base_model.devices import execution_device, is_offloaded
-from weft.base_model.versions import in_todays_names
+from weft.base_model.versions import with_current_names
 from weft.checkpoint.adapter_keys import KEY_PREFIX, fitted
 from weft.checkpoint.adapters import Adapter, different_bases, model_name
 from weft.errors import AdapterError, bullet_list
@@ -220,5 +220,5 @@ def converted(base: nn.Module, adapter: Adapter, weights: dict[str, Tensor]) -> 
     """The weights under the present names of the base model's layers, if transformers has renamed them."""
     if not hasattr(getattr(base, "config", None), "model_type"):
         return weights
-    converted = in_todays_names(weights, base, adapter.config, adapter.name)
+    converted = with_current_names(weights, base, adapter.config, adapter.name)
     return {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in converted.items()}

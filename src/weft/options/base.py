@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weft.options.spellings import in_todays_spelling
+from weft.options.spellings import by_current_names
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["float32", "bfloat16", "float16"]
@@ -25,7 +25,7 @@ class _AcceptsOtherNames(type):
     """Accepts options under the names of earlier versions and of transformers."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **in_todays_spelling(cls, kwargs))
+        return super().__call__(*args, **by_current_names(cls, kwargs))
 
 
 class CommandOptions(metaclass=_AcceptsOtherNames):

@@ -22,13 +22,13 @@ EARLIER = {
 }
 
 
-def todays_name(name: str, names: Collection[str]) -> str:
+def current_name(name: str, names: Collection[str]) -> str:
     """The present name of an option, if a command has an option of that name; else `name`."""
     today = {**TRAINERS, **EARLIER}.get(name, name)
     return today if today in names else name
 
 
-def in_todays_spelling(options_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def by_current_names(options_class: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Rename keyword arguments of a dataclass of options to the names of its fields.
 
     Raises:
@@ -40,7 +40,7 @@ def in_todays_spelling(options_class: Any, given: Mapping[str, Any]) -> dict[str
     names = {field.name for field in dataclasses.fields(options_class)}
     values: dict[str, Any] = {}
     for name, value in given.items():
-        today = todays_name(name, names)
+        today = current_name(name, names)
         if today in values or (today != name and today in given):
             raise TypeError(f"{options_class.__name__} has {today} twice, once as {name}: give it once")
         if name in EARLIER and today != name:

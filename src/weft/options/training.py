@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"  # in the output folder
 # A file in the folder of the checkpoints until one is complete: the output of such a run may be overwritten.
 BEGUN = ".begun"
 # Folders in the output folder that a run writes before its first checkpoint.
-OF_A_RUN = {CHECKPOINTS, "scaling-cache"}
+RUN_FOLDERS = {CHECKPOINTS, "scaling-cache"}
 
 
 def expert_problems(options: Any) -> list[str]:
@@ -112,7 +112,7 @@ def output_problems(options: Any) -> list[str]:
         return [f"resume (True) found no checkpoint in {output / CHECKPOINTS}: leave it out to start anew"]
     if (output / CHECKPOINTS / BEGUN).exists():
         return []
-    problem = used_folder_problem(output, "output", own=OF_A_RUN)
+    problem = used_folder_problem(output, "output", own=RUN_FOLDERS)
     return [] if problem is None else [problem]
 
 

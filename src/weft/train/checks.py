@@ -19,7 +19,7 @@ from weft.errors import CheckpointError, ConfigError
 from weft.files.ownership import used_folder_problem
 from weft.files.reading import read_json
 from weft.options import TrainOptions
-from weft.options.training import BEGUN, OF_A_RUN, number_problems
+from weft.options.training import BEGUN, RUN_FOLDERS, number_problems
 from weft.train.arguments import mixture_options
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, describe, find_checkpoints
 from weft.train.reports import report_problems
@@ -86,7 +86,7 @@ def _output_problems(options: TrainOptions, checkpoints: Checkpoints) -> list[st
     begun = (checkpoints_folder(options.output) / BEGUN).exists()
     if checkpoints.last is not None or checkpoints.damaged or begun:  # the output of a run, which may be replaced
         return []
-    problem = used_folder_problem(Path(options.output), "output", own=OF_A_RUN)
+    problem = used_folder_problem(Path(options.output), "output", own=RUN_FOLDERS)
     return [] if problem is None else [problem]
 
 
