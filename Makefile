@@ -45,12 +45,12 @@ demo-full: $(VENV)/.demo
 
 # The whole suite but what needs minutes (slow) or a GPU (gpu).
 test: env
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -q -n 2 --dist worksteal
 
 # The fast suite with the oldest versions that pyproject.toml admits. An old torch is a build with CUDA: some three
 # gigabytes to download, five on disk, a minute and a half.
 oldest: $(OLDEST_VENV)/.done
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST_VENV)/bin/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST_VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 $(OLDEST_VENV)/.done: pyproject.toml .ci/oldest.py
 	$(PYTHON) -m venv $(OLDEST_VENV)

@@ -29,8 +29,9 @@ NAMES = [domain.name for domain in DOMAINS]
 UNSEEN = NAMES[NUM_EXPERTS:]
 STUDIED = 8
 DEEP = {"xlora_depth": 2, "xlora_size": 256, "learning_rate": 5e-3}
-# What differs from `weft train`'s defaults; "texts" and "data" are of this bench, see `gate`.
+# What differs from `weft train`'s defaults; "texts", "data" and "steps" are of this bench, see `gate`.
 RECIPES: dict[str, dict[str, Any]] = {
+    "plateau": {"xlora_depth": 2, "xlora_size": 256, "gate_layer": 4, "steps": 0},
     "one-pass": {**DEEP, "gate_layer": 4},
     "short-pass": {**DEEP, "scaling_pass_layers": 4},
     "two-passes": DEEP,
@@ -47,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short-pass-labels": {**DEEP, "scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
     "plain": {},
 }
-AT_ALL_SIZES = ("one-pass", "short-pass")
+AT_ALL_SIZES = ("one-pass", "short-pass", "plateau")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
 SETS = ("records", "comments")  # of texts that need two experts at once
 PARTS = ("form", "german", "french")
@@ -68,7 +69,7 @@ class Work:
         batch_size: sequences in a step.
         length: tokens in a sequence.
         most: sequences that are measured of a data set; 0 takes all.
-        bf16: train in mixed precision.
+        bf16: train in mixed precision, and measure in bfloat16.
         searched: all experts alone and the merges' weights are tried up to so many experts.
     """
 
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--most", type=int, default=0, help="sequences that are measured of a data set; 0 takes all")
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision, measure in bfloat16")
     parser.add_argument("--searched", type=int, default=STUDIED, help="experts up to which merges are searched")
     parser.add_argument("--jobs", type=int, default=1, help="pieces of work at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; the rest is left")
@@ -246,6 +247,7 @@ def gate(work: Work, size: int, recipe: str, seed: int) -> None:
     from weft.train.gate import train
 
     given = dict(RECIPES[recipe])
+    steps = given.pop("steps", work.gate_steps)  # 0: until the loss on a part of the texts stops falling
     texts, data = given.pop("texts", None), [str(work.texts / f"mixed-{size}" / "gate.jsonl")]
     if texts is not None:
         file = work.folder / "texts" / f"mixed-{size}-{texts}.jsonl"
@@ -259,7 +261,7 @@ def gate(work: Work, size: int, recipe: str, seed: int) -> None:
             adapters={name: str(work.expert(name)) for name in NAMES[:size]},
             data=data,
             output=str(work.mixture(size, recipe, seed)),
-            max_steps=work.gate_steps,
+            max_steps=steps,
             seed=seed,
             **given,
         )
@@ -360,6 +362,7 @@ def measure(work: Work, folder: Path, name: str, data: list[str], **given: Any) 
             data=data,
             sequence_length=work.length,
             batch_size=2 * work.batch_size,
+            dtype="bfloat16" if work.bf16 else "auto",
             max_sequences=work.most,
             output=str(work.table(name)),
             **given,

@@ -103,5 +103,6 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_generate_compiles_with_a_static_cache(llama_adapters):
     run(GENERATE, llama_adapters["math"], llama_adapters["code"])
