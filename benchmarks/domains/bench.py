@@ -53,7 +53,7 @@ LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained
 SETS = ("records", "comments")  # of texts that need two experts at once
 PARTS = ("form", "german", "french")
 # Options that pieces of work know.
-KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "searched")
+KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "searched", "unseen")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Work:
         batch_size: sequences in a step.
         length: tokens in a sequence.
         most: sequences that are measured of a data set; 0 takes all.
-        bf16: train in mixed precision, and measure in bfloat16.
+        bf16: the base model is in bfloat16, and training in mixed precision.
         searched: all experts alone and the merges' weights are tried up to so many experts.
+        unseen: domains without an expert that are measured.
     """
 
     folder: Path
@@ -83,6 +84,12 @@ class Work:
     most: int
     bf16: bool
     searched: int
+    unseen: int
+
+    @property
+    def dtype(self) -> str:
+        """Of the base model."""
+        return "bfloat16" if self.bf16 else "auto"
 
     def expert(self, name: str) -> Path:
         """The folder of an expert."""
@@ -98,7 +105,7 @@ class Work:
 
     def test_data(self, size: int) -> list[str]:
         """The data sets that so many experts are measured on, as `weft eval` takes them."""
-        unseen = [f"unseen-{name}={self.texts / name}/test.jsonl" for name in UNSEEN]
+        unseen = [f"unseen-{name}={self.texts / name}/test.jsonl" for name in UNSEEN[: self.unseen]]
         single = [f"{name}={self.texts / name}/test.jsonl" for name in NAMES[:size]]
         return [f"mixed={self.texts}/mixed-{size}/test.jsonl", *single, *unseen]
 
@@ -117,8 +124,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--most", type=int, default=0, help="sequences that are measured of a data set; 0 takes all")
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision, measure in bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="the base model in bfloat16, mixed precision")
     parser.add_argument("--searched", type=int, default=STUDIED, help="experts up to which merges are searched")
+    parser.add_argument("--unseen", type=int, default=len(UNSEEN), help="domains without an expert that are measured")
     parser.add_argument("--jobs", type=int, default=1, help="pieces of work at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many; the rest is left")
     arguments = parser.parse_args()
@@ -217,6 +225,7 @@ def options(work: Work, **given: Any) -> Any:
         "batch_size": work.batch_size,
         "sequence_length": work.length,
         "bf16": work.bf16,
+        "dtype": work.dtype,
         "save_steps": 10_000,
         "logging_steps": 20,
     }
@@ -362,7 +371,7 @@ def measure(work: Work, folder: Path, name: str, data: list[str], **given: Any) 
             data=data,
             sequence_length=work.length,
             batch_size=2 * work.batch_size,
-            dtype="bfloat16" if work.bf16 else "auto",
+            dtype=work.dtype,
             max_sequences=work.most,
             output=str(work.table(name)),
             **given,

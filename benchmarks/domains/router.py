@@ -29,7 +29,7 @@ def measure(work: Any, size: int, names: list[str]) -> None:
     from weft.evaluate.scoring import Runner, score, value_of
     from weft.model.model import at_own_weight
 
-    base, tokenizer = load_placed_base(str(work.base), dtype="bfloat16" if work.bf16 else "auto"), load_tokenizer(str(work.base))
+    base, tokenizer = load_placed_base(str(work.base), dtype=work.dtype), load_tokenizer(str(work.base))
 
     def places(texts: list[list[int]]) -> torch.Tensor:
         """[text, hidden], centred by the experts' mean later."""
