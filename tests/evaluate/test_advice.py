@@ -75,8 +75,7 @@ def test_experts_that_harm_are_redundant_or_needed_are_named(metric):
         base=[(0.5, 2), (1, 2)],
     )
     assert lines[:4] == [
-        "The mixture is not worse than the base model and each expert alone, as far as the examples can show, on 2 of "
-        "2 data sets.",
+        "The mixture is not worse than the base model, as far as the examples can show, on 2 of 2 data sets.",
         "math harms: without it, the mixture is better on data0 by 3.0% (2.0% to 4.0%). Drop it: weft drop-expert mine "
         "math",
         "code is redundant: without it, the mixture is at most 0.4% worse, on data1. Drop it: weft drop-expert mine "
@@ -94,7 +93,10 @@ def test_experts_that_harm_are_redundant_or_needed_are_named(metric):
 
 def test_data_on_which_something_simpler_is_better_are_named():
     lines = advised(base=[(5, 9), (-3, -1)], only_math=[(-5, -3), (1, 3)], only_code=[(2, 4), (-0.5, 0.5)])
-    assert lines[0].endswith("on 0 of 2 data sets.")
+    assert lines[0] == (
+        "The mixture is not worse than the base model and each expert alone, as far as the examples can show, on 0 of "
+        "2 data sets."
+    )
     assert lines[1].startswith(
         "data0: the expert math alone is better by 4.0% (3.0% to 5.0%). The gate has not learned"
     )
@@ -143,7 +145,49 @@ def test_a_mixture_that_is_not_compared_gets_no_advice():
     cell = Measurement(10.0, float("nan"), float("nan"), 1, 100.0, 1.0, None)
     report = Report({"law": "perplexity"}, {"weft": {"law": cell}, "base": {"law": cell}})
     rows = [Row("base", "base", base_alone()), Row("weft", "weft", base_alone())]
-    assert advice(report, rows, ONE_PASS, "mine")[0].startswith("none: no row could be compared")
+    assert advice(report, rows, ONE_PASS, "mine") == [
+        "none: no row could be compared with the mixture.",
+        "law: 1 example, nothing can be compared; two or more are needed.",
+    ]
+
+
+def test_only_rows_that_were_measured_are_named():
+    assert advised(only_math=[(2, 4)])[0].startswith("The mixture is not worse than math alone, as far as")
+    assert advised(base=[(2, 4)])[0].startswith("The mixture is not worse than the base model, as far as")
+
+
+@pytest.mark.parametrize("kind", ["one example", "not finite"])
+def test_nothing_is_said_to_be_dispensable_that_a_data_set_without_a_comparison_may_need(kind):
+    own = Measurement(10.0, 9.0, 11.0, 16, 100.0, 1.0, None)
+    lower = Measurement(9.0, 8.0, 10.0, 16, 100.0, 1.0, None, (-1.5, -0.5))
+    same = Measurement(10.0, 9.0, 11.0, 16, 100.0, 1.0, None, (-0.01, 0.01))
+    one = Measurement(137.0, float("nan"), float("nan"), 1, 9.0, 1.0, None)
+    worse = Measurement(252.0, float("nan"), float("nan"), 1, 9.0, 1.0, None)
+    if kind == "not finite":
+        one = Measurement(137.0, 130.0, 140.0, 16, 9.0, 1.0, None)
+        worse = Measurement(float("inf"), float("nan"), float("nan"), 16, 9.0, 1.0, None)
+    cells = {
+        "weft": {"a": own, "b": one},
+        "without math": {"a": lower, "b": worse},
+        "without code": {"a": same, "b": worse},
+        "folded": {"a": same, "b": worse},
+        "weft top-2": {"a": same, "b": worse},
+    }
+    report = Report(dict.fromkeys("ab", "perplexity"), cells)
+    rows = [Row(name, "weft" if name == "weft" else group_of(name), base_alone()) for name in cells]
+    said = "b: 1 example, nothing can be compared; two or more are needed."
+    if kind == "not finite":
+        said = "b: the value of without math, without code, folded, weft top-2 is not finite, and cannot be compared."
+    assert advice(report, rows, ONE_PASS, "mine") == [
+        said,
+        "math harms on a by 10.0% (5.0% to 15.0%). Whether it is needed on b is not known.",
+        "Not shown to be needed, nor to be redundant, by these examples: code.",
+        "The examples do not show whether a static adapter (folded) would do.",
+    ]
+
+
+def test_a_row_in_which_nothing_was_frozen_is_no_advice():
+    assert advised(ONE_PASS, **{"weft frozen after 32": [(0, 0)]}) == []
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def test_a_folder_is_there_only_when_it_is_whole(bench, tmp_path):
 
 def test_every_piece_of_work_needs_only_what_earlier_ones_make(bench, tmp_path):
     bench_py = bench("bench")
-    work = bench_py.Work(tmp_path, tmp_path / "texts", tmp_path / "base", 1, 1, 1, 8, 0, False, 8)
+    work = bench_py.Work(tmp_path, tmp_path / "texts", tmp_path / "base", 1, 1, 1, 8, 0, False, 8, 2)
     made = set()
     for piece in bench_py.all_pieces(work, [4, 8], 2, list(bench_py.RECIPES)):
         assert set(piece.needs) <= made, piece.name

@@ -12,7 +12,8 @@ from weft.evaluate import perplexity
 from weft.model.model import at_own_weight
 from weft.options import TrainOptions
 from weft.train.comparison import comparison
-from weft.train.plateau import failures, interval_of, plan, split
+from weft.train.held_out import digest_of, split
+from weft.train.plateau import failures, interval_of, plan
 from weft.train.weight_search import WeightSearch
 
 
@@ -58,6 +59,7 @@ def log_of(folder):
         ([3.0, 3.1, 2.9, 2.9, 2.95, 2.8], 3),
         ([math.nan, 3.0], 1),
         ([2.0, math.nan, math.inf, 1.0], 2),
+        ([math.nan, 3.0, 2.0, 1.0, 0.5], 1),
     ],
 )
 def test_an_evaluation_fails_if_its_loss_is_not_clearly_the_lowest(losses, expected):
@@ -76,8 +78,8 @@ def test_a_tenth_is_held_out_and_the_rest_is_trained_on():
 
 
 def test_evaluations_take_about_a_fifth_of_the_time():
-    assert interval_of(64, 4) == 27  # 16 forward passes; 27 steps take as long as 81
-    assert interval_of(4, 8) == 10
+    assert interval_of(64 * 100, 4 * 100.0) == 27  # 16 forward passes; 27 steps take as long as 81
+    assert interval_of(4 * 100, 8 * 100.0) == 10
 
 
 def test_a_number_of_steps_is_kept_and_held_out_texts_are_trained_on():
@@ -85,7 +87,7 @@ def test_a_number_of_steps_is_kept_and_held_out_texts_are_trained_on():
     for given in ({"max_steps": 3}, {"epochs": 2.0}, {"max_tokens": 50}):
         options = TrainOptions(**given)
         planned = plan(options, rows, None)
-        assert planned == (options, rows, None, None)
+        assert planned == (options, rows, None, None, (), 0, True)
 
 
 def test_eval_data_are_what_is_held_out():
@@ -244,3 +246,130 @@ def test_the_comparison_has_the_losses_of_evaluation(mixture):
     for row in rows:
         row["labels"] = [*row["labels"][:-1], -100]
     assert comparison(model, rows, batch_size=3) != said
+
+
+# ---------------------------------------------------------------------- runs that resume
+
+
+def evaluations_of(folder):
+    return [entry["step"] for entry in log_of(folder)[1]["log_history"] if "eval_loss" in entry]
+
+
+def test_a_run_that_resumes_evaluates_saves_and_logs_as_often_as_it_says(command, tmp_path):
+    assert main(command("out", "--max-steps", "4")) == 0
+    assert main(command("out", "--eval-steps", "5", "--logging-steps", "2", "--resume", "true")) == 0
+    steps = evaluations_of(tmp_path / "out")
+    assert steps[0] == 5
+    assert all(step % 5 == 0 for step in steps)
+    _, state = log_of(tmp_path / "out")
+    assert {entry["step"] % 2 for entry in state["log_history"] if "loss" in entry} == {0}
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert failures(losses) == 4
+
+
+@pytest.mark.parametrize("given", [["--max-steps", "7"], ["--max-tokens", "600"], ["--epochs", "0.7"]])
+def test_a_run_that_is_done_takes_no_further_step(command, tmp_path, given):
+    assert main(command("out", *given)) == 0
+    before = (tmp_path / "out/adapter_model.safetensors").read_bytes()
+    last, _ = log_of(tmp_path / "out")
+    assert main(command("out", *given, "--resume", "true")) == 0
+    assert log_of(tmp_path / "out")[0] == last
+    assert (tmp_path / "out/adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_ended_at_a_plateau_is_over(command, tmp_path, capsys):
+    options = ("--eval-steps", "3", "--learning-rate", "0.3")
+    assert main(command("out", *options)) == 0
+    last, _ = log_of(tmp_path / "out")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("adapter_*")}
+    capsys.readouterr()
+    assert main(command("out", *options, "--resume", "true")) == 0
+    said = "no step is left: this run has ended at a plateau. Give max_steps, epochs or max_tokens to train further"
+    assert said in capsys.readouterr().out
+    assert log_of(tmp_path / "out")[0] == last
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("adapter_*")} == files
+
+
+def test_other_data_are_trained_with_and_the_same_texts_stay_held_out(command, texts, tmp_path, capsys):
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps({"text": f"another text {number}"}) for number in range(100)))
+    options = ("--eval-steps", "3", "--learning-rate", "0.3")
+    assert main(command("out", *options)) == 0
+    last, state = log_of(tmp_path / "out")
+    held_out = json.loads((last / "weft_run.json").read_text())["held_out"]
+    both = command("out", *options, "--resume", "true", "--seed", "5")
+    both.insert(both.index(texts) + 1, str(more))
+    capsys.readouterr()
+    assert main(both) == 0
+    assert "with other texts than before and the first learning rate" in capsys.readouterr().out
+    later, after = log_of(tmp_path / "out")
+    now = json.loads((later / "weft_run.json").read_text())["held_out"]
+    assert now == {**held_out, "since": state["global_step"]}
+    losses = [entry["eval_loss"] for entry in after["log_history"] if "eval_loss" in entry]
+    before = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert failures(losses[len(before) :]) == 4
+    first = next(e for e in after["log_history"] if e["step"] > state["global_step"] and "learning_rate" in e)
+    assert first["learning_rate"] == pytest.approx(0.3)
+
+
+def test_losses_of_other_held_out_texts_are_not_compared(command, tmp_path, capsys):
+    files = []
+    for number, words in enumerate(("over the lazy dog", "q")):
+        files.append(tmp_path / f"eval{number}.jsonl")
+        files[-1].write_text("\n".join(json.dumps({"text": f"{words} {n}"}) for n in range(6)))
+    options = ("--eval-steps", "3", "--learning-rate", "0.3", "--eval-data")
+    assert main(command("out", *options, str(files[0]))) == 0
+    done = log_of(tmp_path / "out")[1]["global_step"]
+    assert main(command("out", *options, str(files[1]), "--resume", "true")) == 0
+    state = log_of(tmp_path / "out")[1]
+    assert state["best_global_step"] > done
+    losses = [e["eval_loss"] for e in state["log_history"] if "eval_loss" in e and e["step"] > done]
+    assert failures(losses) == 4
+    assert state["best_metric"] == min(losses)
+
+
+def test_the_same_texts_are_held_out_from_more_data_and_equal_ones_as_often_as_before():
+    rows = [{"input_ids": [number], "labels": [number]} for number in range(100)]
+    _, held_out = split(rows, seed=0)
+    more = rows + [{"input_ids": [number], "labels": [number]} for number in range(1000, 2000)]
+    digests = [digest_of(row) for row in held_out]
+    rest, again = split(more, 1, digests)
+    assert again == held_out
+    assert len(rest) == 1090
+    same = [{"input_ids": [1], "labels": [1]}] * 60
+    rest, again = split(same, 1, [digest_of(same[0])] * 6)
+    assert (len(rest), len(again)) == (54, 6)
+    # Too few of them are left: others are drawn.
+    assert len(split(more[100:], 0, digests)[1]) == 64
+
+
+def test_the_limit_is_in_passes_over_the_packed_rows():
+    rows = [{"input_ids": [1] * 24, "labels": [1] * 24} for _ in range(5000)]
+    said = []
+    options = TrainOptions(packing=True, sequence_length=480, batch_size=4)
+    planned = plan(options, rows, None, said.append)
+    batches = math.ceil(math.ceil((5000 - 64) / 20) / 4)
+    assert planned.options.max_steps == max(10 * batches, 40 * planned.options.eval_steps)
+    assert planned.options.eval_steps == 10  # 64 texts are less than one packed batch of 80
+    assert f"at most {planned.options.max_steps} steps" in said[0]
+
+
+def test_an_interrupted_trial_leaves_the_weight_of_the_run():
+    model = FakeModel(1.2)
+    trainer = FakeTrainer(model, 2.0)
+
+    def interrupted(*args, **kwargs):
+        if model.weight > 1.3:
+            raise KeyboardInterrupt
+        return FakeTrainer.evaluation_loop(trainer, *args, **kwargs)
+
+    trainer.evaluation_loop = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        WeightSearch(trainer, model, [{}]).on_step_end(None, trainer.state, SimpleNamespace(should_evaluate=True))
+    assert model.weight == 1.2
+
+
+def test_early_stopping_takes_the_texts_that_are_held_out(command, tmp_path):
+    still = ("--eval-steps", "3", "--learning-rate", "1e-12", "--global-scaling-weight", "1")
+    assert main(command("out", *still, "--early-stopping", "1")) == 0
+    assert evaluations_of(tmp_path / "out") == [3, 6]

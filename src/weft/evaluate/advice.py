@@ -6,7 +6,8 @@ A row is compared with the mixture by its loss of quality on a data set, with th
     loss = value_weft - value_row                       for accuracy and exact match
 
 Above 0 the row is worse. A loss is *shown* if its interval does not contain 0. A row *will do* if the interval of its
-loss ends below 1% on every data set.
+loss ends below 1% on every data set. Where a row cannot be compared (fewer than two examples, or a value that is not
+finite), nothing is known: such a row will not do, and no expert is dropped for it.
 """
 
 from __future__ import annotations
@@ -48,17 +49,20 @@ def advice(report: Report, rows: Sequence[Row], config: Any, model: str) -> list
         The lines; one that says why there is none, if the mixture could not be compared.
     """
     losses = {row.name: found for row in rows if (found := losses_of(report, row.name))}
+    left_out = _left_out(report, [row.name for row in rows if row.name != MIXTURE])
     if not losses:
-        return ["none: no row could be compared with the mixture. Each data set needs two or more texts or questions."]
+        return ["none: no row could be compared with the mixture.", *left_out]
+    data_sets = list(report.metrics)
     of_group = {
         group: [row.name for row in rows if row.group == group and row.name in losses]
         for group in {r.group for r in rows}
     }
     return [
         *_regrets(losses, of_group, list(config.adapters or {}), model),
-        *_experts(losses, list(config.adapters or {}), model),
-        *_static(losses, [name for group in _STATIC for name in of_group.get(group, ())], config, model),
-        *_cheaper(losses, of_group, config),
+        *left_out,
+        *_experts(losses, data_sets, list(config.adapters or {}), model),
+        *_static(losses, data_sets, [name for group in _STATIC for name in of_group.get(group, ())], config, model),
+        *_cheaper(losses, data_sets, of_group, config),
         *_examples(report, losses),
     ]
 
@@ -79,8 +83,22 @@ def losses_of(report: Report, row: str) -> dict[str, Loss]:
     return found
 
 
-def _will_do(losses: dict[str, Loss]) -> bool:
-    return all(loss.high <= _LITTLE for loss in losses.values())
+def _left_out(report: Report, rows: Sequence[str]) -> list[str]:
+    """Why rows could not be compared on a data set, a line for each data set."""
+    lines = []
+    for data in report.metrics:
+        cells = {name: cell for name in (MIXTURE, *rows) if (cell := report.cells.get(name, {}).get(data)) is not None}
+        few = [cell.examples for cell in cells.values() if cell.examples < 2]
+        wild = [name for name, cell in cells.items() if not math.isfinite(cell.value)]
+        if few:
+            lines.append(f"{data}: {few[0]} example, nothing can be compared; two or more are needed.")
+        elif wild:
+            lines.append(f"{data}: the value of {', '.join(wild)} is not finite, and cannot be compared.")
+    return lines
+
+
+def _will_do(losses: dict[str, Loss], data_sets: Sequence[str]) -> bool:
+    return all(data in losses and losses[data].high <= _LITTLE for data in data_sets)
 
 
 def _most(losses: dict[str, Loss]) -> str:
@@ -115,11 +133,14 @@ def _regrets(
                 f"more of them (weft train --start-from {model})."
             )
     better = len(data_sets) - len(lines)
-    said = "not worse than the base model and each expert alone, as far as the examples can show"
+    measured = [name for name in experts if only(name) in losses]
+    which = "each expert alone" if measured == experts else f"{', '.join(measured)} alone"
+    others = " and ".join([*["the base model"] * ("base" in alone), *[which] * bool(measured)])
+    said = f"not worse than {others}, as far as the examples can show"
     return [f"The mixture is {said}, on {better} of {len(data_sets)} data sets.", *lines]
 
 
-def _experts(losses: dict[str, dict[str, Loss]], experts: list[str], model: str) -> list[str]:
+def _experts(losses: dict[str, dict[str, Loss]], data_sets: Sequence[str], experts: list[str], model: str) -> list[str]:
     """Experts that harm, that are not needed, and that the examples do not show to be needed."""
     lines: list[str] = []
     needed: list[str] = []
@@ -136,9 +157,12 @@ def _experts(losses: dict[str, dict[str, Loss]], experts: list[str], model: str)
                 f"{name} helps on {', '.join(helped)} and harms on {_listed(harmed)}: train the gate further on texts "
                 "like the latter."
             )
+        elif harmed and not set(data_sets) <= of_row.keys():
+            unclear = ", ".join(data for data in data_sets if data not in of_row)
+            lines.append(f"{name} harms on {_listed(harmed)}. Whether it is needed on {unclear} is not known.")
         elif harmed:
             lines.append(f"{name} harms: without it, the mixture is better on {_listed(harmed)}. Drop it: {drop}")
-        elif _will_do(of_row):
+        elif _will_do(of_row, data_sets):
             lines.append(f"{name} is redundant: without it, the mixture is {_most(of_row)}. Drop it: {drop}")
         else:
             (needed if helped else unknown).append(name)
@@ -151,13 +175,16 @@ def _experts(losses: dict[str, dict[str, Loss]], experts: list[str], model: str)
     return lines
 
 
-def _static(losses: dict[str, dict[str, Loss]], static: list[str], config: Any, model: str) -> list[str]:
+def _static(
+    losses: dict[str, dict[str, Loss]], data_sets: Sequence[str], static: list[str], config: Any, model: str
+) -> list[str]:
     """Whether weights that do not depend on the token would do."""
     if not static:
         return []
-    best = min(static, key=lambda name: max(loss.high for loss in losses[name].values()))
+    # The best of those that could be compared on most data sets.
+    best = min(static, key=lambda name: (-len(losses[name]), max(loss.high for loss in losses[name].values())))
     of_row = losses[best]
-    if not _will_do(of_row):
+    if not _will_do(of_row, data_sets):
         data = max(of_row, key=lambda name: of_row[name].value)
         if of_row[data].low > 0:
             return [f"Keep the gate: the best static adapter here ({best}) is worse on {data} by {of_row[data]}."]
@@ -171,17 +198,21 @@ def _static(losses: dict[str, dict[str, Loss]], static: list[str], config: Any, 
     return [f"A static adapter would do: the row {best} is {_most(of_row)}, and every LoRA server loads one{command}"]
 
 
-def _cheaper(losses: dict[str, dict[str, Loss]], of_group: dict[str, list[str]], config: Any) -> list[str]:
+def _cheaper(
+    losses: dict[str, dict[str, Loss]], data_sets: Sequence[str], of_group: dict[str, list[str]], config: Any
+) -> list[str]:
     """Faster ways to run the mixture."""
     lines = []
-    kept = [name for name in of_group.get("topk", ()) if name != "weft dense" and _will_do(losses[name])]
+    kept = [name for name in of_group.get("topk", ()) if name != "weft dense" and _will_do(losses[name], data_sets)]
     if kept:
         number = kept[0].rpartition("-")[2]
         lines.append(
             f"Top-{number} would do: the row {kept[0]} is {_most(losses[kept[0]])}. model.set_topk_lora({number}) "
             "saves time with many experts."
         )
-    frozen = [name for name in of_group.get("frozen", ()) if _will_do(losses[name])]
+    frozen = [name for name in of_group.get("frozen", ()) if _will_do(losses[name], data_sets)]
+    # In texts that are shorter nothing is frozen, and the row is the mixture itself.
+    frozen = [name for name in frozen if any(loss != Loss(0, 0, 0) for loss in losses[name].values())]
     if frozen:
         after = frozen[0].rpartition(" ")[2]
         lines.append(
@@ -195,7 +226,7 @@ def _cheaper(losses: dict[str, dict[str, Loss]], of_group: dict[str, list[str]],
             "faster, and in our measurements not worse."
         )
     for name in of_group.get("compare", ()):
-        if _will_do(losses[name]):
+        if _will_do(losses[name], data_sets):
             lines.append(f"{name} is {_most(losses[name])}: take the one that is faster or smaller.")
     return lines
 

@@ -58,7 +58,8 @@ class TrainOptions(LoadingOptions):
         learning_rate: Peak learning rate of AdamW. Default: 1e-3; without a number of steps 5e-3, which falls when the
             loss on held-out texts does not.
         warmup_ratio: Fraction of the steps, 0 to 1, in which the learning rate rises. After them it falls to 0
-            (cosine).
+            (cosine). Without a number of steps it is a fraction of the first eight evaluation intervals, and the rate
+            then stays.
         seed: Random seed for the gate's start values, the order of the data and dropout.
         eval_steps: Steps between two evaluations on `eval_data`; 0 takes `save_steps`, or without a number of steps
             chooses them. Each one saves a checkpoint.

@@ -17,6 +17,7 @@ Nothing is printed here but progress and notices.
     run_record.py       records the options and data of a run; changes of a run that resumes
     callbacks.py        adds metrics of the gate to a Trainer's log
     reports.py          checks the tools that receive the log
+    held_out.py         draws the texts that are held out of a training's data
     plateau.py          training until the loss on held-out texts stops falling
     weight_search.py    chooses the weight of the mixture on held-out texts
     comparison.py       compares the trained mixture with its experts on held-out texts

@@ -21,28 +21,28 @@ from weft.screen.countdown import about, size
 from weft.screen.visible import say
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.packing_check import check_packing
+from weft.train.plateau import Plan
 from weft.train.trainer import WeftTrainer, trained_tokens
+from weft.train.weight_search import cost
 
 _Rows = list[dict[str, Any]]
 _STEPS = 2  # the first one includes the set-up, so the time is that of the second one
 
 
-def dry_run(
-    options: TrainOptions, model: Any, tokenizer: Any, rows: _Rows, held_out: _Rows | None, what: str = "the gate"
-) -> None:
+def dry_run(planned: Plan, model: Any, tokenizer: Any, what: str = "the gate", *, trials: bool = False) -> None:
     """Train for two steps on the longest rows, and print what the whole training needs.
 
     Args:
-        options: the options of the training.
+        planned: the options of the training, and its data.
         model: the loaded model. Its trainable weights change.
         tokenizer: the tokenizer of the base model.
-        rows: the training data.
-        held_out: the data for evaluation, if any.
         what: the name of what is trained, for the output.
+        trials: each evaluation begins with trials of the mixture's weight.
 
     Raises:
         WeftError: the model cannot be trained with these options.
     """
+    options, rows, held_out = planned[:3]
     packed = rows
     if options.packing:
         check_packing(model, options.batch_size)
@@ -69,6 +69,8 @@ def dry_run(
             trainer.train()
         peak = peak_memory(arguments.device) if usage.peak_mb is None else usage.peak_mb * 2**20
         evaluation = _evaluation_seconds(trainer, held_out, together) if held_out else 0.0
+        if held_out and trials:
+            evaluation *= 1 + cost(len(held_out))
     seconds = clock.seconds * _mean_tokens(packed, options) / (options.batch_size * len(longest[0]["input_ids"]))
     tell = by_the_first(say)
     tell(
@@ -76,7 +78,7 @@ def dry_run(
         f"{len(longest[0]['input_ids'])} tokens) takes {clock.seconds:.2g} s"
     )
     tell(f"  memory: {_memory(model, trainer.optimizer, peak)}")
-    tell(f"  time: {_time(options, steps, seconds, evaluation)}")
+    tell(f"  time: {_time(options, steps, seconds, evaluation, planned.expected_steps)}")
 
 
 class _Clock(TrainerCallback):
@@ -129,11 +131,14 @@ def _memory(model: Any, optimizer: Any, peak: float | None) -> str:
     return f"{most}parameters {held}, of which {trained} are trained; optimizer {kept}"
 
 
-def _time(options: TrainOptions, steps: int, seconds: float, evaluation: float) -> str:
+def _time(options: TrainOptions, most: int, seconds: float, evaluation: float, expected: int | None) -> str:
+    steps = most if expected is None else min(most, expected)
     text = f"about {about(steps * seconds)} for {steps:,} steps of {seconds:.2g} s"
     evaluations = steps // (options.eval_steps or options.save_steps) if evaluation else 0
     if evaluations:
         text += f", and {about(evaluations * evaluation)} for {evaluations} evaluations"
+    if expected is not None:
+        text += f". Held-out texts end it: it can be fewer steps, or more, at most {most:,}"
     if options.cache_scaling_pass:
         text += "; less with the cache of the scaling pass, which was not used"
     return text

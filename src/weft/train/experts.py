@@ -44,6 +44,7 @@ from weft.train.checks import check
 from weft.train.dry_run import dry_run
 from weft.train.gate import new_mixture, read_eval_rows, read_rows_of, read_training_rows, train
 from weft.train.packing_check import check_packing
+from weft.train.plateau import Plan
 from weft.train.stopping import StopOnInterrupt
 from weft.train.trainer import WeftTrainer, trained_tokens
 
@@ -105,6 +106,9 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
         read_eval_rows(gate_options, list(adapters), tokenizer)
         _train_missing(options, say, gate_options=gate_options)
     say(f"training the gate over {', '.join(adapters)}")
+    to_a_plateau = options.max_steps == options.epochs == options.max_tokens == 0
+    if to_a_plateau and not options.data and not options.eval_data:
+        say("on the experts' own texts, those held out among them: eval_data names texts that no expert has seen")
     return train(gate_options)
 
 
@@ -168,7 +172,7 @@ def _dry_run_experts(options: TrainOptions, missing: list[str], folder: Path) ->
     for name in missing:
         model: Any = _with_adapter(base, _lora_config(options, targets))
         rows = read_rows_of([sources[name]], [], tokenizer, options)
-        dry_run(_own_options(options), model, tokenizer, rows, None, f"expert {name!r}")
+        dry_run(Plan(_own_options(options), rows, None), model, tokenizer, f"expert {name!r}")
         if name == missing[-1]:
             _save_quietly(model, folder)
         base = model.unload()

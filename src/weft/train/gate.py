@@ -35,7 +35,7 @@ from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
 from weft.train.plateau import Plan, Plateau, plan
 from weft.train.progress import ProgressLine
-from weft.train.run_record import run_record
+from weft.train.run_record import past_of, run_record
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.train.start import check_steps_left, resume_from, say_resuming, start_gate, with_mixture_options
 from weft.train.stopping import StopOnInterrupt, TokenBudget
@@ -71,15 +71,16 @@ def train(options: TrainOptions) -> Path:
     model = _load_model(options, adapters)
     if checkpoints.last is not None and options.global_scaling_weight is None:
         restore_weight(model, checkpoints.last)
-    planned = plan(options, rows, held_out, by_the_first(notice))
-    options = planned.options
+    past = None if checkpoints.last is None else past_of(checkpoints.last, record)
+    planned = plan(options, rows, held_out, by_the_first(notice), past)
+    options, record["held_out"] = planned.options, planned.record()
     if options.dry_run:
-        dry_run(options, model, tokenizer, planned.rows, planned.held_out)
+        dry_run(planned, model, tokenizer, trials=searches_weight(planned, model))
         return Path(options.output)
     interrupt = StopOnInterrupt()
     progress = ProgressLine(options.max_tokens, may_stop_earlier=planned.expected_steps is not None)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress]
-    if options.early_stopping:
+    if options.early_stopping and planned.held_out is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
     trainer = _trainer(planned, model, tokenizer, callbacks, checkpoints, record)
     folder = checkpoints_folder(options.output)
@@ -169,7 +170,7 @@ def _trainer(
     record: dict[str, Any],
 ) -> WeftTrainer:
     """The Trainer for the model and the rows, which starts at the beginning or from the last checkpoint."""
-    options, rows, held_out, expected = planned
+    options, rows, held_out, expected = planned[:4]
     packed = rows
     if options.packing:
         check_packing(model, options.batch_size)
@@ -210,20 +211,27 @@ def _trainer(
         _end_at_a_plateau(trainer, model, planned)
     GateCallback.attach(trainer)
     if options.resume:
-        resume_from(trainer, checkpoints, by_the_first(notice))
+        resume_from(trainer, checkpoints, by_the_first(notice), comparable=planned.comparable)
     return trainer
 
 
 def _end_at_a_plateau(trainer: WeftTrainer, model: PeftModel, planned: Plan) -> None:
     """Let held-out texts decide learning rate, weight and end of a training."""
-    options, _, held_out, _ = planned
+    options, held_out = planned.options, planned.held_out
     assert options.learning_rate is not None
     assert held_out is not None
-    trainer.add_callback(Plateau(options.learning_rate))
+    trainer.add_callback(Plateau(options.learning_rate, planned.since))
+    if searches_weight(planned, model):
+        trainer.add_callback(WeightSearch(trainer, model, held_out))
+
+
+def searches_weight(planned: Plan, model: PeftModel) -> bool:
+    """Whether held-out texts choose the mixture's weight."""
+    options = planned.options
     # The scaling pass does not depend on the weight only if the experts are left out of it.
     is_cached = options.cache_scaling_pass and model.xlora_config.constant_weight != 0
-    if options.global_scaling_weight is None and not (is_cached or options.use_trainable_adapters):
-        trainer.add_callback(WeightSearch(trainer, model, held_out))
+    given = options.global_scaling_weight is not None
+    return not (planned.expected_steps is None or given or is_cached or options.use_trainable_adapters)
 
 
 def _scaling_cache(

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
+from weft.data.packing import pack
 from weft.distributed import number_of_processes
 from weft.options import TrainOptions
+from weft.train.held_out import LEAST_ROWS, digest_of, digest_of_all, split
+from weft.train.run_record import Past, evaluations
 
 _Rows = list[dict[str, Any]]
 
@@ -27,7 +29,6 @@ _LEAST_FALL = 0.001
 _FACTOR = 0.3
 _FAILURES = 4  # with which the training ends
 _PEAK = 5e-3  # the first learning rate, if the options give none
-_HELD_OUT, _MOST_HELD_OUT, _LEAST_HELD_OUT = 0.1, 64, 4  # of the sequences
 # An evaluation takes about a fifth of the time of the steps between two: a forward pass is a third of a step. The
 # search for the weight comes on top.
 _SHARE, _FORWARD, _LEAST_INTERVAL = 0.2, 1 / 3, 10
@@ -43,16 +44,31 @@ class Plan(NamedTuple):
         rows: to train on.
         held_out: to evaluate on, if any.
         expected_steps: an estimate of the number of steps; None if the training does not end at a plateau.
+        drawn: digests of the held-out rows that were drawn from the data.
+        since: the step after which losses count for the rule.
+        comparable: the losses of the run to resume are of the same held-out rows.
     """
 
     options: TrainOptions
     rows: _Rows
     held_out: _Rows | None
     expected_steps: int | None = None
+    drawn: tuple[str, ...] = ()
+    since: int = 0
+    comparable: bool = True
+
+    def record(self) -> dict[str, Any]:
+        """What a run that resumes needs to know of it."""
+        digest = digest_of_all(self.held_out) if self.held_out else None
+        return {"digest": digest, "drawn": list(self.drawn), "since": self.since}
 
 
 def plan(
-    options: TrainOptions, rows: _Rows, held_out: _Rows | None, say: Callable[[str], None] = lambda line: None
+    options: TrainOptions,
+    rows: _Rows,
+    held_out: _Rows | None,
+    say: Callable[[str], None] = lambda line: None,
+    past: Past | None = None,
 ) -> Plan:
     """Fill in what the plateau rule needs, if the options give no number of steps.
 
@@ -61,49 +77,67 @@ def plan(
         rows: all sequences to train on. Without `held_out`, a tenth of them is held out, at most 64.
         held_out: sequences to evaluate on, if the options name some.
         say: called with a line about what was decided.
+        past: the run to resume, if any.
     """
     if options.max_steps or options.epochs or options.max_tokens:
-        return Plan(options, rows, held_out)
+        return _continued(Plan(options, rows, held_out), past)
+    drawn: tuple[str, ...] = ()
     if held_out is None:
-        rows, held_out = split(rows, options.seed)
+        rows, held_out = split(rows, options.seed, past.drawn if past else ())
+        drawn = tuple(map(digest_of, held_out or ()))
+        if past is not None and held_out is not None and sorted(drawn) != sorted(past.drawn):
+            say("the held-out sequences are not those of the run to resume, which may have been trained on these")
     if held_out is None:
-        needed = round(_LEAST_HELD_OUT / _HELD_OUT)
-        say(f"one pass over the data: {len(rows)} sequences, {needed} are needed to hold out some (or eval_data)")
-        return Plan(dataclasses.replace(options, epochs=1.0), rows, None)
+        say(f"one pass over the data: {len(rows)} sequences, {LEAST_ROWS} are needed to hold out some (or eval_data)")
+        return _continued(Plan(dataclasses.replace(options, epochs=1.0), rows, None), past)
     per_step = options.batch_size * options.gradient_accumulation_steps * number_of_processes()
-    interval = options.eval_steps or interval_of(len(held_out), per_step)
-    most = max(_MOST_EPOCHS * math.ceil(len(rows) / per_step), _MOST_INTERVALS * interval)
-    say(
-        f"training until the loss on {len(held_out)} held-out sequences stops falling, evaluated every {interval} "
-        f"steps; at most {most} steps"
-    )
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = math.ceil((len(pack(lengths, options.sequence_length)) if options.packing else len(rows)) / per_step)
+    evaluated = sum(len(row["input_ids"]) for row in held_out)
+    interval = options.eval_steps or interval_of(evaluated, sum(lengths) / batches)
+    planned = _continued(Plan(options, rows, held_out, drawn=drawn), past)
+    most = planned.since + max(_MOST_EPOCHS * batches, _MOST_INTERVALS * interval)
+    say(_announced(planned, past, interval, most))
     rate = options.learning_rate or _PEAK
     options = dataclasses.replace(options, learning_rate=rate, max_steps=most, eval_steps=interval)
-    return Plan(options, rows, held_out, _EXPECTED_INTERVALS * interval)
+    return planned._replace(options=options, expected_steps=planned.since + _EXPECTED_INTERVALS * interval)
 
 
-def split(rows: _Rows, seed: int) -> tuple[_Rows, _Rows | None]:
-    """A random tenth of the sequences, at most 64, as the second part; None if it would have fewer than 4."""
-    number = min(_MOST_HELD_OUT, int(_HELD_OUT * len(rows)))
-    if number < _LEAST_HELD_OUT:
-        return rows, None
-    chosen = set(random.Random(seed).sample(range(len(rows)), number))
-    return [row for at, row in enumerate(rows) if at not in chosen], [rows[at] for at in sorted(chosen)]
+def _continued(planned: Plan, past: Past | None) -> Plan:
+    """A plan whose rule starts anew with other texts, to train on or to evaluate on."""
+    if past is None:
+        return planned
+    comparable = past.digest in (None, planned.record()["digest"])
+    return planned._replace(comparable=comparable, since=past.done if past.other_data or not comparable else past.since)
 
 
-def interval_of(num_held_out: int, per_step: int) -> int:
-    """Steps between two evaluations."""
-    return max(_LEAST_INTERVAL, math.ceil(num_held_out / per_step * _FORWARD / _SHARE))
+def _announced(planned: Plan, past: Past | None, interval: int, most: int) -> str:
+    """What will end the training, or why nothing is left to train."""
+    if past is not None:
+        ended = failures([loss for step, loss in past.losses if step > planned.since]) >= _FAILURES
+        if ended or past.done >= most:
+            why = "this run has ended at a plateau" if ended else f"this run has reached its limit of {most} steps"
+            return f"no step is left: {why}. Give max_steps, epochs or max_tokens to train further"
+    anew = ", with other texts than before and the first learning rate" if planned.since else ""
+    return (
+        f"training until the loss on {len(planned.held_out or ())} held-out sequences stops falling, evaluated every "
+        f"{interval} steps; at most {most} steps{anew}"
+    )
+
+
+def interval_of(evaluated: int, per_step: float) -> int:
+    """Steps between two evaluations, from the tokens of an evaluation and of a step."""
+    return max(_LEAST_INTERVAL, math.ceil(evaluated / per_step * _FORWARD / _SHARE))
 
 
 def failures(losses: Sequence[float]) -> int:
     """The number of evaluations whose loss was not at least 0.1% below the lowest one before it."""
     lowest, failed = math.inf, 0
     for loss in losses:
-        if loss < lowest - _LEAST_FALL * abs(lowest) or math.isinf(lowest):
+        if math.isfinite(loss) and (math.isinf(lowest) or loss < lowest - _LEAST_FALL * abs(lowest)):
             lowest = loss
         else:
-            failed, lowest = failed + 1, min(lowest, loss)
+            failed, lowest = failed + 1, min(lowest, loss if math.isfinite(loss) else math.inf)
     return failed
 
 
@@ -112,21 +146,27 @@ class Plateau(TrainerCallback):
 
     Args:
         peak: the learning rate before the first failure.
+        since: the step after which losses count.
     """
 
-    def __init__(self, peak: float) -> None:
-        self._peak = peak
+    def __init__(self, peak: float, since: int = 0) -> None:
+        self._peak, self._since = peak, since
 
     def on_train_begin(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        """Continue with the learning rate of the run that is resumed."""
-        self._set_rate(failures(_losses(state)), lr_scheduler, kwargs["optimizer"])
+        """Continue with the learning rate of the run that is resumed; not at all, if it has ended."""
+        failed = self._failures(state)
+        self._set_rate(failed, lr_scheduler, kwargs["optimizer"])
+        control.should_training_stop |= failed >= _FAILURES
 
     def on_evaluate(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
         """Reduce the learning rate, or stop."""
-        failed = failures(_losses(state))
+        failed = self._failures(state)
         self._set_rate(failed, lr_scheduler, kwargs["optimizer"])
         if failed >= _FAILURES:
             control.should_training_stop = True
+
+    def _failures(self, state: Any) -> int:
+        return failures([loss for step, loss in evaluations(state.log_history) if step > self._since])
 
     def _set_rate(self, failed: int, schedule: Any, optimizer: Any) -> None:
         """Set the rate from which the schedule, a warm-up, computes that of each step."""
@@ -136,7 +176,3 @@ class Plateau(TrainerCallback):
         schedule.load_state_dict({**schedule.state_dict(), "base_lrs": [base] * len(rates), "_last_lr": rates})
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _losses(state: Any) -> list[float]:
-    return [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -35,12 +35,33 @@ _OTHERS = (
     "global_scaling_weight",
     "warmup_ratio",
     "eval_steps",
+    "save_steps",
     "early_stopping",
     "bf16",
     "dtype",
     "quantization",
 )
 _DATA = ("data", "eval_data")
+
+
+class Past(NamedTuple):
+    """What a run that is resumed has done.
+
+    Attributes:
+        done: its last step.
+        losses: (step, loss) of each evaluation.
+        digest: of the rows that it was evaluated on; None if there were none or if they are not known.
+        drawn: digests of those of them that were drawn from its data.
+        since: the step after which losses count for its end.
+        other_data: the run that resumes it trains on other data.
+    """
+
+    done: int
+    losses: list[tuple[int, float]]
+    digest: str | None = None
+    drawn: tuple[str, ...] = ()
+    since: int = 0
+    other_data: bool = False
 
 
 def run_record(options: TrainOptions, adapters: dict[str, str]) -> dict[str, Any]:
@@ -84,6 +105,36 @@ def changes_since(checkpoint: Path, record: dict[str, Any]) -> list[str]:
     if data["data"] or {*names} & {*_PER_STEP, *_ORDER}:
         lines.append("the steps that are done are skipped: until the end of this epoch, texts may repeat or be missed")
     return lines
+
+
+def past_of(checkpoint: Path, record: dict[str, Any]) -> Past:
+    """What the run of a checkpoint has done.
+
+    Args:
+        checkpoint: the checkpoint.
+        record: the record of the run that resumes.
+
+    Raises:
+        CheckpointError: the checkpoint's record is broken.
+    """
+    state = read_json(checkpoint / TRAINER_STATE_NAME)
+    past = Past(step_of(checkpoint), evaluations(state.get("log_history") or []))
+    saved = _read(checkpoint)
+    if saved is None:
+        return past
+    held_out = saved.table("held_out", {})
+    if held_out:
+        past = past._replace(
+            digest=held_out.string("digest", None),
+            drawn=tuple(held_out.strings("drawn", [])),
+            since=held_out.whole("since", 0),
+        )
+    return past._replace(other_data=_data_change(saved.table("data"), record["data"]) is not None)
+
+
+def evaluations(log_history: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, loss) of each evaluation in the log of a Trainer."""
+    return [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
 
 
 def refused_changes(checkpoint: Path, options: TrainOptions, adapters: dict[str, str]) -> list[str]:

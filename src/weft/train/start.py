@@ -110,7 +110,9 @@ def check_steps_left(options: TrainOptions, num_rows: int, checkpoint: Path) -> 
         raise ConfigError(f"epochs ({options.epochs}) are {steps} steps of this data, fewer than are done ({done})")
 
 
-def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
+def resume_from(
+    trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str], None], *, comparable: bool = True
+) -> None:
     """Print the checkpoints that are skipped, and restore the best checkpoint so far.
 
     If the best one is not valid, the best one of the remaining training is used.
@@ -119,12 +121,15 @@ def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str],
         trainer: the Trainer that resumes.
         checkpoints: the checkpoints in the output folder; `last` must be set.
         say: called with each line.
+        comparable: the losses before are of the same held-out texts; otherwise the best of the remaining training is
+            used.
     """
     for line in checkpoints.passed_over():
         say(line)
     assert checkpoints.last is not None
-    best = best_before(checkpoints.last)
+    best = best_before(checkpoints.last) if comparable else None
     if best is None:
+        trainer.add_callback(_Resumed(None))
         return
     problem = "it was not completed" if is_incomplete(best) else damage(best)
     if not best.is_dir():
@@ -132,17 +137,23 @@ def resume_from(trainer: Trainer, checkpoints: Checkpoints, say: Callable[[str],
     if problem is not None:
         start = checkpoints.last.name
         say(f"{best.name}, the best so far, is passed over: {problem}; the best from {start} on is taken")
-    trainer.add_callback(_Best(best if problem is None else None))
+    trainer.add_callback(_Resumed(best if problem is None else None))
 
 
-class _Best(TrainerCallback):
-    """Sets the best checkpoint so far in the state of a training that resumes; None if it is lost."""
+class _Resumed(TrainerCallback):
+    """Corrects the state that a training resumes with, in which are the options of the run before.
+
+    Args:
+        best: the best checkpoint so far; None if there is none, or if it is lost.
+    """
 
     def __init__(self, best: Path | None) -> None:
         self._best = best
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set it, after the Trainer has loaded its state."""
+        """Correct it, after the Trainer has loaded it. End the training here if no step is left."""
+        state.logging_steps, state.save_steps, state.eval_steps = args.logging_steps, args.save_steps, args.eval_steps
         if self._best is None:
             state.best_metric = state.best_global_step = None
         state.best_model_checkpoint = None if self._best is None else str(self._best)
+        control.should_training_stop |= state.global_step >= state.max_steps

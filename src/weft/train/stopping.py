@@ -56,6 +56,10 @@ class TokenBudget(TrainerCallback):
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End a training that resumes with the number reached."""
+        control.should_training_stop |= 0 < self.tokens <= state.num_input_tokens_seen
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if the number is reached."""
         if self.tokens and state.num_input_tokens_seen >= self.tokens:

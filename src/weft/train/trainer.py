@@ -109,6 +109,13 @@ class WeftTrainer(Trainer):
             group_size=together * args.gradient_accumulation_steps,
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of a step; none if a callback has ended the training before its first step.
+
+        The Trainer asks that only after a step, so that a run which resumes with no step left would do one more.
+        """
+        return ([], None) if self.control.should_training_stop else super().get_batch_samples(*args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> Any:
         # The first token of a text is not predicted, but transformers before 5.10 counts it.
         return super()._get_num_items_in_batch([_without_first_label(batch) for batch in batch_samples], device)

@@ -39,9 +39,12 @@ class WeightSearch(TrainerCallback):
             return
         own = self._model.get_global_scaling_weight()
         tried = {own: self._loss(own)}
-        for weight in (own * _FACTOR, own / _FACTOR):
-            if _LEAST <= weight <= _MOST:
-                tried[weight] = self._loss(weight)
+        try:
+            for weight in (own * _FACTOR, own / _FACTOR):
+                if _LEAST <= weight <= _MOST:
+                    tried[weight] = self._loss(weight)
+        finally:
+            self._model.set_global_scaling_weight(own)  # an interrupted training saves the model as it is
         # One process decides for all, whose sums may differ in the last digit.
         best = from_all_processes(min(tried, key=lambda weight: _known(tried[weight])))[0]
         self._model.set_global_scaling_weight(best)
@@ -54,6 +57,11 @@ class WeightSearch(TrainerCallback):
         loop = trainer.evaluation_loop(trainer.get_eval_dataloader(self._some), "weights", prediction_loss_only=True)
         assert loop.metrics is not None
         return float(loop.metrics["eval_loss"])
+
+
+def cost(num_held_out: int) -> float:
+    """The time of the trials before an evaluation, as a multiple of the evaluation's."""
+    return 3 * min(_SEQUENCES, num_held_out) / num_held_out
 
 
 def restore_weight(model: Any, checkpoint: Path) -> None:
