@@ -98,15 +98,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         saved, options = given.take_carried(), copy.deepcopy(given)
         options.peft_type = PeftType.XLORA
         _take_out_earlier(model)
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise AdapterError(
-                "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() "
-                "it first"
-            )
-        if adapter_name in (options.adapters or {}):
-            raise ConfigError(
-                f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
-            )
+        _refuse_to_mix(model, options, adapter_name)
         self.backbone = Backbone(model)
         options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
         heads = find_heads(model, self.backbone.module, options.heads)
@@ -331,6 +323,19 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.xlora_config.bind_model(self)
+
+
+def _refuse_to_mix(model: nn.Module, options: XLoraConfig, adapter_name: str) -> None:
+    """Raise if the model has other adapters, or an expert the name of the mixture."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError(
+            "the base model already has peft adapters: pass the model itself, not an adapter's folder, or unload() it "
+            "first"
+        )
+    if adapter_name in (options.adapters or {}):
+        raise ConfigError(
+            f"adapters has the name {adapter_name!r}, which is the name of the mixture itself: choose another one"
+        )
 
 
 def _take_out_earlier(base: nn.Module) -> None:

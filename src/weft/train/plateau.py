@@ -86,7 +86,7 @@ def plan(
         rows, held_out = split(rows, options.seed, past.drawn if past else ())
         drawn = tuple(map(digest_of, held_out or ()))
         if past is not None and held_out is not None and sorted(drawn) != sorted(past.drawn):
-            say("the held-out sequences are not those of the run to resume, which may have been trained on these")
+            say("the held-out sequences are not those of the run to resume, and it may have trained on them")
     if held_out is None:
         say(f"one pass over the data: {len(rows)} sequences, {LEAST_ROWS} are needed to hold out some (or eval_data)")
         return _continued(Plan(dataclasses.replace(options, epochs=1.0), rows, None), past)
