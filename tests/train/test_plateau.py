@@ -373,3 +373,12 @@ def test_early_stopping_takes_the_texts_that_are_held_out(command, tmp_path):
     still = ("--eval-steps", "3", "--learning-rate", "1e-12", "--global-scaling-weight", "1")
     assert main(command("out", *still, "--early-stopping", "1")) == 0
     assert evaluations_of(tmp_path / "out") == [3, 6]
+
+
+def test_early_stopping_counts_the_evaluations_before_a_run_was_resumed(command, tmp_path):
+    still = ("--eval-steps", "3", "--learning-rate", "1e-12", "--global-scaling-weight", "1", "--early-stopping", "2")
+    assert main(command("out", *still, "--max-steps", "6", "--eval-data", str(tmp_path / "texts.jsonl"))) == 0
+    more = command("out", *still, "--max-steps", "30", "--eval-data", str(tmp_path / "texts.jsonl"), "--resume", "true")
+    for _ in range(2):
+        assert main(more) == 0
+        assert evaluations_of(tmp_path / "out") == [3, 6, 9]

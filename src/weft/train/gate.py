@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from weft.base_model.loading import load_base, loading_options
 from weft.data.batches import RowCollator, RowsAndABlank
@@ -38,7 +38,7 @@ from weft.train.progress import ProgressLine
 from weft.train.run_record import past_of, run_record
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.train.start import check_steps_left, resume_from, say_resuming, start_gate, with_mixture_options
-from weft.train.stopping import StopOnInterrupt, TokenBudget
+from weft.train.stopping import EarlyStopping, StopOnInterrupt, TokenBudget
 from weft.train.trainer import WeftTrainer, trained_tokens
 from weft.train.weight_search import WeightSearch, restore_weight
 
@@ -81,7 +81,8 @@ def train(options: TrainOptions) -> Path:
     progress = ProgressLine(options.max_tokens, may_stop_earlier=planned.expected_steps is not None)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress]
     if options.early_stopping and planned.held_out is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping))
+        before = [loss for _, loss in past.losses] if past is not None and planned.comparable else []
+        callbacks.append(EarlyStopping(options.early_stopping, before))
     trainer = _trainer(planned, model, tokenizer, callbacks, checkpoints, record)
     folder = checkpoints_folder(options.output)
     together = False

@@ -1,11 +1,13 @@
-"""Callbacks that end a training before its last step: Ctrl-C, and a budget of tokens."""
+"""Callbacks that end a training before its last step: Ctrl-C, a budget of tokens, and no lower loss."""
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from weft.distributed import any_process
 
@@ -64,3 +66,30 @@ class TokenBudget(TrainerCallback):
         """Stop if the number is reached."""
         if self.tokens and state.num_input_tokens_seen >= self.tokens:
             control.should_log = control.should_save = control.should_training_stop = True
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Ends the training after a number of evaluations without a lower loss, those before it was resumed included.
+
+    Args:
+        patience: the number.
+        before: the losses of the run to resume.
+    """
+
+    def __init__(self, patience: int, before: Sequence[float] = ()) -> None:
+        super().__init__(early_stopping_patience=patience)
+        self._before = failed_in_a_row(before)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count those before. End a training that had ended."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = self._before
+        control.should_training_stop |= self._before >= self.early_stopping_patience
+
+
+def failed_in_a_row(losses: Sequence[float]) -> int:
+    """The number of evaluations after the one with the lowest loss."""
+    lowest, failed = math.inf, 0
+    for loss in losses:
+        lowest, failed = (loss, 0) if loss < lowest else (lowest, failed + 1)
+    return failed
