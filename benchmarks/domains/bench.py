@@ -31,7 +31,8 @@ STUDIED = 8
 DEEP = {"xlora_depth": 2, "xlora_size": 256, "learning_rate": 5e-3}
 # What differs from `weft train`'s defaults; "texts", "data" and "steps" are of this bench, see `gate`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "plateau": {"xlora_depth": 2, "xlora_size": 256, "gate_layer": 4, "steps": 0},
+    "plateau": {"xlora_depth": 2, "xlora_size": 256, "scaling_pass_layers": 4, "steps": 0},
+    "plateau-one-pass": {"xlora_depth": 2, "xlora_size": 256, "gate_layer": 4, "steps": 0},
     "one-pass": {**DEEP, "gate_layer": 4},
     "short-pass": {**DEEP, "scaling_pass_layers": 4},
     "two-passes": DEEP,
@@ -48,7 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short-pass-labels": {**DEEP, "scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
     "plain": {},
 }
-AT_ALL_SIZES = ("one-pass", "short-pass", "plateau")
+AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
 SETS = ("records", "comments")  # of texts that need two experts at once
 PARTS = ("form", "german", "french")
