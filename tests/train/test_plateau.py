@@ -302,6 +302,8 @@ def test_other_data_are_trained_with_and_the_same_texts_stay_held_out(command, t
     capsys.readouterr()
     assert main(both) == 0
     assert "with other texts than before and the first learning rate" in capsys.readouterr().out
+    assert main([*both, "--dry-run", "true"]) == 0
+    assert "with other texts than before" not in capsys.readouterr().out  # as they were before this time
     later, after = log_of(tmp_path / "out")
     now = json.loads((later / "weft_run.json").read_text())["held_out"]
     assert now == {**held_out, "since": state["global_step"]}
@@ -382,3 +384,20 @@ def test_early_stopping_counts_the_evaluations_before_a_run_was_resumed(command,
     for _ in range(2):
         assert main(more) == 0
         assert evaluations_of(tmp_path / "out") == [3, 6, 9]
+
+
+def test_a_run_that_held_nothing_out_says_that_it_may_have_trained_on_what_it_holds_out_now(command, tmp_path, capsys):
+    assert main(command("out", "--max-steps", "2")) == 0
+    capsys.readouterr()
+    assert main(command("out", "--resume", "true", "--dry-run", "true")) == 0
+    said = capsys.readouterr().out
+    assert "the held-out sequences are not those of the run to resume, and it may have trained on them" in said
+    assert "Held-out texts end it: it can be fewer steps, or more, at most 400" in said
+
+
+def test_a_run_past_the_limit_of_other_options_is_over(command, tmp_path, capsys):
+    assert main(command("out", "--max-steps", "50")) == 0
+    more = ("--eval-steps", "1", "--batch-size", "60", "--resume", "true")
+    capsys.readouterr()
+    assert main(command("out", *more)) == 0
+    assert "no step is left: this run has reached its limit of 40 steps." in capsys.readouterr().out

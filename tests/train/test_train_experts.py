@@ -65,6 +65,14 @@ def changed(arguments, **options):
     return found
 
 
+def test_held_out_texts_that_experts_were_trained_on_are_named_as_such(arguments, texts, capsys):
+    said = "it is trained and evaluated on the experts' own texts: eval_data names texts that no expert has seen"
+    assert main(changed(arguments, max_steps="0")) == 0
+    assert said in capsys.readouterr().out
+    assert main([*changed(arguments, max_steps="0", resume="true"), "--eval-data", str(texts["fox"])]) == 0
+    assert said not in capsys.readouterr().out
+
+
 def test_experts_share_one_base_model_and_each_is_what_it_is_alone(base_folder, texts, tmp_path, monkeypatch):
     loaded = []
     load = weft.train.experts.load_base
@@ -97,6 +105,7 @@ def test_experts_are_trained_and_then_the_gate_on_the_data_of_all(arguments, bas
     shown = capsys.readouterr().out
     assert f"training expert 'fox' on {texts['fox']}: " in shown
     assert "training the gate over fox, law" in shown
+    assert "the experts' own texts" not in shown  # nothing is evaluated
     model = weft.from_pretrained(tmp_path / "out")
     assert model.xlora_config.expert_names == ["fox", "law"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["checkpoints", "experts"]

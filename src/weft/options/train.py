@@ -207,6 +207,11 @@ class TrainOptions(LoadingOptions):
             return []
         return [f"output ({self.output}) holds the checkpoints of a run: give another folder, or --resume true"]
 
+    @property
+    def ends_at_a_plateau(self) -> bool:
+        """Whether held-out texts end the training, as there is no number of steps."""
+        return self.max_steps == self.max_tokens == self.epochs == 0
+
     def _expert_names(self) -> list[str]:
         return [name for name, _ in [*pairs(self.adapters), *pairs(self.experts_from)] if name]
 

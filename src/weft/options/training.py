@@ -59,9 +59,9 @@ def gate_problems(options: Any) -> list[str]:
             f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: the gate "
             "of that mixture is trained further"
         )
-    to_a_plateau = options.max_steps == options.max_tokens == options.epochs == 0
-    for name in ("eval_steps", "early_stopping"):
-        if getattr(options, name) > 0 and not options.eval_data and not to_a_plateau:  # which holds some out
+    # A training that ends at a plateau holds some texts out.
+    for name in () if options.ends_at_a_plateau else ("eval_steps", "early_stopping"):
+        if getattr(options, name) > 0 and not options.eval_data:
             problems.append(f"{name} ({getattr(options, name)}) needs eval_data: held-out texts")
     if options.packing and options.group_by_length:
         problems.append("packing (True) and group_by_length (True) exclude each other: packed sequences are all long")

@@ -106,9 +106,8 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
         read_eval_rows(gate_options, list(adapters), tokenizer)
         _train_missing(options, say, gate_options=gate_options)
     say(f"training the gate over {', '.join(adapters)}")
-    to_a_plateau = options.max_steps == options.epochs == options.max_tokens == 0
-    if to_a_plateau and not options.data and not options.eval_data:
-        say("on the experts' own texts, those held out among them: eval_data names texts that no expert has seen")
+    if options.ends_at_a_plateau and not options.data and not options.eval_data:
+        say("it is trained and evaluated on the experts' own texts: eval_data names texts that no expert has seen")
     return train(gate_options)
 
 

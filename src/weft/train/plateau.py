@@ -79,7 +79,7 @@ def plan(
         say: called with a line about what was decided.
         past: the run to resume, if any.
     """
-    if options.max_steps or options.epochs or options.max_tokens:
+    if not options.ends_at_a_plateau:
         return _continued(Plan(options, rows, held_out), past)
     drawn: tuple[str, ...] = ()
     if held_out is None:
@@ -118,7 +118,9 @@ def _announced(planned: Plan, past: Past | None, interval: int, most: int) -> st
         if ended or past.done >= most:
             why = "this run has ended at a plateau" if ended else f"this run has reached its limit of {most} steps"
             return f"no step is left: {why}. Give max_steps, epochs or max_tokens to train further"
-    anew = ", with other texts than before and the first learning rate" if planned.since else ""
+    anew = ""
+    if past is not None and planned.since != past.since:
+        anew = ", with other texts than before and the first learning rate"
     return (
         f"training until the loss on {len(planned.held_out or ())} held-out sequences stops falling, evaluated every "
         f"{interval} steps; at most {most} steps{anew}"
