@@ -44,6 +44,16 @@ def distinct(scalings):
     return ranks.to(scalings.dtype) / 4 - 0.6
 
 
+# -------------------------------------------------------------- temperature
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40, 1e-30, 1e-8])
+def test_the_lowest_temperatures_give_the_largest_logit_all_weight_and_equal_ones_equal_parts(temperature):
+    logits = torch.tensor([[30.0, 2.0, -30.0], [-1e-5, 1e-5, 1e-5]])
+    found = softmax_with_temperature(logits, temperature)
+    assert torch.equal(found, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]))
+
+
 # ---------------------------------------------------------------------- top-k
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import weft
 from models import VOCAB, tiny_llama, tiny_tokenizer, weft_model
-from weft.errors import CacheError, ConfigError
+from weft.errors import CacheError, ConfigError, WeftError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.sampling import Sampler
 from weft.passes.cache import XLoraCache
@@ -296,6 +296,14 @@ def test_the_sampler_leaves_the_logits_alone():
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-20])
+def test_the_lowest_temperatures_take_the_most_likely_token(model, temperature):
+    options = {"max_new_tokens": 6, "repetition_penalty": 1.3}
+    assert tokens(weft.stream(model, PROMPT, temperature=temperature, **options)) == tokens(
+        weft.stream(model, PROMPT, **options)
+    )
+
+
 # -------------------------------------------------------------------------------------- errors
 
 
@@ -329,6 +337,26 @@ def test_what_cannot_work_is_said_at_once(model, reads, options, message):
     with pytest.raises(ConfigError, match=message):
         weft.stream(model, options.pop("prompt", PROMPT), **options)
     assert reads == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_options_that_leave_no_probabilities_are_named(model, temperature):
+    steps = weft.stream(model, PROMPT, temperature=temperature, repetition_penalty=1e-300)
+    with pytest.raises(ConfigError) as err:
+        next(steps)
+    assert str(err.value) == (
+        f"temperature ({temperature:g}) and repetition_penalty (1e-300) leave no probabilities to sample from: use "
+        "values nearer to 1"
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_numbers_choose_no_token(temperature, value):
+    logits = torch.zeros(1, 9)
+    logits[0, 4] = value
+    with pytest.raises(WeftError, match=r"the model's logits are NaN or infinite after 5 tokens: look at"):
+        Sampler(temperature=temperature)(PROMPT[:, :5] % 9, logits)
 
 
 def test_only_a_mixture_can_be_streamed():

@@ -19,6 +19,8 @@ from weft.files.reading import shown
 
 # The maximum number of tokens before the cells of a vision model: a class token and seven register tokens.
 MAX_LEADING_TOKENS = 8
+# The softmax at a lower temperature is the same, one-hot, and logits divided by a still lower one are infinite.
+LOWEST_TEMPERATURE = 1e-30
 # Weights that are the same for all tokens: {expert: weight} for all layers, or a table [layer, expert].
 ConstantWeights = dict[str, float] | Tensor | Sequence[Sequence[float]]
 
@@ -51,7 +53,7 @@ def softmax_with_temperature(
 ) -> Float[Tensor, "*batch expert"]:
     """softmax(logits / temperature) over the experts (arXiv 2402.07148, section 2.1)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.softmax(logits.to(wide) / temperature, dim=-1)
+    return torch.softmax(logits.to(wide) / max(temperature, LOWEST_TEMPERATURE), dim=-1)
 
 
 class TopK(NamedTuple):

@@ -17,8 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from weft.errors import ConfigError
+from weft.errors import ConfigError, WeftError
 from weft.files.reading import is_number, is_whole, shown
+from weft.gate.routing import LOWEST_TEMPERATURE
 from weft.options.text import decoding_problems
 
 
@@ -44,7 +45,8 @@ class Sampler:
         seed: seed of the random generator; None takes a random seed.
 
     Raises:
-        ConfigError: the penalty or the seed is out of range.
+        ConfigError: the penalty or the seed is out of range; or, at a token, these options leave no probabilities.
+        WeftError: the logits of a token are NaN or infinite.
 
     Example:
         >>> sampler = Sampler(temperature=0.8, top_p=0.95, seed=0)
@@ -66,6 +68,7 @@ class Sampler:
         if seed is not None and not is_whole(seed):
             raise ConfigError(f"seed ({shown(seed)}) must be a whole number, or None")
         self.greedy = temperature == 0
+        self.temperature, self.repetition_penalty = temperature, repetition_penalty
         self.seed = seed
         self.processors = LogitsProcessorList()
         self._generator: torch.Generator | None = None
@@ -74,7 +77,7 @@ class Sampler:
         if self.greedy:
             return
         if temperature != 1:
-            self.processors.append(TemperatureLogitsWarper(float(temperature)))
+            self.processors.append(TemperatureLogitsWarper(max(float(temperature), LOWEST_TEMPERATURE)))
         if top_k is not None:
             self.processors.append(TopKLogitsWarper(top_k))
         if top_p is not None:
@@ -82,8 +85,19 @@ class Sampler:
 
     def __call__(self, input_ids: Int[Tensor, "1 seq"], logits: Float[Tensor, "1 vocab"]) -> Int[Tensor, "1"]:
         """The token after `input_ids`; `logits` are the model's at their last position."""
+        # NaN is the largest number to `max`, and the most likely token to `argmax`.
+        if not logits.max().isfinite():
+            raise WeftError(
+                f"the model's logits are NaN or infinite after {input_ids.shape[-1]} tokens: look at the adapters' "
+                "weights and at the base model's dtype"
+            )
         # LogitsProcessorList has no useful return type.
         scores: Tensor = self.processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
+        if not scores.max().isfinite():
+            raise ConfigError(
+                f"temperature ({self.temperature:g}) and repetition_penalty ({self.repetition_penalty:g}) leave no "
+                "probabilities to sample from: use values nearer to 1"
+            )
         if self.greedy:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=self._random(scores.device))[:, 0]

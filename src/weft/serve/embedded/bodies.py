@@ -22,7 +22,7 @@ _MOST_ALTERNATIVES = 20  # maximum number of alternatives for a token, as in vLL
 _MOST_STOPS = 16
 # Default numbers of new tokens: for texts OpenAI's; for chats all free positions, or this if there is no limit.
 _TEXT_TOKENS, _CHAT_TOKENS = 16, 4096
-# At lower temperatures the most likely token has probability 1, and logits / temperature can overflow.
+# At lower temperatures the most likely token is taken, as in vLLM.
 _LEAST_TEMPERATURE = 1e-5
 # Fields that do not change the answer.
 _HARMLESS = (

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weft.errors import ConfigError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.sampling import Sampler
 from weft.serve.embedded.bodies import Wanted
@@ -166,12 +167,8 @@ class Writing:
     def _choose(self, logits: Float[Tensor, "1 vocab"]) -> Tensor:
         try:
             return self._sampler(self.ids, logits)
-        except RuntimeError as err:
-            raise RequestError(
-                f"temperature ({self.wanted.temperature:g}) and repetition_penalty ({self.wanted.repetition_penalty}) "
-                f"leave no probabilities to sample from: {err}",
-                "temperature",
-            ) from err
+        except ConfigError as err:
+            raise RequestError(str(err), "temperature") from err
 
     def _scores(self, logits: Float[Tensor, "place vocab"], tokens: list[int]) -> list[Score]:
         """The log-probability of each token, and those of the most likely tokens."""
