@@ -119,6 +119,7 @@ def test_adapters_of_another_type_are_an_error_of_the_option(adapters):
 
 NAN, INF = float("nan"), float("inf")
 WHOLE = "must be a whole number of at least 1"
+FINITE = "must be a finite number"
 OUT_OF_RANGE = [
     *((name, value, WHOLE) for name in ("xlora_depth", "xlora_size", "scalings_log_size") for value in (0, -1, 1.5)),
     *((name, value, WHOLE) for name in ("xlora_depth", "xlora_size", "scalings_log_size") for value in (True, "2")),
@@ -126,17 +127,17 @@ OUT_OF_RANGE = [
     *(("hidden_size", value, WHOLE) for value in (0, -32, 32.0, "32")),
     *(("xlora_dropout_p", value, "must be in [0, 1)") for value in (-0.1, 1, 1.0, 1.5, NAN, None, "0.1", True)),
     *(
-        ("softmax_temperature", value, "must be a finite number above 0")
-        for value in (0, 0.0, -1.0, NAN, INF, None, "1")
+        ("softmax_temperature", value, f"{FINITE} above 0, in float32 too")
+        for value in (0, 0.0, -1.0, NAN, INF, 1e39, None, "1")
     ),
-    *(("scaling_pass_value", value, "must be a finite number") for value in (NAN, INF, "0", True)),
-    *(("entropy_loss_weight", value, "must be a finite number") for value in (NAN, INF, None, "0", True)),
+    *(("scaling_pass_value", value, f"{FINITE}, in float32 too") for value in (NAN, INF, 1e300, "0", True)),
+    *(("entropy_loss_weight", value, f"{FINITE}, in float32 too") for value in (NAN, INF, -1e39, None, "0", True)),
     *(
-        (name, value, "must be a finite number of at least 0")
+        (name, value, f"{FINITE} of at least 0, in float32 too")
         for name in ("balance_loss_weight", "expert_label_loss_weight")
-        for value in (-0.1, NAN, INF, None, "0", True)
+        for value in (-0.1, NAN, INF, 1e39, None, "0", True)
     ),
-    *(("global_scaling_weight", value, "must be a finite number") for value in (NAN, -INF, None, "1", False)),
+    *(("global_scaling_weight", value, f"{FINITE}, in float32 too") for value in (NAN, -INF, -1e39, None, "1", False)),
     *(
         ("top_k_lora", value, "must be between 1 and the number of adapters (2)")
         for value in (0, -1, 3, 1.0, "1", True)

@@ -506,8 +506,14 @@ def broken(key, value):
             ),
             rf"adapter 'bad': .*/{CONFIG} cannot be read: lora_alpha \(nan\) must be a finite number",
         ),
+        (
+            lambda bad: (bad / CONFIG).write_text(
+                (bad / CONFIG).read_text().replace('"alpha_pattern": {}', '"alpha_pattern": {"q_proj": 1e300}')
+            ),
+            r"adapter 'bad' is broken in this model, as its scaling in \S+q_proj is 2.5e\+299 \(from lora_alpha",
+        ),
     ],
-    ids=["NaN", "inf", "overflow", "alpha"],
+    ids=["NaN", "inf", "overflow", "alpha", "alpha of a layer"],
 )
 def test_a_broken_adapter_is_refused_by_name_and_tensor(damage, message, good, bad, untouched_base):
     damage(bad)

@@ -23,6 +23,7 @@ MOST_BYTES = 2**26
 # Maximum nesting of JSON values: they are copied and compared recursively.
 _MOST_LEVELS = 64
 _MOST_SHOWN = 80
+_LARGEST = 3.4e38  # float32
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REQUIRED: Any = object()
 
@@ -219,6 +220,11 @@ def is_number(value: Any) -> bool:
     if isinstance(value, float):
         return value - value == 0
     return is_whole(value)
+
+
+def is_finite_in_float32(value: Any) -> bool:
+    """Whether the value is a number that is finite in float32, the dtype of scalings."""
+    return is_number(value) and abs(value) <= _LARGEST
 
 
 def own_files(folder: Path) -> Iterator[Path]:

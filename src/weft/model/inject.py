@@ -6,7 +6,6 @@ does not fit, the adapter is refused.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from weft.base_model.versions import with_current_names
 from weft.checkpoint.adapter_keys import KEY_PREFIX, fitted
 from weft.checkpoint.adapters import Adapter, different_bases, model_name
 from weft.errors import AdapterError, bullet_list
+from weft.files.reading import is_finite_in_float32
 from weft.files.tensors import not_finite, preview
 
 _SHOWN = 3  # keys that do not fit, of each kind
@@ -187,7 +187,7 @@ def refuse_not_finite(base: nn.Module, name: str) -> None:
     scalings = {
         path: module.scaling[name]
         for path, module in base.named_modules()
-        if isinstance(module, LoraLayer) and not math.isfinite(module.scaling.get(name, 0))
+        if isinstance(module, LoraLayer) and not is_finite_in_float32(module.scaling.get(name, 0))
     }
     if scalings:
         path, value = next(iter(scalings.items()))

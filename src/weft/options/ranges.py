@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from weft.files.reading import is_list_of_strings, is_number, is_whole, shown
+from weft.files.reading import is_finite_in_float32, is_list_of_strings, is_number, is_whole, shown
 
 # The gate's losses (`weft.losses`). The option NAME_weight is the weight of the loss NAME.
 GATE_LOSSES = ("balance_loss", "entropy_loss", "expert_label_loss")
+_FINITE = ", in float32 too"  # the dtype in which they are used
 
 
 def range_problems(config: Any) -> list[str]:
@@ -28,16 +29,17 @@ def range_problems(config: Any) -> list[str]:
         )
     if not is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
         problems.append(f"xlora_dropout_p ({shown(config.xlora_dropout_p)}) must be in [0, 1)")
-    if not is_number(config.softmax_temperature) or config.softmax_temperature <= 0:
-        problems.append(f"softmax_temperature ({shown(config.softmax_temperature)}) must be a finite number above 0")
+    temperature = config.softmax_temperature
+    if not is_finite_in_float32(temperature) or temperature <= 0:
+        problems.append(f"softmax_temperature ({shown(temperature)}) must be a finite number above 0{_FINITE}")
     for name in ("balance_loss_weight", "expert_label_loss_weight"):
         value = getattr(config, name)
-        if not is_number(value) or value < 0:
-            problems.append(f"{name} ({shown(value)}) must be a finite number of at least 0")
+        if not is_finite_in_float32(value) or value < 0:
+            problems.append(f"{name} ({shown(value)}) must be a finite number of at least 0{_FINITE}")
     for name in ("scaling_pass_value", "global_scaling_weight", "entropy_loss_weight"):
         value = getattr(config, name)
-        if not is_number(value) and not (value is None and not config.adapters):
-            problems.append(f"{name} ({shown(value)}) must be a finite number")
+        if not is_finite_in_float32(value) and not (value is None and not config.adapters):
+            problems.append(f"{name} ({shown(value)}) must be a finite number{_FINITE}")
     return problems
 
 

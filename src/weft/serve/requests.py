@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.files.reading import is_number, is_whole, shown
+from weft.files.reading import is_finite_in_float32, is_whole, shown
 
 FIELD = "weft"
 SHARES = "weft_shares"  # vLLM's extra argument with the key of a text's shares
 BASE = "base"
 _FIELDS = ("weights", "top_k", "global_weight", "shares")
-_LARGEST = 3.4e38  # the largest float32, the dtype of scalings
 
 
 class RequestError(ConfigError):
@@ -222,7 +221,7 @@ def cache_salt(choice: Choice, clients: str | None) -> str | None:
 
 
 def _number(value: Any, name: str) -> float:
-    if not is_number(value) or abs(value) > _LARGEST:
+    if not is_finite_in_float32(value):
         raise RequestError(f"weft.{name} ({shown(value)}) must be a finite number", f"{FIELD}.{name}")
     return float(value)
 
