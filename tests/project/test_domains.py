@@ -13,6 +13,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
+
+import weft
+from models import tiny_llama
+from weft.model.model import at_own_weight
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT / "demo", ROOT / "benchmarks/domains"]
@@ -293,3 +298,19 @@ def test_the_tables_own_expert_is_each_passages(bench, tmp_path):
     assert gate["mixed / own"] == gate["domains / own"] == (1.0, 1.0, 1.0)
     assert base["mixed / own"] == base["domains / own"] == pytest.approx([math.exp(0.5)] * 3)
     assert "| gate-0 |" in report.table({"gate-0": gate}, 4)
+
+
+def test_the_parts_of_the_regret_add_up(bench, llama_adapters):
+    regret = bench("regret")
+    model = weft.from_adapters(tiny_llama(), llama_adapters).eval()
+    found, shares = regret.regrets(model, "math", [[1, 5, 9, 4, 7, 3, 8, 2], [2, 8, 6, 4]])
+    whole = regret.summary(found, shares)
+    assert whole["regret"] == pytest.approx(float(torch.cat(found).mean()))
+    for kind in regret.KINDS:
+        assert sum(part for _, part in whole[kind]) == pytest.approx(whole["regret"], abs=1e-6)
+        assert sum(tokens for tokens, _ in whole[kind]) == pytest.approx(1)
+    mixed = regret.losses(model, [2, 8, 6, 4])
+    with at_own_weight(model, {"math": 1.0}):
+        assert torch.equal(mixed - regret.losses(model, [2, 8, 6, 4]), found[1])
+    assert all(len(share) == len(of_text) for share, of_text in zip(shares, found, strict=True))
+    assert f"| 1 | math | {whole['regret']:+.4f} |" in regret.table({"1": {"math": whole}})
