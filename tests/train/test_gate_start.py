@@ -15,7 +15,7 @@ import weft
 from models import is_expert, quietly, tiny_llama, tiny_tokenizer
 from weft.cli import main
 from weft.errors import ConfigError, DataError, TrainingError
-from weft.train.gate_fit import MOST_TOKENS, _posterior
+from weft.train.gate_fit import LEAST_TOKENS, MOST_TOKENS, _posterior, most_tokens
 
 SCHEMES = [
     {},
@@ -192,11 +192,21 @@ def test_a_channel_that_varies_by_rounding_only_says_nothing(llama_adapters):
 def test_examples_without_labels_are_left_out_and_the_tokens_are_bounded(llama_adapters):
     said = []
     model = weft.from_adapters(tiny_llama(), llama_adapters)
-    without = [{"input_ids": [1, 2] * 300}] * (MOST_TOKENS // 500)
+    without = [{"input_ids": [1, 2] * 300}] * (LEAST_TOKENS // 500)
     assert weft.fit_gate(model, [*without, *rows(16)], "labels", announce=said.append) > 0.9
     assert said == ["fitting the gate to the labels of 192 tokens of 16 sequences"]
     weft.fit_gate(model, without[:60], announce=said.append)
-    assert f"losses of {MOST_TOKENS:,} tokens of 55 sequences" in said[1]
+    assert f"losses of {LEAST_TOKENS:,} tokens of 55 sequences" in said[1]
+
+
+def test_more_tokens_are_read_where_no_expert_reads_them(llama_adapters):
+    said = []
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    labelled = [{"input_ids": [1, 2] * 256, "expert_labels": [0, 1] * 256}] * (LEAST_TOKENS // 512 + 2)
+    weft.fit_gate(model, labelled, "labels", batch_size=32, announce=said.append)
+    assert said == [f"fitting the gate to the labels of {LEAST_TOKENS + 1024:,} tokens of 66 sequences"]
+    assert [most_tokens("labels", size) for size in (576, 2048, 8192)] == [MOST_TOKENS, 2**17, LEAST_TOKENS]
+    assert most_tokens("losses", 576) == LEAST_TOKENS
 
 
 @pytest.mark.parametrize("by", ["labels", "losses"])

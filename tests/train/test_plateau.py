@@ -11,6 +11,7 @@ from weft.cli import main
 from weft.evaluate import perplexity
 from weft.model.model import at_own_weight
 from weft.options import TrainOptions
+from weft.train import weight_search
 from weft.train.comparison import comparison
 from weft.train.held_out import digest_of, split
 from weft.train.plateau import failures, interval_of, plan
@@ -101,6 +102,15 @@ def test_eval_data_are_what_is_held_out():
     assert (planned.options.eval_steps, planned.options.learning_rate) == (7, 5e-3)
 
 
+@pytest.fixture
+def weights_move():
+    """Lets the weight move for any gain, as the tiny model's losses hardly depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_search, "_LEAST_GAIN", 0.0)
+        yield
+
+
+@pytest.mark.usefixtures("weights_move")
 def test_it_ends_at_a_plateau_with_the_best_checkpoint(command, tmp_path, capsys):
     assert main(command("out", "--eval-steps", "3", "--learning-rate", "0.3")) == 0
     shown = capsys.readouterr()
@@ -123,6 +133,7 @@ def test_it_ends_at_a_plateau_with_the_best_checkpoint(command, tmp_path, capsys
     assert best == (before[-1]["global_scaling_weight"] if before else 1.0)
 
 
+@pytest.mark.usefixtures("weights_move")
 def test_a_resumed_run_ends_as_the_whole_one(command, tmp_path, monkeypatch):
     assert main(command("whole", "--eval-steps", "3", "--learning-rate", "0.3", "--seed", "1")) == 0
     _, whole = log_of(tmp_path / "whole")
@@ -154,6 +165,7 @@ def test_a_resumed_run_ends_as_the_whole_one(command, tmp_path, monkeypatch):
         ).read_bytes().replace(b"part", b"whole")
 
 
+@pytest.mark.usefixtures("weights_move")
 def test_a_run_that_goes_on_for_a_number_of_steps_keeps_the_weight_it_has_found(command, tmp_path, capsys):
     options = ("--eval-steps", "3", "--learning-rate", "0.3", "--seed", "1")
     assert main(command("out", *options)) == 0
@@ -189,15 +201,15 @@ def test_a_weight_that_is_given_is_kept(command, tmp_path):
 class FakeTrainer:
     """Evaluates a parabola of the logarithm of the weight."""
 
-    def __init__(self, model, best):
-        self.model, self.best, self.logged = model, best, []
+    def __init__(self, model, best, curvature=1.0):
+        self.model, self.best, self.curvature = model, best, curvature
         self.state = SimpleNamespace(log_history=[], global_step=0, best_global_step=None)
 
     def get_eval_dataloader(self, rows):
         return rows
 
     def evaluation_loop(self, rows, description, prediction_loss_only):
-        loss = 2 + math.log(self.model.weight / self.best) ** 2
+        loss = 2 + self.curvature * math.log(self.model.weight / self.best) ** 2
         return SimpleNamespace(metrics={"eval_loss": loss})
 
     def log(self, values):
@@ -224,6 +236,17 @@ def test_the_weight_climbs_to_the_best_one_within_its_limits(best, expected):
         trainer.state.global_step = step
         search.on_step_end(None, trainer.state, SimpleNamespace(should_evaluate=True))
     assert model.weight == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("start", [1.0, 1.44, 1 / 1.44])
+def test_a_weight_that_is_hardly_better_is_not_worth_being_further_from_1(start):
+    model = FakeModel(start)
+    trainer = FakeTrainer(model, start, curvature=0.05)
+    search = WeightSearch(trainer, model, [{}])
+    for step in range(1, 4):
+        trainer.state.global_step = step
+        search.on_step_end(None, trainer.state, SimpleNamespace(should_evaluate=True))
+    assert model.weight == pytest.approx(1.0)
 
 
 def test_the_comparison_has_the_losses_of_evaluation(mixture):

@@ -47,10 +47,13 @@ from weft.gate.losses import NO_EXPERT
 from weft.model.model import at_own_weight
 from weft.screen.countdown import Countdown
 
-MOST_TOKENS = 32_768  # maximum number of tokens to read: 64 sequences of 512
+# Maximum number of tokens to read: 64 sequences of 512. With "labels" more are cheap, as no expert reads them, and make
+# a better gate (benchmarks/results/2026-11-27-domains-fit.md): so many as have hidden states of 1 GiB.
+LEAST_TOKENS, MOST_TOKENS = 32_768, 262_144
+_MOST_BYTES = 2**30
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
 _TURN = 64  # mean number of tokens that an expert writes before another one continues
-_STEPS, _BATCH, _RATE, _WARMUP = 400, 512, 5e-3, 5
+_LEAST_STEPS, _EPOCHS, _BATCH, _RATE, _WARMUP = 400, 3, 512, 5e-3, 5
 _HELD_OUT = 8  # one of this number of sequences is held out
 # A channel whose deviation is below this fraction of its mean varies by rounding errors only.
 _ROUNDING = 1e-6
@@ -68,7 +71,8 @@ def fit_gate(
 ) -> float:
     """Fit a mixture's gate to predict the expert of each token, as a start for training instead of random weights.
 
-    At most 32,768 tokens are read. Only the gate changes, in place.
+    At most 32,768 tokens are read; with "labels" at most 262,144, and those whose hidden states take 1 GiB in float32.
+    Only the gate changes, in place.
 
     Args:
         model: a mixture from `weft.from_adapters`, on the device where it will run; "losses" needs a causal language
@@ -107,7 +111,7 @@ def fit_gate(
         raise ConfigError("the gate cannot be fitted:", problems)
     experts = list(model.xlora_config.expert_names)
     length = min(_LENGTH, num_positions(model.passes.backbone.base.config) or _LENGTH)
-    chosen = _draw(examples, by, tokenizer, experts, length, seed)
+    chosen = _draw(examples, by, tokenizer, experts, length, seed, most_tokens(by, model.xlora_config.hidden_size))
     tokens = sum(len(example["input_ids"]) for example in chosen)
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
@@ -167,12 +171,18 @@ def _rows_of(
     return [{name: values[start : start + length] for name, values in columns.items()} for start in starts]
 
 
+def most_tokens(by: str, hidden_size: int) -> int:
+    """The maximum number of tokens of a fit."""
+    fit = _MOST_BYTES // (4 * hidden_size)
+    return max(LEAST_TOKENS, min(MOST_TOKENS, fit)) if by == "labels" else LEAST_TOKENS
+
+
 def _draw(
-    examples: Any, by: str, tokenizer: Any, expert_names: Sequence[str], length: int, seed: int
+    examples: Any, by: str, tokenizer: Any, expert_names: Sequence[str], length: int, seed: int, most: int
 ) -> list[dict[str, Any]]:
-    """Choose examples at random, up to `MOST_TOKENS` tokens. Examples without a token for the fit are left out."""
+    """Choose examples at random, up to `most` tokens. Examples without a token for the fit are left out."""
     chosen: list[dict[str, Any]] = []
-    left, unlabelled = MOST_TOKENS, False
+    left, unlabelled = most, False
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = (
         (index, row) for index in order for row in _rows_of(examples[index], index, by, tokenizer, expert_names, length)
@@ -329,9 +339,10 @@ def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
         network = nn.Sequential(*layers, nn.Linear(last.in_features, targets.shape[-1])).to(hidden.device).train()
         network.requires_grad_(True)
         optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.0)
-        for step in range(_STEPS):
+        steps = max(_LEAST_STEPS, math.ceil(_EPOCHS * len(hidden) / _BATCH))
+        for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / _STEPS))
+                group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             batch = torch.randint(len(hidden), (_BATCH,)).to(hidden.device)
             logits = network((hidden[batch] - mean) / deviation)
             loss = -(targets[batch] * logits.log_softmax(-1)).sum(-1).mean()

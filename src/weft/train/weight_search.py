@@ -15,13 +15,18 @@ from weft.files.reading import read_json
 _FACTOR = 1.2  # between two weights
 _LEAST, _MOST = 0.5, 4.0
 _SEQUENCES = 16  # of the held-out ones
+# A step away from a weight of 1 must lower the loss by this fraction: it costs more on texts of a single domain, and on
+# texts that no expert knows (benchmarks/results/2026-11-27-domains-weights.md).
+_LEAST_GAIN = 0.005
 _NAME = "global_scaling_weight"
 
 
 class WeightSearch(TrainerCallback):
     """Before each evaluation, tries the next larger and the next smaller weight, and takes the best of the three.
 
-    The weight is logged when it changes. Each checkpoint has it in its config, from which `restore_weight` takes it.
+    The best weight w has the lowest loss times (1 + 0.005 |ln w / ln 1.2|): being a step further from 1 must lower the
+    loss by 0.5%. The weight is logged when it changes. Each checkpoint has it in its config, from which
+    `restore_weight` takes it.
 
     Args:
         trainer: the Trainer, which this is to be added to.
@@ -46,7 +51,7 @@ class WeightSearch(TrainerCallback):
         finally:
             self._model.set_global_scaling_weight(own)  # an interrupted training saves the model as it is
         # One process decides for all, whose sums may differ in the last digit.
-        best = from_all_processes(min(tried, key=lambda weight: _known(tried[weight])))[0]
+        best = from_all_processes(min(tried, key=lambda weight: _known(tried[weight]) * _price(weight)))[0]
         self._model.set_global_scaling_weight(best)
         if best != own:
             self._trainer.log({_NAME: best})
@@ -67,6 +72,10 @@ def cost(num_held_out: int) -> float:
 def restore_weight(model: Any, checkpoint: Path) -> None:
     """Give a mixture the `global_scaling_weight` of a checkpoint, whose gate it has or will have."""
     model.set_global_scaling_weight(read_json(checkpoint / CONFIG_NAME).get(_NAME, 1.0))
+
+
+def _price(weight: float) -> float:
+    return 1 + _LEAST_GAIN * abs(math.log(weight) / math.log(_FACTOR))
 
 
 def _known(loss: float) -> float:
