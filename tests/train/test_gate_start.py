@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from pathlib import Path
 
 import datasets
 import pytest
@@ -354,9 +355,36 @@ def test_training_starts_from_the_fit(arguments, tmp_path, capsys):
         assert shares(model, {"input_ids": inputs.input_ids[0].tolist()}).mean((0, 1, 2))[number] > 0.8
 
 
-def test_training_starts_from_the_losses_unless_told_otherwise(arguments, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("row", "by"),
+    [
+        ({"text": "seven return", "expert": "code"}, "labels"),
+        ({"text": "seven return"}, "losses"),
+        ({"text": "seven return", "experts": [[0, "math"], [6, None]]}, "losses"),
+        ({"text": "seven return", "expert": "law"}, "losses"),
+        ({"text": "seven return", "experts": "math"}, "losses"),
+    ],
+)
+def test_without_a_gate_start_labels_are_used_if_they_are_complete(row, by, arguments, capsys):
+    data = Path(arguments[arguments.index("--data") + 1])
+    data.write_text(data.read_text() + json.dumps(row))
     assert main([*arguments, "--max-steps", "1"]) == 0
-    assert "fitting the gate to the losses of " in capsys.readouterr().out
+    assert f"fitting the gate to the {by} of " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("names", "by"), [(("math", "code"), "labels"), (("math", "math"), "losses")])
+def test_labels_are_complete_if_each_expert_has_some(names, by, arguments, tmp_path, capsys):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("seven return")
+    place = arguments.index("--data") + 1
+    arguments[place : place + 1] = [f"{name}={tmp_path / f'{number}.txt'}" for number, name in enumerate(names)]
+    assert main([*arguments, "--max-steps", "1"]) == 0
+    assert f"fitting the gate to the {by} of " in capsys.readouterr().out
+
+
+def test_training_from_a_mixture_is_not_fitted_again(arguments, tmp_path, capsys):
+    assert main([*arguments, "--max-steps", "1"]) == 0
+    assert "fitting the gate to the labels of " in capsys.readouterr().out
     again = [*arguments[arguments.index("--data") :][:4], "--output", str(tmp_path / "again"), "--max-steps", "1"]
     assert main(["train", "--start-from", str(tmp_path / "out"), *again]) == 0
     assert "fitting the gate" not in capsys.readouterr().out

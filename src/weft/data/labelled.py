@@ -7,7 +7,7 @@ An expert's name before a file (math=a.jsonl) labels all its texts. A row's "exp
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -33,7 +33,7 @@ def training_rows(
     tokenizer: Any,
     length: int,
     *,
-    labelled: bool,
+    labelled: bool | None,
     assistant_only_loss: bool = False,
 ) -> list[dict[str, Any]]:
     """Read all sources and return their token sequences as rows for a Trainer.
@@ -43,7 +43,8 @@ def training_rows(
         expert_names: the experts in the order of their numbers.
         tokenizer: the base model's tokenizer.
         length: maximum number of tokens per row; a remainder of one token is dropped.
-        labelled: add `expert_labels`, the number of each token's expert, -100 for none.
+        labelled: add `expert_labels`, the number of each token's expert, -100 for none. With None only if they are
+            complete (`labels_are_complete`).
         assistant_only_loss: set `labels` outside of the assistant's turns to -100, and drop rows without labels.
 
     Raises:
@@ -53,14 +54,33 @@ def training_rows(
     for value in values:
         source, name = labelled_source(value, expert_names)
         rows += _source_rows(
-            source, name, expert_names if labelled else None, tokenizer, length, assistant_only_loss=assistant_only_loss
+            source,
+            name,
+            None if labelled is False else expert_names,
+            tokenizer,
+            length,
+            needed=bool(labelled),
+            assistant_only_loss=assistant_only_loss,
         )
+    if labelled is None and not labels_are_complete(rows, len(expert_names)):
+        for row in rows:
+            row.pop("expert_labels", None)
     if labelled and all(label == NO_EXPERT for row in rows for label in row["expert_labels"]):
         raise DataError(
             f"expert_label_loss_weight and gate_start (labels) need labels, and data ({', '.join(values)}) names none "
             f'of the experts {list(expert_names)}: name a file for one (name=FILE), or rows, by "expert" or "experts"'
         )
     return rows
+
+
+def labels_are_complete(rows: Sequence[Mapping[str, Any]], num_experts: int) -> bool:
+    """Whether each token of these rows is labelled with an expert, and each expert is a label."""
+    found: set[int] = set()
+    for row in rows:
+        found.update(row.get("expert_labels", [NO_EXPERT]))
+        if NO_EXPERT in found:
+            return False
+    return len(found) == num_experts
 
 
 def tokens_and_parts(row: Any, place: str, tokenizer: Any, default: Any) -> tuple[list[int], list[int], list[Any]]:
@@ -127,17 +147,22 @@ def _source_rows(
     tokenizer: Any,
     length: int,
     *,
+    needed: bool,
     assistant_only_loss: bool,
 ) -> list[dict[str, Any]]:
-    """The rows of one source, with `expert_labels` if `expert_names` is given."""
+    """The rows of one source. With `expert_names` they have `expert_labels`, all of them or (not `needed`) some."""
     check_sequence_length(length)
     rows = []
     for place, row in read_rows(source):
         columns = {}
-        if expert_names is None:
+        try:
+            if expert_names is not None:
+                tokens, columns["expert_labels"] = labelled_tokens(row, place, tokenizer, expert_names, default)
+        except DataError:
+            if needed:
+                raise
+        if not columns:
             tokens = row_tokens(row, place, tokenizer)
-        else:
-            tokens, columns["expert_labels"] = labelled_tokens(row, place, tokenizer, expert_names, default)
         labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
         columns |= {"input_ids": tokens, "labels": labels}
         for start in range(0, len(tokens) - 1, length):

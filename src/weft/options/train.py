@@ -68,7 +68,8 @@ class TrainOptions(LoadingOptions):
 
     Args: Gate
         gate_start: Fit the gate, before training, to the data's labels or to each expert's loss per token. With
-            random it is not fitted. Labels are those of `data`. Default: losses, if they can be computed.
+            random it is not fitted. Labels are those of `data`. Default: labels if each token has one and each expert
+            is one, or else losses if they can be computed.
         layerwise_scalings: Predict weights for each LoRA layer, instead of one set for all layers.
         xlora_depth: Number of linear layers of the gate, 1 or more.
         xlora_size: Width of the gate's hidden layers, if `xlora_depth` is 2 or more.

@@ -114,12 +114,14 @@ def new_mixture(base: Any, adapters: dict[str, str], options: TrainOptions) -> P
 
 
 def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> _Rows:
-    """Read the training data of the gate, with labels if the options need them.
+    """Read the training data of the gate, with labels if the options need them, or take them if they are complete.
 
     Raises:
         DataError: the data cannot be read, or it has no labels and the options need them.
     """
-    labelled = options.expert_label_loss_weight != 0 or options.gate_start == "labels"
+    needed = options.expert_label_loss_weight != 0 or options.gate_start == "labels"
+    left_open = options.gate_start is None and options.start_from is None
+    labelled = True if needed else None if left_open else False
     return read_rows_of(options.data, adapters, tokenizer, options, labelled=labelled)
 
 
@@ -135,7 +137,12 @@ def read_eval_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: An
 
 
 def read_rows_of(
-    data: Sequence[str], adapters: Sequence[str], tokenizer: Any, options: TrainOptions, *, labelled: bool = False
+    data: Sequence[str],
+    adapters: Sequence[str],
+    tokenizer: Any,
+    options: TrainOptions,
+    *,
+    labelled: bool | None = False,
 ) -> _Rows:
     """Read the rows of these sources, with the options of a training.
 

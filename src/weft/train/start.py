@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from weft.checkpoint.base_place import refuse_missing_base
 from weft.config import XLoraConfig
+from weft.data.labelled import labels_are_complete
 from weft.distributed import by_the_first, in_distributed_training, number_of_processes, sharding_is_to_come
 from weft.errors import ConfigError, WeftError
 from weft.options import TrainOptions
@@ -59,9 +60,11 @@ def with_mixture_options(options: TrainOptions) -> TrainOptions:
 def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, device: torch.device) -> None:
     """Fit the gate to the labels or losses of the data, with the same result in all processes.
 
-    If `gate_start` is None, it is fitted to the losses; if that is not possible, it stays random.
+    If `gate_start` is None, it is fitted to the labels if they are complete, otherwise to the losses; if that is not
+    possible, it stays random.
     """
-    by, say = options.gate_start or "losses", by_the_first(notice)
+    complete = labels_are_complete(rows, model.xlora_config.num_experts)
+    by, say = options.gate_start or ("labels" if complete else "losses"), by_the_first(notice)
     left_open = options.gate_start is None
     if by == "random" or (left_open and (options.start_from or sharding_is_to_come() or fit_problems(model, by))):
         return

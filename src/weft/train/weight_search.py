@@ -16,7 +16,7 @@ _FACTOR = 1.2  # between two weights
 _LEAST, _MOST = 0.5, 4.0
 _SEQUENCES = 16  # of the held-out ones
 # A step away from a weight of 1 must lower the loss by this fraction: it costs more on texts of a single domain, and on
-# texts that no expert knows (benchmarks/results/2026-11-27-domains-weights.md).
+# texts that no expert knows (benchmarks/results/2026-11-27-domains-fit.md).
 _LEAST_GAIN = 0.005
 _NAME = "global_scaling_weight"
 
