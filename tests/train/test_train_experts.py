@@ -122,7 +122,7 @@ def test_experts_are_trained_and_then_the_gate_on_the_data_of_all(arguments, bas
     # The same in two commands.
     both = changed(arguments, output=str(tmp_path / "two"))
     start = both.index("--experts-from")
-    both[start : start + 3] = ["--data", *map(str, texts.values())]
+    both[start : start + 3] = ["--data", *(f"{name}={text}" for name, text in texts.items())]
     both += ["--adapters", *(f"{name}={tmp_path}/out-experts/{name}" for name in texts)]
     assert main(both) == 0
     assert same(tensors(tmp_path / "two"), tensors(tmp_path / "out"))
