@@ -185,13 +185,13 @@ def test_other_kinds_and_sizes_of_bodies_and_other_paths(served):
 
 def test_weights_that_are_too_large_are_told_from_a_broken_model(served):
     error = served.post({"prompt": "a", "weft": {"global_weight": 1e38}}, status=400)["error"]
-    assert error["message"].startswith('the logits are not numbers (NaN) with weft ({"alone":null,"global_weight":1e')
+    assert error["message"].startswith('the logits are NaN or infinite with weft ({"alone":null,"global_weight":1e')
     parameter = served.engine.model.get_input_embeddings().weight
     kept = parameter.detach().clone()
     with torch.no_grad():
         parameter.fill_(torch.nan)
     error = served.post({"prompt": "a"}, status=500)["error"]
-    assert error["message"] == "the logits are not numbers (NaN) with model (mix): its weights are broken or too large"
+    assert error["message"] == "the logits are NaN or infinite with model (mix): its weights are broken or too large"
     assert error["type"] == "InternalServerError"
     with torch.no_grad():
         parameter.copy_(kept)

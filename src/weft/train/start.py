@@ -63,9 +63,9 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
     If `gate_start` is None, it is fitted to the labels if they are complete, otherwise to the losses; if that is not
     possible, it stays random.
     """
-    complete = labels_are_complete(rows, model.xlora_config.num_experts)
-    by, say = options.gate_start or ("labels" if complete else "losses"), by_the_first(notice)
-    left_open = options.gate_start is None
+    by, say, left_open = options.gate_start, by_the_first(notice), options.gate_start is None
+    if by is None:
+        by = "labels" if labels_are_complete(rows, model.xlora_config.num_experts) else "losses"
     if by == "random" or (left_open and (options.start_from or sharding_is_to_come() or fit_problems(model, by))):
         return
     base = model.get_base_model()

@@ -113,10 +113,10 @@ class Writing:
             shares: the experts' shares at the last position, or None.
 
         Raises:
-            RequestError: the logits are NaN, or the options leave no probabilities to sample from.
+            RequestError: the logits are NaN or infinite, or the options leave no probabilities to sample from.
         """
-        # The last position is enough, as NaN at earlier positions spreads to it.
-        if torch.isnan(logits[-1]).any():
+        # The last position is enough, as NaN at earlier positions spreads to it. NaN is the largest number to `max`.
+        if not logits[-1].max().isfinite():
             raise self._no_numbers()
         if self._number == 0 and self.wanted.echo:
             self.finished = self.prompt.max_tokens == 0
@@ -185,7 +185,7 @@ class Writing:
         chosen = self.wanted.choice.decides
         what = f"weft ({self.wanted.choice.written()})" if chosen else f"model ({self.wanted.model})"
         return RequestError(
-            f"the logits are not numbers (NaN) with {what}: its weights are broken or too large",
+            f"the logits are NaN or infinite with {what}: its weights are broken or too large",
             FIELD if chosen else "model",
             status=400 if chosen else 500,
         )
