@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from weft.errors import WeftError
+
+_TIME_FOR_THREADS = 0.2  # seconds
 
 
 def number_of_processes() -> int:
@@ -99,3 +103,22 @@ def fail_together(error: WeftError | None, device: torch.device) -> None:
     shared = kind(text) if error is None else error
     shared.in_all_processes = True
     raise shared
+
+
+def leave_group_at_exit() -> None:
+    """Destroy the process group when the interpreter ends.
+
+    To be called where no process waits in a collective call: destroying the group would wait too.
+
+    gloo's threads free the tensors of the last call after that call has returned, and need the GIL for it. A thread
+    that waits for the GIL when the interpreter ends makes the process end with SIGABRT. FSDP keeps references to its
+    groups, so that destroying them does not join those threads: they are given time instead.
+    """
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if in_distributed_training():
+        torch.distributed.destroy_process_group()
+        time.sleep(_TIME_FOR_THREADS)

@@ -259,7 +259,7 @@ def test_another_server_is_known_as_such(visit, expect):
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_alone(visit, expect):
     opened, scripted = visit([[event("a", CODE, finish="stop"), DONE]], key="secret")
-    assert opened.locator("#ask-why").inner_text() == "It was started with --api-key."
+    expect(opened.locator("#ask-why")).to_have_text("It was started with --api-key.")
     opened.locator("#key").fill("wrong")
     opened.keyboard.press("Enter")
     expect(opened.locator("#ask-why")).to_have_text("It does not take the key that it was given.")
@@ -290,7 +290,7 @@ def test_without_the_key_the_page_says_what_is_missing(visit, expect):
     opened.keyboard.press("Escape")
     expect(opened.get_by_role("alert")).to_contain_text("The server answers nobody without its key (401).")
     opened.get_by_role("button", name="Try again").click()
-    assert opened.locator("#ask").is_visible()
+    expect(opened.locator("#ask")).to_be_visible()
 
 
 @pytest.mark.parametrize("how", ["Escape", "button"])

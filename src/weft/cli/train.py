@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from weft.cli.errors import is_first_process
+from weft.distributed import leave_group_at_exit
+from weft.errors import WeftError
 from weft.options import TrainOptions
 from weft.screen.visible import say
 from weft.train.checkpoints import last_checkpoint
@@ -25,6 +27,11 @@ def train(options: TrainOptions) -> None:
         if is_first_process() and not options.dry_run:
             _say_how_to_continue(options)
         raise
+    except WeftError as err:
+        if err.in_all_processes:
+            leave_group_at_exit()
+        raise
+    leave_group_at_exit()
     if is_first_process() and not options.dry_run:
         say(f"saved to {output}: try  weft generate {output} --prompt '...'")
 
