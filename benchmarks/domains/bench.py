@@ -53,6 +53,9 @@ AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
 SETS = ("records", "comments")  # of texts that need two experts at once
 PARTS = ("form", "german", "french")
+# Items are few and short, and a language's expert learns each by heart.
+COMPOSED = {"batch_size": 16}
+COMPOSED_EXPERT = {**COMPOSED, "rank": 16, "steps": 400, "rate": 2e-3}
 # Options that pieces of work know.
 KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "searched", "unseen")
 
@@ -198,7 +201,7 @@ def composition_pieces(work: Work, name: str) -> list[Piece]:
     experts = {part: work.texts / "composition" / name / f"train-{part}.jsonl" for part in PARTS}
     made = tuple(work.expert(f"{name}-{part}") / "weft_expert.json" for part in PARTS)
     pieces = [
-        Piece(f"expert {name}-{part}", file, partial(expert, work, f"{name}-{part}", experts[part]))
+        Piece(f"expert {name}-{part}", file, partial(expert, work, f"{name}-{part}", experts[part], **COMPOSED_EXPERT))
         for part, file in zip(PARTS, made, strict=True)
     ]
     for task in ("seen", "unseen"):
@@ -234,7 +237,14 @@ def options(work: Work, **given: Any) -> Any:
 
 
 def expert(
-    work: Work, name: str, source: Path | None = None, *, rank: int = 8, steps: int = 0, rate: float = 1e-3
+    work: Work,
+    name: str,
+    source: Path | None = None,
+    *,
+    rank: int = 8,
+    steps: int = 0,
+    rate: float = 1e-3,
+    **given: Any,
 ) -> None:
     """Train an expert on its domain's texts, or another LoRA on others."""
     from weft.train.experts import train_experts
@@ -248,6 +258,7 @@ def expert(
             expert_alpha=2 * rank,
             expert_steps=steps or work.expert_steps,
             expert_learning_rate=rate,
+            **given,
         )
     )
 
@@ -306,6 +317,8 @@ def composition_gate(work: Work, name: str, task_seen: bool, folder: Path) -> No
     """Train a gate over a composition's experts: on the task with other items, or on what the experts learned."""
     from weft.train.gate import train
 
+    recipe = dict(RECIPES["plateau"])
+    recipe.pop("steps")
     texts = work.texts / "composition" / name
     files = [f"gate-{part}" for part in PARTS[1:]] if task_seen else [f"train-{part}" for part in PARTS]
     train(
@@ -314,8 +327,8 @@ def composition_gate(work: Work, name: str, task_seen: bool, folder: Path) -> No
             adapters={part: str(work.expert(f"{name}-{part}")) for part in PARTS},
             data=[str(texts / f"{file}.jsonl") for file in files],
             output=str(folder),
-            max_steps=work.gate_steps,
-            **RECIPES[AT_ALL_SIZES[0]],
+            **COMPOSED,
+            **recipe,
         )
     )
 

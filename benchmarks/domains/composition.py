@@ -3,7 +3,7 @@
 An item is something given (the codes of a country, a line of Python), a text about it in English, and that text in
 other languages, as translators wrote it. There are three tasks:
 
-    form, English      the given and the English text, in a form (a JSON record, a comment above the line)
+    form, English      the given and the English text, in a form (a JSON record, a comment behind the line)
     words, German      the German text, and nothing around it
     form, German       the German text in the form: the test
 
@@ -104,7 +104,8 @@ def comments(files: dict[str, bytes]) -> list[Item]:
             for message in re.findall(r'\b_\("([^"]+)"\)', line):
                 others = translated(message, catalogues)
                 if others is not None and message not in items and len(line.strip()) <= 2 * MOST_LETTERS:
-                    items[message] = Item(line.strip(), message, others, "# {}\n" + line.strip())
+                    # One line: without an end of text, what follows an answer of several would belong to it.
+                    items[message] = Item(line.strip(), message, others, line.strip() + "  # {}")
     return list(items.values())
 
 
@@ -112,7 +113,7 @@ def row(item: Item, task: str, language: str, *, with_form: bool) -> Row:
     """A prompt and its answer; "text" is both, as training reads it."""
     text = item.english if language == "english" else item.others[language]
     prompt = f"{item.given}\n{task}, {language.capitalize()}:\n"
-    answer = item.form.replace("{}", text, 1) if with_form else text
+    answer = text.join(item.form.rsplit("{}", 1)) if with_form else text
     return {"text": prompt + answer, "prompt": prompt, "answer": answer}
 
 
