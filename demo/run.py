@@ -64,7 +64,6 @@ def train_gate(work: Path, results: Path, recipe: Recipe, bfloat16: bool) -> Non
             *("--adapters", *[f"{domain}={results / 'experts' / domain}" for domain in DOMAINS]),
             *("--data", work / "data" / "train" / "mixed.jsonl", "--output", partial),
             *(word for name, value in recipe.gate.items() for word in (f"--{name}", value)),
-            *("--xlora-depth", "2", "--xlora-size", "256"),
             *("--max-steps", str(recipe.gate_steps), "--learning-rate", "5e-3"),
             *("--batch-size", "2", "--sequence-length", "256", "--logging-steps", str(max(1, recipe.gate_steps // 10))),
             *(("--dtype", "bfloat16", "--bf16", "true") if bfloat16 else ()),

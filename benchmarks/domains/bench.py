@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from composed import SETS, composition_pieces
 from pieces import Piece, do
-from table import DOMAINS, NUM_EXPERTS, SIZES
+from table import SIZES
+from work import NAMES, ROOT, TEXTS, UNSEEN, Work, expert, measure, options, read_rows, write_rows
 
-ROOT = Path(__file__).parents[2]
-TEXTS = ROOT / ".bench" / "domains"
-NAMES = [domain.name for domain in DOMAINS]
-UNSEEN = NAMES[NUM_EXPERTS:]
 STUDIED = 8
 DEEP = {"xlora_depth": 2, "xlora_size": 256, "learning_rate": 5e-3}
 # What differs from `weft train`'s defaults; "texts", "data" and "steps" are of this bench, see `gate`.
@@ -51,67 +46,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
-SETS = ("records", "comments")  # of texts that need two experts at once
-PARTS = ("form", "german", "french")
-# Items are few and short, and a language's expert learns each by heart.
-COMPOSED = {"batch_size": 16}
-COMPOSED_EXPERT = {**COMPOSED, "rank": 16, "steps": 400, "rate": 2e-3}
-# Options that pieces of work know.
+# Options that pieces of work know, see `Work`.
 KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "searched", "unseen")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What pieces of work need to know.
-
-    Attributes:
-        folder: for all that is made.
-        texts: of build.py.
-        base: the base model's folder.
-        expert_steps: optimizer steps of an expert.
-        gate_steps: of a gate.
-        batch_size: sequences in a step.
-        length: tokens in a sequence.
-        most: sequences that are measured of a data set; 0 takes all.
-        bf16: the base model is in bfloat16, and training in mixed precision.
-        searched: all experts alone and the merges' weights are tried up to so many experts.
-        unseen: domains without an expert that are measured.
-    """
-
-    folder: Path
-    texts: Path
-    base: Path
-    expert_steps: int
-    gate_steps: int
-    batch_size: int
-    length: int
-    most: int
-    bf16: bool
-    searched: int
-    unseen: int
-
-    @property
-    def dtype(self) -> str:
-        """Of the base model."""
-        return "bfloat16" if self.bf16 else "auto"
-
-    def expert(self, name: str) -> Path:
-        """The folder of an expert."""
-        return self.folder / "bank-experts" / name
-
-    def mixture(self, size: int, recipe: str, seed: int) -> Path:
-        """The folder of a mixture."""
-        return self.folder / "mixtures" / f"{size}-{recipe}-{seed}"
-
-    def table(self, name: str) -> Path:
-        """The file of a table."""
-        return self.folder / "tables" / f"{name}.json"
-
-    def test_data(self, size: int) -> list[str]:
-        """The data sets that so many experts are measured on, as `weft eval` takes them."""
-        unseen = [f"unseen-{name}={self.texts / name}/test.jsonl" for name in UNSEEN[: self.unseen]]
-        single = [f"{name}={self.texts / name}/test.jsonl" for name in NAMES[:size]]
-        return [f"mixed={self.texts}/mixed-{size}/test.jsonl", *single, *unseen]
 
 
 def main() -> None:
@@ -164,7 +100,7 @@ def all_pieces(work: Work, sizes: list[int], seeds: int, recipes: list[str]) -> 
         for size in sizes:
             for recipe in common:
                 pieces += gate_pieces(work, size, recipe, seed)
-    return pieces + [piece for name in SETS for piece in composition_pieces(work, name)]
+    return pieces + [piece for name in SETS for piece in composition_pieces(work, name, recipe)]
 
 
 def gate_pieces(work: Work, size: int, recipe: str, seed: int) -> list[Piece]:
@@ -196,71 +132,10 @@ def other_pieces(work: Work, size: int) -> list[Piece]:
     return pieces
 
 
-def composition_pieces(work: Work, name: str) -> list[Piece]:
-    """Train the experts of a composition, gates that saw the task and that did not, and measure both."""
-    experts = {part: work.texts / "composition" / name / f"train-{part}.jsonl" for part in PARTS}
-    made = tuple(work.expert(f"{name}-{part}") / "weft_expert.json" for part in PARTS)
-    pieces = [
-        Piece(f"expert {name}-{part}", file, partial(expert, work, f"{name}-{part}", experts[part], **COMPOSED_EXPERT))
-        for part, file in zip(PARTS, made, strict=True)
-    ]
-    for task in ("seen", "unseen"):
-        folder = work.folder / "mixtures" / f"{name}-{task}"
-        run = partial(composition_gate, work, name, task == "seen", folder)
-        pieces.append(Piece(f"gate over {name}, task {task}", folder / "adapter_config.json", run, made))
-        measure_it = partial(composition_table, work, name, folder, f"{name}-{task}", with_others=task == "unseen")
-        needs = (folder / "adapter_config.json",)
-        pieces.append(Piece(f"table of {name}, task {task}", work.table(f"{name}-{task}"), measure_it, needs))
-    return pieces
-
-
 def base_model(folder: Path) -> None:
     """SmolLM2-135M, from its package."""
     sys.path.insert(0, str(ROOT / "demo"))
     importlib.import_module("model").ensure_model(folder)
-
-
-def options(work: Work, **given: Any) -> Any:
-    """Of a training."""
-    from weft.options import TrainOptions
-
-    values = {
-        "base": str(work.base),
-        "batch_size": work.batch_size,
-        "sequence_length": work.length,
-        "bf16": work.bf16,
-        "dtype": work.dtype,
-        "save_steps": 10_000,
-        "logging_steps": 20,
-    }
-    return TrainOptions(**{**values, **given})
-
-
-def expert(
-    work: Work,
-    name: str,
-    source: Path | None = None,
-    *,
-    rank: int = 8,
-    steps: int = 0,
-    rate: float = 1e-3,
-    **given: Any,
-) -> None:
-    """Train an expert on its domain's texts, or another LoRA on others."""
-    from weft.train.experts import train_experts
-
-    train_experts(
-        options(
-            work,
-            experts_from={name: str(source or work.texts / name / "train.jsonl")},
-            output=str(work.folder / "bank"),
-            expert_rank=rank,
-            expert_alpha=2 * rank,
-            expert_steps=steps or work.expert_steps,
-            expert_learning_rate=rate,
-            **given,
-        )
-    )
 
 
 def gate(work: Work, size: int, recipe: str, seed: int) -> None:
@@ -313,26 +188,6 @@ def equal_rank(base: Path, size: int) -> int:
     return -(-gate_size // sum(layer.in_features + layer.out_features for layer in linear))
 
 
-def composition_gate(work: Work, name: str, task_seen: bool, folder: Path) -> None:
-    """Train a gate over a composition's experts: on the task with other items, or on what the experts learned."""
-    from weft.train.gate import train
-
-    recipe = dict(RECIPES["plateau"])
-    recipe.pop("steps")
-    texts = work.texts / "composition" / name
-    files = [f"gate-{part}" for part in PARTS[1:]] if task_seen else [f"train-{part}" for part in PARTS]
-    train(
-        options(
-            work,
-            adapters={part: str(work.expert(f"{name}-{part}")) for part in PARTS},
-            data=[str(texts / f"{file}.jsonl") for file in files],
-            output=str(folder),
-            **COMPOSED,
-            **recipe,
-        )
-    )
-
-
 def table(work: Work, size: int, recipe: str, seed: int) -> None:
     """Measure a mixture."""
     data = work.test_data(size)
@@ -353,56 +208,11 @@ def others(work: Work, size: int) -> None:
     )
 
 
-def composition_table(work: Work, name: str, folder: Path, table_name: str, *, with_others: bool) -> None:
-    """Measure a composition, by exact match."""
-    data = []
-    for part in PARTS[1:]:
-        rows = list(read_rows(work.texts / "composition" / name / f"test-{part}.jsonl"))
-        file = work.folder / "texts" / f"{name}-{part}.jsonl"
-        write_rows(file, [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows])
-        data.append(f"{name}-{part}={file}")
-    rest = ["base", "experts", "uniform", "merges", "arrow"] if with_others else []
-    measure(work, folder, table_name, data, rows=["weft", *rest], max_new_tokens=96)
-
-
 def routed(work: Work, size: int) -> None:
     """Measure a router that chooses an expert by the text as a whole."""
     import router
 
     router.measure(work, size, NAMES[:size])
-
-
-def measure(work: Work, folder: Path, name: str, data: list[str], **given: Any) -> None:
-    """One `weft eval`, of which the table and the score of each text are kept."""
-    from weft.evaluate import evaluate
-    from weft.options import EvalOptions
-
-    work.table(name).parent.mkdir(parents=True, exist_ok=True)
-    evaluate(
-        EvalOptions(
-            str(folder),
-            base=str(work.base),
-            data=data,
-            sequence_length=work.length,
-            batch_size=2 * work.batch_size,
-            dtype=work.dtype,
-            max_sequences=work.most,
-            output=str(work.table(name)),
-            **given,
-        )
-    )
-
-
-def read_rows(file: Path) -> Iterator[Any]:
-    """The rows of a file."""
-    with file.open(encoding="utf-8", newline="\n") as lines:
-        yield from map(json.loads, lines)
-
-
-def write_rows(file: Path, rows: list[Any]) -> None:
-    """Write a file of rows."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import NAMES, ROOT, TEXTS, read_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from work import NAMES, ROOT, TEXTS, read_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import save, setting

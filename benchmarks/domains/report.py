@@ -8,13 +8,15 @@ expert, of mixed texts each passage's. Means over domains are geometric, and eve
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import NAMES, ROOT, TEXTS, UNSEEN, read_rows
+from composed import SETS
 from table import SIZES
+from work import NAMES, ROOT, TEXTS, UNSEEN, read_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import save, setting
@@ -41,6 +43,10 @@ def main() -> None:
             found[str(size)] = {name: compared(rows, name, size) for name in rows}
             text += table(found[str(size)], size)
     result = {"setting": setting(), "sizes": found}
+    for name in SETS:
+        if rows := exact_matches(arguments.work / "tables", name):
+            result[name] = rows
+            text += composed_table(rows, name)
     if arguments.name == "-":
         print(text)
     else:
@@ -127,6 +133,28 @@ def table(found: dict[str, Any], size: int) -> str:
             f"{unseen[hardest][0]:.3f} ({hardest.removeprefix('unseen-')})" if hardest else "",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def exact_matches(folder: Path, name: str) -> dict[str, Any]:
+    """Row -> data set -> exact matches and the ends of their interval, of texts that need two experts at once."""
+    rows: dict[str, Any] = {}
+    for task in ("seen", "unseen"):
+        file = folder / f"{name}-{task}.json"
+        of = json.loads(file.read_text("utf-8")) if file.exists() else {"exact_match": {}}
+        for row, values in of["exact_match"].items():
+            named = f"weft, task {task}" if row == "weft" else row
+            rows[named] = {data: (value, *of["interval"][row][data]) for data, value in values.items()}
+    return rows
+
+
+def composed_table(rows: dict[str, Any], name: str) -> str:
+    """Markdown, the best first."""
+    sets = list(next(iter(rows.values())))
+    lines = [f"## Two experts at once: {name}, exact match", "", f"| | {' | '.join(sets)} |", "| --- | --- | --- |"]
+    for row in sorted(rows, key=lambda row: -sum(value[0] for value in rows[row].values())):
+        cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in rows[row].values()]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n"
 
 

@@ -65,7 +65,7 @@ def test_train_then_eval_then_generate(arguments, data, tmp_path, capsys):
 
 
 def test_training_lowers_the_loss_and_is_repeatable(arguments, tmp_path):
-    arguments += ["--learning-rate", "0.05", "--max-steps", "12", "--logging-steps", "1"]
+    arguments += ["--learning-rate", "0.05", "--max-steps", "12", "--logging-steps", "1", "--xlora-depth", "1"]
     assert main(arguments) == 0
     first = gate(tmp_path / "out")
     state = json.loads((tmp_path / "out/checkpoints/checkpoint-12/trainer_state.json").read_text())
@@ -185,9 +185,9 @@ def test_a_used_output_folder_is_not_mixed_with_another_run(arguments, tmp_path,
     assert main(arguments) == 0
     assert main(arguments) == 1
     assert f"output ({tmp_path / 'out'}) holds the checkpoints of a run" in capsys.readouterr().err
-    other = [*arguments, "--resume", "true", "--xlora-depth", "2"]
+    other = [*arguments, "--resume", "true", "--xlora-depth", "1"]
     assert main(other) == 1
-    assert "xlora_depth (2) must be what the run to resume has (1)" in capsys.readouterr().err
+    assert "xlora_depth (1) must be what the run to resume has (2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -280,12 +280,25 @@ def test_all_that_mistralrs_cannot_hold_is_named_at_once(tmp_path):
     ]
 
 
-def test_a_gate_narrower_than_the_model_is_refused_for_mistralrs(alike, tmp_path):
+def test_a_gate_narrower_than_the_model_is_widened_for_mistralrs(alike, tmp_path):
+    folder = saved(alike, tmp_path / "mixture", xlora_depth=3, xlora_size=16)
+    flat = weft.convert_mixture(folder, "mistralrs", tmp_path / "flat", base="tiny")
+    gate = load_file(flat / "xlora_classifier.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in gate.items() if name.startswith("inner")} == {
+        **{"inner.0.weight": (32, 32), "inner.0.bias": (32,)},
+        **{"inner.1.weight": (32, 32), "inner.1.bias": (32,)},
+    }
+    back = loaded(weft.convert_mixture(flat, "weft", tmp_path / "back", base=tiny_llama()))
+    assert back.xlora_config.xlora_size == 32
+    torch.testing.assert_close(logits(back), logits(loaded(folder)))
+
+
+def test_a_gate_wider_than_the_model_is_refused_for_mistralrs(alike, tmp_path):
     reasons = refused(
-        saved(alike, tmp_path / "mixture", xlora_depth=2, xlora_size=16), "mistralrs", tmp_path, base="tiny"
+        saved(alike, tmp_path / "mixture", xlora_depth=2, xlora_size=48), "mistralrs", tmp_path, base="tiny"
     )
     assert reasons == [
-        "xlora_size (16) must be hidden_size (32) where xlora_depth (2) is above 1: mistral.rs takes the "
+        "xlora_size (48) must be at most hidden_size (32) where xlora_depth (2) is above 1: mistral.rs takes the "
         "one for the other"
     ]
 

@@ -144,7 +144,7 @@ def test_fewer_steps_than_are_done_are_refused(train, tmp_path):
 
 
 def test_all_that_is_refused_is_said_at_once(train, paths):
-    error = train("--resume", "--max-steps", "3", "--xlora-depth", "2", math=paths["code"])
+    error = train("--resume", "--max-steps", "3", "--xlora-depth", "1", math=paths["code"])
     assert [line[4:].split(" ")[0] for line in error.splitlines()[1:]] == ["xlora_depth", "max_steps", "adapter"]
 
 

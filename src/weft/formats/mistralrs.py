@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
+from torch import Tensor
 
 from weft.checkpoint.mistralrs_layout import ORDERING
 from weft.checkpoint.xlora_layout import ORIGINAL_CONFIG, ORIGINAL_GATE
@@ -39,9 +40,9 @@ def mistralrs_problems(files: MixtureFiles) -> list[str]:
         problems.append(
             f"layers {outside[:5]} are not among the decoder layers ('model.layers.'), which alone it adapts"
         )
-    if config.xlora_depth > 1 and config.xlora_size != config.hidden_size:
+    if config.xlora_depth > 1 and config.xlora_size > (config.hidden_size or 0):
         problems.append(
-            f"xlora_size ({config.xlora_size}) must be hidden_size ({config.hidden_size}) where xlora_depth "
+            f"xlora_size ({config.xlora_size}) must be at most hidden_size ({config.hidden_size}) where xlora_depth "
             f"({config.xlora_depth}) is above 1: mistral.rs takes the one for the other"
         )
     within = [(one, other) for one in names for other in names if one != other and one in other]
@@ -62,9 +63,11 @@ def write_mistralrs(files: MixtureFiles, layers: list[str], part: Path, target: 
         # In one folder, as the engine does not read subfolders.
         shutil.copy(adapter.folder / CONFIG_NAME, part / f"{adapter.name}_config.json")
         save_tensors({**adapter.weights, **adapter.heads}, part / f"{adapter.name}_model.safetensors")
-    save_tensors(original_gate(files, stride=1), part / ORIGINAL_GATE)
-    # The engine applies dropout also in inference, so it is set to 0.
-    config = original_config(files) | {"adapters": {name: name for name in names}, "xlora_dropout_p": 0.0}
+    save_tensors(_widened(original_gate(files, stride=1), files.config.hidden_size), part / ORIGINAL_GATE)
+    config = original_config(files) | {"adapters": {name: name for name in names}}
+    if files.config.xlora_depth > 1:
+        config["xlora_size"] = files.config.hidden_size
+    config["xlora_dropout_p"] = 0.0  # the engine applies dropout also in inference
     write_json(part / ORIGINAL_CONFIG, config)
     ordering = {
         "order": names,
@@ -72,3 +75,18 @@ def write_mistralrs(files: MixtureFiles, layers: list[str], part: Path, target: 
         "base_model_id": files.config.base_model_name_or_path,
     }
     write_json(part / ORDERING, ordering)
+
+
+def _widened(gate: dict[str, Tensor], width: int | None) -> dict[str, Tensor]:
+    """The same gate with hidden layers that are as wide as the base model, which is the only width the engine has.
+
+    The new hidden values are ReLU(0) = 0, and the next layer's weights for them are 0.
+    """
+    assert width is not None
+    widened = {}
+    for name, tensor in gate.items():
+        rows = width if name.startswith("inner.") else tensor.shape[0]
+        shape = (rows,) if tensor.dim() == 1 else (rows, width)
+        widened[name] = tensor.new_zeros(shape)
+        widened[name][tuple(slice(size) for size in tensor.shape)] = tensor
+    return widened

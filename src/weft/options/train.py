@@ -71,7 +71,7 @@ class TrainOptions(LoadingOptions):
             random it is not fitted. Labels are those of `data`. Default: labels if each token has one and each expert
             is one, or else losses if they can be computed.
         layerwise_scalings: Predict weights for each LoRA layer, instead of one set for all layers.
-        xlora_depth: Number of linear layers of the gate, 1 or more.
+        xlora_depth: Number of linear layers of the gate, 1 or more; 1 is the paper's and peft's default.
         xlora_size: Width of the gate's hidden layers, if `xlora_depth` is 2 or more.
         xlora_dropout_p: Dropout between the gate's layers, if `xlora_depth` is 2 or more.
         top_k_lora: Number of experts that each token keeps. Default: all.
@@ -155,8 +155,8 @@ class TrainOptions(LoadingOptions):
     gradient_checkpointing: bool = False
     bf16: bool = False
     layerwise_scalings: bool = True
-    xlora_depth: int = 1
-    xlora_size: int = 2048
+    xlora_depth: int = 2
+    xlora_size: int = 256
     xlora_dropout_p: float = 0.2
     softmax_temperature: float = 1.0
     top_k_lora: int | None = None

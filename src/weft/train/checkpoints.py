@@ -198,12 +198,10 @@ def not_saved_error(checkpoint: Path, cause: Exception) -> CheckpointError:
     return error
 
 
-def best_before(checkpoint: Path) -> Path | None:
-    """The checkpoint with the lowest loss before this one, which may be loaded at the end of training; or None."""
+def best_up_to(checkpoint: Path) -> Path | None:
+    """The checkpoint with the lowest loss so far, perhaps this one, which may be loaded at the end; None without any."""
     best = read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
-    if not isinstance(best, str) or Path(best).name == checkpoint.name:
-        return None
-    return checkpoint.parent / Path(best).name
+    return checkpoint.parent / Path(best).name if isinstance(best, str) else None
 
 
 def describe(damaged: dict[Path, str]) -> str:

@@ -19,7 +19,7 @@ from weft.errors import ConfigError, WeftError
 from weft.options import TrainOptions
 from weft.screen.visible import notice
 from weft.train.arguments import MIXTURE_OPTIONS
-from weft.train.checkpoints import Checkpoints, best_before, damage, is_incomplete, step_of
+from weft.train.checkpoints import Checkpoints, best_up_to, damage, is_incomplete, step_of
 from weft.train.gate_fit import fit_gate, fit_problems
 from weft.train.run_record import changes_since
 
@@ -130,7 +130,7 @@ def resume_from(
     for line in checkpoints.passed_over():
         say(line)
     assert checkpoints.last is not None
-    best = best_before(checkpoints.last) if comparable else None
+    best = best_up_to(checkpoints.last) if comparable else None
     if best is None:
         trainer.add_callback(_Resumed(None))
         return
