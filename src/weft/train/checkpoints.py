@@ -199,7 +199,7 @@ def not_saved_error(checkpoint: Path, cause: Exception) -> CheckpointError:
 
 
 def best_up_to(checkpoint: Path) -> Path | None:
-    """The checkpoint with the lowest loss so far, perhaps this one, which may be loaded at the end; None without any."""
+    """The checkpoint with the lowest loss up to this one, which may be loaded at the end of training; or None."""
     best = read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")
     return checkpoint.parent / Path(best).name if isinstance(best, str) else None
 
