@@ -25,12 +25,8 @@ def options(base_folder, base_adapters, data, tmp_path):
             *("--output", str(tmp_path / name), "--batch-size", str(4 // processes)),
             *("--gradient-accumulation-steps", "2"),
             *("--epochs", "2", "--save-steps", "3", "--sequence-length", "32", "--learning-rate", "0.05"),
-            *(
-                "--gate-start",
-                "random",
-                "--xlora-dropout-p",
-                "0",
-            ),  # shards start so; each process draws its own dropout
+            # Models in shards start so. Each process draws a dropout of its own.
+            *("--gate-start", "random", "--xlora-dropout-p", "0"),
             *more,
         ]
 
