@@ -26,6 +26,11 @@ from weft.files.reading import is_finite_in_float32
 from weft.files.tensors import not_finite, preview
 
 _SHOWN = 3  # keys that do not fit, of each kind
+# Attributes of peft's LoRA layers that hold modules or parameters of each adapter.
+_CONTAINERS = (
+    *("lora_dropout", "lora_A", "lora_B"),
+    *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+)
 
 
 def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
@@ -37,6 +42,7 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
         AdapterError: an adapter's targets or tensors do not fit this base model. The caller restores the base model.
     """
     lora_model: LoraModel | None = None
+    aside: list[tuple[Any, str, Any]] = []
     for adapter in adapters:
         config = adapter.config
         config.inference_mode = False
@@ -56,14 +62,32 @@ def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
         lora_model._cast_adapter_dtype(adapter_name=adapter.name, autocast_adapter_dtype=True)
         _leave_meta(base, adapter.name)
         _fill(base, adapter)
+        aside += _set_aside(base, adapter.name)
+    for container, name, part in aside:
+        container[name] = part
     assert lora_model is not None
     return lora_model
 
 
+def _set_aside(base: nn.Module, name: str) -> list[tuple[Any, str, Any]]:
+    """Take an adapter out of its layers: for each part of it, its container there, its name and itself.
+
+    peft and weft visit all modules of the base model for each adapter. With those of the adapters before, the time
+    would grow with the square of their number.
+    """
+    found: list[tuple[Any, str, Any]] = []
+    for _, layer in lora_layers(base):
+        containers = [getattr(layer, attribute) for attribute in _CONTAINERS]
+        found += [(container, name, container[name]) for container in containers if name in container]
+    for container, _, _ in found:
+        del container[name]
+    return found
+
+
 def _leave_meta(base: nn.Module, name: str) -> None:
     """Allocate an adapter on the execution device of offloaded layers; peft makes it on the meta device."""
-    for module in base.modules():
-        if not isinstance(module, LoraLayer) or not is_offloaded(module.get_base_layer()):
+    for _, module in lora_layers(base):
+        if not is_offloaded(module.get_base_layer()):
             continue
         device = execution_device(module.get_base_layer())
         for attribute in ("lora_A", "lora_B"):
@@ -107,11 +131,25 @@ def remove_wrappers(base: nn.Module) -> None:
             setattr(base.get_submodule(parent), attribute, module.original_module)
 
 
+def lora_layers(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(path, layer) of the base model's LoRA layers, in the order of `named_modules`; the adapters are not visited."""
+    waiting: list[tuple[str, nn.Module]] = [("", base)]
+    seen: set[nn.Module] = set()
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children = list(module.named_children())
+        if isinstance(module, LoraLayer):
+            yield path, module
+            children = [(name, child) for name, child in children if name not in _CONTAINERS]
+        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
+
+
 def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     """(key in an adapter file, parameter) for all parameters of adapter `name` in the base model."""
-    for layer_name, module in base.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    for layer_name, module in lora_layers(base):
         for attribute in ("lora_A", "lora_B"):
             factors = getattr(module, attribute)
             if name in factors:
@@ -186,8 +224,8 @@ def refuse_not_finite(base: nn.Module, name: str) -> None:
     broken = not_finite(dict(adapter_parameters(base, name)))
     scalings = {
         path: module.scaling[name]
-        for path, module in base.named_modules()
-        if isinstance(module, LoraLayer) and not is_finite_in_float32(module.scaling.get(name, 0))
+        for path, module in lora_layers(base)
+        if not is_finite_in_float32(module.scaling.get(name, 0))
     }
     if scalings:
         path, value = next(iter(scalings.items()))

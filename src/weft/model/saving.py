@@ -187,7 +187,9 @@ def given_experts(model: torch.nn.Module, state_dict: dict[str, Any]) -> dict[st
 
 def _whole(model: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of these parameters; sharded ones are taken from the state dict that was given."""
-    names = {id(parameter): f"base_model.{name}" for name, parameter in model.named_parameters()}
+    names: dict[int, str] = {}
+    if any(map(is_sharded, parameters.values())):
+        names = {id(parameter): f"base_model.{name}" for name, parameter in model.named_parameters()}
     tensors = {}
     for key, parameter in parameters.items():
         if is_sharded(parameter):
