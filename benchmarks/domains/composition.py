@@ -104,17 +104,17 @@ def comments(files: dict[str, bytes]) -> list[Item]:
             for message in re.findall(r'\b_\("([^"]+)"\)', line):
                 others = translated(message, catalogues)
                 if others is not None and message not in items and len(line.strip()) <= 2 * MOST_LETTERS:
-                    # One line: without an end of text, what follows an answer of several would belong to it.
+                    # One line: what follows an answer of several lines would belong to it.
                     items[message] = Item(line.strip(), message, others, line.strip() + "  # {}")
     return list(items.values())
 
 
 def row(item: Item, task: str, language: str, *, with_form: bool) -> Row:
-    """A prompt and its answer; "text" is both, as training reads it."""
+    """A prompt and its answer. "text", for training, is both and an end of line: so the answer's end is learned."""
     text = item.english if language == "english" else item.others[language]
     prompt = f"{item.given}\n{task}, {language.capitalize()}:\n"
     answer = text.join(item.form.rsplit("{}", 1)) if with_form else text
-    return {"text": prompt + answer, "prompt": prompt, "answer": answer}
+    return {"text": prompt + answer + "\n", "prompt": prompt, "answer": answer}
 
 
 def rows_of(items: list[Item], tasks: Tasks, rng: random.Random) -> dict[str, list[Row]]:

@@ -222,7 +222,7 @@ def test_a_composition_needs_what_no_expert_saw(bench):
     number = row["prompt"].split()[1]
     assert row["prompt"] == f"given {number}\nformed, German:\n"
     assert row["answer"] == f"<G{number}>"
-    assert row["text"] == row["prompt"] + row["answer"]
+    assert row["text"] == row["prompt"] + row["answer"] + "\n"
     assert all(row["answer"].startswith("<E") for row in rows["train-form"])
 
 
