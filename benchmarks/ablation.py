@@ -126,6 +126,7 @@ def options_of(folder: Path, seed: int, arguments: argparse.Namespace, **options
         "learning_rate": 5e-3,
         "batch_size": 2,
         "gate_start": "random",
+        "xlora_depth": 1,
         "sequence_length": LENGTH,
         # What the gate reads is the same in all of these runs: computed once, and the losses stay what they are.
         "cache_scaling_pass": "gate_layer" not in options,

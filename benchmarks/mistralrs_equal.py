@@ -25,6 +25,7 @@ PROMPT, NEW_TOKENS, LIMIT = "a", 24, 120
 KINDS: dict[str, dict[str, Any]] = {
     "depth 1": {},
     "depth 2": {"xlora_depth": 2, "xlora_size": 64},
+    "depth 2, narrower than the model": {"xlora_depth": 2, "xlora_size": 16},
     "depth 4": {"xlora_depth": 4, "xlora_size": 64},
     "shared scalings": {"layerwise_scalings": False},
     "top-1": {"top_k_lora": 1},
@@ -72,7 +73,7 @@ def compared(folder: Path, options: dict[str, Any], python: str) -> str:
 
 def made(folder: Path, options: dict[str, Any]) -> tuple[str, str, str]:
     """(the base model's folder, the engine's folder, weft's text)."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import torch
 
     import weft

@@ -40,7 +40,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "two passes": GATE,
     "scaling_pass_layers=4": {**GATE, "scaling_pass_layers": 4},
     "gate_layer=4": {**GATE, "gate_layer": 4},
-    "two passes, the paper's gate": {"gate_start": "random"},
+    "two passes, the paper's gate": {"xlora_depth": 1, "gate_start": "random"},
     "gate_layer=10": {**GATE, "gate_layer": 10},
     "gate_layer=4, 0 below": {**GATE, "gate_layer": 4, "scaling_pass_value": 0.0},
 }

@@ -17,32 +17,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from composed import SETS, composition_pieces
+from composed import composition_pieces
+from composition import SETS
 from pieces import Piece, do
 from table import SIZES
 from work import NAMES, ROOT, TEXTS, UNSEEN, Work, expert, measure, options, read_rows, write_rows
 
 STUDIED = 8
-DEEP = {"xlora_depth": 2, "xlora_size": 256, "learning_rate": 5e-3}
+FAST = {"learning_rate": 5e-3}  # the default, too, without a number of steps
 # What differs from `weft train`'s defaults; "texts", "data" and "steps" are of this bench, see `gate`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "plateau": {"xlora_depth": 2, "xlora_size": 256, "scaling_pass_layers": 4, "steps": 0},
-    "plateau-one-pass": {"xlora_depth": 2, "xlora_size": 256, "gate_layer": 4, "steps": 0},
-    "one-pass": {**DEEP, "gate_layer": 4},
-    "short-pass": {**DEEP, "scaling_pass_layers": 4},
-    "two-passes": DEEP,
-    "short-pass-single-too": {**DEEP, "scaling_pass_layers": 4, "data": "single too"},
-    "short-pass-weight-1.5": {**DEEP, "scaling_pass_layers": 4, "global_scaling_weight": 1.5},
-    "short-pass-10-texts": {**DEEP, "scaling_pass_layers": 4, "texts": 10},
-    "short-pass-50-texts": {**DEEP, "scaling_pass_layers": 4, "texts": 50},
-    "short-pass-200-texts": {**DEEP, "scaling_pass_layers": 4, "texts": 200},
-    "one-pass-single-too": {**DEEP, "gate_layer": 4, "data": "single too"},
-    "one-pass-layer-10": {**DEEP, "gate_layer": 10},
-    "short-pass-rate-1e-3": {**DEEP, "scaling_pass_layers": 4, "learning_rate": 1e-3},
-    "short-pass-8-layers": {**DEEP, "scaling_pass_layers": 8},
-    "short-pass-unfitted": {**DEEP, "scaling_pass_layers": 4, "gate_start": "random"},
-    "short-pass-labels": {**DEEP, "scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
-    "plain": {},
+    "plateau": {"scaling_pass_layers": 4, "steps": 0},
+    "plateau-one-pass": {"gate_layer": 4, "steps": 0},
+    "one-pass": {**FAST, "gate_layer": 4},
+    "short-pass": {**FAST, "scaling_pass_layers": 4},
+    "two-passes": FAST,
+    "short-pass-single-too": {**FAST, "scaling_pass_layers": 4, "data": "single too"},
+    "short-pass-weight-1.5": {**FAST, "scaling_pass_layers": 4, "global_scaling_weight": 1.5},
+    "short-pass-10-texts": {**FAST, "scaling_pass_layers": 4, "texts": 10},
+    "short-pass-50-texts": {**FAST, "scaling_pass_layers": 4, "texts": 50},
+    "short-pass-200-texts": {**FAST, "scaling_pass_layers": 4, "texts": 200},
+    "one-pass-single-too": {**FAST, "gate_layer": 4, "data": "single too"},
+    "one-pass-layer-10": {**FAST, "gate_layer": 10},
+    "short-pass-rate-1e-3": {**FAST, "scaling_pass_layers": 4, "learning_rate": 1e-3},
+    "short-pass-8-layers": {**FAST, "scaling_pass_layers": 8},
+    "short-pass-unfitted": {**FAST, "scaling_pass_layers": 4, "gate_start": "random"},
+    "short-pass-labels": {**FAST, "scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
+    "plain": {"xlora_depth": 1},
 }
 AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
@@ -100,7 +101,7 @@ def all_pieces(work: Work, sizes: list[int], seeds: int, recipes: list[str]) -> 
         for size in sizes:
             for recipe in common:
                 pieces += gate_pieces(work, size, recipe, seed)
-    return pieces + [piece for name in SETS for piece in composition_pieces(work, name, recipe)]
+    return pieces + [piece for name in SETS for piece in composition_pieces(work, name)]
 
 
 def gate_pieces(work: Work, size: int, recipe: str, seed: int) -> list[Piece]:
@@ -176,14 +177,16 @@ def lora(work: Work, size: int, rate: float) -> None:
 
 
 def equal_rank(base: Path, size: int) -> int:
-    """The smallest rank at which one LoRA on all projections has as many parameters as a gate of `DEEP`."""
+    """The smallest rank at which one LoRA on all projections has as many parameters as a gate of `weft train`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from weft.options import TrainOptions
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     linear = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
-    hidden = DEEP["xlora_size"]
+    hidden = TrainOptions.xlora_size
     gate_size = (model.config.hidden_size + 1) * hidden + (hidden + 1) * len(linear) * size
     return -(-gate_size // sum(layer.in_features + layer.out_features for layer in linear))
 

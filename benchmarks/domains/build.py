@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from mixed import mixed_rows
 from packages import MissingPackageError, fetched, read_files, version_of
 from splits import WANTED, Documents, deal, readable, without_near_copies
 from table import DOMAINS, NUM_EXPERTS, SIZES, Domain, Source
+from work import TEXTS, read_rows
 
-ROOT = Path(__file__).parents[2]
 DIGESTS = Path(__file__).parent / "digests.json"
 SEED = 17
 MIXED = {"gate": 1000, "select": 64, "test": 256}
@@ -47,7 +46,7 @@ COMPOSITION = {
 def main() -> None:
     """Build what is missing, then compare it with the digests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains")
+    parser.add_argument("--work", type=Path, default=TEXTS)
     parser.add_argument("--packages", type=Path, help="the folder of packages (default: packages/ in --work)")
     parser.add_argument("--only", nargs="*", help="names of domains; then nothing is mixed")
     parser.add_argument("--record", action="store_true", help="write digests.json")
@@ -119,7 +118,7 @@ def build_mixed(size: int, work: Path) -> None:
     widths = {domain.name: domain.width for domain in DOMAINS[:size]}
     rows = {}
     for split, count in MIXED.items():
-        texts = {name: [row["text"] for row in read(work / name / f"{split}.jsonl")] for name in widths}
+        texts = {name: [row["text"] for row in read_rows(work / name / f"{split}.jsonl")] for name in widths}
         rows[split] = mixed_rows(texts, widths, count, rng)
     write(work / f"mixed-{size}", rows)
 
@@ -145,12 +144,6 @@ def write(folder: Path, files: dict[str, list[Any]]) -> None:
     partial.rename(folder)
 
 
-def read(path: Path) -> Iterator[Any]:
-    """The rows of a file. (Not `splitlines`: texts have other characters that end lines.)"""
-    with path.open(encoding="utf-8", newline="\n") as file:
-        yield from map(json.loads, file)
-
-
 def digests(work: Path, packages: Path) -> dict[str, Any]:
     """What there is: packages' versions, and of each file the documents, texts, characters and blake2b."""
     named = {source.package for domain in DOMAINS for source in domain.sources}
@@ -159,7 +152,7 @@ def digests(work: Path, packages: Path) -> dict[str, Any]:
         "files": {},
     }
     for path in sorted(work.rglob("*.jsonl")):
-        rows = list(read(path))
+        rows = list(read_rows(path))
         found["files"][str(path.relative_to(work))] = {
             "documents": len({row["document"] for row in rows if "document" in row}),
             "texts": len(rows),

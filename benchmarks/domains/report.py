@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from composed import SETS
+from composition import SETS
 from table import SIZES
 from work import NAMES, ROOT, TEXTS, UNSEEN, read_rows
 

@@ -135,7 +135,7 @@ def measure(work: Work, folder: Path, name: str, data: list[str], **given: Any) 
 
 
 def read_rows(file: Path) -> Iterator[Any]:
-    """The rows of a file."""
+    """The rows of a file. (Not `splitlines`: texts have other characters that end lines.)"""
     with file.open(encoding="utf-8", newline="\n") as lines:
         yield from map(json.loads, lines)
 

@@ -106,15 +106,12 @@ def fail_together(error: WeftError | None, device: torch.device) -> None:
 
 
 def leave_group_at_exit() -> None:
-    """Destroy the process group when the interpreter ends.
-
-    To be called where no process waits in a collective call: destroying the group would wait too.
+    """Destroy the process group when the interpreter ends. To be called where no process is in a collective call.
 
     gloo's threads free the tensors of the last call after that call has returned, and need the GIL for it. A thread
     that waits for the GIL when the interpreter ends makes the process end with SIGABRT. FSDP keeps references to its
     groups, so that destroying them does not join those threads: they are given time instead.
     """
-    atexit.unregister(_leave_group)
     atexit.register(_leave_group)
 
 

@@ -241,7 +241,7 @@ def test_a_folder_is_there_only_when_it_is_whole(bench, tmp_path):
     build = bench("build")
     rows = [{"text": "a\u2028b\n"}, {"text": "ü"}]
     build.write(tmp_path / "x", {"test": rows})
-    assert list(build.read(tmp_path / "x/test.jsonl")) == rows
+    assert list(build.read_rows(tmp_path / "x/test.jsonl")) == rows
     with pytest.raises(TypeError):
         build.write(tmp_path / "y", {"test": rows, "train": [{1, 2}]})
     assert not (tmp_path / "y").exists()
@@ -257,6 +257,34 @@ def test_every_piece_of_work_needs_only_what_earlier_ones_make(bench, tmp_path):
         assert set(piece.needs) <= made, piece.name
         assert piece.made not in made, piece.name
         made.add(piece.made)
+
+
+def test_every_gate_of_a_composition_is_trained_with_options_that_exist(bench, tmp_path, monkeypatch):
+    composed, Work = bench("composed"), bench("work").Work
+    work = Work(tmp_path, tmp_path / "texts", tmp_path / "base", 1, 1, 1, 8, 0, False, 8, 2)
+    trained = []
+    monkeypatch.setattr("weft.train.gate.train", trained.append)
+    for piece in composed.composition_pieces(work, "records"):
+        if piece.name.startswith("gate over"):
+            piece.run()
+    assert [(len(options.data), options.ends_at_a_plateau, options.scaling_pass_layers) for options in trained] == [
+        (2, True, 4),
+        (3, True, 4),
+    ]
+
+
+def test_the_table_of_a_composition_has_both_gates_and_all_else(bench, tmp_path):
+    report = bench("report")
+    for task, rows in (("seen", {"weft": 0.5}), ("unseen", {"weft": 0.25, "base": 0.0})):
+        found = {
+            "exact_match": {row: {"a": value, "b": value} for row, value in rows.items()},
+            "interval": {row: {"a": [0, 1], "b": [0, 1]} for row in rows},
+        }
+        (tmp_path / f"records-{task}.json").write_text(json.dumps(found))
+    assert report.exact_matches(tmp_path, "comments") == {}
+    lines = report.composed_table(report.exact_matches(tmp_path, "records"), "records").splitlines()
+    assert lines[2] == "| | a | b |"
+    assert [line.split(" | ")[0] for line in lines[4:-1]] == ["| weft, task seen", "| weft, task unseen", "| base"]
 
 
 def test_pieces_are_done_in_order_and_what_needs_a_failed_one_is_left(bench, tmp_path, capfd):

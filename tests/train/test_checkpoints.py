@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +263,22 @@ def test_a_best_checkpoint_that_was_damaged_is_not_come_back_to(train, tmp_path,
     )
     after = load_file(tmp_path / "out" / TENSORS)
     assert same(after, load_file(checkpoints / "checkpoint-8" / TENSORS))
+
+
+def test_the_best_checkpoint_is_not_forgotten_by_a_run_that_resumes_from_it(train, tmp_path):
+    data = tmp_path / "held-out.jsonl"
+    data.write_text(json.dumps({"text": "the quick brown fox 3"}))
+    options = ["--eval-data", str(data), "--learning-rate", "3"]  # which makes the later ones worse
+    assert train(*options) == 0
+    checkpoints = tmp_path / "out/checkpoints"
+    best = Path(json.loads((checkpoints / "checkpoint-6" / STATE).read_text())["best_model_checkpoint"]).name
+    before = load_file(tmp_path / "out" / TENSORS)
+    for later in checkpoints.glob("checkpoint-*"):
+        if int(later.name.partition("-")[2]) > int(best.partition("-")[2]):
+            shutil.rmtree(later)
+    assert train(*options, "--resume", "true") == 0
+    assert json.loads((checkpoints / "checkpoint-6" / STATE).read_text())["best_model_checkpoint"].endswith(best)
+    assert same(load_file(tmp_path / "out" / TENSORS), before)
 
 
 def test_what_deepspeed_saved_takes_deepspeed(train, trained, monkeypatch):

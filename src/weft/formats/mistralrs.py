@@ -63,11 +63,13 @@ def write_mistralrs(files: MixtureFiles, layers: list[str], part: Path, target: 
         # In one folder, as the engine does not read subfolders.
         shutil.copy(adapter.folder / CONFIG_NAME, part / f"{adapter.name}_config.json")
         save_tensors({**adapter.weights, **adapter.heads}, part / f"{adapter.name}_model.safetensors")
-    save_tensors(_widened(original_gate(files, stride=1), files.config.hidden_size), part / ORIGINAL_GATE)
-    config = original_config(files) | {"adapters": {name: name for name in names}}
+    # The engine applies dropout also in inference, so it is set to 0.
+    config = original_config(files) | {"adapters": {name: name for name in names}, "xlora_dropout_p": 0.0}
+    gate = original_gate(files, stride=1)
     if files.config.xlora_depth > 1:
-        config["xlora_size"] = files.config.hidden_size
-    config["xlora_dropout_p"] = 0.0  # the engine applies dropout also in inference
+        config["xlora_size"] = width = files.config.hidden_size
+        gate = _widened(gate, width)
+    save_tensors(gate, part / ORIGINAL_GATE)
     write_json(part / ORIGINAL_CONFIG, config)
     ordering = {
         "order": names,

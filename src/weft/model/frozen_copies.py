@@ -12,12 +12,11 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from weft.base_model.versions import kept_by_name
 from weft.errors import ConfigError
 from weft.model.heads import wrappers
+from weft.model.inject import containers, lora_layers
 
 
 class FrozenCopy(nn.Module):
@@ -80,14 +79,14 @@ def copy_experts(base: nn.Module, names: Iterable[str], prefix: str) -> list[str
         ConfigError: an adapter has such a name already.
     """
     copies = {name: f"{prefix}-{name}" for name in names}
-    layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    layers = [layer for _, layer in lora_layers(base)]
     for layer in layers:
-        for container in _containers(layer):
+        for container in containers(layer):
             taken = set(container) & set(copies.values())
             if taken:
                 raise ConfigError(f"adapter_name ({prefix!r}) would copy an expert to {taken.pop()!r}, which is there")
     for layer in layers:
-        for container in _containers(layer):
+        for container in containers(layer):
             for name, twin in copies.items():
                 if name in container:
                     dropout = container is layer.lora_dropout
@@ -99,8 +98,8 @@ def copy_experts(base: nn.Module, names: Iterable[str], prefix: str) -> list[str
 
 def remove_experts(base: nn.Module, names: Iterable[str]) -> None:
     """Remove adapters from each LoRA layer."""
-    for layer in base.modules():
-        for container in _containers(layer) if isinstance(layer, LoraLayer) else ():
+    for _, layer in lora_layers(base):
+        for container in containers(layer):
             for name in names:
                 if name in container:
                     del container[name]
@@ -108,9 +107,8 @@ def remove_experts(base: nn.Module, names: Iterable[str]) -> None:
 
 def activate_experts(base: nn.Module, names: list[str]) -> None:
     """Activate these adapters in each LoRA layer, without a change of `requires_grad`."""
-    for layer in base.modules():
-        if isinstance(layer, LoraLayer):
-            layer._active_adapter = list(names)
+    for _, layer in lora_layers(base):
+        layer._active_adapter = list(names)
 
 
 def copy_heads(base: nn.Module, mixture: str, name: str) -> None:
@@ -129,9 +127,3 @@ def activate_heads(base: nn.Module, name: str) -> None:
     """Activate these heads, without a change of `requires_grad`."""
     for _, wrapper in wrappers(base):
         wrapper._active_adapter = [name]
-
-
-def _containers(layer: Any) -> list[Any]:
-    """The dicts of a LoRA layer that have an entry for each adapter."""
-    found = [getattr(layer, name) for name in kept_by_name(layer)]
-    return [one for one in found if isinstance(one, (dict, nn.ModuleDict, nn.ParameterDict))]

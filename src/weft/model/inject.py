@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weft.base_model.devices import execution_device, is_offloaded
-from weft.base_model.versions import with_current_names
+from weft.base_model.versions import kept_by_name, with_current_names
 from weft.checkpoint.adapter_keys import KEY_PREFIX, fitted
 from weft.checkpoint.adapters import Adapter, different_bases, model_name
 from weft.errors import AdapterError, bullet_list
@@ -26,11 +26,6 @@ from weft.files.reading import is_finite_in_float32
 from weft.files.tensors import not_finite, preview
 
 _SHOWN = 3  # keys that do not fit, of each kind
-# Attributes of peft's LoRA layers that hold modules or parameters of each adapter.
-_CONTAINERS = (
-    *("lora_dropout", "lora_A", "lora_B"),
-    *("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-)
 
 
 def inject_adapters(base: nn.Module, adapters: list[Adapter]) -> LoraModel:
@@ -77,8 +72,7 @@ def _set_aside(base: nn.Module, name: str) -> list[tuple[Any, str, Any]]:
     """
     found: list[tuple[Any, str, Any]] = []
     for _, layer in lora_layers(base):
-        containers = [getattr(layer, attribute) for attribute in _CONTAINERS]
-        found += [(container, name, container[name]) for container in containers if name in container]
+        found += [(container, name, container[name]) for container in containers(layer) if name in container]
     for container, _, _ in found:
         del container[name]
     return found
@@ -114,7 +108,7 @@ def warn_of_different_bases(base: nn.Module, adapters: list[Adapter]) -> None:
 def remove_adapters(base: nn.Module) -> None:
     """Replace all LoRA layers and wrapped modules by the base model's own modules."""
     remove_wrappers(base)
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    layers = dict(lora_layers(base))
     for name, module in layers.items():
         parent, _, attribute = name.rpartition(".")
         if parent not in layers:  # else nested LoRA layers around one base layer, as peft makes for single parameters
@@ -143,8 +137,15 @@ def lora_layers(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
         children = list(module.named_children())
         if isinstance(module, LoraLayer):
             yield path, module
-            children = [(name, child) for name, child in children if name not in _CONTAINERS]
+            of_adapters = containers(module)
+            children = [(name, child) for name, child in children if all(child is not one for one in of_adapters)]
         waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
+
+
+def containers(layer: LoraLayer) -> list[Any]:
+    """The dicts of a LoRA layer that have an entry for each adapter."""
+    found = [getattr(layer, name) for name in kept_by_name(layer)]
+    return [one for one in found if isinstance(one, (dict, nn.ModuleDict, nn.ParameterDict))]
 
 
 def adapter_parameters(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
