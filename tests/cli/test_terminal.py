@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from weft.cli.terminal import StepPrinter
+from weft.cli.terminal import StepPrinter, style_of
 from weft.generation.stream import Step
 
 ORANGE, BLUE, END = "\x1b[38;2;230;159;0m", "\x1b[38;2;86;180;233m", "\x1b[0m"
@@ -78,9 +78,13 @@ def test_a_legend_breaks_no_name():
     assert plain == "experts:  math  code\n  licences\n"
 
 
-def test_more_experts_than_colours_are_said_to_share_them():
-    names = [f"e{number}" for number in range(9)]
+def test_32_experts_look_different_and_more_are_said_to_share_colours():
+    assert len({style_of(place) for place in range(32)}) == 32
+    names = [f"e{number}" for number in range(32)]
     printer = on_terminal(StepPrinter(names, show_experts=True))
     printer.legend()
-    assert "(colours repeat after 8 experts)" in shown(printer)
-    assert shown(printer).count(ORANGE) == 2
+    assert "colours repeat" not in shown(printer)
+    assert shown(printer).count(ORANGE) == shown(printer).count(ORANGE.replace("[", "[4;")) == 1  # e16 is underlined
+    printer = on_terminal(StepPrinter([*names, "e32"], show_experts=True))
+    printer.legend()
+    assert "(colours repeat after 32 experts)" in shown(printer)

@@ -14,7 +14,7 @@ from rich.console import Console
 import weft
 from traced import made
 from weft.cli import main
-from weft.cli.inspect import print_text
+from weft.cli.inspect import data_table, print_text
 from weft.traces.figures import figure, write_figure
 from weft.traces.summary import summarise
 from weft.traces.trace import TracedText
@@ -120,6 +120,28 @@ def test_a_figure_has_the_panels_that_say_something():
     assert len(titles(made(pieces))) == 3
     assert len(titles(made(pieces, texts=(TracedText("a", 2), TracedText("b", 2))))) == 4
     assert titles(made(pieces, num_layers=1)) == ["shares over position"]
+
+
+def test_a_figure_of_many_experts_has_its_legend_below_and_no_numbers_on_top_of_each_other(tmp_path):
+    texts = (TracedText("a", 5), TracedText("b", 5))
+    drawn = figure(made(list("the texts."), experts=[f"expert {number}" for number in range(32)], texts=texts))
+    drawn.savefig(tmp_path / "gates.png")  # which places all
+    positions, *_, data_sets = (axis for axis in drawn.axes if axis.get_title())
+    box, axes = (one.get_window_extent() for one in (positions.get_legend(), positions))
+    assert box.y1 < axes.y0
+    assert box.width < drawn.bbox.width
+    assert not data_sets.texts
+
+
+def test_data_sets_of_many_experts_name_the_three_largest():
+    scalings = torch.zeros(4, 1, 9)
+    scalings[:, 0, 8], scalings[:, 0, 2], scalings[:, 0, 5] = 0.5, 0.3, 0.2
+    texts = (TracedText("a", 2), TracedText("b", 2))
+    names = [f"e{number}" for number in range(9)]
+    table = data_table(made(list("text"), experts=names, num_layers=1, scalings=scalings.half(), texts=texts))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    assert re.search(r"a +│ e8 50.0% │ e2 30.0% │ e5 20.0%", console.file.getvalue())
 
 
 def test_the_terminal_shows_each_token_in_its_experts_colour():

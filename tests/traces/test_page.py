@@ -73,7 +73,7 @@ def percent(share):
 
 
 def rgb(place):
-    return [int(PALETTE[place % 8][at : at + 2], 16) for at in (1, 3, 5)]
+    return [int(PALETTE[place % len(PALETTE)][at : at + 2], 16) for at in (1, 3, 5)]
 
 
 def test_each_token_has_the_colour_of_its_leading_expert_as_opaque_as_its_share(show):
@@ -341,11 +341,12 @@ def test_nothing_can_be_asked_for_even_by_a_script_in_the_page(chrome, tmp_path)
 
 
 def test_more_experts_than_colours_are_told_apart_by_a_line(show):
-    trace = made(["x"] * 40, experts=[f"e{number}" for number in range(10)])
+    colours = len(PALETTE)
+    trace = made(["x"] * 60, experts=[f"e{number}" for number in range(colours + 2)])
     opened = show(trace)
     leading = trace.leading()
-    assert (leading >= 8).any()
-    assert opened.locator("#text .second").count() == int((leading >= 8).sum())
+    assert (leading >= colours).any()
+    assert opened.locator("#text .second").count() == int((leading >= colours).sum())
     assert opened.locator("#legend .swatch.second").count() == 2
 
 

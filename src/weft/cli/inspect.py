@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from weft.base_model.loading import loading_options
-from weft.cli.terminal import StepPrinter
+from weft.cli.terminal import StepPrinter, style_of
 from weft.data.texts import named_sources
 from weft.errors import ConfigError
 from weft.generation.stream import Step
@@ -23,7 +22,6 @@ from weft.model.build import load_mixture
 from weft.options import InspectOptions
 from weft.options.foreseen import refuse
 from weft.screen.countdown import Countdown
-from weft.screen.palette import colour_of
 from weft.screen.tables import print_table, results_console
 from weft.screen.visible import say, shortened
 from weft.traces.figures import check_figure, write_figure
@@ -31,6 +29,8 @@ from weft.traces.page import check_page, write_page
 from weft.traces.record import trace, trace_data, trace_generation
 from weft.traces.summary import summarise
 from weft.traces.trace import Trace
+
+_MOST_COLUMNS = 8  # of experts in a table
 
 
 def inspect(options: InspectOptions) -> None:
@@ -135,7 +135,7 @@ def expert_table(shown: Trace) -> Table:
     for number, name in enumerate(shown.expert_names):
         strongest = int(weights[:, number].argmax())
         table.add_row(
-            Text(name, Style(color=colour_of(number))),
+            Text(name, style_of(number)),
             f"{means[number]:.1%}",
             f"{leads[number]:.1%}",
             f"{escape(shortened(shown.layer_names[strongest]))} ({weights[strongest, number]:.2f})",
@@ -144,15 +144,26 @@ def expert_table(shown: Trace) -> Table:
 
 
 def data_table(shown: Trace) -> Table:
-    """A row per data set: the experts' mean shares, the largest in bold, and the perplexities."""
+    """A row per data set: the experts' mean shares, the largest in bold, and the perplexities.
+
+    With more than eight experts, only the three with the largest shares.
+    """
+    all_of_them = len(shown.expert_names) <= _MOST_COLUMNS
     table = Table(title="mean shares by data set")
     table.add_column("")
-    for number, name in enumerate(shown.expert_names):
-        table.add_column(name, justify="right", header_style=Style(color=colour_of(number)))
+    if all_of_them:
+        for number, name in enumerate(shown.expert_names):
+            table.add_column(name, justify="right", header_style=style_of(number))
+    else:
+        for name in ("largest", "second", "third"):
+            table.add_column(name)
     for name in ("base ppl", "weft ppl"):
         table.add_column(name, justify="right")
     for name, row in shown.by_name().items():
-        cells = [f"[bold]{share:.1%}[/bold]" if share == row.max() else f"{share:.1%}" for share in row]
+        cells: list[Any] = [f"[bold]{share:.1%}[/bold]" if share == row.max() else f"{share:.1%}" for share in row]
+        if not all_of_them:
+            first = row.argsort(descending=True)[:3].tolist()
+            cells = [Text(f"{shown.expert_names[one]} {row[one]:.1%}", style_of(one)) for one in first]
         found = shown.only(name).perplexities()
         table.add_row(
             escape(shortened(name)), *cells, *(["–", "–"] if found is None else [f"{found[1]:.2f}", f"{found[0]:.2f}"])

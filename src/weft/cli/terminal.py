@@ -9,8 +9,13 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from weft.generation.stream import Step
-from weft.screen.palette import PALETTE, colour_of
+from weft.screen.palette import LOOKS, colour_of, is_marked
 from weft.screen.visible import PICTURES
+
+
+def style_of(place: int) -> Style:
+    """How the name and the tokens of the expert with this number look."""
+    return Style(color=colour_of(place), underline=is_marked(place))
 
 
 class StepPrinter:
@@ -32,15 +37,15 @@ class StepPrinter:
     def __init__(self, experts: Sequence[str], show_experts: bool) -> None:
         self.console = Console(soft_wrap=True)
         names = experts if show_experts else ()
-        self._styles = {name: Style(color=colour_of(place)) for place, name in enumerate(names)}
+        self._styles = {name: style_of(place) for place, name in enumerate(names)}
         self._steps: list[Step] = []
 
     def legend(self) -> None:
         """Print the experts' names in their colours."""
         if self._styles:
             self._line({name: name for name in self._styles})
-        if len(self._styles) > len(PALETTE):
-            self.write(f"(colours repeat after {len(PALETTE)} experts)\n")
+        if len(self._styles) > LOOKS:
+            self.write(f"(colours repeat after {LOOKS} experts)\n")
 
     def add(self, step: Step) -> None:
         """Print the text of a step."""

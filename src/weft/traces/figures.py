@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from weft.errors import ConfigError
 from weft.files.ownership import refuse_strangers_file
 from weft.files.writing import replace_file
-from weft.screen.palette import PALETTE, colour_of
+from weft.screen.palette import PALETTE, colour_of, is_marked
 from weft.traces.numbers import TraceNumbers
 
 _FORMATS = (".pdf", ".png", ".svg")
 _CREATOR = "weft inspect --figure"  # in the files' metadata
 _WIDTH = 6.75  # inches: the text of a two-column paper
+# Names in the legend beside the shares; more are in rows below. Experts whose shares of data sets are in numbers.
+_MOST_BESIDE, _IN_A_ROW, _MOST_NUMBERS = 10, 6, 12
 
 
 def check_figure(file: str | os.PathLike[str]) -> None:
@@ -64,7 +67,9 @@ def figure(trace: TraceNumbers) -> Any:
     """
     from matplotlib.figure import Figure
 
-    panels: list[tuple[Any, float]] = [(_positions, 1.3)]
+    legend_below = len(trace.expert_names) > _MOST_BESIDE
+    rows_below = math.ceil(len(trace.expert_names) / _IN_A_ROW) if legend_below else 0
+    panels: list[tuple[Any, float]] = [(_positions, 1.3 + 0.15 * rows_below)]
     if len(trace.layer_names) > 1:
         panels += [(_layers, 0.35 + 0.2 * len(trace.expert_names)), (_entropy, 0.9)]
     rows = trace.by_name()
@@ -93,10 +98,13 @@ def _positions(trace: TraceNumbers, axis: Any) -> None:
         linewidth=0,
     )
     for number, area in enumerate(areas):
-        if number >= len(PALETTE):  # the colours repeat
+        if is_marked(number):
             area.set(hatch="////", edgecolor="white")
     axis.set(xlim=(0, len(trace)), ylim=(0, 1), xlabel="token", title="shares over position")
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    if len(areas) > _MOST_BESIDE:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.3), "ncols": _IN_A_ROW, "columnspacing": 1.0}
+    axis.legend(fontsize=7, frameon=False, **place)
 
 
 def _layers(trace: TraceNumbers, axis: Any) -> None:
@@ -121,8 +129,10 @@ def _data_sets(trace: TraceNumbers, axis: Any) -> None:
     table = torch.stack(list(rows.values()))
     axis.imshow(table.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1)
     axis.set_yticks(range(len(rows)), [_plain(name) for name in rows])
-    axis.set_xticks(range(len(trace.expert_names)), [_plain(name) for name in trace.expert_names])
-    for row, shares in enumerate(table.tolist()):
+    many = len(trace.expert_names) > _MOST_NUMBERS
+    names = [_plain(name) for name in trace.expert_names]
+    axis.set_xticks(range(len(names)), names, rotation=90 if many else 0)
+    for row, shares in enumerate([] if many else table.tolist()):
         for column, share in enumerate(shares):
             axis.text(
                 column, row, f"{share:.2f}", ha="center", va="center", size=7, color="black" if share > 0.5 else "white"
