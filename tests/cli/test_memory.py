@@ -26,6 +26,14 @@ LESS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder with what the command lines name."""
+    for name in ("model", "mixture", "one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("raised", "said"),
     [

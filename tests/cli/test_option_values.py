@@ -15,6 +15,13 @@ from weft.options.values import value_problems
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with one named mixture."""
+    (tmp_path / "mixture").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -122,7 +129,7 @@ def test_a_few_aliases_are_read(tmp_path):
 @pytest.mark.parametrize(
     "prompt", ["[" * 3000, "{a: b", "&a [*a]", "*x", "- a\n- b", "!!python/object:x {}", "null", "1e3"]
 )
-def test_a_prompt_is_text_whatever_yaml_would_make_of_it(prompt, monkeypatch):
+def test_a_prompt_is_text_whatever_yaml_would_make_of_it(prompt, here, monkeypatch):
     seen = []
     monkeypatch.setattr("weft.cli.generate.generate", seen.append)
     assert main(["generate", "mixture", f"--prompt={prompt}"]) == 0
@@ -164,7 +171,7 @@ def test_a_config_that_cannot_be_read_is_named(make, message, equals, tmp_path, 
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_was_not_foreseen_ends_in_a_line(raised, line, monkeypatch, capsys):
+def test_what_was_not_foreseen_ends_in_a_line(raised, line, here, monkeypatch, capsys):
     def fail(options):
         raise raised
 
@@ -173,7 +180,7 @@ def test_what_was_not_foreseen_ends_in_a_line(raised, line, monkeypatch, capsys)
     assert capsys.readouterr().err.startswith(f"weft generate: error: {line}")
 
 
-def test_errors_of_the_program_itself_are_not_hidden(monkeypatch):
+def test_errors_of_the_program_itself_are_not_hidden(here, monkeypatch):
     def fail(options):
         raise RuntimeError("a fault")
 

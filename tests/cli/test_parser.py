@@ -122,7 +122,16 @@ def test_the_trainers_own_names_are_taken():
         ("train --no-pack", "--no-pack is no option: did you mean --no-packing?"),
         ("train --num-epochs 3", "--num-epochs is no option: did you mean --num-train-epochs?"),
         ("train --zzzz", "--zzzz is no option (weft train --help lists them)"),
-        ("train -b x", "-b is no option: did you mean --bf16?"),
+        ("train -b x", "-b is no option (weft train --help lists them)"),
+        ("train --lr 1e-3", "--lr is no option: did you mean --learning-rate?"),
+        ("train --bs 4", "--bs is no option: did you mean --batch-size?"),
+        ("train --grad-accum 2", "--grad-accum is no option: did you mean --gradient-accumulation-steps?"),
+        ("train --gpu 1", "--gpu is no option (weft train --help lists them)"),
+        (
+            "train options.yaml",
+            "'options.yaml' belongs to no option: give a file of options with --config options.yaml",
+        ),
+        ("train --packing maybe", "'maybe' belongs to no option: --packing must be true or false"),
         (
             "generate --model m",
             "--model is no option: give MODEL without a name",
@@ -211,14 +220,16 @@ def test_a_positional_may_stand_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("promt: x", "config has 'promt', which is no option: did you mean prompt?"),
+        ("promt: x", "options.yaml) has 'promt', which is no option: did you mean prompt?"),
+        ("seed: 1\nseed: 2", "is no YAML that can be read, line 2: 'seed' is there twice"),
+        ("top-k: 1\ntop_k: 2", "options.yaml) has 'top_k' twice, under two spellings"),
         ("prompt: 5", "prompt (5) must be a text: put it into quotes"),
-        ("seed: x", "--seed ('x') must be a whole number"),
+        ("seed: x", "seed ('x') must be a whole number"),
         ("seed: 1.5", "seed (1.5) must be a whole number"),
         ("seed: true", "seed (True) must be a whole number"),
         ("temperature: [1]", "temperature ([1]) must be a number"),
         ("show_experts: 1", "show_experts (1) must be true or false"),
-        ("dtype: float8", "--dtype ('float8') must be one of auto, float32, bfloat16, float16"),
+        ("dtype: float8", "dtype ('float8') must be one of auto, float32, bfloat16, float16"),
         ("seed:", "seed (None) must be a whole number"),
         ("- a\n- b", "must be a table of options, a line `name: value` each"),
         ("prompt", "must be a table of options, a line `name: value` each"),
@@ -231,6 +242,12 @@ def test_wrong_values_in_a_file_are_named(text, message, tmp_path):
     with pytest.raises(UsageError) as raised:
         parse("generate", ["m", "--config", str(file)])
     assert message in str(raised.value)
+    assert "--" not in str(raised.value)  # is no option of the command line
+
+
+def test_a_text_without_its_option_is_shown_how_to_be_given():
+    with pytest.raises(UsageError, match="'hello world' belongs to no option: give a text with --prompt 'hello world'"):
+        parse("generate", ["mixture", "hello world"])
 
 
 @pytest.mark.parametrize("flag", ["--print-config", "--print_config", "--print-config=comments"])

@@ -11,6 +11,7 @@ import transformers
 
 from models import tiny_llama, tiny_tokenizer
 from rights import ordinary_rights
+from weft.data.labelled import training_rows
 from weft.data.texts import check_length, named_sources, read_tokens, token_sequences
 from weft.errors import DataError
 from weft.evaluate.data_sets import read_data_set
@@ -129,8 +130,8 @@ def test_broken_line_is_named(broken, write, tokenizer):
         ({"prompt": "x", "answer": "y"}, r"the keys \['answer', 'prompt'\]"),
         ({}, r"the keys \[\]"),
         ({"text": None}, r"the keys \['text'\]"),
-        ({"text": 3}, r"the keys \['text'\]"),
-        ({"messages": "Hi"}, r"the keys \['messages'\]"),
+        ({"text": 3}, '"text" as a int'),
+        ({"messages": "Hi"}, '"messages" as a str'),
         (["one"], "a list"),
         ("one", "a str"),
     ],
@@ -273,8 +274,36 @@ def test_a_text_may_begin_like_an_object(text, write, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["user/missing", "teknium/OpenHermes-2.5"])
-def test_data_set_that_cannot_be_loaded_is_named_with_the_reason(name, tokenizer):
+def test_data_set_that_cannot_be_loaded_is_named_with_the_reason(name, tokenizer, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # but `datasets` is
     assert re.match(rf"data \({name}\) cannot be read as a data set: .*{name}", error_of(name, tokenizer))
+
+
+def refused(api, name):
+    raise OSError(f"no {name} there")
+
+
+def test_a_folder_that_was_read_elsewhere_is_not_taken_for_a_data_set(write, tokenizer, monkeypatch, tmp_path):
+    (tmp_path / "notes").mkdir()
+    write("notes/a.txt", "some text")
+    monkeypatch.chdir(tmp_path)
+    assert read_texts("notes", tokenizer)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert error_of("notes", tokenizer).startswith("data (notes) is neither a file nor a folder here")
+    # Where the Hub may be asked, it is: a name alone is never looked up in the cache.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refused)
+    assert error_of("notes", tokenizer) == "data (notes) cannot be read as a data set: no notes there"
+
+
+def test_all_sources_that_cannot_be_read_are_named_at_once(write, tokenizer):
+    broken, empty = write("a.jsonl", "{"), write("b.txt", " ")
+    with pytest.raises(DataError) as raised:
+        training_rows([broken, write("c.txt", "text"), empty], ["math"], tokenizer, 8, labelled=None)
+    first, *others = str(raised.value).splitlines()
+    assert first == "data cannot be read:"
+    assert [broken in others[0], empty in others[1], len(others)] == [True, True, 2]
 
 
 # ---------------------------------------------------------------------- sequences

@@ -76,3 +76,19 @@ def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
         labels(f"math={file}", length=1)
     with pytest.raises(DataError, match=r'line 1: "experts" \(\[\[3, \'math\'\]\]\) must be \[\[start, name\], ...\]'):
         labels(wrong)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"expert": "mtah"}, r"the label 'mtah' must be one of the experts \['math', .* \(gate_start losses or random"),
+        ({"experts": [[3, "math"]]}, r'"experts" .* must be \[\[start, name\], ...\] in order, the first from 0 on'),
+    ],
+)
+def test_wrong_labels_are_not_left_out_without_a_word(row, message, tmp_path):
+    file = tmp_path / "a.jsonl"
+    rows = [{"text": "two and two", "expert": "math"}, {"text": "def f(x):", **row}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=message):
+        training_rows([str(file)], EXPERTS, tiny_tokenizer(), 64, labelled=None)
+    assert len(training_rows([str(file)], EXPERTS, tiny_tokenizer(), 64, labelled=False)) == 2

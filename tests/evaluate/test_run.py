@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 
 import pytest
@@ -19,7 +20,7 @@ from weft.evaluate import evaluate, perplexity
 from weft.evaluate.cell_store import Cell, CellStore
 from weft.evaluate.contestants import SharedBase, adapters, arrow, mixture
 from weft.evaluate.merges import MERGES, Merge, merged
-from weft.evaluate.report import Measurement, Report, notes
+from weft.evaluate.report import Measurement, Report, notes, render
 from weft.options import EvalOptions
 from weft.screen.console import VisibleConsole
 
@@ -121,6 +122,13 @@ def test_the_summary_names_what_is_better_what_is_worse_and_what_nobody_can_tell
         "mixed: better than weft: only math; worse: base, only code, weft of May; no difference that 8 examples could "
         "show: uniform mix"
     ]
+
+
+def test_with_one_text_nothing_is_compared():
+    alone = Measurement(2.0, math.nan, math.nan, 1, 100.0, 1.0, None)
+    report = Report({"mixed": "perplexity"}, {row: {"mixed": alone} for row in ("base", "weft")})
+    assert notes(report) == ["mixed: one text, with which nothing can be compared: give more texts"]
+    assert render(report).title == "no interval: each data set is one text"
 
 
 @pytest.fixture
@@ -252,10 +260,11 @@ def test_what_experts_of_different_ranks_make_impossible_is_said(base_folder, ba
     values = evaluate(EvalOptions(str(tmp_path / "mixture"), data=data[:1], rows=rows, output=str(output)))
     assert list(values) == ["uniform mix", "merge cat"]
     assert values["merge cat"]["math"] == pytest.approx(values["uniform mix"]["math"], rel=1e-5)
-    impossible = json.loads(output.read_text())["impossible"]
-    assert set(impossible) == {"arrow", *(f"merge {kind}" for kind in MERGES if kind != "cat")}
-    assert "same r value" in impossible["merge linear"]
-    assert "rank mismatch" in impossible["arrow"]
+    found = json.loads(output.read_text())
+    others = [*(f"merge {kind}" for kind in MERGES if kind != "cat"), "arrow"]
+    reason = "the experts have different ranks (other 6, math 4)"
+    assert found["impossible"] == dict.fromkeys(others, reason)
+    assert found["notes"][0] == f"{', '.join(others)}: not possible: {reason}"
 
 
 def test_experts_whose_parts_would_be_left_out_are_not_merged(base_folder, base_adapters, tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import constants
 
 from weft.errors import ConfigError
 from weft.files.ownership import FOLDED
@@ -28,6 +29,7 @@ from weft.options.foreseen import foreseen, refuse_foreseen
 def here(tmp_path, monkeypatch):
     """A folder with a model, two adapters, texts, and a folder that is somebody's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("model", "mixture", "adapters/code", "adapters/law", "notes"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("a.jsonl", "notes/todo.txt", "trace.safetensors"):
@@ -70,7 +72,7 @@ CASES = {
             f"adapter 'code' (/gone) {NOWHERE}",
             f"data (/no.jsonl) {NOT_A_FILE}",
             f"data (no.jsonl) {NOT_A_FILE}",
-            f"data (no-eval.txt) {NOT_A_FILE}",
+            f"eval_data (no-eval.txt) {NOT_A_FILE}",
             IN_THE_WAY,
         ],
     ),
@@ -198,14 +200,65 @@ def test_a_name_that_may_be_mistyped_is_said_where_something_is_wrong_anyway():
     ]
 
 
-def test_an_earlier_run_hides_nothing_and_is_looked_into_where_nothing_else_is_wrong(tmp_path):
-    (tmp_path / "out/checkpoints/checkpoint-2").mkdir(parents=True)
+def test_an_earlier_run_hides_nothing_and_counts_if_a_checkpoint_is_complete(tmp_path):
+    checkpoint = tmp_path / "out/checkpoints/checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": ')  # cut off
     assert foreseen(train()) == []
-    assert foreseen(train(data=["/no.jsonl"])) == [
-        f"data (/no.jsonl) {NOT_A_FILE}",
-        "output (out) holds the checkpoints of a run: give another folder, or --resume true",
+    for name in ("trainer_state.json", "weft_checkpoint.json"):
+        (checkpoint / name).write_text("{}")
+        earlier = "output (out) holds the checkpoints of a run: give another folder, or --resume true"
+        assert foreseen(train()) == [earlier]
+        assert foreseen(train(data=["/no.jsonl"])) == [f"data (/no.jsonl) {NOT_A_FILE}", earlier]
+        assert foreseen(train(data=["/no.jsonl"], resume=True)) == [f"data (/no.jsonl) {NOT_A_FILE}"]
+        (checkpoint / name).unlink()
+
+
+def test_offline_what_is_not_here_must_be_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    options = train(base="modle", adapters={"code": "me/code/last", "law": "adapters/law"}, data=["me/texts"])
+    nothing = "and the Hub cannot be asked, as HF_HUB_OFFLINE is set: give "
+    assert foreseen(options) == [
+        f"base (modle) is no folder here, {nothing}a folder",
+        f"adapter 'code' (me/code/last) is no folder here, {nothing}a folder",
+        f"data (me/texts) is neither a file nor a folder here, {nothing}.jsonl, .csv, .tsv, .parquet or text files",
     ]
-    assert foreseen(train(data=["/no.jsonl"], resume=True)) == [f"data (/no.jsonl) {NOT_A_FILE}"]
+    for name in ("hub/models--modle", "hub/models--me--code", "datasets/me___texts"):
+        (tmp_path / name).mkdir(parents=True)
+    assert foreseen(options) == []
+    # `datasets` would take any folder of this name that it has read before.
+    (tmp_path / "datasets/texts").mkdir()
+    assert len(foreseen(train(data=["texts"]))) == 1
+
+
+@pytest.mark.parametrize("source", ["./no", "a/b/c", "http://x/y.jsonl", "*.jsonl", "code:a.jsonl", "a.jsonl:text"])
+def test_what_cannot_be_the_name_of_a_data_set_is_no_file(source):
+    assert foreseen(train(data=[source])) == [f"data ({source}) {NOT_A_FILE}"]
+
+
+def test_a_folder_of_a_model_is_no_data(tmp_path):
+    (tmp_path / "adapters/code/adapter_config.json").write_text("{}")
+    assert foreseen(train(data=["adapters/code", "notes"])) == [
+        "data (adapters/code) is the folder of a model or adapter: give .jsonl, .csv, .tsv, .parquet or text files"
+    ]
+
+
+def test_names_of_data_are_those_of_experts_and_have_a_file():
+    assert foreseen(train(data=["lwa=a.jsonl", "code="], eval_data=["low=a.jsonl"])) == [
+        "data (lwa=a.jsonl) is for 'lwa', which is none of the experts (code, law)",
+        "data (low=a.jsonl) is for 'low', which is none of the experts (code, law)",
+        "data () names no file: give .jsonl, .csv, .tsv, .parquet or text files, or a data set's name",
+    ]
+
+
+def test_items_with_commas_are_one_problem():
+    (problem,) = foreseen(train(adapters=["code=adapters/code,law=adapters/law"]))
+    assert problem.startswith("adapters (code=adapters/code,law=adapters/law) has commas between its items")
+    (problem,) = foreseen(train(data=["code=a.jsonl,law=b.jsonl"]))
+    assert problem.startswith("data (code=a.jsonl,law=b.jsonl) has commas between its items")
 
 
 def test_what_was_folded_may_be_folded_again(tmp_path):

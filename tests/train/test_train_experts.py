@@ -235,7 +235,7 @@ def test_experts_from_needs_names_and_data(arguments, tmp_path, capsys):
     for entries, message in (
         (["fox.jsonl"], "experts_from has the entry 'fox.jsonl', expected name=DATA"),
         (["fox=a", "fox=b"], "experts_from has the name 'fox' twice (a and b)"),
-        (["fox=/nowhere.txt"], "data (/nowhere.txt) is not a file"),
+        (["fox=/nowhere.txt"], "experts_from (/nowhere.txt) is not a file"),
     ):
         assert main([*arguments[:start], *entries, *arguments[start + 2 :]]) == 1
         assert message in capsys.readouterr().err
@@ -297,7 +297,7 @@ def test_options_that_are_not_the_mixtures_are_refused(mixture, base_adapters, t
     error = capsys.readouterr().err
     assert "xlora_depth (3) must be what the mixture to start from has (1): leave it out" in error
     assert re.search(r"adapters \(.*\) and start_from \(.*\) exclude each other: .* weft add-expert adds one", error)
-    assert main(["train", "--start-from", base_adapters["math"], "--data", "x", "--output", "y"]) == 1
+    assert main(["train", "--start-from", base_adapters["math"], "--data", str(texts["fox"]), "--output", "y"]) == 1
     assert "is of type LORA, expected XLORA" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -91,6 +91,15 @@ def _loader() -> Any:
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         """A subclass, so that PyYAML's own resolvers stay unchanged."""
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """A table, in which PyYAML would take the last value of a name that is there twice."""
+            seen: set[Any] = set()
+            for key, _ in node.value:
+                if key.value in seen and isinstance(key.value, str):
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+                seen.add(key.value if isinstance(key.value, str) else None)
+            return super().construct_mapping(node, deep)
+
     left_out = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in left_out]

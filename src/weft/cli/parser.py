@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +87,22 @@ def parse(name: str, arguments: Sequence[str]) -> Given:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ': did you mean NAME?' for up to three names with this prefix, or else the most similar one; or ""."""
-    names = list(names)
-    begun = [one for one in names if one.startswith(name)]
-    near = begun if 0 < len(begun) <= 3 else difflib.get_close_matches(name[:80].lower(), names, 1)
-    return f": did you mean {' or '.join(near)}?" if near else ""
+    """Return ': did you mean NAME?' for up to three names that this one abbreviates, or the most similar one; or ""."""
+    plain = {one.lstrip("-"): one for one in names}
+    word = name.lstrip("-")[:80].lower().replace("_", "-")
+    begun = [one for one in plain if one.startswith(word)]
+    short = begun or [one for one in plain if _abbreviates(word, one)]
+    near = short if word and 0 < len(short) <= 3 else difflib.get_close_matches(word, plain, 1)
+    return f": did you mean {' or '.join(plain[one] for one in near)}?" if near else ""
+
+
+def _abbreviates(short: str, name: str) -> bool:
+    """Whether these are the initials of the words of a name (lr), or beginnings of some in order (grad-accum)."""
+    words = name.split("-")
+    if short == "".join(word[:1] for word in words) and len(words) > 1:
+        return True
+    left = iter(words)
+    return "-" in short and all(part and any(word.startswith(part) for word in left) for part in short.split("-"))
 
 
 class _Reader:
@@ -102,6 +114,7 @@ class _Reader:
         self.options = {option.name: option for option in options_of(COMMANDS[command].options)}
         self._positional = [option for option in self.options.values() if option.positional]
         self._rest: list[str] = []
+        self._switch_before: str | None = None  # the switch to which the next word may belong
         self.skipped_words = False
 
     def read(self, arguments: Sequence[str]) -> None:
@@ -124,10 +137,22 @@ class _Reader:
         if self._positional:
             self._set(self._positional.pop(0), word, from_words)
         else:
-            self.given.problems.append(f"{word!r} belongs to no option: put a value that has spaces into quotes")
+            self.given.problems.append(f"{word!r} belongs to no option{self._hint(word)}")
+
+    def _hint(self, word: str) -> str:
+        """What to do with a word that belongs to no option."""
+        if word.lower().endswith((".yaml", ".yml")):
+            return f": give a file of options with --config {word}"
+        if self._switch_before is not None:
+            return f": {self._switch_before} must be true or false"
+        prompt = next((option for option in self.options.values() if option.name in ("prompt", "text")), None)
+        if prompt is not None and prompt.name not in self.given.values and " " in word:
+            return f": give a text with {prompt.flag} {shlex.quote(word)}"
+        return ": put a value that has spaces into quotes"
 
     def _flag(self, name: str, value: str | None) -> None:
         """Read an option and its values."""
+        self._switch_before = None
         plain = name.lstrip("-").replace("_", "-")
         option = self._option(plain)
         if name.startswith("--") and plain in COMMON:
@@ -175,16 +200,21 @@ class _Reader:
 
     def _config(self, file: str) -> None:
         """Read the options in a YAML file; names are written with dashes or underscores."""
+        here: set[str] = set()
+        where = "config" if file.lstrip().startswith("{") else f"config ({file})"
         for name, value in read_options(file).items():
             name = str(name).replace("-", "_")
             today = current_name(name, self.options)
-            if today in self.options:
+            if today in here:
+                self.given.problems.append(f"{where} has {today!r} twice, under two spellings")
+            elif today in self.options:
+                here.add(today)
                 self._note_earlier(name, today)
                 self._set(self.options[today], value, from_yaml)
                 self._positional = [option for option in self._positional if option.name != today]
             else:
                 names = [*self.options, *TRAINERS]
-                self.given.problems.append(f"config has {name!r}, which is no option{did_you_mean(name, names)}")
+                self.given.problems.append(f"{where} has {name!r}, which is no option{did_you_mean(name, names)}")
 
     def _switch(self, option: Option, plain: str, value: str | None) -> None:
         if plain.startswith("no-") and option.flag != f"--{plain}":
@@ -192,7 +222,7 @@ class _Reader:
                 self.given.problems.append(f"--{plain} takes no value ({value!r})")
             self.given.values[option.name] = False
         elif value is None and not (self._rest and self._rest[0].lower() in SWITCH):
-            self.given.values[option.name] = True
+            self.given.values[option.name], self._switch_before = True, option.flag
         else:
             self._set(option, self._rest.pop(0) if value is None else value, from_words)
 

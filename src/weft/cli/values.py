@@ -13,8 +13,13 @@ SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _EXPECTED = {"whole": "a whole number", "number": "a number", "switch": "true or false", "text": "a text"}
 
 
-def from_words(option: Option, value: str | list[str]) -> Any:
+def from_words(option: Option, value: str | list[str], name: str | None = None) -> Any:
     """Parse a value from the command line: one word, or the words of a list.
+
+    Args:
+        option: the option.
+        value: its value.
+        name: what an error calls the option; by default as on the command line.
 
     Raises:
         ValueError: it is not a value of this option, which the message names.
@@ -27,9 +32,9 @@ def from_words(option: Option, value: str | list[str]) -> Any:
     try:
         found = readers.get(option.kind, str)(value)
     except (ValueError, KeyError):
-        raise _error(option, value, option.flag) from None
+        raise _error(option, value, name or option.flag) from None
     if option.kind == "choice" and found not in option.choices:
-        raise _error(option, value, option.flag)
+        raise _error(option, value, name or option.flag)
     return found
 
 
@@ -49,7 +54,7 @@ def from_yaml(option: Option, value: Any) -> Any:
         except OverflowError:
             raise _error(option, value) from None
     if isinstance(value, str):  # it may be a number in quotes
-        return value if option.kind == "text" else from_words(option, value)
+        return value if option.kind == "text" else from_words(option, value, option.name)
     if type(value) is {"whole": int, "number": float, "switch": bool}.get(option.kind):
         return value
     raise _error(option, value)

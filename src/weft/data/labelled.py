@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from weft.data.texts import NO_LABEL, assistant_labels, check_sequence_length, read_rows, row_tokens
+from weft.data.texts import NO_LABEL, assistant_labels, check_sequence_length, read_each, read_rows, row_tokens
 from weft.errors import DataError
 from weft.files.names import split_name
 from weft.files.reading import shown
@@ -50,10 +50,10 @@ def training_rows(
     Raises:
         DataError: a source cannot be read or has no usable row; or `labelled` is set and there are no labels.
     """
-    rows: list[dict[str, Any]] = []
-    for value in values:
+
+    def rows_of(value: str) -> list[dict[str, Any]]:
         source, name = labelled_source(value, expert_names)
-        rows += _source_rows(
+        return _source_rows(
             source,
             name,
             None if labelled is False else expert_names,
@@ -62,6 +62,8 @@ def training_rows(
             needed=bool(labelled),
             assistant_only_loss=assistant_only_loss,
         )
+
+    rows = [row for found in read_each(values, rows_of) for row in found]
     if labelled is None and not labels_are_complete(rows, len(expert_names)):
         for row in rows:
             row.pop("expert_labels", None)
@@ -140,6 +142,11 @@ def labelled_tokens(
     return tokens, [numbers[part] for part in parts]
 
 
+def _can_be_labelled(row: Any, tokenizer: Any) -> bool:
+    """Whether labels of parts, if there are any, can be found: they need the tokens' places."""
+    return getattr(tokenizer, "is_fast", False) or not (isinstance(row, dict) and row.get("experts"))
+
+
 def _source_rows(
     source: str,
     default: str | None,
@@ -155,13 +162,12 @@ def _source_rows(
     rows = []
     for place, row in read_rows(source):
         columns = {}
-        try:
-            if expert_names is not None:
+        if expert_names is not None and (needed or _can_be_labelled(row, tokenizer)):
+            try:
                 tokens, columns["expert_labels"] = labelled_tokens(row, place, tokenizer, expert_names, default)
-        except DataError:
-            if needed:
-                raise
-        if not columns:
+            except DataError as err:
+                raise err if needed else DataError(f"{err} (gate_start losses or random reads no labels)") from err
+        else:
             tokens = row_tokens(row, place, tokenizer)
         labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
         columns |= {"input_ids": tokens, "labels": labels}

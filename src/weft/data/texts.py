@@ -6,14 +6,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weft.data.chat_template import assistant_mask, check_messages, conversation_tokens, refuse_half_characters
 from weft.data.tables import table_rows
-from weft.errors import DataError, first_line
+from weft.errors import DataError, bullet_list, first_line
 from weft.files.names import split_name
 from weft.files.presence import EXPECTED, LINES, TABLES, source_problem
 from weft.files.reading import parse_json, read_text, shown
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 # Windows editors write a byte order mark first.
 _ENCODING = "utf-8-sig"
@@ -64,6 +67,25 @@ def read_rows(source: str) -> Iterator[tuple[str, Any]]:
             yield str(path), {"text": _one_text(path)}
     else:
         yield from _data_set_rows(source, source)
+
+
+def read_each(sources: Iterable[Given], read: Callable[[Given], Found]) -> list[Found]:
+    """Call `read` with each source, and raise once for all that cannot be read.
+
+    Raises:
+        DataError: with the problems of all.
+    """
+    found, errors = [], []
+    for source in sources:
+        try:
+            found.append(read(source))
+        except DataError as err:
+            errors.append(err)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise DataError(f"data cannot be read:{bullet_list(map(str, errors))}")
+    return found
 
 
 def token_sequences(texts: Iterable[list[int]], length: int) -> list[list[int]]:
@@ -209,7 +231,10 @@ def row_tokens(row: Any, place: str, tokenizer: Any) -> list[int]:
         return at_place(place, text_tokens, row["text"], tokenizer) if row["text"].strip() else []
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         return _conversation(row, "messages", place, tokenizer, conversation_tokens)
-    found = f"the keys {shown(sorted(row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    found = f"a {type(row).__name__}"
+    if isinstance(row, dict):
+        wrong = next((key for key in ("text", "messages") if row.get(key) is not None), None)
+        found = f'"{wrong}" as a {type(row[wrong]).__name__}' if wrong else f"the keys {shown(sorted(row))}"
     raise DataError(f'{place}: found {found}, expected an object with "text" (a string) or "messages" (a list)')
 
 
@@ -312,6 +337,16 @@ def _refuse_mixed_kinds(folder: Path) -> None:
         )
 
 
+def _full_name(name: str) -> str:
+    """The name of a data set on the Hub with its user's name.
+
+    If the Hub has none of this name, `datasets` would take a folder of the same name that it has read anywhere before.
+    """
+    from huggingface_hub import HfApi
+
+    return name if "/" in name else str(HfApi().dataset_info(name).id)
+
+
 def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetGenerationError
@@ -319,6 +354,7 @@ def _data_set_rows(kind: str, source: str, **options: Any) -> Iterator[tuple[str
     if os.path.isdir(source):
         _refuse_mixed_kinds(Path(source))
     try:
+        kind = _full_name(kind) if kind == source and not os.path.isdir(source) else kind
         rows = datasets.load_dataset(kind, split="train", **options)
     except Exception as err:  # the library and its readers raise many kinds of errors
         # A DatasetGenerationError says only that there was an error.

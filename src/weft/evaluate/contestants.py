@@ -17,7 +17,7 @@ from peft.tuners.lora.arrow import create_arrow_model
 
 from weft.base_model.state import Flags
 from weft.checkpoint.adapters import local_folder, read_adapters
-from weft.evaluate.merges import refuse_unmergeable
+from weft.evaluate.merges import refuse_different_ranks, refuse_unmergeable
 from weft.files.writing import temporary_folder
 from weft.formats.experts import drop_expert
 from weft.model.build import from_pretrained
@@ -133,13 +133,14 @@ def adapters(paths: dict[str, str]) -> Contestant:
 def arrow(paths: dict[str, str], seed: int) -> Contestant:
     """peft's Arrow (arXiv 2405.11157): routes each token to the experts with the most similar prototypes, untrained.
 
-    Loading it raises an error of peft if the experts differ in rank or targets.
+    Loading it raises an error if the experts differ in rank or targets.
     """
 
     def load(base: Any) -> Loaded:
-        refuse_unmergeable(
-            {adapter.name: adapter.config for adapter in read_adapters(paths, allow_dora=True, base_is_known=True)}
-        )
+        read = read_adapters(paths, allow_dora=True, base_is_known=True)
+        configs = {adapter.name: adapter.config for adapter in read}
+        refuse_unmergeable(configs)
+        refuse_different_ranks(configs)
         folders = [str(local_folder(path, f"adapter {name!r}")) for name, path in paths.items()]
         config = ArrowConfig(top_k=min(ArrowConfig().top_k, len(paths)), rng_seed=seed)
         with warnings.catch_warnings():

@@ -23,6 +23,7 @@ from weft.options import EvalOptions
 MERGES = ("linear", "cat", "ties", "dare_ties", "dare_linear", "magnitude_prune")
 _MEANS = ("ties", "dare_ties")  # these divide by the number of experts themselves
 _UNPRUNED = ("linear", "cat")
+_OF_ANY_RANK = "cat"
 _MERGED = "weft_merged"
 
 
@@ -64,6 +65,8 @@ def merged(lora_model: LoraModel, merge: Merge, seed: int) -> Iterator[Any]:
     """
     names = list(lora_model.peft_config)
     refuse_unmergeable(lora_model.peft_config)
+    if merge.kind != _OF_ANY_RANK:
+        refuse_different_ranks(lora_model.peft_config)
     first: Any = lora_model.peft_config[names[0]]
     rslora, kind = first.use_rslora, cast(Any, merge.kind)
     try:
@@ -106,6 +109,17 @@ def best_merge(lora_model: Any, merge: Merge, data: DataSet, tokenizer: Any, opt
             loss = sum(loss for loss, _ in score(runner, data))
             found[variation] = math.inf if math.isnan(loss) else loss
     return min(found, key=lambda variation: found[variation])
+
+
+def refuse_different_ranks(configs: dict[str, Any]) -> None:
+    """Raise if the adapters have different ranks, of which peft adds no sum and has no Arrow.
+
+    Raises:
+        AdapterError: they have.
+    """
+    if len({config.r for config in configs.values()}) > 1:
+        ranks = ", ".join(f"{name} {config.r}" for name, config in configs.items())
+        raise AdapterError(f"the experts have different ranks ({ranks})")
 
 
 def refuse_unmergeable(configs: dict[str, Any]) -> None:

@@ -107,7 +107,8 @@ class Report:
 
 def render(report: Report) -> Table:
     """The table for a terminal: values with half the width of their intervals; the best of each data set is bold."""
-    shown = Table(title="± half of the 95% interval")
+    with_intervals = any(math.isfinite(cell.high) for cells in report.cells.values() for cell in cells.values())
+    shown = Table(title="± half of the 95% interval" if with_intervals else "no interval: each data set is one text")
     shown.add_column("")
     for data, metric in report.metrics.items():
         shown.add_column(f"{data}\n{_UNITS[metric]} {'↓' if metric == 'perplexity' else '↑'}", justify="right")
@@ -126,7 +127,10 @@ def render(report: Report) -> Table:
 
 def notes(report: Report) -> list[str]:
     """The notes below the table, one line each."""
-    lines = [f"{row}: not possible: {reason}" for row, reason in report.impossible.items()]
+    by_reason: dict[str, list[str]] = {}
+    for row, reason in report.impossible.items():
+        by_reason.setdefault(reason, []).append(row)
+    lines = [f"{', '.join(rows)}: not possible: {reason}" for reason, rows in by_reason.items()]
     for row, cells in report.cells.items():
         lines += sorted({f"{row}: {cell.note}" for cell in cells.values() if cell.note})
     lines += [line for data in report.metrics for line in _not_finite(report, data)]
@@ -162,6 +166,8 @@ def _verdict(report: Report, data: str) -> Iterable[str]:
     own = report.cells.get(MIXTURE, {}).get(data)
     if own is not None and not math.isfinite(own.value):
         yield f"{data}: nothing can be compared with {MIXTURE}, whose value is not finite"
+    elif own is not None and len(report.cells) > 1 and own.examples < 2:
+        yield f"{data}: one text, with which nothing can be compared: give more texts"
     elif own is not None and len(report.cells) > 1:
         said = f"better than {MIXTURE}: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
         if open_:

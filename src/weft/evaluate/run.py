@@ -14,7 +14,7 @@ from weft.base_model.loading import load_placed_base, load_tokenizer, loading_op
 from weft.base_model.usage import measured
 from weft.checkpoint.folder import open_mixture
 from weft.config import XLoraConfig
-from weft.data.texts import check_length, named_sources
+from weft.data.texts import check_length, named_sources, read_each
 from weft.errors import ConfigError, WeftError, first_line, lack_of_memory
 from weft.evaluate.advice import advice
 from weft.evaluate.cell_store import Cell, CellStore, base_digest, digest_of, folder_digest
@@ -62,15 +62,17 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     compared = by_name(options.compare, "compare", "name=FOLDER")
     everything = all_rows(options.model, config, compared, freeze_after=options.freeze_after, seed=options.seed)
     rows, with_oracle = chosen(everything, options.rows, advise=options.advise)
-    base = load_placed_base(name, **loading_options(options))
-    check_length(options.sequence_length, base.config)
     reader = _Reader(
         load_tokenizer(name, trust_remote_code=options.trust_remote_code), list(config.adapters or {}), options
     )
-    data_sets = [reader.read(name, source) for name, source in named_sources(options.data).items()]
-    search = reader.read("search_data", options.search_data) if options.search_data else None
+    sources = list(named_sources(options.data).items())
+    searched = [("search_data", options.search_data)] if options.search_data else []
+    data_sets = read_each([*sources, *searched], lambda named: reader.read(*named))
+    search = data_sets.pop() if searched else None
     if search is not None and search.metric != "perplexity":
         raise ConfigError(f"search_data ({options.search_data}) must be texts: merges are chosen by perplexity")
+    base = load_placed_base(name, **loading_options(options))
+    check_length(options.sequence_length, base.config)
 
     cells = CellStore(kept)
     table = _Measuring(base, reader.tokenizer, config, options, cells, search, data_sets)

@@ -1,4 +1,7 @@
-"""Checks that the models and files that options name exist. No file is read, and there is no request to the Hub."""
+"""Checks that the models and files that options name exist. No file is read, and there is no request to the Hub.
+
+Offline, a name that is no folder here must be in the Hub's cache.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ _NOT_READ = {
 DATA_FILES = {*LINES, *TABLES, *_NOT_READ, ".parquet", ".txt", ".md"}
 EXPECTED = ".jsonl, .csv, .tsv, .parquet or text files"
 _LONGEST_NAME = 1000  # of a data set
+_OFFLINE = "and the Hub cannot be asked, as HF_HUB_OFFLINE is set"
 
 
 def file_is_missing(source: str) -> bool:
@@ -33,11 +37,45 @@ def file_is_missing(source: str) -> bool:
 def source_problem(what: str, source: str) -> str | None:
     """The problem of a source of texts; None if it can be read, or may be the name of a data set."""
     suffix = Path(source).suffix.lower()
-    if os.path.isfile(source) and suffix in _NOT_READ:
-        return f"{what} ({source}) {_NOT_READ[suffix]} (expected {EXPECTED})"
-    if not file_is_missing(source):
+    if not source.strip():
+        return f"{what} ({source}) names no file: give {EXPECTED}, or a data set's name"
+    if os.path.isfile(source):
+        return f"{what} ({source}) {_NOT_READ[suffix]} (expected {EXPECTED})" if suffix in _NOT_READ else None
+    if os.path.isdir(source):
+        return _folder_problem(what, source)
+    if file_is_missing(source) or source.count("/") > 1 or not may_be_hub_id(source):
+        return f"{what} ({path_shown(source)}) is not a file: give {EXPECTED}, or a data set's name"
+    if is_offline() and not _is_cached_data_set(source):
+        return f"{what} ({source}) is neither a file nor a folder here, {_OFFLINE}: give {EXPECTED}"
+    return None
+
+
+def _folder_problem(what: str, folder: str) -> str | None:
+    """The problem of a folder that is given for texts, if it is a model's."""
+    there = {name for name in ("adapter_config.json", "xlora_config.json", "config.json") if _has(folder, name)}
+    if there == {"config.json"} and not next(Path(folder).glob("*.safetensors"), None):
         return None
-    return f"{what} ({path_shown(source)}) is not a file: give {EXPECTED}, or a data set's name"
+    return f"{what} ({folder}) is the folder of a model or adapter: give {EXPECTED}" if there else None
+
+
+def _has(folder: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(folder, name))
+
+
+def is_offline() -> bool:
+    """Whether the Hub must not be asked."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _is_cached_data_set(name: str) -> bool:
+    """Whether a data set of the Hub may be in the cache. Without a user's name, it can be any folder that was read."""
+    from huggingface_hub import constants
+
+    prepared = os.environ.get("HF_DATASETS_CACHE") or os.path.join(constants.HF_HOME, "datasets")
+    fetched = os.path.join(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}")
+    return "/" in name and (os.path.isdir(os.path.join(prepared, name.replace("/", "___"))) or os.path.isdir(fetched))
 
 
 def file_missing(what: str, file: str, written_by: str) -> str | None:
@@ -58,7 +96,19 @@ def model_problem(what: str, name: str) -> str | None:
         return None
     if os.path.isfile(name):
         return f"{what} ({path_shown(name)}) is a file, expected a folder or Hub id"
-    return None if may_be_hub_id(name) else f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
+    if not may_be_hub_id(name):
+        return f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
+    if is_offline() and not is_cached(name):
+        return f"{what} ({name}) is no folder here, {_OFFLINE}: give a folder"
+    return None
+
+
+def is_cached(name: str) -> bool:
+    """Whether the files of a Hub id, or some of them, are on this machine."""
+    from huggingface_hub import constants
+
+    repository = "--".join(name.split("/")[:2])
+    return os.path.isdir(os.path.join(constants.HF_HUB_CACHE, f"models--{repository}"))
 
 
 def model_doubt(what: str, name: str) -> str | None:

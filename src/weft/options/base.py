@@ -58,10 +58,6 @@ class CommandOptions(metaclass=_AcceptsOtherNames):
         """Outputs that cannot be written."""
         return []
 
-    def doubts(self) -> list[str]:
-        """Possible problems, reported only together with certain ones."""
-        return []
-
 
 @dataclass
 class MixtureOptions(CommandOptions):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from weft.errors import ConfigError
 from weft.files.presence import model_doubt, model_problem, source_problem
 from weft.options.base import CommandOptions
-from weft.options.values import value_problems
+from weft.options.values import value_problems, words_with_commas
 
 
 def refuse_foreseen(options: CommandOptions) -> None:
@@ -40,11 +40,17 @@ def foreseen(options: CommandOptions) -> list[str]:
         ['prompt is missing: the text to continue', 'model (/nowhere) is neither a folder here nor a Hub id']
     """
     problems: list[str | None] = [*value_problems(options), *options.missing(), *options.wrong()]
-    problems += [model_problem(what, name) for what, name in options.models()]
-    problems += [source_problem(what, source) for what, source in options.sources()]
+    several = words_with_commas(options)  # are no names, and have been found already
+    models, sources = (
+        [(what, name) for what, name in given if not any(word.endswith(name) for word in several)]
+        for given in (options.models(), options.sources())
+    )
+    problems += [model_problem(what, name) for what, name in models]
+    problems += [source_problem(what, source) for what, source in sources]
     problems += options.in_the_way()
     found = [problem for problem in problems if problem is not None]
     if found:  # the user must correct something anyway, so possible problems are listed too
-        doubtful = [model_doubt(what, name) for what, name in options.models()]
-        found += [doubt for doubt in [*doubtful, *options.doubts()] if doubt is not None]
+        found += [
+            doubt for what, name in models if (doubt := model_doubt(what, name)) and not model_problem(what, name)
+        ]
     return found

@@ -10,12 +10,12 @@ from weft.files.presence import file_is_missing
 from weft.options.base import CacheDtype, LoadingOptions
 from weft.options.checks import pairs
 from weft.options.training import (
-    checkpoints_of,
     expert_problems,
     gate_problems,
     mixture_problems,
     output_problems,
     own_training_problems,
+    unknown_expert_problems,
 )
 
 
@@ -185,6 +185,9 @@ class TrainOptions(LoadingOptions):
     def wrong(self) -> list[str]:
         """Invalid experts, values out of range, and options that exclude each other."""
         problems = [*expert_problems(self), *gate_problems(self), *mixture_problems(self, self._expert_names())]
+        problems += unknown_expert_problems(
+            [*self.data, *self.eval_data], [] if self.start_from else self._expert_names()
+        )
         return [*problems, *(own_training_problems(self) if self.experts_from else [])]
 
     def models(self) -> list[tuple[str, str]]:
@@ -195,18 +198,13 @@ class TrainOptions(LoadingOptions):
 
     def sources(self) -> list[tuple[str, str]]:
         """The texts, without names of experts."""
-        named = [("data", self._source(value)) for value in [*self.data, *self.eval_data]]
-        return [*named, *(("data", source) for name, source in pairs(self.experts_from) if name and source)]
+        named = [("data", self._source(value)) for value in self.data]
+        named += [("eval_data", self._source(value)) for value in self.eval_data]
+        return [*named, *(("experts_from", source) for name, source in pairs(self.experts_from) if name and source)]
 
     def in_the_way(self) -> list[str]:
         """An output folder that cannot be written."""
         return output_problems(self)
-
-    def doubts(self) -> list[str]:
-        """Checkpoints of an earlier run."""
-        if self.resume or not checkpoints_of(self):
-            return []
-        return [f"output ({self.output}) holds the checkpoints of a run: give another folder, or --resume true"]
 
     @property
     def ends_at_a_plateau(self) -> bool:
@@ -220,4 +218,5 @@ class TrainOptions(LoadingOptions):
         """A source without the name of an expert. The expert names of `start_from` are not known yet."""
         name, source = split_name(value)
         is_named = name in self._expert_names() or (self.start_from is not None and file_is_missing(value))
+        is_named = is_named or bool(unknown_expert_problems([value], self._expert_names()))
         return source if is_named else value

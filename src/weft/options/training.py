@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from weft.errors import CheckpointError
+from weft.files.names import split_name
 from weft.files.ownership import used_folder_problem
-from weft.files.reading import naming_problem, path_shown
+from weft.files.reading import naming_problem, path_shown, read_json
 from weft.files.writing import folder_problem, settle
 from weft.options.checks import least, length_problems, naming_problems, pairs
 from weft.options.ranges import range_problems, routing_problems
+from weft.options.values import words_with_commas
 
 CHECKPOINTS = "checkpoints"  # in the output folder
 # A file in the folder of the checkpoints until one is complete: the output of such a run may be overwritten.
@@ -30,9 +34,19 @@ def expert_problems(options: Any) -> list[str]:
     twice = sorted({*given} & {*trained})
     if twice:
         problems.append(f"adapters and experts_from both name {twice}: each expert has one origin")
-    if not problems and not options.start_from:
+    if not problems and not options.start_from and not words_with_commas(options):
         problems += number_problems([*given, *trained], "adapters and experts_from name")
     return problems
+
+
+def unknown_expert_problems(values: Sequence[str], expert_names: Sequence[str]) -> list[str]:
+    """One sentence for each NAME=FILE of the data in which the name is none of the experts'."""
+    named = [(value, *split_name(value)) for value in values if not os.path.lexists(value)]
+    return [
+        f"data ({value}) is for {name!r}, which is none of the experts ({', '.join(expert_names)})"
+        for value, name, source in named
+        if expert_names and name and name not in expert_names and os.path.isfile(source)
+    ]
 
 
 def number_problems(names: list[str], which: str) -> list[str]:
@@ -99,14 +113,16 @@ def own_training_problems(options: Any) -> list[str]:
 
 
 def output_problems(options: Any) -> list[str]:
-    """Problems of the output folder. One with checkpoints is examined later."""
+    """Problems of the output folder. Whether a run can resume from its checkpoints is examined later."""
     output = Path(options.output)
     problem = naming_problem(output) or folder_problem(output)
     if problem is not None:
         return [f"output ({path_shown(options.output)}) cannot be made: {problem}"]
     if not options.dry_run:
         settle(output, leftovers=True)
-    if checkpoints_of(options):
+    if (found := checkpoints_of(options)) and not options.resume and any(map(_is_complete, found)):
+        return [f"output ({options.output}) holds the checkpoints of a run: give another folder, or --resume true"]
+    if found:
         return []
     if options.resume and not options.experts_from:
         return [f"resume (True) found no checkpoint in {output / CHECKPOINTS}: leave it out to start anew"]
@@ -114,6 +130,17 @@ def output_problems(options: Any) -> list[str]:
         return []
     problem = used_folder_problem(output, "output", own=RUN_FOLDERS)
     return [] if problem is None else [problem]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has one of the files that are written last, as `weft.train.checkpoints` sees it."""
+    if os.path.isfile(checkpoint / "weft_checkpoint.json"):
+        return True
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 def checkpoints_of(options: Any) -> list[Path]:

@@ -51,6 +51,12 @@ def value_problems(options: Any) -> list[str]:
     return problems
 
 
+def words_with_commas(options: Any) -> list[str]:
+    """The words in which several items are given, for which there is a problem."""
+    values = [(field.name, getattr(options, field.name)) for field in dataclasses.fields(options)]
+    return [word for name, words in values if isinstance(words, list) for word in words if _items(word, name)]
+
+
 def _items(word: Any, name: str) -> list[str]:
     """The items of a word that are separated by commas; none if there is no comma, or it may belong to a file name."""
     if not isinstance(word, str) or "," not in word or os.path.exists(_ITEM.sub("", word, count=1)):

@@ -5,6 +5,7 @@ Checks that read no files are done first, in `weft.options.foreseen`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from weft.checkpoint.adapters import local_folder
 from weft.config import XLoraConfig
 from weft.distributed import sharding_is_to_come
 from weft.errors import CheckpointError, ConfigError
+from weft.files.names import by_name
 from weft.files.ownership import used_folder_problem
-from weft.files.reading import read_json
+from weft.files.reading import read_json, shown
 from weft.options import TrainOptions
 from weft.options.training import BEGUN, RUN_FOLDERS, number_problems
 from weft.train.arguments import mixture_options
@@ -47,6 +49,26 @@ def check(options: TrainOptions, adapters: dict[str, str]) -> Checkpoints:
         raise ConfigError("weft train cannot start:", problems)
     XLoraConfig(adapters=adapters, **mixture_options(options))
     return checkpoints
+
+
+def doubts(options: TrainOptions) -> list[str]:
+    """One sentence for each option that has no effect as another one is not given, and each adapter with two names."""
+    useless = {} if options.cache_scaling_pass else dict.fromkeys(("cache_dtype", "cache_folder"), "cache_scaling_pass")
+    own = ("rank", "alpha", "targets", "steps", "epochs", "learning_rate")
+    useless |= {} if options.experts_from else {f"expert_{name}": "experts_from" for name in own}
+    if options.xlora_depth == 1:
+        useless["xlora_size"] = "an xlora_depth of 2 or more"
+    default = TrainOptions()
+    lines = [
+        f"{name} ({shown(getattr(options, name))}) has no effect without {needed}"
+        for name, needed in useless.items()
+        if getattr(options, name) != getattr(default, name)
+    ]
+    first: dict[str, str] = {}
+    for name, path in by_name(options.adapters, "adapters").items():
+        if (other := first.setdefault(os.path.realpath(path), name)) != name:
+            lines.append(f"adapters {other} and {name} are the same ({path}): the gate cannot choose between them")
+    return lines
 
 
 def open_sources(options: TrainOptions, adapters: dict[str, str]) -> Any:
@@ -91,17 +113,10 @@ def _output_problems(options: TrainOptions, checkpoints: Checkpoints) -> list[st
 
 
 def _resume_problems(options: TrainOptions, adapters: dict[str, str], checkpoints: Checkpoints) -> list[str]:
-    """Problems with resuming; or, without `resume`, with the checkpoints of another run in the output folder."""
+    """Problems with resuming."""
     folder = checkpoints_folder(options.output)
     last, damaged = checkpoints.last, checkpoints.damaged
-    if not options.resume:
-        if last is not None:
-            return [f"output ({options.output}) holds the checkpoints of a run: give another folder, or --resume true"]
-        if damaged:
-            return [
-                f"output ({options.output}) holds checkpoints that no run can go on from: {describe(damaged)}; give "
-                f"another folder, or remove {options.output}"
-            ]
+    if not options.resume:  # then there are none of another run, see `refuse_foreseen`
         return []
     if last is None and damaged:
         return [

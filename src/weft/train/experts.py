@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from weft.base_model.loading import load_base, load_tokenizer, loading_options
 from weft.checkpoint.adapters import read_adapters
 from weft.data.batches import RowCollator, RowsAndABlank
-from weft.data.texts import check_length
+from weft.data.texts import check_length, read_each
 from weft.distributed import by_the_first
 from weft.errors import AdapterError, CheckpointError, ConfigError
 from weft.files.digests import changes, digests
@@ -42,7 +42,7 @@ from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
 from weft.train.checks import check
 from weft.train.dry_run import dry_run
-from weft.train.gate import new_mixture, read_eval_rows, read_rows_of, read_training_rows, train
+from weft.train.gate import new_mixture, read_both, read_rows_of, train
 from weft.train.packing_check import check_packing
 from weft.train.plateau import Plan
 from weft.train.stopping import StopOnInterrupt
@@ -93,7 +93,10 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
     adapters = _all_adapters(options, folders)
     resume = options.resume and last_checkpoint(checkpoints_folder(options.output)) is not None
     data = options.data or [f"{name}={source}" for name, source in sources.items()]
-    gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
+    own = {
+        name: value for name, value in vars(TrainOptions()).items() if name in _RECORDED and name.startswith("expert_")
+    }
+    gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume, **own)
     check(gate_options, adapters)
     read_adapters(by_name(options.adapters, "adapters"), allow_dora=options.allow_dora, base_is_known=True)
     missing = [name for name, folder in folders.items() if not _is_complete(name, folder, options)]
@@ -102,8 +105,7 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
     if missing:
         assert options.base is not None
         tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
-        read_training_rows(gate_options, list(adapters), tokenizer)
-        read_eval_rows(gate_options, list(adapters), tokenizer)
+        read_both(gate_options, list(adapters), tokenizer)
         _train_missing(options, say, gate_options=gate_options)
     say(f"training the gate over {', '.join(adapters)}")
     if options.ends_at_a_plateau and not options.data and not options.eval_data:
@@ -146,7 +148,8 @@ def _train_missing(
     folders = {name: experts_folder(options) / name for name in sources}
     missing = {name: source for name, source in sources.items() if not _is_complete(name, folders[name], options)}
     tokenizer = load_tokenizer(options.base, trust_remote_code=options.trust_remote_code)
-    rows = {name: read_rows_of([source], [], tokenizer, options) for name, source in missing.items()}
+    found = read_each(missing.values(), lambda source: read_rows_of([source], [], tokenizer, options))
+    rows = dict(zip(missing, found, strict=True))
     targets, base = _tried_targets(options, list(missing), gate_options, say) if missing else ([], None)
     for name in missing:
         say(f"training expert {name!r} on {sources[name]}: {len(rows[name])} sequences")

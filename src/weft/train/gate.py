@@ -17,7 +17,7 @@ from weft.base_model.loading import load_base, loading_options
 from weft.data.batches import RowCollator, RowsAndABlank
 from weft.data.labelled import training_rows
 from weft.data.packing import packed_rows
-from weft.data.texts import check_length
+from weft.data.texts import check_length, read_each
 from weft.distributed import by_the_first, number_of_processes
 from weft.errors import CheckpointError, ConfigError, WeftError
 from weft.files.names import by_name
@@ -29,7 +29,7 @@ from weft.screen.visible import notice, say
 from weft.train.arguments import mixture_options, steps_to_train, training_arguments
 from weft.train.callbacks import GateCallback
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resume, prepare_folder
-from weft.train.checks import check, open_sources
+from weft.train.checks import check, doubts, open_sources
 from weft.train.comparison import comparison
 from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
@@ -58,13 +58,14 @@ def train(options: TrainOptions) -> Path:
     if options.experts_from:
         raise ConfigError(f"experts_from ({options.experts_from}) needs weft.train.experts.train_in_stages")
     refuse_foreseen(options)
+    for line in doubts(options):
+        by_the_first(notice)(line)
     options = with_mixture_options(options)
     adapters = by_name(options.adapters, "adapters")
     checkpoints = check(options, adapters)
     set_seed(options.seed)
     tokenizer = open_sources(options, adapters)
-    rows = read_training_rows(options, list(adapters), tokenizer)
-    held_out = read_eval_rows(options, list(adapters), tokenizer)
+    rows, held_out = read_both(options, list(adapters), tokenizer)
     record = run_record(options, adapters)
     if checkpoints.last is not None:
         say_resuming(checkpoints.last, record, by_the_first(notice))
@@ -111,6 +112,17 @@ def train(options: TrainOptions) -> Path:
 def new_mixture(base: Any, adapters: dict[str, str], options: TrainOptions) -> PeftModel:
     """A mixture on a base model, with the options of a training."""
     return from_adapters(base, adapters, **mixture_options(options))
+
+
+def read_both(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> tuple[_Rows, _Rows | None]:
+    """Read the training data and the evaluation data, if any.
+
+    Raises:
+        DataError: with the problems of both.
+    """
+    rows, held_out = read_each((read_training_rows, read_eval_rows), lambda read: read(options, adapters, tokenizer))
+    assert rows is not None
+    return rows, held_out
 
 
 def read_training_rows(options: TrainOptions, adapters: Sequence[str], tokenizer: Any) -> _Rows:
