@@ -230,4 +230,5 @@ def test_what_cannot_be_dropped_is_said(base_folder, base_adapters, law, tmp_pat
     torch_model = weft.from_adapters(base_folder, base_adapters, top_k_lora=2)
     torch_model.save_pretrained(tmp_path / "mixture")
     assert main(["eval", str(tmp_path / "mixture"), "--data", f"law={law}", "--rows", "without"]) == 0
-    assert "without math, without code: not possible: top_k_lora (2) must be at most" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "without math, without code: not possible: top_k_lora (2) must be at most" in said

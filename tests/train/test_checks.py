@@ -32,7 +32,7 @@ def test_they_are_said_and_the_training_goes_on(base_folder, base_adapters, tmp_
     fixed = [
         "train",
         "--base",
-        base_folder,
+        str(base_folder),
         "--adapters",
         *adapters,
         "--data",
