@@ -232,6 +232,16 @@ def test_adapter_of_a_model_of_the_same_name_but_another_size_is_refused_by_size
         weft.from_adapters(untouched_base, {"other": other})
 
 
+def test_adapter_of_a_deeper_model_is_refused_with_both_depths(tmp_path, untouched_base):
+    other = Path(save_adapter(tiny_llama(num_hidden_layers=5), lora(), tmp_path / "other", seed=1))
+    change_config(other, base_model_name_or_path="org/deep")
+    untouched_base.name_or_path = "/models/mine"
+    here = untouched_base.config.num_hidden_layers
+    message = rf"adapter 'other' is made for the base model org/deep: 5 layers, here {here} \(/models/mine\)"
+    with pytest.raises(AdapterError, match=message):
+        weft.from_adapters(untouched_base, {"other": str(other)})
+
+
 def test_a_base_model_or_a_mixture_in_the_place_of_an_adapter_is_named(good, tmp_path, untouched_base):
     tiny_llama().save_pretrained(tmp_path / "base")
     message = rf"adapter 'bad' \({tmp_path}/base\) is a base model, not a LoRA adapter of one: give it with --base"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,27 @@ def test_a_base_model_or_an_adapter_in_the_place_of_a_mixture_is_named(
         assert main(words.format(data=data, base=base_folder, adapter=adapter, out=out).split()) == 1
         assert f"weft {line.split()[0]}: error: {message}" in capsys.readouterr().err
         assert not out.exists()
+
+
+def test_a_folder_without_a_mixture_is_told_what_it_holds(mixture, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for step in (9, 10):
+        shutil.copytree(mixture, tmp_path / f"run/checkpoints/checkpoint-{step}")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("")
+    run = f"it holds the checkpoints of a run, which --resume true continues; {tmp_path}/run/checkpoints/checkpoint-10"
+    for folder, message in (
+        ("empty", "it is empty"),
+        ("notes", "it holds todo.txt"),
+        ("run", run),
+        ("run/checkpoints", run),
+    ):
+        assert main(["generate", str(tmp_path / folder), "--prompt", "x"]) == 1
+        said = f"{tmp_path / folder} is no mixture, as adapter_config.json is missing: {message}"
+        assert said in capsys.readouterr().err
+    assert main(["generate", f"{mixture}/experts", "--prompt", "x"]) == 1
+    assert "it holds the folders of adapters or mixtures (code, math): give the mixture's" in capsys.readouterr().err
 
 
 def test_a_base_model_is_not_compared(mixture, base_folder, data, capsys):

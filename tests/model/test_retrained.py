@@ -318,8 +318,8 @@ REFUSED = {
     ),
     "one size only": (
         lambda folder: change(folder, lambda tensors: tensors.pop(HEAD)),
-        r"they contain embeddings of 104 tokens, but not all of \['model.embed_tokens.weight', 'lm_head.weight'\], "
-        r"of which this base model has \[96, 96\]: call model.resize_token_embeddings\(104\) first",
+        r"weights in '.*:\n  - they hold embeddings of 104 tokens, but not all of model.embed_tokens.weight, "
+        r"lm_head.weight, of which this base model has \[96, 96\]: call model.resize_token_embeddings\(104\) first",
     ),
     "unknown": (
         lambda folder: change(folder, lambda tensors: tensors.update({"base_model.model.spare.weight": torch.ones(1)})),

@@ -100,7 +100,7 @@ def test_quiet_leaves_results_and_errors(command, tmp_path, capfd):
     assert main([*command, "--quiet"]) == 1
     found = capfd.readouterr()
     assert found.out == ""
-    assert found.err.startswith("weft train: error: weft train cannot start:")
+    assert found.err.startswith("weft train: error: output (")
 
 
 def test_verbose_lets_through_what_libraries_say(command, capfd):
@@ -143,6 +143,18 @@ weft.mean_scalings(model, ["the quick"], tokenizer=tokenizer)
 common = {"base": base, "max_steps": 1, "expert_steps": 1}
 train(TrainOptions(adapters=adapters, data=[data], eval_data=[data], output=out + "/trained", **common))
 train_experts(TrainOptions(experts_from=["a=" + data], output=out + "/experts", **common))
+
+import peft, transformers
+base_size = model.config.hidden_size
+weft.register_with_peft()
+config = peft.XLoraConfig(adapters=adapters, hidden_size=base_size)
+model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out + "/saved")
+rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2
+arguments = transformers.TrainingArguments(out + "/own", max_steps=1, report_to="none", disable_tqdm=True)
+trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[weft.GateCallback()])
+trainer.remove_callback(transformers.PrinterCallback)
+trainer.train()
 
 print("its own:", file=sys.stderr)
 from peft import LoraConfig, get_peft_model

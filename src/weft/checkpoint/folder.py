@@ -39,6 +39,7 @@ from weft.files.tensors import Opened, read_tensors, taken
 from weft.files.writing import replace_file, settle
 
 GATE_KEY = "internal_xlora_classifier."
+_SHOWN = 5  # names in one message
 # Parts of the names of experts' parameters.
 _EXPERT_PARTS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.")
 
@@ -191,6 +192,8 @@ def _own_options(folder: Path) -> JsonTable:
         raise CheckpointError(
             f"{folder} is a base model, not a mixture: weft train --base {folder} --adapters NAME=FOLDER ... makes one"
         )
+    if os.path.isdir(folder) and not os.path.lexists(folder / CONFIG_NAME):
+        raise CheckpointError(f"{folder} is no mixture, as {CONFIG_NAME} is missing: {_what_is_there(folder)}")
     values = read_json(folder / CONFIG_NAME)
     kind = values.get("peft_type")
     wrong = f"{folder / CONFIG_NAME} is of type {kind_shown(kind)}, expected XLORA"
@@ -202,6 +205,25 @@ def _own_options(folder: Path) -> JsonTable:
     if kind != "XLORA":
         raise CheckpointError(f"{wrong}: a trained mixture")
     return values
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without options has instead, and what to do."""
+    names = sorted(os.listdir(folder))
+    steps = [folder / name for name in names if name.startswith("checkpoint-")]
+    steps += [folder / "checkpoints" / name for name in _names_in(folder / "checkpoints")]
+    whole = [path for path in steps if os.path.isfile(path / CONFIG_NAME)]
+    if whole:
+        last = max(whole, key=lambda path: (len(path.name), path.name))
+        return f"it holds the checkpoints of a run, which --resume true continues; {last} is a mixture"
+    adapters = [name for name in names if os.path.isfile(folder / name / CONFIG_NAME)]
+    if adapters:
+        return f"it holds the folders of adapters or mixtures ({', '.join(adapters[:_SHOWN])}): give the mixture's"
+    return f"it holds {', '.join(names[:_SHOWN])}" if names else "it is empty"
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def write_options(folder: Path, text: str) -> None:

@@ -6,6 +6,7 @@ does not fit, the adapter is refused.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from weft.errors import AdapterError, bullet_list
 from weft.files.reading import is_finite_in_float32
 from weft.files.tensors import not_finite, preview
 
+_LAYER = re.compile(r"\.(\d+)\.")  # the number of a layer in a key, the first one
 _SHOWN = 3  # keys that do not fit, of each kind
 
 
@@ -185,7 +187,7 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
                 f"it was trained with embeddings of {max(rows)} tokens: call "
                 f"model.resize_token_embeddings({max(rows)}) first",
             )
-        what = _misfit(base, adapter, adapter.folder / SAFETENSORS_WEIGHTS_NAME, _widths(base, weights, parameters))
+        what = _misfit(base, adapter, adapter.folder / SAFETENSORS_WEIGHTS_NAME, _sizes(base, weights, parameters))
         raise AdapterError(f"{what}:{bullet_list(problems)}")
     with torch.no_grad():
         for key, parameter in parameters.items():
@@ -195,13 +197,37 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
 
 def _misfit(base: nn.Module, adapter: Adapter, file: Path, widths: str = "") -> str:
     """That an adapter does not fit, and why as far as names and widths tell it."""
-    made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None) or ""
-    if made_for and given and model_name(made_for) != model_name(given):
+    given = getattr(base, "name_or_path", None)
+    if made_for := _another_base(base, adapter):
         why = f": {widths} ({given})" if widths else f", not for {given}"
         return f"adapter {adapter.name!r} is made for the base model {made_for}{why}. {file}"
     if widths:
         return f"adapter {adapter.name!r} does not fit the base model: {widths}. {file}"
     return f"adapter {adapter.name!r} ({file}) does not fit the base model"
+
+
+def of_another_base(base: nn.Module, adapter: Adapter) -> str:
+    """A sentence for an adapter that says that it was trained for another base model; "" for others."""
+    made_for, given = _another_base(base, adapter), getattr(base, "name_or_path", None)
+    return f"adapter {adapter.name!r} is made for the base model {made_for}, not for {given}. " if made_for else ""
+
+
+def _another_base(base: nn.Module, adapter: Adapter) -> str:
+    """The base model for which an adapter says that it was trained, if it is not this one; otherwise ""."""
+    made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None) or ""
+    return made_for if made_for and given and model_name(made_for) != model_name(given) else ""
+
+
+def _sizes(base: nn.Module, weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> str:
+    """Where the adapter's tensors show another hidden size or number of layers than the base model's: which."""
+    return ", ".join(filter(None, (_widths(base, weights, parameters), _depths(weights, parameters))))
+
+
+def _depths(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> str:
+    """ "4 layers, here 2", where an adapter has tensors of layers above the base model's last one."""
+    found = [[int(match[1]) for key in keys if (match := _LAYER.search(key))] for keys in (weights, parameters)]
+    most = [max(numbers, default=-1) for numbers in found]
+    return f"{most[0] + 1} layers, here {most[1] + 1}" if most[0] > most[1] >= 0 else ""
 
 
 def _widths(base: nn.Module, weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> str:

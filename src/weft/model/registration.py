@@ -6,9 +6,10 @@ Without it peft's tables are unchanged; `peft_model_of` builds the same object i
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def register_with_peft() -> None:
         PeftConfigMixin.from_pretrained = classmethod(_config_of_folder)  # type: ignore[assignment]
         _peft_own["type_of"] = PeftConfigMixin.__dict__["_get_peft_type"]
         PeftConfigMixin._get_peft_type = classmethod(_type_of_folder)  # type: ignore[assignment]
+        _peft_own["init"] = PeftModel.__init__
+        PeftModel.__init__ = _init_hushed  # type: ignore[method-assign]
         _peft_own["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA]
         _peft_own["model"] = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA]
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.XLORA] = XLoraConfig
@@ -64,6 +67,7 @@ def unregister_from_peft() -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[PeftType.XLORA] = _peft_own["model"]
         PeftConfigMixin.from_pretrained = _peft_own["from_pretrained"]  # type: ignore[method-assign]
         PeftConfigMixin._get_peft_type = _peft_own["type_of"]  # type: ignore[method-assign]
+        PeftModel.__init__ = _peft_own["init"]  # type: ignore[method-assign]
         _peft_own.clear()
 
 
@@ -84,6 +88,13 @@ def _type_of_folder(cls: type, model_id: Any, **kwargs: Any) -> Any:
     """peft's function for the type of an adapter's folder, which is first restored after a killed write."""
     settle(Path(model_id, kwargs.get("subfolder") or ""))
     return _peft_own["type_of"].__get__(None, cls)(model_id, **kwargs)
+
+
+@functools.wraps(PeftModel.__init__)
+def _init_hushed(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    """peft's constructor, without a warning to peft's developers for mixtures."""
+    with deprecations_of_peft_hidden() if peft_config.peft_type == PeftType.XLORA else nullcontext():
+        _peft_own["init"](self, model, peft_config, *args, **kwargs)
 
 
 def peft_model_of(model: nn.Module, options: XLoraConfig) -> PeftModel:

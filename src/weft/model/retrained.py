@@ -26,7 +26,7 @@ from weft.errors import AdapterError, ConfigError, bullet_list
 from weft.files.reading import shown
 from weft.files.tensors import not_finite
 from weft.model.heads import find_heads
-from weft.model.inject import converted
+from weft.model.inject import converted, of_another_base
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,10 @@ class Retrained:
             problems += self._overflows() or self._vocabulary_problems()
         if problems:
             who = ", ".join(repr(name) for name, one in brought.items() if one)
+            made_for = [of_another_base(base, adapter) for adapter in adapters if brought[adapter.name]]
             raise AdapterError(
-                f"the adapters cannot be experts of one model, because of the base model's weights that {who} contain:"
-                f"{bullet_list(problems)}"
+                f"{''.join(made_for)}the adapters cannot be experts of one model, because of the base model's weights "
+                f"in {who}:{bullet_list(problems)}"
             )
 
     def __bool__(self) -> bool:
@@ -230,7 +231,7 @@ class Retrained:
             return []
         wanted = max(sizes)
         return [
-            f"they contain embeddings of {wanted} tokens, but not all of {names}, of which this base model has "
+            f"they hold embeddings of {wanted} tokens, but not all of {', '.join(names)}, of which this base model has "
             f"{before}: call model.resize_token_embeddings({wanted}) first"
         ]
 

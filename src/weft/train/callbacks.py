@@ -48,6 +48,12 @@ class GateCallback(TrainerCallback):
         """
         callback = trainer.pop_callback(cls) or cls()
         trainer.callback_handler.callbacks.insert(0, callback)
+        callback.on_init_end(trainer.args, trainer.state, trainer.control)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Pin no memory where no device would read it, of which torch warns."""
+        if args.device.type == "cpu":
+            args.dataloader_pin_memory = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Switch the metrics on."""
