@@ -318,6 +318,16 @@ def without_head(base: Any) -> nn.Module:
     return next((part for part in parts if embeddings in part.modules()), base)
 
 
+def vocabulary_size(model: Any) -> int | None:
+    """The number of token ids that a model can read; None if that is not known."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    size = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
 def _width(config: Any, names: Sequence[str]) -> int | None:
     """The first of these options that is set in a config."""
     for name in names:
