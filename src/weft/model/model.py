@@ -103,7 +103,10 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         _take_out_earlier(model)
         _refuse_to_mix(model, options, adapter_name)
         self.backbone = Backbone(model)
-        options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
+        is_saved = saved is not None or options.folder is not None
+        options.hidden_size = self.backbone.hidden_size(
+            options.hidden_size, inside=options.reads_inside, is_saved=is_saved
+        )
         heads = find_heads(model, self.backbone.module, options.heads)
         adapters = read_adapters(
             options.adapters or {},
