@@ -26,8 +26,8 @@ from weft.checkpoint.base_place import lasting_name
 from weft.checkpoint.folder import SavedMixture, open_mixture, write_options
 from weft.checkpoint.gate_sizes import refuse_other_sizes
 from weft.errors import ConfigError
+from weft.files.failures import errors_of_writing
 from weft.files.reading import kind_shown, shown
-from weft.files.writing import errors_of_writing
 from weft.options.ranges import GATE_LOSSES, range_problems, routing_problems, type_problems
 
 # Arguments of peft's `from_pretrained` for the download; they are not options.
@@ -219,7 +219,7 @@ class XLoraConfig(PeftConfig):
             model.save_beside_gate(self, folder, auto_mapping)
             return
         replaced = {} if auto_mapping is None else {"auto_mapping": auto_mapping}
-        with errors_of_writing(folder, "what is there may not be whole", "free some space, and save again"):
+        with errors_of_writing(folder, "what is there may not be whole", "save to another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             write_options(folder, config_json(self, **replaced))
 

@@ -99,6 +99,26 @@ def test_a_mixture_that_is_saved_again_elsewhere_finds_it_from_there(project, tm
     assert from_here(fewer) == "../my-model"
 
 
+@pytest.mark.parametrize("base", ["my-model", "loaded"])
+def test_a_change_of_directory_before_saving_changes_nothing(base, project, base_adapters, monkeypatch):
+    monkeypatch.chdir(project)
+    if base == "loaded":
+        base = transformers.AutoModelForCausalLM.from_pretrained("my-model")
+    model = weft.from_adapters(base, {name: f"adapters/{name}" for name in base_adapters})
+    again = weft.from_pretrained("my-mixture")
+    monkeypatch.chdir("/")
+    for name, saved in (("one", model), ("two", again)):
+        folder = project / "runs" / name
+        quietly(saved.save_pretrained, folder)
+        for file in (CONFIG, "experts/math/" + CONFIG):
+            stored, before = (json.loads((place / file).read_text()) for place in (folder, project / "my-mixture"))
+            assert stored == before
+        assert from_here(folder) == "../../my-model"
+        assert base_of(folder) == str(project / "my-model")
+    peft_config = peft.PeftConfig.from_pretrained(project / "runs/one/experts/math")
+    assert peft_config.base_model_name_or_path == str(project / "my-model")
+
+
 def test_a_hub_id_stays_one(project):
     change_json(project / "my-mixture" / CONFIG, base_model_name_or_path="org/model")  # which somebody has changed
     assert base_name(str(project / "my-mixture"), None) == "org/model"

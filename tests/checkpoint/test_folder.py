@@ -12,7 +12,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import weft
-from models import folder_files, lora, quietly, randomise, save_adapter, tiny_llama
+from models import folder_files, lora, quietly, randomise, save_adapter, tiny_llama, tiny_tokenizer
+from weft.cli import main
 from weft.errors import AdapterError, CheckpointError, ConfigError
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "weft_manifest.json"
@@ -430,8 +431,33 @@ def test_option_that_is_not_of_the_saved_tensors_may_be_changed_by_hand(folder):
 
 
 def test_base_model_of_another_width_is_refused(folder):
-    with pytest.raises(ConfigError, match=r"hidden_size \(32\) must be the base model's \(16\)"):
+    another = r"base \(LlamaForCausalLM\) is another model than that of the mixture: its hidden size is 16, the m.* 32:"
+    with pytest.raises(CheckpointError, match=another):
         weft.from_pretrained(folder, tiny_llama(hidden_size=16))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--start-from", "MIXTURE", "--data", "DATA", "--output", "out"],
+        ["eval", "MIXTURE", "--data", "DATA"],
+        ["generate", "MIXTURE", "--prompt", "x"],
+        ["add-expert", "MIXTURE", "law=MIXTURE/experts/math", "--output", "out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_so_it_is_in_every_command_and_no_option_is_named(command, mixture, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer), hidden_size=48, max_position_embeddings=1024).save_pretrained("other-model")
+    tokenizer.save_pretrained("other-model")
+    Path("data.txt").write_text("the quick brown fox " * 20)
+    words = [word.replace("MIXTURE", mixture).replace("DATA", "data.txt") for word in command]
+    assert main([*words, "--base", "other-model"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"weft {command[0]}: error: base (other-model) is another model than that of the mixture: its hidden size is "
+        "48, the mixture's 32: give the base model that the mixture was made for"
+    )
 
 
 def test_base_model_that_is_not_named_must_be_given(folder):

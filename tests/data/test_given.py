@@ -1,13 +1,15 @@
 """What is given to be read in Python: the same kinds in every function, and one error for all others."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import weft
-from models import tiny_llama, tiny_tokenizer
-from weft.data.given import given_tokens
+from models import VOCAB, lora, save_adapter, tiny_llama, tiny_tokenizer
+from weft.base_model.backbone import vocabulary_size
+from weft.data.given import given_tokens, several
 from weft.errors import ConfigError, DataError
 from weft.evaluate import perplexity
 
@@ -56,9 +58,14 @@ def test_messages_are_rendered_and_a_prompt_is_to_be_answered(tokenizer):
 
 
 @pytest.fixture
-def functions(llama_adapters, tokenizer):
+def mixture_model(llama_adapters, tokenizer):
+    return weft.from_adapters(tiny_llama(vocab_size=len(tokenizer)), llama_adapters).eval()
+
+
+@pytest.fixture
+def functions(mixture_model):
     """Each function that reads something, as one of what is given, and what it calls it."""
-    model = weft.from_adapters(tiny_llama(vocab_size=len(tokenizer)), llama_adapters).eval()
+    model = mixture_model
     return {
         "example 1": lambda given, **options: weft.fit_gate(model, [TEXT_IDS, given], **options),
         "text": lambda given, **options: weft.trace(model, given, **options).token_ids.tolist(),
@@ -90,7 +97,8 @@ def test_every_function_takes_all_kinds(what, functions, tokenizer):
 @pytest.mark.parametrize(
     ("given", "kind"),
     [
-        (5, "torch.int64 of shape []"),
+        (5, "5, a single value"),
+        (torch.tensor(5), "tensor(5), a single value"),
         (None, "NoneType"),
         (["one", "two"], "list"),
         ([0.5, 1.5], "torch.float32 of shape [2]"),
@@ -106,6 +114,87 @@ def test_other_values_are_refused_with_an_example(given, kind, functions, tokeni
     for what, function in functions.items():
         with pytest.raises(ConfigError, match=re.escape(f"{what} ({kind}) {EXPECTED}")):
             function(given, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("wrong", [10_000, -1])
+def test_token_ids_that_the_model_does_not_have_are_refused(wrong, functions, tokenizer):
+    size = len(tokenizer)
+    for what, function in functions.items():
+        with pytest.raises(ConfigError) as raised:
+            function([5, wrong, 6])
+        assert str(raised.value) == (
+            f"{what} (token id {wrong}) must have ids of the model's vocabulary of {size} tokens, 0 to {size - 1}: "
+            "take the tokenizer of its base model"
+        )
+
+
+def test_the_tokens_of_a_file_are_checked_too(mixture_model, tokenizer, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(TEXT)
+
+    def trace_file(tokenizer):
+        weft.trace_data(mixture_model, {"a": str(file)}, tokenizer=tokenizer, sequence_length=64)
+
+    tokenizer.add_tokens([" contract"])  # which the model does not have
+    with pytest.raises(ConfigError, match=rf"data \({file}\) \(token id {len(tokenizer) - 1}\) must have ids of the"):
+        trace_file(tokenizer)
+    with pytest.raises(ConfigError, match=rf"tokenizer \(None\) must be given with a file \({file}\)"):
+        trace_file(None)
+
+
+def test_the_vocabulary_is_that_of_the_embeddings(llama_adapters, base_folder, tmp_path):
+    base = tiny_llama()
+    assert vocabulary_size(base) == VOCAB
+    base.resize_token_embeddings(VOCAB + 8)
+    model = weft.from_adapters(base, llama_adapters)
+    assert vocabulary_size(model) == vocabulary_size(model.base_model.backbone.base) == VOCAB + 8
+    embedding = save_adapter(tiny_llama(), lora(target_modules=["embed_tokens", "q_proj"]), tmp_path / "a", seed=1)
+    adapted = weft.from_adapters(tiny_llama(), {"embedding": embedding, "math": llama_adapters["math"]})
+    assert vocabulary_size(adapted) == VOCAB
+    assert vocabulary_size(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("my-model", r"'my-model'\) must be a tokenizer, e.g. AutoTokenizer.from_pretrained\('my-model'\)"),
+        (Path("my-model"), r"'my-model'\) must be a tokenizer, e.g. AutoTokenizer.from_pretrained\('my-model'\)"),
+        (torch.nn.Linear(2, 2), r"Linear\) must be a tokenizer, e.g. AutoTokenizer.from_pretrained\(\.\.\.\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_tokenizer_is_refused(wrong, named, functions, mixture_model):
+    for function in functions.values():
+        for given in (TEXT, TEXT_IDS):
+            with pytest.raises(ConfigError, match=rf"^tokenizer \({named}"):
+                function(given, tokenizer=wrong)
+    with pytest.raises(ConfigError, match=rf"^tokenizer \({named}"):
+        weft.trace_data(mixture_model, {"a": "a.txt"}, tokenizer=wrong, sequence_length=64)
+
+
+def test_several_are_a_list_or_anything_that_can_be_gone_through(tokenizer):
+    texts = ["one", "two"]
+    assert several(texts, "examples") is texts
+    assert several((text for text in texts), "examples") == several({"one": 1, "two": 2}.keys(), "examples") == texts
+    kinds = {"None": None, "int": 5, "str": "one", "dict": {"text": "one"}, "Tensor": torch.tensor(5)}
+    for kind, wrong in kinds.items():
+        with pytest.raises(ConfigError, match=rf"^examples \({kind}\) must be a list of texts or rows: \[...\]$"):
+            several(wrong, "examples")
+    with pytest.raises(ConfigError, match=r"^examples \(BatchEncoding\)"):
+        several(tokenizer(texts), "examples")
+
+
+def test_every_function_of_several_refuses_one(mixture_model, tokenizer, without_type_checks):
+    for wrong, kind in ((None, "None"), (TEXT, "str")):
+        with pytest.raises(ConfigError, match=rf"sequences \({kind}\) must be a list of texts or rows"):
+            perplexity(mixture_model, wrong, 1, tokenizer=tokenizer)
+        with pytest.raises(ConfigError, match=rf"sequences \({kind}\) must be a list of texts or rows"):
+            weft.mean_scalings(mixture_model, wrong, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"data of a \(None\) must be a list of texts or rows"):
+        weft.trace_data(mixture_model, {"a": None}, tokenizer=tokenizer, sequence_length=64)
+    for wrong, kind in ((None, "NoneType"), ([TEXT], "list")):
+        with pytest.raises(ConfigError, match=rf"data \({kind}\) must be a table of data sets: \{{name: file or list"):
+            weft.trace_data(mixture_model, wrong, tokenizer=tokenizer)
 
 
 def test_texts_need_a_tokenizer(functions):

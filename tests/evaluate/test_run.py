@@ -336,8 +336,8 @@ def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp
         with pytest.raises(CheckpointError) as raised:
             cells.keep("b" * 64, "weft", "code", cell)
     assert str(raised.value) == (
-        f"{file} cannot be written: [Errno 27] File too large (what was measured before is kept in it); free some "
-        "space, and the same command continues"
+        f"{file} cannot be written: [Errno 27] File too large (what was measured before is kept in it); mend that, and "
+        "the same command continues"
     )
     again = CellStore(file)
     again.keep("b" * 64, "weft", "code", cell)

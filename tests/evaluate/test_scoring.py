@@ -203,3 +203,9 @@ def test_perplexity_is_the_same_for_every_batch_size():
             count += len(sequence) - 1
     for batch_size in (1, 2, 4):
         assert perplexity(model, sequences, batch_size) == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_perplexity_needs_a_token_to_predict():
+    for sequences in ([], [[5]]):
+        with pytest.raises(DataError, match=r"sequences hold no text of two tokens or more: there is no token"):
+            perplexity(tiny_llama(), sequences, 1)

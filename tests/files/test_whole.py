@@ -1,5 +1,6 @@
 """Saving replaces all or nothing, also on a disk that is full half-way."""
 
+import errno
 import json
 import os
 from contextlib import suppress
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import weft
@@ -218,8 +220,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with full_disk(), pytest.raises(CheckpointError) as raised:
         replace_file(file, lambda path: path.write_bytes(b"x" * 4000))
     assert str(raised.value) == (
-        f"{file} cannot be written: [Errno 27] File too large (what was there before is unchanged); free some space, "
-        "or give another file"
+        f"{file} cannot be written: [Errno 27] File too large (what was there before is unchanged); give another file"
     )
     assert contents(tmp_path) == {"file": b"old"}
     (tmp_path / "file.part").symlink_to(tmp_path / "other")  # left by nobody of weft's
@@ -246,6 +247,27 @@ def test_whatever_a_library_raises_on_a_full_disk_is_one_error(error, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space, or give another file"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some space, or give another file"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "free some space, or give another file"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "free some space, or give another file"),
+        (PermissionError(errno.EACCES, "Permission denied"), "give another file"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "give another file"),
+    ],
+    ids=str,
+)
+def test_to_free_some_space_is_said_where_the_disk_may_be_full(error, advice, tmp_path):
+    def fail(path):
+        raise error
+
+    with pytest.raises(CheckpointError) as raised:
+        replace_file(tmp_path / "file", fail)
+    assert str(raised.value).endswith(f"cannot be written: {error} (nothing is left there); {advice}")
+
+
 def test_a_bug_is_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(TypeError):
         replace_folder(tmp_path / "folder", lambda part: len(3), "config")
@@ -267,6 +289,17 @@ def test_what_cannot_be_written_is_found_before(tmp_path):
         with pytest.raises(ConfigError, match=rf"output \({tmp_path}/{path}\) cannot be written: .*{reason}; give ano"):
             check_folder(tmp_path / path, "output")
     check_folder(tmp_path / "a/b", "output")
+    with pytest.raises(ConfigError, match=r"/proc( \(No such file or directory\)| is not yours to write in); give ano"):
+        check_folder("/proc/a/b", "output")
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_a_full_disk_does_not_refuse_a_folder_that_may_have_space_later(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("weft.files.writing.tempfile.mkdtemp", full)
+    check_folder(tmp_path / "a", "output")
 
 
 def test_several_processes_may_make_a_folder_and_what_a_killed_one_left_goes(tmp_path):

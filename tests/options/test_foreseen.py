@@ -1,11 +1,14 @@
 """What can be told to be wrong before anything is imported or loaded is told at once."""
 
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from huggingface_hub import constants
 
+from rights import ordinary_rights
 from weft.errors import ConfigError
 from weft.files.ownership import FOLDED
 from weft.options import (
@@ -264,6 +267,41 @@ def test_items_with_commas_are_one_problem():
 def test_what_was_folded_may_be_folded_again(tmp_path):
     (tmp_path / "notes" / FOLDED).write_text("{}")
     assert foreseen(FoldOptions("mixture", "notes", weights=["a=1"])) == []
+
+
+OUTPUTS = {
+    "fold": lambda output: FoldOptions("mixture", output, weights=["a=1"]),
+    "convert": lambda output: ConvertOptions("mixture", "peft", output),
+    "add-expert": lambda output: AddExpertOptions("mixture", "poems=adapters/code", output),
+    "drop-expert": lambda output: DropExpertOptions("mixture", "law", output),
+    "pull": lambda output: PullOptions("me/mixture", output),
+    "train": lambda output: train(output=output),
+    "a cache": lambda output: train(cache_scaling_pass=True, cache_folder=output),
+}
+
+
+@pytest.mark.parametrize("options", OUTPUTS.values(), ids=OUTPUTS)
+def test_a_folder_that_cannot_be_made_is_refused(options, tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o555)
+    reasons = {
+        "/proc/out": r"no folder can be made in /proc \(No such file or directory\)",
+        "a.jsonl/out": f"{tmp_path}/a.jsonl is a file, expected a folder",
+        "mine/out": rf"no folder can be made in {tmp_path}/mine \(Permission denied\)",
+    }
+    before = sorted(tmp_path.rglob("*"))
+    for output, reason in reasons.items():
+        with ordinary_rights() if output == "mine/out" else nullcontext():
+            (problem,) = foreseen(options(output))
+        start, end = rf"(output|cache_folder) \({output}\) cannot be (written|made): ", "; give another folder"
+        assert re.fullmatch(f"{start}({reason}|.* is not yours to write in){end}", problem)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cache_folder_that_is_there_may_be_read_only(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o555)
+    with ordinary_rights():
+        assert foreseen(train(cache_scaling_pass=True, cache_folder="mine")) == []
+        assert foreseen(train(cache_folder="mine/cache")) == []  # not used
 
 
 def test_a_dry_run_leaves_what_a_killed_process_has_left(tmp_path):

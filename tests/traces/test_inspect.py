@@ -108,7 +108,7 @@ def test_figures_are_written_whole_or_not_at_all(suffix, tmp_path):
     trace = made(list("the texts."), experts=[f"e_{number}$" for number in range(10)], texts=texts)
     write_figure(trace, tmp_path / f"gates.{suffix}")
     assert (tmp_path / f"gates.{suffix}").stat().st_size > 1000
-    with pytest.raises(ValueError, match=r"none/gates.\w+ cannot be written: .*, or give another file"):
+    with pytest.raises(ValueError, match=r"none/gates.\w+ cannot be written: .*; give another file"):
         write_figure(trace, tmp_path / "none" / f"gates.{suffix}")
 
 

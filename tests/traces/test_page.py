@@ -396,7 +396,7 @@ def test_2000_tokens_210_layers_and_16_experts_are_fast(show):
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"none/page.html cannot be written: .*, or give another file"):
+    with pytest.raises(ValueError, match=r"none/page.html cannot be written: .*; give another file"):
         write_page([made(PIECES)], tmp_path / "none" / "page.html")
     with pytest.raises(ValueError, match="traces is empty: the page needs at least one"):
         page([])

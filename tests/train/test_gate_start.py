@@ -297,6 +297,22 @@ def test_long_texts_are_cut_into_sequences(positions, sequences, for_texts):
     assert f" of 1,280 tokens of {sequences} sequences" in said[0]
 
 
+def test_a_generator_of_examples_is_a_list_of_them(llama_adapters):
+    model, other = (weft.from_adapters(tiny_llama(), llama_adapters) for _ in range(2))
+    assert weft.fit_gate(model, (row for row in rows(8)), "labels") == weft.fit_gate(other, rows(8), "labels")
+
+
+def test_a_tokenizer_in_the_place_of_by_is_named_in_short(llama_adapters, without_type_checks):
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    with pytest.raises(ConfigError) as raised:
+        weft.fit_gate(model, ["one", "two"], tiny_tokenizer())
+    kind = type(tiny_tokenizer()).__name__
+    assert raised.value.problems == [f"by ({kind}) must be 'labels' or 'losses': give the tokenizer with tokenizer="]
+    with pytest.raises(ConfigError) as raised:
+        weft.fit_gate(model, ["one", "two"], 3)
+    assert raised.value.problems == ["by (int) must be 'labels' or 'losses'"]
+
+
 def test_what_cannot_be_fitted_is_an_error(llama_adapters):
     model = weft.from_adapters(tiny_llama(), llama_adapters, enable_softmax=False)
     before = [value.clone() for value in model.internal_xlora_classifier.parameters()]
@@ -312,8 +328,8 @@ def test_what_cannot_be_fitted_is_an_error(llama_adapters):
         weft.fit_gate(model, [{"input_ids": [1]}])
     with pytest.raises(ConfigError, match=r"tokenizer \(None\) must be given with a text \('(one|two)'\)"):
         weft.fit_gate(model, ["one", "two"])
-    for examples, kind in (("one text", "str"), ({"text": ["one", "two"]}, "dict")):
-        with pytest.raises(ConfigError, match=rf"examples \(a {kind}\) must be a list of texts or rows: \[...\]"):
+    for examples, kind in (("one text", "str"), ({"text": ["one", "two"]}, "dict"), (None, "None")):
+        with pytest.raises(ConfigError, match=rf"examples \({kind}\) must be a list of texts or rows: \[...\]"):
             weft.fit_gate(model, examples, tokenizer=tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"model \(LlamaForCausalLM\) must be a mixture of weft's"):
         weft.fit_gate(tiny_llama(), rows())

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from weft.base_model.devices import CACHE_NAMES, where_it_starts
 from weft.base_model.first_layers import ShortBackbone
 from weft.base_model.versions import croppable
-from weft.errors import CacheError, ConfigError
+from weft.errors import CacheError, CheckpointError, ConfigError
 
 # Options of the call that are not passed to the scaling pass.
 _OUTPUT_OPTIONS = {"output_hidden_states", "output_attentions", "return_dict", "use_cache", *CACHE_NAMES}
@@ -250,15 +250,17 @@ class Backbone:
             return False
         return name in self._accepted or (self._open and name not in self._heads_own | _LOSS_OPTIONS)
 
-    def hidden_size(self, given: int | None = None, *, inside: bool = False) -> int:
+    def hidden_size(self, given: int | None = None, *, inside: bool = False, is_saved: bool = False) -> int:
         """The width of the last hidden state; in a multimodal model, of the text part.
 
         Args:
             given: the width in the mixture's options, or None.
             inside: return the width of the residual stream between the decoder layers instead.
+            is_saved: `given` is that of a saved mixture, not a user's.
 
         Raises:
             ConfigError: the base model's config does not have it, or it differs from `given`.
+            CheckpointError: it differs from that of the saved mixture.
         """
         # OPT projects its last hidden state to the width of its embeddings.
         names = ("hidden_size",) if inside else ("word_embed_proj_dim", "hidden_size", "hidden_sizes")
@@ -276,6 +278,12 @@ class Backbone:
                 f"hidden_size (None) must be given: the config of {type(self.base).__name__} does not tell it"
             )
         if given not in (None, found) and found is not None:
+            if is_saved:
+                name = getattr(self.base, "name_or_path", None) or type(self.base).__name__
+                raise CheckpointError(
+                    f"base ({name}) is another model than that of the mixture: its hidden size is {found}, the "
+                    f"mixture's {given}: give the base model that the mixture was made for"
+                )
             raise ConfigError(f"hidden_size ({given}) must be the base model's ({found}): leave it out to infer it")
         width = found or given
         assert width is not None
@@ -316,6 +324,16 @@ def without_head(base: Any) -> nn.Module:
     embeddings = base.get_input_embeddings()
     parts = [part for part in base.children() if isinstance(part, PreTrainedModel)]
     return next((part for part in parts if embeddings in part.modules()), base)
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """The number of token ids that a model can read; None if that is not known."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    size = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", None)
+    return size if isinstance(size, int) else None
 
 
 def _width(config: Any, names: Sequence[str]) -> int | None:

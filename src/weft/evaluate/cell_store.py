@@ -17,8 +17,9 @@ import torch
 
 from weft.checkpoint.adapters import local_folder
 from weft.errors import CheckpointError, ConfigError
+from weft.files.failures import errors_of_writing
 from weft.files.reading import is_number, parse_json, read_bytes, reason
-from weft.files.writing import check_file, errors_of_writing
+from weft.files.writing import check_file
 
 _SAMPLED = 64  # values of each of the base's parameters
 
@@ -95,8 +96,9 @@ class CellStore:
         self._known[digest] = cell
         if self.file is not None:
             line = json.dumps({"digest": digest, "row": row, "data": data, "cell": asdict(cell)})
-            kept, advice = "what was measured before is kept in it", "free some space, and the same command continues"
-            with errors_of_writing(self.file, kept, advice), self.file.open("a", encoding="utf-8") as out:
+            kept, then = "what was measured before is kept in it", "and the same command continues"
+            advices = f"mend that, {then}", f"free some space, {then}"
+            with errors_of_writing(self.file, kept, *advices), self.file.open("a", encoding="utf-8") as out:
                 out.write(("\n" if self._broken else "") + line + "\n")
             self._broken = False
 

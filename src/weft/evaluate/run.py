@@ -25,8 +25,8 @@ from weft.evaluate.merges import best_merge
 from weft.evaluate.report import MIXTURE, Measurement, Report, check_outputs, notes, render, write
 from weft.evaluate.rows import ORACLE, Row, all_rows, chosen, only
 from weft.evaluate.scoring import Runner, Scores, score, value_of
+from weft.files.failures import NotWrittenError
 from weft.files.names import by_name
-from weft.files.writing import NotWrittenError
 from weft.model.build import base_name
 from weft.options import EvalOptions
 from weft.options.foreseen import refuse_foreseen

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weft.base_model.backbone import vocabulary_size
 from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
-from weft.data.given import Given, some_tokens
+from weft.data.given import Given, several, some_tokens
 from weft.data.padded import padded_batches
+from weft.errors import DataError
 from weft.evaluate.data_sets import DataSet, windows_of
 from weft.generation.stream import end_tokens
 
@@ -199,10 +201,18 @@ def perplexity(
 
     Raises:
         ConfigError: a sequence is something else.
+        DataError: no sequence has two tokens.
 
     Example:
         >>> perplexity(model, ["The contract says", "def f(x):"], batch_size=2, tokenizer=tokenizer)
     """
-    rows = [some_tokens(given, f"sequence {number}", tokenizer) for number, given in enumerate(sequences)]
+    vocabulary = vocabulary_size(model)
+    rows = [
+        some_tokens(given, f"sequence {number}", tokenizer, vocabulary=vocabulary)
+        for number, given in enumerate(several(sequences, "sequences"))
+    ]
     losses = list(token_losses(Runner(model, batch_size=batch_size, freeze_after=freeze_after), rows))
-    return _exp(sum(float(loss.double().sum()) for loss in losses) / sum(len(loss) for loss in losses))
+    number = sum(len(loss) for loss in losses)
+    if not number:
+        raise DataError("sequences hold no text of two tokens or more: there is no token to predict")
+    return _exp(sum(float(loss.double().sum()) for loss in losses) / number)

@@ -23,8 +23,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weft.errors import CheckpointError, ConfigError, WeftError, first_line
-from weft.files.reading import naming_problem, path_shown
+from weft.errors import CheckpointError, ConfigError, first_line
+from weft.files.failures import NotWrittenError, errors_of_writing, failure, is_failed_write, is_full_disk
+from weft.files.reading import naming_problem, path_shown, reason
 
 try:
     import fcntl
@@ -32,48 +33,13 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 _NEW, _OLD, _EXCHANGE, _UNFINISHED = ".part", ".old", ".exchange", "unfinished-"
+_PROBE = ".weft-"  # an empty folder, removed at once
 # The config file that is required to load a folder, in each layout.
 _CONFIGS = ("adapter_config.json", "xlora_config.json")
 # Seconds to wait for another process that has locked a folder.
 _PATIENCE = 10.0
 _UNCHANGED, _NOTHING = "what was there before is unchanged", "nothing is left there"
 _WAITS = "what was there before is in {}, and is restored when the folder is next read or written"
-# In the messages of failed writes that are no OSError: tokenizers (Rust) raises Exception, torch raises RuntimeError.
-_SIGNS = ("(os error ", "PytorchStreamWriter", "inline_container.cc")
-
-
-class NotWrittenError(CheckpointError):
-    """A file cannot be written. The old file, if any, is unchanged."""
-
-
-def is_failed_write(err: BaseException) -> bool:
-    """Whether an error of any library means that a write failed (full disk, no permission)."""
-    from safetensors import SafetensorError  # not above: the checks of options import this module, for the docs too
-
-    if isinstance(err, WeftError):
-        return isinstance(err, NotWrittenError)
-    return isinstance(err, (OSError, SafetensorError)) or any(sign in str(err) for sign in _SIGNS)
-
-
-@contextmanager
-def errors_of_writing(what: str | os.PathLike[str], kept: str, advice: str) -> Iterator[None]:
-    """Turn a failed write in the block into an error with the path, what is kept, and what to do.
-
-    Args:
-        what: the file or folder that is written.
-        kept: the state after the failure, for the message.
-        advice: what to do, for the message.
-
-    Raises:
-        NotWrittenError: a write in the block failed.
-    """
-    try:
-        yield
-    except Exception as err:
-        if is_failed_write(err) and not isinstance(err, WeftError):
-            text = f"{os.fspath(what)} cannot be written: {first_line(err)} ({kept}); {advice}"
-            raise NotWrittenError(text) from err
-        raise
 
 
 def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
@@ -84,7 +50,7 @@ def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
     """
     unfinished = file.with_name(f"{file.name}{_NEW}")
     kept = _UNCHANGED if os.path.lexists(file) else _NOTHING
-    with errors_of_writing(file, kept, "free some space, or give another file"):
+    with errors_of_writing(file, kept, "give another file"):
         try:
             _remove(unfinished)  # from a killed process; if it is a link, writing would follow it
             write(unfinished)
@@ -127,9 +93,7 @@ def replace_folder(folder: Path, write: Callable[[Path], Any], last: str) -> Non
             with suppress(OSError):
                 kept = _WAITS.format(folder / _OLD) if _is_halfway(folder) else kept
             cause = err.__cause__ if isinstance(err, NotWrittenError) and err.__cause__ else err
-            raise CheckpointError(
-                f"{folder} cannot be written: {first_line(cause)} ({kept}); free some space, or give another folder"
-            ) from err
+            raise CheckpointError(failure(folder, cause, kept, "give another folder")) from err
         raise
 
 
@@ -147,7 +111,7 @@ def make_folder(folder: Path, fill: Callable[[Path], Any]) -> None:
         CheckpointError: the folder cannot be written.
     """
     kept = _UNCHANGED if os.path.lexists(folder) else _NOTHING
-    with errors_of_writing(folder, kept, "free some space, or give another folder"), ExitStack() as stack:
+    with errors_of_writing(folder, kept, "give another folder"), ExitStack() as stack:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent):
             for path in folder.parent.glob(f"{_UNFINISHED}*"):
@@ -179,7 +143,7 @@ def temporary_folder(fill: Callable[[Path], Any]) -> Iterator[Path]:
         CheckpointError: the folder cannot be written.
     """
     with ExitStack() as stack:
-        advice = "free some space there, or set TMPDIR to another folder"
+        advice = "set TMPDIR to another folder"
         with errors_of_writing(f"temporary folder {tempfile.gettempdir()}", _NOTHING, advice):
             made = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             folder = Path(stack.enter_context(made))
@@ -253,7 +217,10 @@ def check_folder(folder: str | os.PathLike[str], option: str) -> None:
 
 
 def folder_problem(folder: str | os.PathLike[str]) -> str | None:
-    """Why a folder cannot be created or written, as far as can be found without writing; None if it can."""
+    """Why a folder cannot be created or written; None if it can. A full disk is no reason: it may have space later.
+
+    For a new folder, a temporary one is made in the nearest folder above it and removed again.
+    """
     path = Path(folder).absolute()
     try:
         path.stat()
@@ -264,7 +231,19 @@ def folder_problem(folder: str | os.PathLike[str]) -> str | None:
     there = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not there.is_dir():
         return f"{there} is a file, expected a folder"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} is not yours to write in"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} is not yours to write in"
+    # An existing folder may be another process's output too, which a temporary folder in it would disturb.
+    return None if there == path else _making_problem(there)
+
+
+def _making_problem(folder: Path) -> str | None:
+    """Why no folder can be made in this one; None if it can. Some file systems allow none, whatever the rights are."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=_PROBE, dir=folder))
+    except OSError as err:
+        return None if is_full_disk(err) else f"no folder can be made in {folder} ({reason(err)})"
+    return None
 
 
 def _replace(folder: Path, write: Callable[[Path], Any], last: str) -> None:

@@ -31,11 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weft.base_model.backbone import vocabulary_size
 from weft.base_model.devices import execution_device
 from weft.checkpoint.adapter_keys import KEY_PREFIX
 from weft.checkpoint.base_place import lasting_name
 from weft.config import XLoraConfig
-from weft.data.given import Given, some_tokens
+from weft.data.given import Given, several, some_tokens
 from weft.data.padded import padded_batches
 from weft.errors import AdapterError, ConfigError, DataError
 from weft.files.ownership import FOLDED, refuse_used_folder
@@ -168,7 +169,8 @@ def mean_scalings(
         >>> weights.shape  # [layer, expert]
         >>> weft.fold(model, "folded", weights)
     """
-    if not sequences:
+    sequences = several(sequences, "sequences")
+    if not len(sequences):
         raise DataError("sequences is empty: the gate's mean needs at least one text")
     if model.backbone.is_encoder_decoder:
         raise ConfigError(
@@ -180,7 +182,11 @@ def mean_scalings(
     options = model.xlora_config
     total = torch.zeros(len(options.layer_names), len(options.expert_names), dtype=torch.float64)
     device = execution_device(model)
-    rows = [some_tokens(given, f"sequence {number}", tokenizer) for number, given in enumerate(sequences)]
+    vocabulary = vocabulary_size(model.backbone.base)
+    rows = [
+        some_tokens(given, f"sequence {number}", tokenizer, vocabulary=vocabulary)
+        for number, given in enumerate(sequences)
+    ]
     for input_ids, attention_mask in padded_batches(rows, batch_size):
         model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
         scalings = model.passes.followed()

@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache
 
+from weft.base_model.backbone import vocabulary_size
 from weft.base_model.devices import execution_device
 from weft.base_model.versions import can_crop, keep_for_crop
 from weft.data.given import Given, some_tokens
@@ -127,7 +128,8 @@ def stream(
             f"model ({type(tuner.backbone.base).__name__}) keeps its state in no cache of transformers' own, which "
             "stream needs: use model.generate(..., use_cache=False)"
         )
-    input_ids = torch.tensor([some_tokens(prompt, "prompt", tokenizer, is_prompt=True)])
+    vocabulary = vocabulary_size(tuner.backbone.base)
+    input_ids = torch.tensor([some_tokens(prompt, "prompt", tokenizer, is_prompt=True, vocabulary=vocabulary)])
     input_ids = input_ids.to(execution_device(tuner.backbone.base))
     cache = tuner.backbone.empty_cache() if past_key_values is None else past_key_values
     max_new_tokens = _that_fit(max_new_tokens, tuner, input_ids, cache)

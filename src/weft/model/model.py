@@ -23,6 +23,7 @@ from weft.base_model.backbone import Backbone
 from weft.base_model.loading import uncompiled
 from weft.base_model.state import Flags, input_gradient_hooks, keep_unpacked, let_repack, restore_input_gradient_hooks
 from weft.checkpoint.adapters import read_adapters
+from weft.checkpoint.base_place import lasting_name
 from weft.checkpoint.folder import open_mixture
 from weft.checkpoint.licenses import licensed_card
 from weft.config import XLoraConfig
@@ -97,10 +98,15 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
         given = XLoraConfig.from_peft(given)
         saved, options = given.take_carried(), copy.deepcopy(given)
         options.peft_type = PeftType.XLORA
+        # Now, as a relative path has another meaning after a change of the current directory.
+        options.base_model_name_or_path = lasting_name(options.base_model_name_or_path)
         _take_out_earlier(model)
         _refuse_to_mix(model, options, adapter_name)
         self.backbone = Backbone(model)
-        options.hidden_size = self.backbone.hidden_size(options.hidden_size, inside=options.reads_inside)
+        is_saved = saved is not None or options.folder is not None
+        options.hidden_size = self.backbone.hidden_size(
+            options.hidden_size, inside=options.reads_inside, is_saved=is_saved
+        )
         heads = find_heads(model, self.backbone.module, options.heads)
         adapters = read_adapters(
             options.adapters or {},
@@ -130,6 +136,8 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             self.lora_model = inject_adapters(model, adapters)
             if options.layer_names is None:  # only for a new mixture
                 warn_of_different_bases(model, adapters)
+            for adapter in adapters:
+                adapter.config.base_model_name_or_path = lasting_name(adapter.config.base_model_name_or_path)
             self._finish(options, model)
             add_heads(model, heads, adapters, adapter_name, inference_mode=options.inference_mode)
             if not isinstance(config, dict) and options.folder is not None:

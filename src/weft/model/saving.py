@@ -29,8 +29,9 @@ from weft.checkpoint.manifest import (
 from weft.config import XLoraConfig, config_json
 from weft.distributed import is_sharded
 from weft.errors import CheckpointError, bullet_list
+from weft.files.failures import errors_of_writing
 from weft.files.tensors import not_finite, read_tensors
-from weft.files.writing import errors_of_writing, replace_file, replace_folder, settle
+from weft.files.writing import replace_file, replace_folder, settle
 from weft.model.frozen_copies import refuse_frozen_copy
 from weft.model.heads import head_tensors
 from weft.model.inject import adapter_parameters, key_problems
@@ -82,7 +83,7 @@ def write_beside_gate(model: Any, config: Any, folder: Path, auto_mapping: dict[
     Raises:
         CheckpointError: the gate was written as a pickle, or the folder cannot be written.
     """
-    with errors_of_writing(folder, "what is there may not be whole", "free some space, and save again"):
+    with errors_of_writing(folder, "what is there may not be whole", "save to another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         _write_beside_gate(model, config, folder, {} if auto_mapping is None else {"auto_mapping": auto_mapping})
 

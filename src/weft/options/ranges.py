@@ -38,7 +38,9 @@ def range_problems(config: Any) -> list[str]:
             problems.append(f"{name} ({shown(value)}) must be a finite number of at least 0{_FINITE}")
     for name in ("scaling_pass_value", "global_scaling_weight", "entropy_loss_weight"):
         value = getattr(config, name)
-        if not is_finite_in_float32(value) and not (value is None and not config.adapters):
+        # Without a table of adapters, which is refused, `scaling_pass_value` was not inferred.
+        is_open = value is None and not (isinstance(config.adapters, dict) and config.adapters)
+        if not is_finite_in_float32(value) and not is_open:
             problems.append(f"{name} ({shown(value)}) must be a finite number{_FINITE}")
     return problems
 

@@ -113,11 +113,19 @@ def own_training_problems(options: Any) -> list[str]:
 
 
 def output_problems(options: Any) -> list[str]:
-    """Problems of the output folder. Whether a run can resume from its checkpoints is examined later."""
+    """Problems of the folders to write. Whether a run can resume from its checkpoints is examined later."""
     output = Path(options.output)
-    problem = naming_problem(output) or folder_problem(output)
-    if problem is not None:
-        return [f"output ({path_shown(options.output)}) cannot be made: {problem}"]
+    folders = {"output": options.output}
+    # An existing cache folder may be read only, with all that is needed in it.
+    if options.cache_scaling_pass and options.cache_folder is not None and not os.path.isdir(options.cache_folder):
+        folders["cache_folder"] = options.cache_folder
+    problems = [
+        f"{name} ({path_shown(folder)}) cannot be made: {problem}; give another folder"
+        for name, folder in folders.items()
+        if (problem := naming_problem(folder) or folder_problem(folder)) is not None
+    ]
+    if problems:
+        return problems
     if not options.dry_run:
         settle(output, leftovers=True)
     if (found := checkpoints_of(options)) and not options.resume and any(map(_is_complete, found)):

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from weft.base_model.backbone import vocabulary_size
 from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.chat_template import refuse_half_characters
-from weft.data.given import Given, given_tokens, some_tokens
+from weft.data.given import Given, check_tokenizer, check_vocabulary, given_tokens, several, some_tokens
 from weft.data.padded import padded_batches
 from weft.data.texts import check_length, num_positions, read_tokens, token_sequences
 from weft.errors import ConfigError, DataError
@@ -62,7 +63,7 @@ def trace(
         >>> trace.scalings.shape  # [token, layer, expert]
     """
     tuner = _checked(model, max_tokens, title)
-    token_ids = some_tokens(text, "text", tokenizer)
+    token_ids = some_tokens(text, "text", tokenizer, vocabulary=vocabulary_size(tuner.backbone.base))
     length = num_positions(tuner.backbone.base.config) or len(token_ids)
     texts = [("", token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
     return _record(tuner, texts, tokenizer, title=title, max_tokens=max_tokens, batch_size=1)
@@ -102,6 +103,8 @@ def trace_data(
         >>> trace = weft.trace_data(model, {"code": "code.jsonl", "law": "law.jsonl"}, tokenizer=tokenizer)
         >>> trace.by_name()  # {"code": [expert], "law": [expert]}
     """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"data ({type(data).__name__}) must be a table of data sets: {{name: file or list of texts}}")
     tuner = _checked(model, max_tokens, title, *data)
     if not data:
         raise DataError("data is empty: give a name and a file, or texts, for each data set")
@@ -111,10 +114,7 @@ def trace_data(
     limit, left_out = max(1, max_tokens // len(data)), 0
     texts: list[tuple[str, list[int]]] = []
     for name, source in data.items():
-        if isinstance(source, str):
-            found = read_tokens(source, tokenizer)
-        else:
-            found = [given_tokens(text, f"text {number} of {name}", tokenizer) for number, text in enumerate(source)]
+        found = _tokens_of(name, source, tokenizer, vocabulary_size(tuner.backbone.base))
         kept, beyond = _first(token_sequences(found, sequence_length), limit)
         texts += [(name, sequence) for sequence in kept]
         left_out += beyond
@@ -195,6 +195,22 @@ def _checked(model: Any, max_tokens: int, *names: str) -> XLoraModel:
     if tuner.disabled:
         raise ConfigError("the experts are off (disable_adapter), so that there is nothing to trace: leave it first")
     return tuner
+
+
+def _tokens_of(name: str, source: str | Sequence[Given], tokenizer: Any, vocabulary: int | None) -> list[list[int]]:
+    """The token ids of each text of a data set."""
+    if not isinstance(source, str):
+        texts = enumerate(several(source, f"data of {name}"))
+        return [
+            given_tokens(text, f"text {number} of {name}", tokenizer, vocabulary=vocabulary) for number, text in texts
+        ]
+    check_tokenizer(tokenizer)
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer (None) must be given with a file ({source})")
+    found = read_tokens(source, tokenizer)
+    for tokens in found:
+        check_vocabulary(tokens, f"data ({source})", vocabulary)
+    return found
 
 
 def _first(sequences: Iterable[list[int]], limit: int) -> tuple[list[list[int]], int]:

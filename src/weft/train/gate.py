@@ -20,8 +20,8 @@ from weft.data.packing import packed_rows
 from weft.data.texts import check_length, read_each
 from weft.distributed import by_the_first, number_of_processes
 from weft.errors import CheckpointError, ConfigError, WeftError
+from weft.files.failures import errors_of_writing
 from weft.files.names import by_name
-from weft.files.writing import errors_of_writing
 from weft.model.build import from_adapters, from_pretrained
 from weft.options import TrainOptions
 from weft.options.foreseen import refuse_foreseen
@@ -88,7 +88,8 @@ def train(options: TrainOptions) -> Path:
     folder = checkpoints_folder(options.output)
     together = False
     try:
-        with errors_of_writing(folder, "what was saved before is kept", "free some space"):  # of the tools in report_to
+        advices = "mend that", "free some space"
+        with errors_of_writing(folder, "what was saved before is kept", *advices):  # of the tools in report_to
             trainer.train(resume_from_checkpoint=str(checkpoints.last) if options.resume else None)
         together = True
     except WeftError as err:

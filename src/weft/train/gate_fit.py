@@ -34,15 +34,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from weft.base_model.backbone import vocabulary_size
 from weft.base_model.devices import execution_device, resident_device
 from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.base_model.state import in_evaluation_mode
-from weft.data.given import given_tokens, is_text
+from weft.data.given import check_tokenizer, check_vocabulary, given_tokens, is_text, several, several_problem
 from weft.data.labelled import labelled_tokens
 from weft.data.padded import padded
 from weft.data.texts import NO_LABEL, num_positions
 from weft.distributed import process_number
 from weft.errors import ConfigError, DataError, TrainingError
+from weft.files.reading import shown
 from weft.gate.losses import NO_EXPERT
 from weft.model.model import at_own_weight
 from weft.screen.countdown import Countdown
@@ -77,11 +79,12 @@ def fit_gate(
     Args:
         model: a mixture from `weft.from_adapters`, on the device where it will run; "losses" needs a causal language
             model.
-        examples: a list (or a data set) of texts, or of rows with "text" or "messages" as in data files, which need a
-            tokenizer and are split into sequences of at most 512 tokens; or of token ids, or rows with `input_ids`.
-            They should have all domains, if possible several in one text. With "labels", rows have `expert_labels` (an
-            index for each token, -100 for none) or, with a text, "expert" or "experts" as in data files; examples
-            without labels are left out. With "losses", optional `labels` are -100 for tokens to ignore.
+        examples: a list (or a data set, or an iterable) of texts, or of rows with "text" or "messages" as in data
+            files, which need a tokenizer and are split into sequences of at most 512 tokens; or of token ids, or rows
+            with `input_ids`. They should have all domains, if possible several in one text. With "labels", rows have
+            `expert_labels` (an index for each token, -100 for none) or, with a text, "expert" or "experts" as in data
+            files; examples without labels are left out. With "losses", optional `labels` are -100 for tokens to
+            ignore.
         by: "labels" or "losses", see above.
         tokenizer: the base model's tokenizer, for texts.
         batch_size: sequences per forward pass.
@@ -100,18 +103,19 @@ def fit_gate(
     Example:
         >>> weft.fit_gate(model, ["def f(x):", "The contract says"], tokenizer=tokenizer)  # 0.87
     """
-    problems = fit_problems(model, by)
-    if by not in ("labels", "losses"):
-        problems.append(f"by ({by!r}) must be 'labels' or 'losses'")
+    check_tokenizer(tokenizer)
+    problems = [*fit_problems(model, by), *_by_problems(by)]
     if batch_size < 1:
         problems.append(f"batch_size ({batch_size}) must be at least 1")
-    if isinstance(examples, str | Mapping):
-        problems.append(f"examples (a {type(examples).__name__}) must be a list of texts or rows: [...]")
+    if (problem := several_problem(examples, "examples")) is not None:
+        problems.append(problem)
     if problems:
         raise ConfigError("the gate cannot be fitted:", problems)
     experts = list(model.xlora_config.expert_names)
     length = min(_LENGTH, num_positions(model.passes.backbone.base.config) or _LENGTH)
-    chosen = _draw(examples, by, tokenizer, experts, length, seed, most_tokens(by, model.xlora_config.hidden_size))
+    vocabulary = vocabulary_size(model.passes.backbone.base)
+    most = most_tokens(by, model.xlora_config.hidden_size)
+    chosen = _draw(several(examples, "examples"), by, tokenizer, experts, length, vocabulary, seed, most)
     tokens = sum(len(example["input_ids"]) for example in chosen)
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
@@ -134,6 +138,15 @@ def fit_gate(
         with torch.no_grad():
             first_choice = network(torch.cat(hidden[:kept])).argmax(-1)
     return float((first_choice == torch.cat(targets[:kept]).argmax(-1)).float().mean())
+
+
+def _by_problems(by: Any) -> list[str]:
+    if by in ("labels", "losses"):
+        return []
+    if isinstance(by, str):
+        return [f"by ({shown(by)}) must be 'labels' or 'losses'"]
+    hint = ": give the tokenizer with tokenizer=" if hasattr(by, "decode") else ""
+    return [f"by ({type(by).__name__}) must be 'labels' or 'losses'{hint}"]
 
 
 def fit_problems(model: Any, by: str) -> list[str]:
@@ -178,7 +191,14 @@ def most_tokens(by: str, hidden_size: int) -> int:
 
 
 def _draw(
-    examples: Any, by: str, tokenizer: Any, expert_names: Sequence[str], length: int, seed: int, most: int
+    examples: Any,
+    by: str,
+    tokenizer: Any,
+    expert_names: Sequence[str],
+    length: int,
+    vocabulary: int | None,
+    seed: int,
+    most: int,
 ) -> list[dict[str, Any]]:
     """Choose examples at random, up to `most` tokens. Examples without a token for the fit are left out."""
     chosen: list[dict[str, Any]] = []
@@ -190,6 +210,7 @@ def _draw(
     for index, given in rows:
         if left < 2:
             break
+        check_vocabulary(given["input_ids"], f"example {index}", vocabulary)
         example = {"input_ids": given["input_ids"][:left]}
         if len(example["input_ids"]) < 2:
             continue

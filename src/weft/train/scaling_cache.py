@@ -34,7 +34,8 @@ from weft.base_model.state import in_evaluation_mode
 from weft.data.padded import padded
 from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import digest_of_file
-from weft.files.writing import errors_of_writing, make_folder
+from weft.files.failures import errors_of_writing
+from weft.files.writing import make_folder
 from weft.passes.precomputed import SCALING_PASS_HIDDEN, precomputed_problems
 from weft.screen.countdown import Countdown
 from weft.train.scaling_index import DTYPES, INDEX, damage_of, digest_of_index, read_index
@@ -120,7 +121,7 @@ class ScalingCache:
             announce(f"{what}, found")
         else:
             announce(f"{what}; computed anew: {damage}" if damage else what)
-            with errors_of_writing(target.parent, "no text was read yet", "free some space, or choose another folder"):
+            with errors_of_writing(target.parent, "no text was read yet", "choose another folder"):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(target.parent).free
             if free < size:
