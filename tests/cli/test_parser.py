@@ -140,7 +140,7 @@ def test_the_trainers_own_names_are_taken():
         ("train --max-steps 1.5", "--max-steps ('1.5') must be a whole number"),
         ("train --max-steps", "--max-steps needs a value"),
         ("train --max-steps --packing", "--max-steps needs a value"),
-        ("train --adapters --base x", "--adapters needs a value: NAME=FOLDER ..."),
+        ("train --adapters --base .", "--adapters needs a value: NAME=FOLDER ..."),
         ("train --packing=maybe", "--packing ('maybe') must be true or false"),
         ("train --no-packing=true", "--no-packing takes no value ('true')"),
         ("train --gate-start best", "--gate-start ('best') must be one of random, labels, losses"),
@@ -181,6 +181,15 @@ def test_all_that_is_wrong_is_said_at_once(capsys):
     )
 
 
+def test_what_cannot_be_read_hides_no_missing_file(capsys):
+    assert said("train --dtype float3 --base /gone --data /no.jsonl", capsys) == (
+        "weft train: error: these options cannot be read:\n"
+        "  - --dtype ('float3') must be one of auto, float32, bfloat16, float16\n"
+        "  - base (/gone) is neither a folder here nor a Hub id\n"
+        "  - data (/no.jsonl) is not a file: give .jsonl, .csv, .tsv, .parquet or text files, or a data set's name\n"
+    )
+
+
 def test_what_is_missing_is_named_before_torch_is_there():
     code = "import sys; from weft.cli import main\nprint(main(sys.argv[1:]), 'torch' in sys.modules)"
     lines = {
@@ -209,6 +218,13 @@ def test_a_file_has_names_of_either_kind_and_what_follows_it_wins(tmp_path):
     }
     inline = parse("train", ["--config", '{"base": "x", max_steps: 4}']).values
     assert inline == {"base": "x", "max_steps": 4}
+
+
+def test_files_may_be_a_table_by_name(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("data: {code: a.jsonl, law: b.jsonl}\nadapters: {code: x}\n")
+    found = parse("train", ["--config", str(file)]).values
+    assert found == {"data": ["code=a.jsonl", "law=b.jsonl"], "adapters": {"code": "x"}}
 
 
 def test_a_positional_may_stand_in_a_file(tmp_path):

@@ -13,6 +13,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from weft.cli.errors import UsageError
 from weft.cli.option_files import read_options, structured
 from weft.cli.values import SWITCH, from_words, from_yaml
 from weft.options.described import Option, options_of
+from weft.options.foreseen import not_there
 from weft.options.spellings import EARLIER, TRAINERS, current_name
 
 # Options of every command.
@@ -82,6 +84,8 @@ def parse(name: str, arguments: Sequence[str]) -> Given:
             if option.positional and option.name not in given.values
         ]
     if given.problems and "help" not in given.asked:
+        with suppress(TypeError):  # a positional option is missing, or may be one of the words that were skipped
+            given.problems += [] if reader.skipped_words else not_there(COMMANDS[name].options(**given.values))
         raise UsageError(given.problems)
     return given
 

@@ -74,6 +74,9 @@ def _list(option: Option, value: Any) -> Any:
             return value
         if option.table is float and all(is_number(one) for one in value.values()):
             return {name: float(one) for name, one in value.items()}
+    # name=FILE, as other tables are written.
+    if isinstance(value, dict) and "FILE" in option.metavar and is_list_of_strings([*value, *value.values()]):
+        return [f"{name}={file}" for name, file in value.items()]
     raise _error(option, value)
 
 

@@ -39,18 +39,20 @@ def foreseen(options: CommandOptions) -> list[str]:
         >>> foreseen(GenerateOptions("/nowhere"))
         ['prompt is missing: the text to continue', 'model (/nowhere) is neither a folder here nor a Hub id']
     """
-    problems: list[str | None] = [*value_problems(options), *options.missing(), *options.wrong()]
-    several = words_with_commas(options)  # are no names, and have been found already
+    found = [*value_problems(options), *options.missing(), *options.wrong(), *not_there(options)]
+    if found:  # the user must correct something anyway, so possible problems are listed too
+        models = [(what, name) for what, name in options.models() if model_problem(what, name) is None]
+        found += [doubt for what, name in models if (doubt := model_doubt(what, name)) is not None]
+    return found
+
+
+def not_there(options: CommandOptions) -> list[str]:
+    """One sentence for each model or source of texts that is missing, and each output that cannot be written."""
+    several = words_with_commas(options)  # are no names, and are another problem
     models, sources = (
         [(what, name) for what, name in given if not any(word.endswith(name) for word in several)]
         for given in (options.models(), options.sources())
     )
-    problems += [model_problem(what, name) for what, name in models]
+    problems = [model_problem(what, name) for what, name in models]
     problems += [source_problem(what, source) for what, source in sources]
-    problems += options.in_the_way()
-    found = [problem for problem in problems if problem is not None]
-    if found:  # the user must correct something anyway, so possible problems are listed too
-        found += [
-            doubt for what, name in models if (doubt := model_doubt(what, name)) and not model_problem(what, name)
-        ]
-    return found
+    return [*(problem for problem in problems if problem is not None), *options.in_the_way()]
