@@ -258,6 +258,23 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(mixture, say, capsys, monkeypa
     assert len(calls) == 3 + 6
 
 
+def test_ctrl_c_clears_a_line_and_twice_in_a_row_ends_the_chat(mixture, monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt])
+
+    def line(prompt):
+        if (now := next(typed)) is KeyboardInterrupt:
+            raise now
+        return now
+
+    monkeypatch.setattr("builtins.input", line)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert main(["chat", mixture]) == 130
+    shown, errors = capsys.readouterr()
+    assert "/reset" in shown
+    assert errors.count("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)\n") == 2
+    assert errors.endswith("weft chat: interrupted\n")
+
+
 def test_an_error_ends_a_script_but_not_a_person(mixture, say, capsys, monkeypatch):
     lines = ["x" * 2000, "/reset", "hi"]
     say(*lines)

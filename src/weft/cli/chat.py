@@ -153,7 +153,7 @@ def chat(options: ChatOptions) -> None:
         _edit_lines()
         notice("/help lists the commands, Ctrl-C stops an answer", file=sys.stderr)
     printer.legend()
-    while (line := _line("> " if interactive else "")) is not None:
+    while (line := _line("> ") if interactive else _piped_line()) is not None:
         command, text = _command_and_text(line)
         if command in ("/quit", "/exit"):
             break
@@ -182,8 +182,23 @@ def _edit_lines() -> None:
 
 
 def _line(prompt: str) -> str | None:
+    """A line from the terminal; None at the end, as of Ctrl-D. Ctrl-C clears it, and a second one ends the chat."""
+    interrupted = False
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            say("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)", file=sys.stderr)
+
+
+def _piped_line() -> str | None:
     try:
-        return input(prompt)
+        return input()
     except EOFError:
         return None
 
