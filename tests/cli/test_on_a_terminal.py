@@ -55,8 +55,9 @@ def test_lines_of_a_training_fit(many, tmp_path):
         *("--logging-steps", "1", "--output", str(tmp_path / "out"), "--batch-size", "2"),
     )
     assert "step 1/2  loss " in terminal.shown
-    saved = [line for line in re.split(r"[\r\n]+", terminal.shown) if "saved to" in line]  # a path is not broken
-    assert max(widths(terminal.shown.replace(saved[0], ""))) <= 80
+    assert max(widths(terminal.shown.replace(str(tmp_path), ""))) <= 80  # a longer path is a line of its own
+    words = f"saved to {tmp_path}/out: try weft generate {tmp_path}/out --prompt '...'"
+    assert words in re.sub(r"\s+", " ", terminal.shown)
     for line in re.split(r"step \d/2  loss ", terminal.shown)[1:]:
         assert len(re.findall(r"  expert-of-the-long-name-\d+ \d+%", line)) == 7
         assert re.search(r"  5 others \d+%", line)

@@ -147,8 +147,10 @@ def test_on_a_terminal_no_cell_and_no_word_is_broken(table, data, terminal):
     for name, values in found["perplexity"].items():
         for value in values.values():
             assert re.search(rf"^│ {name} .* {value:.2f} ±\d+\.\d\d ", terminal.getvalue(), flags=re.M)
-    words = " ".join(" ".join(found["notes"]).split())
-    assert words in " ".join(terminal.getvalue().split())
+    joined = " ".join(terminal.getvalue().split())
+    assert " ".join(" ".join(found["notes"]).split()) in joined
+    for name in found["perplexity"]:
+        assert joined.count(name) == terminal.getvalue().count(name)
 
 
 def test_experts_and_the_uniform_mix_are_as_they_were_trained_whatever_the_mixtures_weight(

@@ -3,7 +3,9 @@
 import io
 import re
 
+import pytest
 from rich.table import Table
+from rich.text import Text
 
 from weft.screen.console import VisibleConsole
 from weft.screen.tables import print_table, results_console
@@ -49,6 +51,39 @@ def test_a_long_name_leaves_half_of_the_screen_to_the_numbers():
     assert shown.count("x") == 2 * 60 + 4 * "expert perplexity".count("x")
 
 
+def test_a_name_longer_than_half_of_the_screen_is_whole_where_there_is_room():
+    name = "only the-expert-of-licences-with-a-long-name-x"
+    assert len(name) == 46
+    shown = printed(table(2, first=name))
+    assert f"│ {name} │ 0.25 ±0.01 │ 1.25 ±0.01 │" in shown
+    shown = printed(table(2, first=f"{name}-of-texts"))  # too long by 4
+    assert max(map(len, shown.splitlines())) == 80
+    assert re.findall("^│ (only|the-.*?) +│", shown, flags=re.M) == ["only", f"{name.removeprefix('only ')}-of-texts"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("the-expert-of-law-texts", ["the-expert-of-", "law-texts"]),
+        ("the_expert.of/law texts", ["the_expert.of/", "law texts"]),
+        ("the expert-of-law-texts", ["the", "expert-of-law-", "texts"]),
+        ("the-expert-of-lawlawlawlawlaw", ["the-expert-of-", "lawlawlawlawla", "w"]),
+        ("-lawlawlawlawlaw", ["-lawlawlawlawl", "aw"]),
+        ("数据-数据数据-数据", ["数据-数据数据-", "数据"]),
+    ],
+)
+def test_a_name_that_must_be_broken_is_broken_after_a_separator(name, parts):
+    made = Table()
+    made.add_column("")
+    made.add_column(f"{name}\nppl", justify="right")
+    made.add_row(Text(name, "red"), f"[bold]{name}[/bold]")
+    shown = printed(made, width=35)
+    cells = [[cell.strip() for cell in line[1:-1].split(line[0])] for line in shown.splitlines() if line[0] in "│┃"]
+    head, rows = cells[: len(parts) + 1], cells[len(parts) + 1 :]
+    assert [left for left, _ in rows] == [right for _, right in rows] == parts
+    assert [right for _, right in head] == [*parts, "ppl"]
+
+
 def test_nothing_is_lost_of_a_column_that_is_too_wide():
     made = Table()
     made.add_column("expert")
@@ -59,6 +94,7 @@ def test_nothing_is_lost_of_a_column_that_is_too_wide():
     shown = printed(made, width=60)
     assert max(map(len, shown.splitlines())) <= 60
     assert "│ code   │ 50.0% │" in shown
+    assert "│ base_model.model.encoder.layers.31.self_attn.q_ │" in shown
     assert f"{name}(0.75)" in re.sub(r"│ (code)?|[\s│]", "", shown)
 
 

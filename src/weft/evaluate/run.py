@@ -32,6 +32,7 @@ from weft.options import EvalOptions
 from weft.options.foreseen import refuse_foreseen
 from weft.screen.countdown import Countdown
 from weft.screen.tables import print_table, results_console
+from weft.screen.wrapping import wrapped
 
 FORMAT = 2  # version of the cells; stored cells of other versions are ignored
 
@@ -83,7 +84,8 @@ def evaluate(options: EvalOptions) -> dict[str, dict[str, float]]:
     console = results_console()
     print_table(render(report), console)
     for line in [*notes(report), *(["", "Advice:"] if options.advise else []), *report.advice]:
-        console.print(line, markup=False, highlight=False)
+        line = wrapped(line, console.width, together=[*report.cells, *report.impossible])
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for output in outputs:
         write(report, output)
     return report.values()

@@ -2,6 +2,7 @@
 
 Models and files are not used here, only texts and numbers.
 
+    wrapping.py     breaks messages into lines that fit a terminal
     visible.py      prints messages in which control characters have no effect
     loudness.py     how much is printed: --quiet, --verbose
     libraries.py    hides messages of other libraries on which a user cannot act

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from weft.screen.loudness import is_quiet
+from weft.screen.wrapping import columns_of, wrapped
 
 # Control characters are shown as Unicode's control pictures.
 PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
@@ -27,8 +28,9 @@ def shortened(name: str) -> str:
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print a message, which may contain untrusted names."""
-    print(visible(text), file=file or sys.stdout, flush=True)
+    """Print a message, which may contain untrusted names. On a terminal its lines fit, with no word broken."""
+    stream = file or sys.stdout
+    print(wrapped(visible(text), columns_of(stream)), file=stream, flush=True)
 
 
 def notice(text: str, file: Any = None) -> None:
