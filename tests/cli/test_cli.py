@@ -242,7 +242,7 @@ def test_a_folder_without_a_mixture_is_told_what_it_holds(mixture, tmp_path, cap
         ("run/checkpoints", run),
     ):
         assert main(["generate", str(tmp_path / folder), "--prompt", "x"]) == 1
-        said = f"{tmp_path / folder} is no mixture, as adapter_config.json is missing: {message}"
+        said = f"{tmp_path / folder}/adapter_config.json is missing, so this is no mixture: {message}"
         assert said in capsys.readouterr().err
     assert main(["generate", f"{mixture}/experts", "--prompt", "x"]) == 1
     assert "it holds the folders of adapters or mixtures (code, math): give the mixture's" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Training rows with labels: from the file's name, a row's, or its parts'."""
 
 import json
+import re
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -81,14 +82,21 @@ def test_data_without_labels_or_with_wrong_ones_is_an_error(write):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"expert": "mtah"}, r"the label 'mtah' must be one of the experts \['math', .* \(gate_start losses or random"),
-        ({"experts": [[3, "math"]]}, r'"experts" .* must be \[\[start, name\], ...\] in order, the first from 0 on'),
+        ({"expert": "mtah"}, r"line 2: the label 'mtah' must be one of the experts \['math', .*"),
+        (
+            {"experts": [[3, "math"]]},
+            r'line 2: "experts" .* must be \[\[start, name\], ...\] in order, the first from 0 on',
+        ),
     ],
 )
 def test_wrong_labels_are_not_left_out_without_a_word(row, message, tmp_path):
     file = tmp_path / "a.jsonl"
-    rows = [{"text": "two and two", "expert": "math"}, {"text": "def f(x):", **row}]
+    rows = [{"text": "two and two", "expert": "math"}, {"text": "def f(x):", **row}, {"text": "5", "expert": "?"}]
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match=message):
-        training_rows([str(file)], EXPERTS, tiny_tokenizer(), 64, labelled=None)
-    assert len(training_rows([str(file)], EXPERTS, tiny_tokenizer(), 64, labelled=False)) == 2
+    said = []
+    found = training_rows([str(file)], EXPERTS, tiny_tokenizer(), 64, labelled=None, say=said.append)
+    assert "expert_labels" not in found[0]
+    (line,) = said
+    assert re.fullmatch(rf"labels are left out: {re.escape(str(file))}, {message}", line)
+    training_rows([str(file)], EXPERTS, tiny_tokenizer(), 64, labelled=False, say=said.append)
+    assert len(said) == 1

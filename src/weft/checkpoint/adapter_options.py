@@ -156,7 +156,9 @@ def _in_words(kind: Any) -> str:
     """A type, in words for a message."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_in_words(part) for part in parts))
+        # Sorted, as typing remembers a union of these in the order in which any library wrote it first.
+        ordered = sorted(parts, key=lambda part: (part is type(None), typing.get_origin(part) is not list, str(part)))
+        return " or ".join(dict.fromkeys(map(_in_words, ordered)))
     if origin is list:
         return f"a list, each {_in_words(parts[0])}"
     names = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}

@@ -193,7 +193,7 @@ def _own_options(folder: Path) -> JsonTable:
             f"{folder} is a base model, not a mixture: weft train --base {folder} --adapters NAME=FOLDER ... makes one"
         )
     if os.path.isdir(folder) and not os.path.lexists(folder / CONFIG_NAME):
-        raise CheckpointError(f"{folder} is no mixture, as {CONFIG_NAME} is missing: {_what_is_there(folder)}")
+        raise CheckpointError(f"{folder / CONFIG_NAME} is missing, so this is no mixture: {_what_is_there(folder)}")
     values = read_json(folder / CONFIG_NAME)
     kind = values.get("peft_type")
     wrong = f"{folder / CONFIG_NAME} is of type {kind_shown(kind)}, expected XLORA"

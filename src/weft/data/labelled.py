@@ -7,7 +7,7 @@ An expert's name before a file (math=a.jsonl) labels all its texts. A row's "exp
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -35,6 +35,7 @@ def training_rows(
     *,
     labelled: bool | None,
     assistant_only_loss: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Read all sources and return their token sequences as rows for a Trainer.
 
@@ -46,6 +47,7 @@ def training_rows(
         labelled: add `expert_labels`, the number of each token's expert, -100 for none. With None only if they are
             complete (`labels_are_complete`).
         assistant_only_loss: set `labels` outside of the assistant's turns to -100, and drop rows without labels.
+        say: called with a line for each source with labels that are wrong, and not needed.
 
     Raises:
         DataError: a source cannot be read or has no usable row; or `labelled` is set and there are no labels.
@@ -61,6 +63,7 @@ def training_rows(
             length,
             needed=bool(labelled),
             assistant_only_loss=assistant_only_loss,
+            say=say,
         )
 
     rows = [row for found in read_each(values, rows_of) for row in found]
@@ -142,11 +145,6 @@ def labelled_tokens(
     return tokens, [numbers[part] for part in parts]
 
 
-def _can_be_labelled(row: Any, tokenizer: Any) -> bool:
-    """Whether labels of parts, if there are any, can be found: they need the tokens' places."""
-    return getattr(tokenizer, "is_fast", False) or not (isinstance(row, dict) and row.get("experts"))
-
-
 def _source_rows(
     source: str,
     default: str | None,
@@ -156,18 +154,21 @@ def _source_rows(
     *,
     needed: bool,
     assistant_only_loss: bool,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """The rows of one source. With `expert_names` they have `expert_labels`, all of them or (not `needed`) some."""
     check_sequence_length(length)
-    rows = []
+    rows, wrong = [], ""
     for place, row in read_rows(source):
         columns = {}
-        if expert_names is not None and (needed or _can_be_labelled(row, tokenizer)):
-            try:
+        try:
+            if expert_names is not None:
                 tokens, columns["expert_labels"] = labelled_tokens(row, place, tokenizer, expert_names, default)
-            except DataError as err:
-                raise err if needed else DataError(f"{err} (gate_start losses or random reads no labels)") from err
-        else:
+        except DataError as err:
+            if needed:
+                raise
+            wrong = wrong or str(err)
+        if not columns:
             tokens = row_tokens(row, place, tokenizer)
         labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
         columns |= {"input_ids": tokens, "labels": labels}
@@ -175,6 +176,8 @@ def _source_rows(
             cut = {name: values[start : start + length] for name, values in columns.items()}
             if any(label != NO_LABEL for label in cut["labels"][1:]):  # the first token is not predicted
                 rows.append(cut)
+    if wrong:
+        say(f"labels are left out: {wrong}")
     if not rows:
         after = ", with one of the assistant's after the first" if assistant_only_loss else ""
         raise DataError(f"data ({source}) holds no text of two tokens or more{after}")

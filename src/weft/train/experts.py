@@ -40,7 +40,7 @@ from weft.screen.libraries import deprecations_of_peft_hidden
 from weft.screen.visible import notice
 from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.checkpoints import checkpoints_folder, last_checkpoint
-from weft.train.checks import check
+from weft.train.checks import check, doubts
 from weft.train.dry_run import dry_run
 from weft.train.gate import new_mixture, read_both, read_rows_of, train
 from weft.train.packing_check import check_packing
@@ -84,19 +84,18 @@ def train_in_stages(options: TrainOptions, say: Callable[[str], None] = notice) 
         WeftError: the options, adapters or data are not valid. Raised before anything is trained.
         KeyboardInterrupt: the user interrupted. Complete experts are kept.
     """
-    if not options.experts_from:
-        return train(options)
     refuse_foreseen(options)
     say = by_the_first(say)
+    for line in doubts(options):
+        say(line)
+    if not options.experts_from:
+        return train(options)
     sources = _sources(options)
     folders = {name: experts_folder(options) / name for name in sources}
     adapters = _all_adapters(options, folders)
     resume = options.resume and last_checkpoint(checkpoints_folder(options.output)) is not None
     data = options.data or [f"{name}={source}" for name, source in sources.items()]
-    own = {
-        name: value for name, value in vars(TrainOptions()).items() if name in _RECORDED and name.startswith("expert_")
-    }
-    gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume, **own)
+    gate_options = dataclasses.replace(options, experts_from=[], adapters=adapters, data=data, resume=resume)
     check(gate_options, adapters)
     read_adapters(by_name(options.adapters, "adapters"), allow_dora=options.allow_dora, base_is_known=True)
     missing = [name for name, folder in folders.items() if not _is_complete(name, folder, options)]

@@ -29,7 +29,7 @@ from weft.screen.visible import notice, say
 from weft.train.arguments import mixture_options, steps_to_train, training_arguments
 from weft.train.callbacks import GateCallback
 from weft.train.checkpoints import Checkpoints, checkpoints_folder, how_to_resume, prepare_folder
-from weft.train.checks import check, doubts, open_sources
+from weft.train.checks import check, open_sources
 from weft.train.comparison import comparison
 from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
@@ -58,8 +58,6 @@ def train(options: TrainOptions) -> Path:
     if options.experts_from:
         raise ConfigError(f"experts_from ({options.experts_from}) needs weft.train.experts.train_in_stages")
     refuse_foreseen(options)
-    for line in doubts(options):
-        by_the_first(notice)(line)
     options = with_mixture_options(options)
     adapters = by_name(options.adapters, "adapters")
     checkpoints = check(options, adapters)
@@ -169,6 +167,7 @@ def read_rows_of(
         options.sequence_length,
         labelled=labelled,
         assistant_only_loss=options.assistant_only_loss,
+        say=by_the_first(notice),
     )
 
 
