@@ -16,9 +16,12 @@ import errno
 import re
 from collections.abc import Iterable
 
-# Messages of torch, CUDA, numpy and the system for out of memory. torch has a class for it on GPUs only.
+# Messages of torch, CUDA, numpy and the system for out of memory. torch has a class for it on GPUs only. The static TLS
+# block has a fixed size.
 _NO_MEMORY = re.compile(
-    "can(no|')t allocate memory|not enough memory|out of memory|unable to allocate|ALLOC_FAILED", re.IGNORECASE
+    "can(no|')t allocate memory(?! in static TLS)|not enough memory|out of memory|unable to allocate|ALLOC_FAILED|"
+    "failed to map segment from shared object",
+    re.IGNORECASE,
 )
 
 
@@ -63,6 +66,10 @@ class TrainingError(WeftError, ArithmeticError):
 
 class CacheError(WeftError, ValueError):
     """weft does not support this KV cache, or this use of it."""
+
+
+class OutOfMemoryError(WeftError, MemoryError):
+    """There is not enough memory to read a file or to load a base model."""
 
 
 class ThreadError(WeftError, RuntimeError):

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import re
+import shutil
 import signal
 
 import pytest
@@ -11,7 +13,7 @@ import transformers
 import weft
 from models import lora, quietly, save_adapter, tiny_tokenizer
 from weft.cli import main
-from weft.cli.chat import Conversation
+from weft.cli.chat import Conversation, TooLongError
 from weft.errors import ConfigError
 from weft.options import ChatOptions
 
@@ -275,18 +277,50 @@ def test_ctrl_c_clears_a_line_and_twice_in_a_row_ends_the_chat(mixture, monkeypa
     assert errors.endswith("weft chat: interrupted\n")
 
 
-def test_an_error_ends_a_script_but_not_a_person(mixture, say, capsys, monkeypatch):
-    lines = ["x" * 2000, "/reset", "hi"]
+def test_an_error_ends_a_script_but_not_a_person(mixture, base_folder, tmp_path, say, capsys, monkeypatch):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    template = "{% if 'x' in messages[0].content %}{{ raise_exception('no x') }}{% endif %}{{ messages[0].content }}: "
+    (base / "chat_template.jinja").write_text(template)
+    command, lines = ["chat", mixture, "--base", str(base), "--max-new-tokens", "6"], ["x", "/reset", "hi"]
     say(*lines)
-    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 1
-    assert "tokens) must be at most the model's number of positions (1024)" in capsys.readouterr().err
+    assert main(command) == 1
+    assert "weft chat: error: the chat template refuses the conversation (user): no x\n" in capsys.readouterr().err
     say(*lines)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    assert main(["chat", mixture, "--max-new-tokens", "6"]) == 0
+    assert main(command) == 0
     shown, errors = capsys.readouterr()
-    assert "number of positions (1024): shorten it\n(/reset forgets the conversation)" in errors
+    assert "the chat template refuses the conversation (user): no x\n(/reset forgets the conversation)" in errors
     assert "/help lists the commands, Ctrl-C stops an answer\n" in errors
     assert shown.count("> ") >= 4
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_a_message_that_is_too_long_is_not_sent_and_the_chat_goes_on(interactive, mixture, say, capsys, monkeypatch):
+    def answers(*lines):
+        say(*lines)
+        monkeypatch.setattr("sys.stdin.isatty", lambda: interactive, raising=False)
+        code = main(["chat", mixture, "--max-new-tokens", "6", "--quiet"])
+        shown, errors = capsys.readouterr()
+        return code, shown.replace("> ", ""), errors
+
+    _, expected, _ = answers("hi", "and?")
+    code, shown, errors = answers("x" * 2000, "hi", "y" * 1000, "and?", "/reset")
+    assert shown == expected  # as if the long ones had never been there
+    first = len("user: \nassistant: ") + 2000
+    told = "not sent: the conversation has {} tokens with it, expected at most 1,024: shorten it, or /reset\n"
+    end = "" if interactive else "weft chat: error: 2 of the messages were not sent, see above\n"
+    assert re.fullmatch(told.format(f"{first:,}") + told.format(r"1,0\d\d") + end, errors)
+    assert code == (0 if interactive else 1)
+
+
+def test_what_the_conversation_read_before_a_message_that_was_too_long_is_kept(model, reads):
+    conversation = conversation_with(model)
+    first = answer(conversation, "hi")
+    with pytest.raises(TooLongError):
+        answer(conversation, "x" * 2000)
+    reads.clear()
+    answer(conversation, "and?")
+    assert reads[0] == len(f"{first[-1]}\nuser: and?\nassistant: ")
 
 
 def test_a_tokenizer_without_a_chat_template_is_named(model):

@@ -4,9 +4,12 @@ import re
 import time
 
 import pytest
+from transformers import TrainerState, TrainingArguments
 
 from models import folder_files
 from weft.cli import main
+from weft.options import TrainOptions
+from weft.train.plateau import Plan, evaluation_in_steps
 from weft.train.progress import ProgressLine
 
 NUMBER = r"[\d.]+ (kB|MB|GB)"
@@ -76,22 +79,62 @@ def test_a_dry_run_of_experts_that_are_still_to_be_trained(base_folder, base_ada
     assert folder_files(tmp_path) == before
 
 
+def estimates(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("about ", "at most "))]
+
+
 def test_a_training_begins_with_an_estimate(options, capsys):
-    assert main(options("out", 1, "--logging-steps", "2")) == 0
-    lines = capsys.readouterr().out.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("step "))
-    assert re.fullmatch(rf"about [\d.]+ (s|min); {NUMBER} of memory", lines[first - 1]), lines
-    assert sum(line.startswith("about ") for line in lines) == 1
+    for steps in ("1", "2"):
+        assert main(options(steps, 1, "--logging-steps", steps)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = next(number for number, line in enumerate(lines) if line.startswith("step "))
+        assert re.fullmatch(rf"about [\d.]+ (s|min); {NUMBER} of memory", lines[first - 1]), lines
+        assert sum(line.startswith("about ") for line in lines) == 1
 
 
-def test_an_estimate_leaves_the_first_step_out(monkeypatch, capsys):
-    """The first step takes 50 s, the others 10 s: 100 of them take 50 s + 99 x 10 s."""
-    from transformers import TrainerState, TrainingArguments
+def test_short_and_resumed_trainings_have_an_estimate_too_but_not_with_quiet(options, data, capsys):
+    assert main(options("one", 1, "--max-steps", "1")) == 0
+    assert estimates(capsys) == []  # it is over
+    assert main(options("two", 1, "--max-steps", "2", "--eval-data", str(data), "--eval-steps", "1")) == 0
+    (line,) = estimates(capsys)
+    assert re.fullmatch(rf"about [\d.]+ s with evaluations; {NUMBER} of memory", line)
+    assert main(options("two", 1, "--max-steps", "4", "--resume", "true")) == 0
+    assert len(estimates(capsys)) == 1
+    assert main(options("two", 1, "--max-steps", "6", "--resume", "true", "--quiet")) == 0
+    assert estimates(capsys) == []
 
-    line, state = ProgressLine(), TrainerState(max_steps=100)
-    args, times = TrainingArguments(use_cpu=True), iter([0.0, 50.0, 60.0, 70.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+
+@pytest.mark.parametrize(
+    ("first", "others", "number", "evaluating", "said"),
+    [
+        # The first of 100 steps includes the set-up: 9 s + 99 x 1 s.
+        (9.0, 1.0, 2, 0.0, "about 2 min"),
+        # A step that takes so long is hardly set-up: 100 x 20 s.
+        (20.0, 10.0, 1, 0.0, "about 33 min"),
+        # 98 of the steps, and as long again for evaluations: 2 s + 2 x 98 s.
+        (1.0, 1.0, 2, 1.0, "about 3 min with evaluations"),
+    ],
+)
+def test_an_estimate_is_made_from_one_step(first, others, number, evaluating, said, monkeypatch, capsys):
+    line, state = ProgressLine(evaluating=evaluating), TrainerState(max_steps=100)
+    args, now = TrainingArguments(use_cpu=True), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     line.on_train_begin(args, state, None)
-    for state.global_step in (1, 2, 3):
+    shown = []
+    for step in (1, 2, 3):
+        line.on_step_begin(args, state, None)
+        now[0] += first if step == 1 else others
+        state.global_step = step
         line.on_step_end(args, state, None)
-    assert re.fullmatch(rf"about 17 min; {NUMBER} of memory\n", capsys.readouterr().out)
+        shown.append(capsys.readouterr().out)
+    assert [bool(text) for text in shown] == [step == number for step in (1, 2, 3)]
+    assert re.fullmatch(rf"{said}; {NUMBER} of memory\n", shown[number - 1])
+
+
+def test_an_evaluation_is_estimated_from_its_tokens():
+    rows, held_out = [{"input_ids": [1] * 10}] * 8, [{"input_ids": [1] * 20}] * 2
+    # A step reads 4 x 10 tokens, an evaluation 2 x 20, and takes half as long.
+    planned = Plan(TrainOptions(batch_size=2, gradient_accumulation_steps=2), rows, held_out)
+    assert evaluation_in_steps(planned) == 0.5
+    packed = TrainOptions(batch_size=1, packing=True, sequence_length=20)
+    assert evaluation_in_steps(planned._replace(options=packed)) == 1.0

@@ -100,6 +100,20 @@ def test_experts_share_one_base_model_and_each_is_what_it_is_alone(base_folder, 
     assert not same(tensors(both["fox"]), tensors(both["law"]))
 
 
+def test_an_experts_training_is_shown_as_the_gates_and_not_with_quiet(arguments, tmp_path, capsys):
+    result = f"saved to {tmp_path}/out: try  weft generate {tmp_path}/out --prompt '...'\n"
+    assert main([*arguments, "--logging-steps", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out == result
+    for folder in ("out", "out-experts"):
+        shutil.rmtree(tmp_path / folder)
+    assert main([*arguments, "--logging-steps", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expert = lines[: lines.index("training the gate over fox, law")]
+    assert sum(re.match(r"step [123]/3  loss \d", line) is not None for line in expert) == 6
+    assert sum(line.startswith("trained to step 3: ") for line in expert) == 2
+    assert not any(line.startswith("{") for line in lines)
+
+
 def test_experts_are_trained_and_then_the_gate_on_the_data_of_all(arguments, base_folder, texts, tmp_path, capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft.utils import TaskType
 from torch import nn
@@ -24,9 +25,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from weft.checkpoint.base_place import is_path, refuse_missing_base
 from weft.config import XLoraConfig
 from weft.distributed import process_number
-from weft.errors import AdapterError, CheckpointError, ConfigError, WeftError, first_line
+from weft.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    OutOfMemoryError,
+    WeftError,
+    first_line,
+    lack_of_memory,
+)
+from weft.files.digests import weight_files
 from weft.files.reading import read_json, shown
 from weft.files.tensors import CONFIG_NAME, preview
+from weft.screen.countdown import size
 from weft.screen.waiting import waiting
 
 _SHOWN = 5
@@ -49,6 +60,7 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
     Raises:
         CheckpointError: an error of another library was raised in the block, the name can only be that of a folder and
             there is none, or the folder is not a base model's.
+        OutOfMemoryError: there was not enough memory in the block.
     """
     missing = isinstance(name, str | os.PathLike) and not os.path.lexists(name)
     if missing and is_path(os.fspath(name)):
@@ -64,10 +76,25 @@ def base_errors(name: Any, otherwise: str = "Give its folder or Hub id") -> Iter
                 f"base ({name}) needs code that it brings along, which was not run: read it, and if you trust it, give "
                 "--trust-remote-code (in Python trust_remote_code=True)"
             ) from err
+        lack = lack_of_memory(err)
+        if lack is not None:
+            raise OutOfMemoryError(f"base ({name}){_weights(name)} cannot be loaded: {first_line(lack)}") from err
         cause = first_line(err).rstrip(".")
         if missing and isinstance(err, OSError | HFValidationError):
             cause = f"there is no folder {name} here, and as a Hub id: {cause}"
         raise CheckpointError(f"base ({name}) cannot be loaded: {cause}. {otherwise}") from err
+
+
+def _weights(name: Any) -> str:
+    """How large the files of the base model's weights are, as text; "" if they are not on this machine."""
+    folder = Path(os.path.expanduser(name))
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(os.fspath(name), "config.json")
+        if not isinstance(cached, str):
+            return ""
+        folder = Path(cached).parent
+    sizes = [file.stat().st_size for file in weight_files(folder)]
+    return f" with {size(sum(sizes))} of weights" if sizes else ""
 
 
 def _refuse_adapters(name: Any) -> None:

@@ -15,6 +15,7 @@ from weft.base_model.versions import can_crop, is_recurrent
 from weft.cli.parser import did_you_mean
 from weft.cli.terminal import StepPrinter
 from weft.data.chat_template import conversation_tokens
+from weft.data.texts import num_positions
 from weft.errors import ConfigError, WeftError, first_line
 from weft.files.reading import shown
 from weft.generation.sampling import check_decoding
@@ -32,6 +33,10 @@ _COMMANDS = {
 }
 _HELP = "\n".join(f"{name:<10}{what}" for name, what in _COMMANDS.items())
 _HELP += "\n// or a space before a line that begins with / sends it as text"
+
+
+class TooLongError(ConfigError):
+    """The model has too few positions for the conversation with a message, which is not in it then."""
 
 
 class Conversation:
@@ -80,10 +85,17 @@ class Conversation:
         """Yield the steps of an answer. If it is stopped early, the conversation keeps the part so far.
 
         Raises:
-            ConfigError: the template raises an error for the messages, or the model has no positions left.
+            ConfigError: the template raises an error for the messages.
+            TooLongError: the model has no positions left.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         token_ids = self._token_ids(messages)
+        positions = num_positions(self.model.get_base_model().config)
+        if positions is not None and len(token_ids) > positions:
+            raise TooLongError(
+                f"not sent: the conversation has {len(token_ids):,} tokens with it, expected at most {positions:,}: "
+                "shorten it, or /reset"
+            )
         self._keep_common_beginning(token_ids)
         steps = stream(
             self.model,
@@ -141,7 +153,8 @@ def chat(options: ChatOptions) -> None:
     """Answer the lines of the standard input until it ends or a line is /quit.
 
     Raises:
-        WeftError: the model or the options are not valid; or, if the input is no terminal, a line cannot be answered.
+        WeftError: the model or the options are not valid; or, if the input is no terminal, a line cannot be answered,
+            at once, or at the end if it was too long.
     """
     check_decoding(**decoding(options))
     model, tokenizer = load_mixture(options.model, options.base, **loading_options(options))
@@ -153,6 +166,7 @@ def chat(options: ChatOptions) -> None:
         _edit_lines()
         notice("/help lists the commands, Ctrl-C stops an answer", file=sys.stderr)
     printer.legend()
+    unsent = 0
     while (line := _line("> ") if interactive else _piped_line()) is not None:
         command, text = _command_and_text(line)
         if command in ("/quit", "/exit"):
@@ -171,8 +185,13 @@ def chat(options: ChatOptions) -> None:
                 notice(f"> {text}")  # on a terminal the user sees it
             try:
                 _answer(conversation, text, printer)
+            except TooLongError as err:
+                unsent += 1
+                say(str(err), file=sys.stderr)
             except WeftError as err:
                 _refuse(err, interactive, "\n(/reset forgets the conversation)")
+    if unsent and not interactive:
+        raise ConfigError(f"{unsent} of the messages were not sent, see above")
 
 
 def _edit_lines() -> None:

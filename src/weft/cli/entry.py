@@ -75,22 +75,23 @@ def _run(name: str, arguments: list[str]) -> int:
             notice(f"weft {name}: {renamed}", file=sys.stderr)
         options = command.options(**given.values)
         refuse_foreseen(options)
-        with ExitStack() as meanwhile:
-            with waiting(
-                "loading torch, transformers, peft", hidden=not command.imports_libraries or not is_first_process()
-            ):
-                if command.imports_libraries:
-                    meanwhile.enter_context(libraries_hushed(f"weft {name}"))
-                module, _, function = command.runner.partition(":")
-                run = getattr(importlib.import_module(module), function)
-            try:
-                run(options, *([given.handed_on] if command.hands_on else []))
-            except Exception as err:
-                from weft.cli.memory import memory_error
+        from weft.cli.memory import memory_error  # now, while there is memory for its modules
 
-                if (lack := memory_error(err, options)) is not None:
-                    raise lack from err
-                raise
+        run = None
+        try:
+            with ExitStack() as meanwhile:
+                with waiting(
+                    "loading torch, transformers, peft", hidden=not command.imports_libraries or not is_first_process()
+                ):
+                    if command.imports_libraries:
+                        meanwhile.enter_context(libraries_hushed(f"weft {name}"))
+                    module, _, function = command.runner.partition(":")
+                    run = getattr(importlib.import_module(module), function)
+                run(options, *([given.handed_on] if command.hands_on else []))
+        except Exception as err:
+            if (lack := memory_error(err, options, importing=run is None)) is not None:
+                raise lack from err
+            raise
     sys.stdout.flush()
     return 0
 

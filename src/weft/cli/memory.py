@@ -1,37 +1,80 @@
-"""The message for out of memory: how much was needed, and which options of the command need less."""
+"""The message for out of memory: what failed, how much memory there is, and which options of the command need less."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError, first_line, lack_of_memory
+from weft.errors import WeftError, lack_of_memory
 from weft.options.base import CommandOptions
 from weft.screen.countdown import size
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 _WANTED = re.compile(r"(?:allocate|mmap) ([\d.]+) ?(bytes|[KMGT]iB)")
 _ON_GPU = re.compile(r"(GPU \d+) has a total capacity of ([\d.]+) ?(bytes|[KMGT]iB)")
+_FREE_ON_GPU = re.compile(r"of which ([\d.]+) ?(bytes|[KMGT]iB) is free")
+_OF_A_DEVICE = re.compile("out of memory|ALLOC_FAILED", re.IGNORECASE)  # not the memory of the process
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_LOADER = re.compile(r"\S+: failed to map segment from shared object")
+# weft's errors begin with what failed: base (x) cannot be loaded: ...
+_WHAT_FAILED = re.compile(r"(.*? cannot be (?:loaded|read))\b")
+_MORE = "End other programs, or use a machine with more memory"
+_INFO = Path("/proc/meminfo")  # Linux
 
 
-def memory_error(err: Exception, options: CommandOptions) -> WeftError | None:
+def memory_error(err: Exception, options: CommandOptions, *, importing: bool = False) -> WeftError | None:
     """The error to report if there was not enough memory; None for other errors.
 
     Args:
         err: the error that ended the command.
         options: the options of the command.
+        importing: the command was still importing its libraries.
     """
     lack = lack_of_memory(err)
     if lack is None:
         return None
     text = str(lack)
-    wanted, gpu = _WANTED.search(text), _ON_GPU.search(text)
-    more = f": {_size(wanted[1], wanted[2])} more were needed" if wanted else ""
+    if importing or isinstance(lack, ImportError):
+        # A file system that is mounted noexec gives the same error, so the loader's words are shown.
+        loader = _LOADER.search(text)
+        facts = [loader[0] if loader else "", _of_this_process()]
+        return _error(" to load torch, transformers and peft", facts, less_memory(None))
+    wanted, gpu, free = _WANTED.search(text), _ON_GPU.search(text), _FREE_ON_GPU.search(text)
     where = f" on {gpu[1]}, which has {_size(gpu[2], gpu[3])}" if gpu else ""
-    # weft's errors begin with what failed: base (x) cannot be loaded: ...
-    during = f" ({first_line(err).partition(':')[0]})" if isinstance(err, WeftError) else ""
-    advice = less_memory(options, loading=isinstance(err, WeftError))
-    return WeftError(f"there is not enough memory{where}{more}{during}. {advice}")
+    failed = _WHAT_FAILED.match(str(err)) if isinstance(err, WeftError) else None
+    facts = [
+        failed[1] if failed else "",
+        f"an allocation of {_size(wanted[1], wanted[2])} failed" if wanted else "",
+        f"{_size(free[1], free[2])} are free" if free else "" if _OF_A_DEVICE.search(text) else _of_this_process(),
+    ]
+    return _error(where, facts, less_memory(options, loading=isinstance(err, WeftError)))
+
+
+def _error(what: str, facts: list[str], advice: str) -> WeftError:
+    known = "; ".join(filter(None, facts))
+    return WeftError(f"there is not enough memory{what}{f': {known}' if known else ''}. {advice}")
+
+
+def _of_this_process() -> str:
+    """The limit of this process's memory, or what is available; "" if neither is known."""
+    limit = _limit()
+    if limit is not None:
+        return f"this process is limited to {size(limit)} (ulimit -v)"
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _INFO.read_text()) if _INFO.exists() else None
+    return f"{size(int(found[1]) * 2**10)} are available" if found else ""
+
+
+def _limit() -> int | None:
+    """The most bytes that this process may allocate; None for no limit."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def less_memory(options: Any, *, loading: bool = False) -> str:
@@ -57,7 +100,7 @@ def less_memory(options: Any, *, loading: bool = False) -> str:
     if hasattr(options, "quantization") and options.quantization is None:
         ways.append("--quantization nf4")
     if not ways:
-        return "End other programs, or use a machine with more memory"
+        return _MORE if _limit() is None else "Raise the limit"
     return f"Less is needed with {', or '.join([', '.join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)}"
 
 

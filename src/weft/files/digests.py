@@ -20,13 +20,18 @@ def digest_of_file(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "digest": digest}
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's or adapter's weights."""
+    return sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+
+
 def digest_of_weights(folder: Path) -> str | None:
     """A digest of a model's or adapter's weights, as far as the beginnings and ends of its files tell them apart.
 
     Returns:
         It; None where the folder has no weights that are known as such.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS and file.is_file())
+    files = weight_files(folder)
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = file.stat().st_size

@@ -8,12 +8,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weft.errors import CheckpointError, first_line, lack_of_memory
+from weft.errors import CheckpointError, OutOfMemoryError, first_line, lack_of_memory
 from weft.files.reading import reason, require_file
 
 # peft's names for the two files of a saved adapter.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 SHOWN = 8  # keys in one message
+# For dtypes that this version of torch does not know, safetensors and torch raise various errors.
+_RAISED = (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, MemoryError)
 # file -> tensors that were read already. `taken` removes an entry.
 Opened = dict[Path, dict[str, Tensor]]
 
@@ -23,6 +25,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: the file is missing, truncated or not a safetensors file, or holds NaN or infinite values.
+        OutOfMemoryError: there is not enough memory for its tensors.
     """
     require_file(file)
     try:
@@ -31,10 +34,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         broken = not_finite(tensors)
     except PermissionError as err:
         raise CheckpointError(f"{file} cannot be read: {reason(err)}") from err
-    # For dtypes that this version of torch does not know, safetensors and torch raise various errors.
-    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as err:
+    except _RAISED as err:
         if lack_of_memory(err) is not None:
-            raise CheckpointError(f"{file} cannot be read: {first_line(err)}") from err
+            size = f"{file.stat().st_size:,} bytes"
+            raise OutOfMemoryError(f"{file} ({size}) cannot be read: {first_line(err)}") from err
         raise CheckpointError(f"{file} is no whole safetensors file ({first_line(err)}): copy it again") from err
     if broken:
         raise CheckpointError(

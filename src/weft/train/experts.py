@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import CONFIG_NAME
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from weft.base_model.loading import load_base, load_tokenizer, loading_options
@@ -45,6 +45,7 @@ from weft.train.dry_run import dry_run
 from weft.train.gate import new_mixture, read_both, read_rows_of, train
 from weft.train.packing_check import check_packing
 from weft.train.plateau import Plan
+from weft.train.progress import ProgressLine
 from weft.train.stopping import StopOnInterrupt
 from weft.train.trainer import WeftTrainer, trained_tokens
 
@@ -346,7 +347,7 @@ def _train_expert(
     set_seed(options.seed)  # so that an expert does not depend on those before it
     model = _with_adapter(base, _lora_config(options, targets))
     own = _own_options(options)
-    interrupt = StopOnInterrupt(saves=False)
+    interrupt, progress = StopOnInterrupt(saves=False), ProgressLine()
     with temporary_folder(lambda folder: None) as unused:
         steps = steps_to_train(own, len(rows), sum(trained_tokens(row["labels"]) for row in rows))
         arguments = training_arguments(own, unused, *steps)
@@ -357,11 +358,13 @@ def _train_expert(
             tokenizer=tokenizer,
             train_dataset=RowsAndABlank(rows),
             data_collator=RowCollator(tokenizer.pad_token_id),
-            callbacks=[interrupt],
+            callbacks=[interrupt, progress],
         )
+        trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()
         finally:
+            progress.close()
             interrupt.on_train_end(arguments, trainer.state, trainer.control)  # not called after an error
     if interrupt.requested:
         raise KeyboardInterrupt

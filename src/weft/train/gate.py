@@ -33,14 +33,14 @@ from weft.train.checks import check, open_sources
 from weft.train.comparison import comparison
 from weft.train.dry_run import dry_run
 from weft.train.packing_check import check_packing
-from weft.train.plateau import Plan, Plateau, plan
+from weft.train.plateau import Plan, Plateau, evaluation_in_steps, plan
 from weft.train.progress import ProgressLine
 from weft.train.run_record import past_of, run_record
 from weft.train.scaling_cache import ScalingCache, ScalingCacheCollator
 from weft.train.start import check_steps_left, resume_from, say_resuming, start_gate, with_mixture_options
 from weft.train.stopping import EarlyStopping, StopOnInterrupt, TokenBudget
 from weft.train.trainer import WeftTrainer, trained_tokens
-from weft.train.weight_search import WeightSearch, restore_weight
+from weft.train.weight_search import WeightSearch, cost, restore_weight
 
 _Rows = list[dict[str, Any]]
 
@@ -76,8 +76,7 @@ def train(options: TrainOptions) -> Path:
     if options.dry_run:
         dry_run(planned, model, tokenizer, trials=searches_weight(planned, model))
         return Path(options.output)
-    interrupt = StopOnInterrupt()
-    progress = ProgressLine(options.max_tokens, may_stop_earlier=planned.expected_steps is not None)
+    interrupt, progress = StopOnInterrupt(), _progress(planned, model)
     callbacks: list[TrainerCallback] = [interrupt, TokenBudget(options.max_tokens), progress]
     if options.early_stopping and planned.held_out is not None:
         before = [loss for _, loss in past.losses] if past is not None and planned.comparable else []
@@ -252,6 +251,16 @@ def searches_weight(planned: Plan, model: PeftModel) -> bool:
     is_cached = options.cache_scaling_pass and model.xlora_config.constant_weight != 0
     given = options.global_scaling_weight is not None
     return not (planned.expected_steps is None or given or is_cached or options.use_trainable_adapters)
+
+
+def _progress(planned: Plan, model: PeftModel) -> ProgressLine:
+    """The training on the screen; its estimate includes the evaluations and the trials of the weight."""
+    options, held_out = planned.options, planned.held_out
+    evaluating = 0.0
+    if held_out is not None:
+        trials = cost(len(held_out)) if searches_weight(planned, model) else 0.0
+        evaluating = evaluation_in_steps(planned) * (1 + trials) / (options.eval_steps or options.save_steps)
+    return ProgressLine(options.max_tokens, may_stop_earlier=planned.expected_steps is not None, evaluating=evaluating)
 
 
 def _scaling_cache(

@@ -19,7 +19,9 @@ _GATE, _SHARE = "gate/", "gate/share/"
 _MOST_SHARES = 8
 # Entries of the log that are not shown, or shown in another form.
 _LEFT_OUT = {"loss", "epoch", "grad_norm", "total_flos", "step"}
-_PATIENCE = 2.0  # seconds of steps before the estimate is printed, unless a log line comes first
+# The first step includes the set-up, so the estimate is made from the second one; from the first one if it takes so
+# many seconds, which are hardly the set-up.
+_LONG_STEP = 10.0
 _LEFT_OUT_ENDS = ("_runtime", "_per_second", "_model_preparation_time")
 # The learning rate is left out on terminals with fewer columns, as its schedule is known.
 _LEARNING_RATE, _LEAST_COLUMNS = "learning_rate", 100
@@ -28,41 +30,47 @@ _LEARNING_RATE, _LEAST_COLUMNS = "learning_rate", 100
 class ProgressLine(TrainerCallback):
     """Prints a line per log step (loss, tokens per second, time left), and a summary at the end.
 
-    On a terminal there is a progress bar too. Before the first line, time and memory are estimated from the first
-    steps.
+    On a terminal there is a progress bar too. Before the first line, time and memory are estimated from one step.
 
     Args:
         max_tokens: the budget of tokens; 0 for none.
         may_stop_earlier: the number of steps is a limit that is rarely reached.
+        evaluating: the time of the evaluations, as a multiple of that of the steps.
     """
 
-    def __init__(self, max_tokens: int = 0, *, may_stop_earlier: bool = False) -> None:
+    def __init__(self, max_tokens: int = 0, *, may_stop_earlier: bool = False, evaluating: float = 0.0) -> None:
         self.max_tokens = max_tokens
+        self._evaluating = evaluating
         self._at_most = "at most " if may_stop_earlier else ""
         self.console = Console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._losses: list[float] = []
-        self._start = self._last = (0.0, 0, 0.0)
-        # The end of the first step, which includes the set-up.
-        self._after_first: tuple[float, int, float] | None = None
+        self._start = self._last = self._step_start = (0.0, 0, 0.0)
+        self._steps = 0  # of this run
+        self._measured = (0.0, 0.0)  # the last one: its seconds, and its share of the training
         self._estimated = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and the bar."""
-        self._start = self._last = self._now(state)
+        self._start = self._last = self._step_start = self._now(state)
         if state.is_world_process_zero and self.console.is_terminal and not is_quiet():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("training", total=1.0, left="")
             self._bar.start()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of a step."""
+        self._step_start = self._now(state)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Update the bar."""
+        """Print the estimate, once, and update the bar."""
         now = self._now(state)
-        if self._after_first is None:
-            self._after_first = now
-        elif now[0] - self._after_first[0] >= _PATIENCE:
+        self._steps += 1
+        self._measured = seconds, share = now[0] - self._step_start[0], now[2] - self._step_start[2]
+        next_is_last = 1 - now[2] < 1.5 * share
+        if self._steps > 1 or next_is_last or seconds >= _LONG_STEP:
             self._estimate(now, args, state)
         if self._bar is not None:
             description = self._step(state)
@@ -76,8 +84,8 @@ class ProgressLine(TrainerCallback):
         parts = [self._step(state)]
         shares: dict[str, float] = {}
         now = self._now(state)
+        self._estimate(now, args, state)
         if "loss" in logs:
-            self._estimate(now, args, state)
             self._losses.append(float(logs["loss"]))
             parts.append(f"loss {self._losses[-1]:.4f}")
         for name, value in logs.items():
@@ -116,17 +124,17 @@ class ProgressLine(TrainerCallback):
         return self.console.width if self.console.is_terminal else sys.maxsize
 
     def _estimate(self, now: tuple[float, int, float], args: Any, state: Any) -> None:
-        """Print an estimate of time and memory, once."""
-        if self._estimated or not state.is_world_process_zero:
+        """Print an estimate of time and memory from the last step, once."""
+        seconds, share = self._measured
+        if self._estimated or not share or not state.is_world_process_zero:
             return
         self._estimated = True
-        since = self._after_first if self._after_first is not None and now[2] > self._after_first[2] else self._start
-        if since[2] < now[2] < 1:
-            seconds = now[0] - self._start[0] + (now[0] - since[0]) / (now[2] - since[2]) * (1 - now[2])
+        if now[2] < 1:
+            left = seconds / share * (1 - now[2]) * (1 + self._evaluating)
             peak = peak_memory(args.device)
             memory = "" if peak is None else f"; {size(peak)} of {'GPU ' * (args.device.type == 'cuda')}memory"
-            without = "" if str(args.eval_strategy.value) == "no" else " without evaluations"
-            self._print(f"{self._at_most or 'about '}{about(seconds)}{without}{memory}")
+            included = " with evaluations" if self._evaluating else ""
+            self._print(f"{self._at_most or 'about '}{about(now[0] - self._start[0] + left)}{included}{memory}")
 
     def _print(self, line: str) -> None:
         if not is_quiet():
