@@ -16,6 +16,11 @@ import errno
 import re
 from collections.abc import Iterable
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 # Messages of torch, CUDA, numpy and the system for out of memory. torch has a class for it on GPUs only. The static TLS
 # block has a fixed size.
 _NO_MEMORY = re.compile(
@@ -23,6 +28,7 @@ _NO_MEMORY = re.compile(
     "failed to map segment from shared object",
     re.IGNORECASE,
 )
+_NO_THREAD = "can't start new thread"  # there may be too many, or no memory for its stack
 
 
 class WeftError(Exception):
@@ -92,10 +98,20 @@ def lack_of_memory(err: BaseException) -> BaseException | None:
         if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
             return cause
         # For errors of weft, the cause decides.
-        if not isinstance(cause, WeftError | OSError) and _NO_MEMORY.search(str(cause)):
+        if not isinstance(cause, WeftError | OSError) and (
+            _NO_MEMORY.search(str(cause)) or (_NO_THREAD in str(cause) and memory_limit() is not None)
+        ):
             return cause
         cause = cause.__cause__
     return None
+
+
+def memory_limit() -> int | None:
+    """The most bytes that this process may allocate; None for no limit."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def bullet_list(problems: Iterable[str]) -> str:

@@ -85,6 +85,7 @@ def test_a_limit_of_the_process_is_named():
     with memory_limit(2**50):
         said = str(memory_error(MemoryError(), GenerateOptions("m", dtype="bfloat16", quantization="nf4")))
         assert less_memory(ConvertOptions("m")) == "Raise the limit"
+        assert memory_error(RuntimeError("can't start new thread"), GenerateOptions("m")) is not None
     limited = "there is not enough memory: this process is limited to 1,125,900 GB (ulimit -v). Less is needed with "
     assert said == f"{limited}a smaller --max-new-tokens (64)"
 
@@ -159,7 +160,11 @@ def test_what_is_small_already_is_not_made_smaller():
 
 
 @pytest.mark.parametrize(
-    "err", [RuntimeError("a fault"), WeftError("out of memory"), OSError(errno.ENOSPC, "No space left"), KeyError("x")]
+    "err",
+    [
+        *(RuntimeError("a fault"), RuntimeError("can't start new thread"), WeftError("out of memory")),
+        *(OSError(errno.ENOSPC, "No space left"), KeyError("x")),
+    ],
 )
 def test_other_errors_are_left_alone(err):
     assert memory_error(err, GenerateOptions("m")) is None

@@ -6,14 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from weft.errors import WeftError, lack_of_memory
+from weft.errors import WeftError, lack_of_memory, memory_limit
 from weft.options.base import CommandOptions
 from weft.screen.countdown import size
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
 
 _WANTED = re.compile(r"(?:allocate|mmap) ([\d.]+) ?(bytes|[KMGT]iB)")
 _ON_GPU = re.compile(r"(GPU \d+) has a total capacity of ([\d.]+) ?(bytes|[KMGT]iB)")
@@ -62,19 +57,11 @@ def _error(what: str, facts: list[str], advice: str) -> WeftError:
 
 def _of_this_process() -> str:
     """The limit of this process's memory, or what is available; "" if neither is known."""
-    limit = _limit()
+    limit = memory_limit()
     if limit is not None:
         return f"this process is limited to {size(limit)} (ulimit -v)"
     found = re.search(r"MemAvailable:\s+(\d+) kB", _INFO.read_text()) if _INFO.exists() else None
     return f"{size(int(found[1]) * 2**10)} are available" if found else ""
-
-
-def _limit() -> int | None:
-    """The most bytes that this process may allocate; None for no limit."""
-    if resource is None:
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def less_memory(options: Any, *, loading: bool = False) -> str:
@@ -100,7 +87,7 @@ def less_memory(options: Any, *, loading: bool = False) -> str:
     if hasattr(options, "quantization") and options.quantization is None:
         ways.append("--quantization nf4")
     if not ways:
-        return _MORE if _limit() is None else "Raise the limit"
+        return _MORE if memory_limit() is None else "Raise the limit"
     return f"Less is needed with {', or '.join([', '.join(ways[:-1]), ways[-1]] if len(ways) > 1 else ways)}"
 
 
