@@ -106,7 +106,9 @@ def test_what_is_piped_in_does_not_allow_a_bases_code(
     assert not (tmp_path / "trained").exists()
 
 
-@pytest.mark.parametrize("name", ["generate", "eval", "add-expert", "train", "train-experts"])
+@pytest.mark.parametrize(
+    "name", ["generate", "eval", "add-expert", "train", pytest.param("train-experts", marks=pytest.mark.slow)]
+)
 def test_an_option_allows_it(name, own_mixture, own_base, base_adapters, marker, tmp_path, capsys):
     arguments = commands(own_mixture, own_base, base_adapters, tmp_path)[name]
     assert main([*arguments, "--trust-remote-code"]) == 0, capsys.readouterr().err

@@ -134,7 +134,10 @@ def test_a_module_of_that_name_keeps_it():
 # ---------------------------------------------------------------------- compiled base models
 
 
-@pytest.mark.parametrize("kind", ["wrapper", pytest.param("in place", marks=pytest.mark.slow), "in place and called"])
+IN_PLACE = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("in place", "in place and called")]
+
+
+@pytest.mark.parametrize("kind", ["wrapper", *IN_PLACE])
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 @pytest.mark.usefixtures("peft_xlora_restored", "without_type_checks")  # which a compiler does not see through
 def test_a_base_model_that_was_compiled_takes_experts(kind, llama_adapters, tmp_path):

@@ -194,6 +194,7 @@ def test_a_script_hears_of_its_own_code_and_nothing_of_wefts(base_folder, base_a
             assert said in its_own
 
 
+@pytest.mark.slow
 def test_importing_peft_after_weft_says_nothing():
     ran = subprocess.run(
         [sys.executable, "-c", "import weft, peft.tuners.lora"], capture_output=True, text=True, check=True

@@ -92,7 +92,7 @@ def test_requests_in_one_batch_get_what_they_get_alone(served, alone):
     assert (served.engine.running, served.engine.waiting) == (0, 0)
 
 
-@pytest.mark.parametrize("tokens", [160, 64])  # of 64 a text may have 32
+@pytest.mark.parametrize("tokens", [pytest.param(160, marks=pytest.mark.slow), 64])  # of 64 a text may have 32
 def test_a_small_cache_and_texts_that_outgrow_it(tokens, folder, alone, monkeypatch):
     with serving(folder) as served:
         served.engine.batch.close()

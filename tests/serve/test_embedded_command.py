@@ -27,7 +27,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("scheme", "sign", "status"),
-    [({}, signal.SIGINT, 130), ({"gate_layer": 1}, signal.SIGTERM, -signal.SIGTERM)],
+    [
+        ({}, signal.SIGINT, 130),
+        pytest.param({"gate_layer": 1}, signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow),
+    ],
     ids=["two passes", "one pass"],
 )
 def test_it_says_what_runs_and_ends_when_it_is_told(scheme, sign, status, tmp_path):

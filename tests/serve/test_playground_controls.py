@@ -9,7 +9,10 @@ import pytest
 
 from scripted_server import DONE, Scripted, event, serving
 from visits import CODE, END, LAW, bars, ground, token, told, write
+from weft.screen.palette import PALETTE
 from weft.serve.page import page
+
+COLOURS = len(PALETTE)
 
 HOSTILE = ["<img src=x onerror='window.hacked = 1'>", "a\u202eb\u115f", "</script><b>", "\x1b&amp;\u0007"]
 
@@ -129,9 +132,9 @@ def test_one_to_thirty_two_experts(visit, expect, count):
     write(opened)
     ended(opened, expect)
     assert len(bars(opened)) == count
-    assert opened.locator(".tokens .second").count() == max(0, count - 8)
-    assert opened.locator("#bars .swatch.second").count() == max(0, count - 8)
-    assert len({tuple(ground(opened, number)) for number in range(count)}) == min(count, 8)
+    assert opened.locator(".tokens .second").count() == max(0, count - COLOURS)
+    assert opened.locator("#bars .swatch.second").count() == max(0, count - COLOURS)
+    assert len({tuple(ground(opened, number)) for number in range(count)}) == min(count, COLOURS)
     token(opened, count - 1).hover()
     assert len(bars(opened, "#tip")) == min(count, 6)
     assert ("26 more experts" in opened.locator("#tip").inner_text()) == (count == 32)

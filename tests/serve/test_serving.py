@@ -142,7 +142,9 @@ def test_without_vllm_the_command_says_what_is_missing(saved, capsys):
         (["--served-model-name", "x"], "--served-model-name is set by weft serve itself"),
     ],
 )
-def test_flags_that_cannot_be_are_refused(flags, message, capsys):
+def test_flags_that_cannot_be_are_refused(flags, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mix").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert main(["serve", "mix", *flags]) == 1
     assert message in capsys.readouterr().err
 

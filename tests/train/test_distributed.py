@@ -27,6 +27,7 @@ def losses(folder, step):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(options, tmp_path):
     assert main(options("one", 1, "--logging-steps", "1")) == 0
     output = run(torchrun("-m", "weft", *options("two", 2, "--logging-steps", "1")))

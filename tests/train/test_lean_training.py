@@ -60,8 +60,8 @@ def losses(state):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--gradient-accumulation-steps", "2", "--max-steps", "8"],
-        ["--packing", "--sequence-length", "64", "--gradient-checkpointing"],
+        pytest.param(["--gradient-accumulation-steps", "2", "--max-steps", "8"], marks=pytest.mark.slow),
+        pytest.param(["--packing", "--sequence-length", "64", "--gradient-checkpointing"], marks=pytest.mark.slow),
         ["--group-by-length", "--scaling-pass-layers", "1", "--use-trainable-adapters"],
     ],
     ids=" ".join,

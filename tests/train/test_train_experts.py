@@ -381,7 +381,7 @@ def moe(kind, vocabulary):
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**common, **own, head_dim=8))
 
 
-@pytest.fixture(params=["Qwen3Moe", "Mixtral", "Qwen2Moe"])
+@pytest.fixture(params=["Qwen3Moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("Mixtral", "Qwen2Moe"))])
 def moe_arguments(request, arguments, tmp_path):
     """`weft train --experts-from` on such a base model."""
     tokenizer = tiny_tokenizer()
