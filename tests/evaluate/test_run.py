@@ -362,7 +362,7 @@ def test_a_cell_that_cannot_be_written_is_an_error_and_those_before_are_kept(tmp
         (["--output", "/nowhere/t.json"], r"output \(/nowhere/t.json\) cannot be written: there is no folder /nowhere"),
         (["--compare", "x"], r"compare has the entry 'x', expected name=FOLDER"),
         (["--compare", "x=a", "x=b"], r"compare has the name 'x' twice \(a and b\)"),
-        (["--compare", "x=/nowhere"], r"model \(/nowhere\) is neither a folder here nor a Hub id"),
+        (["--compare", "x=/nowhere"], r"compare x \(/nowhere\) is neither a folder here nor a Hub id"),
         (["--compare", "weft={mixture}"], r"compare names a row \(weft\) that is there already"),
         (
             ["--search-data", "{choice}"],

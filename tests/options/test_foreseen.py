@@ -121,7 +121,7 @@ CASES = {
         [
             "batch_size (0) must be at least 1",
             "stride (-1) must be at least 0 and below sequence_length (512)",
-            f"model (/gone) {NOWHERE}",
+            f"compare other (/gone) {NOWHERE}",
             f"data (/no.jsonl) {NOT_A_FILE}",
             f"search_data (/no.txt) {NOT_A_FILE}",
             "output (nowhere/table.md) cannot be written: there is no folder ",

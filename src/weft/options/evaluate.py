@@ -75,7 +75,7 @@ class EvalOptions(MixtureOptions, LoadingOptions):
 
     def models(self) -> list[tuple[str, str]]:
         """The mixture, its base model, and the models to compare with."""
-        return [*super().models(), *(("model", path) for name, path in pairs(self.compare) if name and path)]
+        return [*super().models(), *((f"compare {name}", path) for name, path in pairs(self.compare) if name and path)]
 
     def sources(self) -> list[tuple[str, str]]:
         """The data sets."""
