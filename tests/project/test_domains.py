@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 import json
 import math
 import random
@@ -342,3 +343,37 @@ def test_the_parts_of_the_regret_add_up(bench, llama_adapters):
         assert torch.equal(mixed - regret.losses(model, [2, 8, 6, 4]), found[1])
     assert all(len(share) == len(of_text) for share, of_text in zip(shares, found, strict=True))
     assert f"| 1 | math | {whole['regret']:+.4f} |" in regret.table({"1": {"math": whole}})
+
+
+def test_bayes_rule_is_the_mean_over_who_may_have_written_the_text(bench):
+    by_bayes = bench("ceiling").by_bayes
+    losses = torch.rand(6, 3, dtype=torch.float64) * 4
+    assert torch.allclose(by_bayes(losses[:, :1], 64), losses[:, 0])
+    assert torch.allclose(by_bayes(losses[:, :1].expand(6, 3), 64), losses[:, 0])  # all predict the same
+    # One that never changes: the whole text's probability is the mean of the experts'.
+    alone = -torch.logsumexp(-losses.sum(0), 0) + math.log(3)
+    assert by_bayes(losses, 10**12).sum() == pytest.approx(float(alone))
+    # By hand, over all ways in which two experts may have written three tokens.
+    two, stay = losses[:3, :2], 1 - 1 / 5
+    ways = [
+        0.5
+        * math.prod(stay if one == other else 1 - stay for one, other in itertools.pairwise(way))
+        * math.exp(-sum(float(two[token, expert]) for token, expert in enumerate(way)))
+        for way in itertools.product((0, 1), repeat=3)
+    ]
+    assert by_bayes(two, 5).sum() == pytest.approx(-math.log(sum(ways)))
+
+
+def test_the_ceiling_has_the_mixture_the_oracle_and_the_base(bench, llama_adapters):
+    ceiling = bench("ceiling")
+    model = weft.from_adapters(tiny_llama(), llama_adapters)
+    ids, names = [1, 5, 9, 4], ["math", "code"]
+    found = ceiling.of_text(model, ids, names, [0, 1, 1])
+    with at_own_weight(model, {"code": 1.0}):
+        alone = bench("regret").losses(model, ids)
+    assert torch.allclose(found["oracle"][1:], alone[1:].double())
+    unseen = ceiling.of_text(model, ids, names, None)
+    with model.disable_adapter():
+        assert torch.allclose(unseen["base"], bench("regret").losses(model, ids).double())
+    table = ceiling.table({"mixed": {name: float(losses.mean()) for name, losses in found.items()}})
+    assert table.splitlines()[2].startswith(f"| mixed | {math.exp(found['mixture'].mean()):.3f} | ")
