@@ -97,10 +97,9 @@ def lack_of_memory(err: BaseException) -> BaseException | None:
     while cause is not None:
         if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
             return cause
-        # For errors of weft, the cause decides.
-        if not isinstance(cause, WeftError | OSError) and (
-            _NO_MEMORY.search(str(cause)) or (_NO_THREAD in str(cause) and memory_limit() is not None)
-        ):
+        # For errors of weft, the cause decides, for the system's their number, which some libraries leave out.
+        known = isinstance(cause, WeftError) or (isinstance(cause, OSError) and cause.errno is not None)
+        if not known and (_NO_MEMORY.search(str(cause)) or (_NO_THREAD in str(cause) and memory_limit() is not None)):
             return cause
         cause = cause.__cause__
     return None
