@@ -93,7 +93,8 @@ def test_every_option_does_in_two_processes_what_it_does_in_one(launcher, option
 
     output = in_two(launcher, [command(name, 2, *more) for name, more in cases.items()])
     assert output.count("ended with 0") == 2 * len(cases), output
-    assert output.count("saved to") == output.count("trained to step") == len(cases)
+    assert output.count("saved to") == len(cases)
+    assert output.count("trained to step") == len(cases) + 2  # of which one trains two experts before
     assert output.count("training expert 'math'") == 1
     assert output.count("scaling pass: ") == 2
     for name, more in cases.items():
