@@ -93,7 +93,7 @@ def all_pieces(work: Work, sizes: list[int], seeds: int, recipes: list[str]) -> 
             pieces.append(Piece(f"expert {name}", made, partial(expert, work, name), (base,)))
         for recipe in common:
             pieces += gate_pieces(work, size, recipe, 0)
-        pieces += other_pieces(work, size)
+        pieces += other_pieces(work, size, recipes)
     for recipe in recipes:
         if STUDIED in sizes and recipe not in common:
             pieces += gate_pieces(work, STUDIED, recipe, 0)
@@ -116,7 +116,7 @@ def gate_pieces(work: Work, size: int, recipe: str, seed: int) -> list[Piece]:
     ]
 
 
-def other_pieces(work: Work, size: int) -> list[Piece]:
+def other_pieces(work: Work, size: int, recipes: list[str]) -> list[Piece]:
     """What a mixture is compared with: one LoRA as large as its gate, a router by task, and all that needs no gate."""
     made = [work.expert(lora_name(size, rate)) / "weft_expert.json" for rate in LORA_RATES]
     base = work.base / "model.safetensors"
@@ -125,11 +125,12 @@ def other_pieces(work: Work, size: int) -> list[Piece]:
         for file, rate in zip(made, LORA_RATES, strict=True)
     ]
     # Any mixture of these experts: its gate is in none of the rows.
-    mixture = work.mixture(size, AT_ALL_SIZES[0], 0) / "adapter_config.json"
-    router = partial(routed, work, size)
-    pieces.append(Piece(f"table of {size}: a router", work.table(f"{size}-router"), router, (mixture,)))
-    rest = partial(others, work, size)
-    pieces.append(Piece(f"table of {size}: the others", work.table(f"{size}-others"), rest, (mixture, *made)))
+    mixture = work.mixture(size, next((recipe for recipe in AT_ALL_SIZES if recipe in recipes), AT_ALL_SIZES[0]), 0)
+    config = mixture / "adapter_config.json"
+    router = partial(routed, work, size, mixture)
+    pieces.append(Piece(f"table of {size}: a router", work.table(f"{size}-router"), router, (config,)))
+    rest = partial(others, work, size, mixture)
+    pieces.append(Piece(f"table of {size}: the others", work.table(f"{size}-others"), rest, (config, *made)))
     return pieces
 
 
@@ -197,11 +198,11 @@ def table(work: Work, size: int, recipe: str, seed: int) -> None:
     measure(work, work.mixture(size, recipe, seed), f"{size}-{recipe}-{seed}", data, rows=["weft", "weft top-2"])
 
 
-def others(work: Work, size: int) -> None:
+def others(work: Work, size: int, mixture: Path) -> None:
     """Measure what needs no gate: the base, experts, means, merges, Arrow, the oracle and one LoRA."""
     measure(
         work,
-        work.mixture(size, AT_ALL_SIZES[0], 0),
+        mixture,
         f"{size}-others",
         work.test_data(size),
         rows=["base", "oracle", "uniform", "arrow", "compare"]
@@ -211,11 +212,11 @@ def others(work: Work, size: int) -> None:
     )
 
 
-def routed(work: Work, size: int) -> None:
+def routed(work: Work, size: int, mixture: Path) -> None:
     """Measure a router that chooses an expert by the text as a whole."""
     import router
 
-    router.measure(work, size, NAMES[:size])
+    router.measure(work, size, NAMES[:size], mixture)
 
 
 if __name__ == "__main__":

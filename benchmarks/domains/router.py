@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 TRAINING_TEXTS = 64
 NEAREST, TEMPERATURE = 3, 0.02
 
 
-def measure(work: Any, size: int, names: list[str]) -> None:
-    """Write a table of the data sets' perplexities, and the scores of all parts."""
+def measure(work: Any, size: int, names: list[str], mixture: Path) -> None:
+    """Write a table of the data sets' perplexities, and the scores of all parts, with the experts of a mixture."""
     import torch
-    from bench import AT_ALL_SIZES
 
     import weft
     from weft.base_model.loading import load_placed_base, load_tokenizer
@@ -54,7 +54,7 @@ def measure(work: Any, size: int, names: list[str]) -> None:
         data.name: torch.nn.functional.normalize(places([text.tokens for text in data.examples]) - middle, dim=-1)
         for data in data_sets
     }
-    model = weft.from_pretrained(work.mixture(size, AT_ALL_SIZES[0], 0), base)
+    model = weft.from_pretrained(mixture, base)
     cells = CellStore(work.table(f"{size}-router").with_suffix(".cells.jsonl"))
     values: dict[str, dict[str, float]] = {"router top-1": {}, "router weighted": {}}
     for data in data_sets:
