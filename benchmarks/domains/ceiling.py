@@ -14,15 +14,13 @@ predictions, so it can be on either side of the ceiling.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from work import NAMES, ROOT, TEXTS, UNSEEN, read_rows
+from work import NAMES, ROOT, UNSEEN, mixture_parser, opened, read_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import save, setting
@@ -32,24 +30,12 @@ TURNS = (64, 256)
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mixture", help="a folder in WORK/mixtures: SIZE-RECIPE-SEED")
-    parser.add_argument("--texts-of-each", type=int, default=24, help="test texts of a data set")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a text that are read")
-    parser.add_argument("--bf16", action="store_true", help="the base model in bfloat16")
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
-    parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--base", type=Path, default=ROOT / ".demo" / "model")
-    arguments = parser.parse_args()
-    import weft
-    from weft.base_model.loading import load_placed_base, load_tokenizer
+    arguments = mixture_parser(__doc__).parse_args()
     from weft.data.labelled import labelled_tokens
 
     size = int(arguments.mixture.split("-")[0])
     names = NAMES[:size]
-    base = load_placed_base(str(arguments.base), dtype="bfloat16" if arguments.bf16 else "auto")
-    tokenizer = load_tokenizer(str(arguments.base))
-    model = weft.from_pretrained(str(arguments.work / "mixtures" / arguments.mixture), base).eval()
+    model, tokenizer = opened(arguments)
     found: dict[str, dict[str, float]] = {}
     for data in (f"mixed-{size}", *names, *UNSEEN[:2]):
         rows = list(read_rows(arguments.texts / data / "test.jsonl"))[: arguments.texts_of_each]

@@ -11,16 +11,14 @@ predicts, in the mean over layers.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from work import NAMES, ROOT, TEXTS, read_rows
+from work import NAMES, ROOT, mixture_parser, opened, read_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from harness import save, setting
@@ -32,22 +30,10 @@ KINDS = {"position": POSITIONS, "share": SHARES}
 
 def main() -> None:
     """Measure a mixture at some weights, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mixture", help="a folder in WORK/mixtures: SIZE-RECIPE-SEED")
+    parser = mixture_parser(__doc__)
     parser.add_argument("--weights", nargs="*", type=float, help="values of global_scaling_weight; default its own")
-    parser.add_argument("--texts-of-each", type=int, default=24, help="test texts of a domain")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a text that are read")
-    parser.add_argument("--bf16", action="store_true", help="the base model in bfloat16")
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
-    parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--base", type=Path, default=ROOT / ".demo" / "model")
     arguments = parser.parse_args()
-    import weft
-    from weft.base_model.loading import load_placed_base, load_tokenizer
-
-    base = load_placed_base(str(arguments.base), dtype="bfloat16" if arguments.bf16 else "auto")
-    tokenizer = load_tokenizer(str(arguments.base))
-    model = weft.from_pretrained(str(arguments.work / "mixtures" / arguments.mixture), base).eval()
+    model, tokenizer = opened(arguments)
     found: dict[str, dict[str, Any]] = {}
     for weight in arguments.weights or [model.get_global_scaling_weight()]:
         model.set_global_scaling_weight(weight)

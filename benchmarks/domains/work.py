@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,6 +69,29 @@ class Work:
         unseen = [f"unseen-{name}={self.texts / name}/test.jsonl" for name in UNSEEN[: self.unseen]]
         single = [f"{name}={self.texts / name}/test.jsonl" for name in NAMES[:size]]
         return [f"mixed={self.texts}/mixed-{size}/test.jsonl", *single, *unseen]
+
+
+def mixture_parser(about: str | None) -> argparse.ArgumentParser:
+    """The arguments of a script that looks into one mixture of the bench."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mixture", help="a folder in WORK/mixtures: SIZE-RECIPE-SEED")
+    parser.add_argument("--texts-of-each", type=int, default=24, help="test texts of a data set")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text that are read")
+    parser.add_argument("--bf16", action="store_true", help="the base model in bfloat16")
+    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
+    parser.add_argument("--texts", type=Path, default=TEXTS)
+    parser.add_argument("--base", type=Path, default=ROOT / ".demo" / "model")
+    return parser
+
+
+def opened(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The mixture of these arguments, and its tokenizer."""
+    import weft
+    from weft.base_model.loading import load_placed_base, load_tokenizer
+
+    base = load_placed_base(str(arguments.base), dtype="bfloat16" if arguments.bf16 else "auto")
+    model = weft.from_pretrained(str(arguments.work / "mixtures" / arguments.mixture), base).eval()
+    return model, load_tokenizer(str(arguments.base))
 
 
 def options(work: Work, **given: Any) -> Any:

@@ -15,12 +15,17 @@ def little_memory(more):
         yield
 
 
-@contextmanager
 def memory_limit(limit):
     """In this block the process is limited to so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    return limited(resource.RLIMIT_AS, limit)
+
+
+@contextmanager
+def limited(kind, limit):
+    """In this block the process has this limit of a kind of `resource`."""
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(kind, (soft, hard))

@@ -210,20 +210,15 @@ def _own_options(folder: Path) -> JsonTable:
 def _what_is_there(folder: Path) -> str:
     """What a folder without options has instead, and what to do."""
     names = sorted(os.listdir(folder))
-    steps = [folder / name for name in names if name.startswith("checkpoint-")]
-    steps += [folder / "checkpoints" / name for name in _names_in(folder / "checkpoints")]
+    steps = [path for parent in (folder, folder / "checkpoints") for path in parent.glob("checkpoint-*")]
     whole = [path for path in steps if os.path.isfile(path / CONFIG_NAME)]
     if whole:
-        last = max(whole, key=lambda path: (len(path.name), path.name))
+        last = max(whole, key=lambda path: (len(path.name), path.name))  # the highest number
         return f"it holds the checkpoints of a run, which --resume true continues; {last} is a mixture"
     adapters = [name for name in names if os.path.isfile(folder / name / CONFIG_NAME)]
     if adapters:
         return f"it holds the folders of adapters or mixtures ({', '.join(adapters[:_SHOWN])}): give the mixture's"
     return f"it holds {', '.join(names[:_SHOWN])}" if names else "it is empty"
-
-
-def _names_in(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def write_options(folder: Path, text: str) -> None:

@@ -167,7 +167,7 @@ def chat(options: ChatOptions) -> None:
         notice("/help lists the commands, Ctrl-C stops an answer", file=sys.stderr)
     printer.legend()
     unsent = 0
-    while (line := _line("> ") if interactive else _piped_line()) is not None:
+    while (line := _line("> " if interactive else "")) is not None:
         command, text = _command_and_text(line)
         if command in ("/quit", "/exit"):
             break
@@ -201,7 +201,7 @@ def _edit_lines() -> None:
 
 
 def _line(prompt: str) -> str | None:
-    """A line from the terminal; None at the end, as of Ctrl-D. Ctrl-C clears it, and a second one ends the chat."""
+    """The next line; None at the end. After a prompt Ctrl-C clears the line, and a second one ends the chat."""
     interrupted = False
     while True:
         try:
@@ -209,17 +209,10 @@ def _line(prompt: str) -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
-            if interrupted:
+            if interrupted or not prompt:
                 raise
             interrupted = True
             say("\n(Ctrl-C again, Ctrl-D or /quit ends the chat)", file=sys.stderr)
-
-
-def _piped_line() -> str | None:
-    try:
-        return input()
-    except EOFError:
-        return None
 
 
 def _command_and_text(line: str) -> tuple[str, str]:

@@ -160,8 +160,10 @@ def data_table(shown: Trace) -> Table:
     for name in ("base ppl", "weft ppl"):
         table.add_column(name, justify="right")
     for name, row in shown.by_name().items():
-        cells: list[Any] = [f"[bold]{share:.1%}[/bold]" if share == row.max() else f"{share:.1%}" for share in row]
-        if not all_of_them:
+        cells: list[Any]
+        if all_of_them:
+            cells = [f"[bold]{share:.1%}[/bold]" if share == row.max() else f"{share:.1%}" for share in row]
+        else:
             first = row.argsort(descending=True)[:3].tolist()
             cells = [Text(f"{shown.expert_names[one]} {row[one]:.1%}", style_of(one)) for one in first]
         found = shown.only(name).perplexities()

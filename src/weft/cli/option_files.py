@@ -93,11 +93,11 @@ def _loader() -> Any:
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             """A table, in which PyYAML would take the last value of a name that is there twice."""
-            seen: set[Any] = set()
-            for key, _ in node.value:
-                if key.value in seen and isinstance(key.value, str):
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-                seen.add(key.value if isinstance(key.value, str) else None)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     left_out = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")

@@ -107,7 +107,7 @@ class Report:
 
 def render(report: Report) -> Table:
     """The table for a terminal: values with half the width of their intervals; the best of each data set is bold."""
-    with_intervals = any(math.isfinite(cell.high) for cells in report.cells.values() for cell in cells.values())
+    with_intervals = any(cell.examples > 1 for cells in report.cells.values() for cell in cells.values())
     shown = Table(title="± half of the 95% interval" if with_intervals else "no interval: each data set is one text")
     shown.add_column("")
     for data, metric in report.metrics.items():

@@ -45,24 +45,21 @@ def source_problem(what: str, source: str) -> str | None:
         return _folder_problem(what, source)
     if file_is_missing(source) or source.count("/") > 1 or not may_be_hub_id(source):
         return f"{what} ({path_shown(source)}) is not a file: give {EXPECTED}, or a data set's name"
-    if is_offline() and not _is_cached_data_set(source):
+    if _is_offline() and not _is_cached_data_set(source):
         return f"{what} ({source}) is neither a file nor a folder here, {_OFFLINE}: give {EXPECTED}"
     return None
 
 
 def _folder_problem(what: str, folder: str) -> str | None:
     """The problem of a folder that is given for texts, if it is a model's."""
-    there = {name for name in ("adapter_config.json", "xlora_config.json", "config.json") if _has(folder, name)}
-    if there == {"config.json"} and not next(Path(folder).glob("*.safetensors"), None):
-        return None
-    return f"{what} ({folder}) is the folder of a model or adapter: give {EXPECTED}" if there else None
+    names = set(os.listdir(folder)) if os.access(folder, os.R_OK) else set()
+    is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    if is_model or names & {"adapter_config.json", "xlora_config.json"}:
+        return f"{what} ({folder}) is the folder of a model or adapter: give {EXPECTED}"
+    return None
 
 
-def _has(folder: str, name: str) -> bool:
-    return os.path.isfile(os.path.join(folder, name))
-
-
-def is_offline() -> bool:
+def _is_offline() -> bool:
     """Whether the Hub must not be asked."""
     from huggingface_hub import constants
 
@@ -98,12 +95,12 @@ def model_problem(what: str, name: str) -> str | None:
         return f"{what} ({path_shown(name)}) is a file, expected a folder or Hub id"
     if not may_be_hub_id(name):
         return f"{what} ({path_shown(name)}) is neither a folder here nor a Hub id"
-    if is_offline() and not is_cached(name):
+    if _is_offline() and not _is_cached(name):
         return f"{what} ({name}) is no folder here, {_OFFLINE}: give a folder"
     return None
 
 
-def is_cached(name: str) -> bool:
+def _is_cached(name: str) -> bool:
     """Whether the files of a Hub id, or some of them, are on this machine."""
     from huggingface_hub import constants
 

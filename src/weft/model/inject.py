@@ -197,25 +197,20 @@ def _fill(base: nn.Module, adapter: Adapter) -> None:
 
 def _misfit(base: nn.Module, adapter: Adapter, file: Path, widths: str = "") -> str:
     """That an adapter does not fit, and why as far as names and widths tell it."""
-    given = getattr(base, "name_or_path", None)
-    if made_for := _another_base(base, adapter):
-        why = f": {widths} ({given})" if widths else f", not for {given}"
-        return f"adapter {adapter.name!r} is made for the base model {made_for}{why}. {file}"
+    if another := of_another_base(base, adapter, widths):
+        return f"{another}{file}"
     if widths:
         return f"adapter {adapter.name!r} does not fit the base model: {widths}. {file}"
     return f"adapter {adapter.name!r} ({file}) does not fit the base model"
 
 
-def of_another_base(base: nn.Module, adapter: Adapter) -> str:
+def of_another_base(base: nn.Module, adapter: Adapter, widths: str = "") -> str:
     """A sentence for an adapter that says that it was trained for another base model; "" for others."""
-    made_for, given = _another_base(base, adapter), getattr(base, "name_or_path", None)
-    return f"adapter {adapter.name!r} is made for the base model {made_for}, not for {given}. " if made_for else ""
-
-
-def _another_base(base: nn.Module, adapter: Adapter) -> str:
-    """The base model for which an adapter says that it was trained, if it is not this one; otherwise ""."""
     made_for, given = str(adapter.config.base_model_name_or_path or ""), getattr(base, "name_or_path", None) or ""
-    return made_for if made_for and given and model_name(made_for) != model_name(given) else ""
+    if not made_for or not given or model_name(made_for) == model_name(given):
+        return ""
+    why = f": {widths} ({given})" if widths else f", not for {given}"
+    return f"adapter {adapter.name!r} is made for the base model {made_for}{why}. "
 
 
 def _sizes(base: nn.Module, weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> str:

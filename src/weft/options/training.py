@@ -18,6 +18,7 @@ from weft.options.ranges import range_problems, routing_problems
 from weft.options.values import words_with_commas
 
 CHECKPOINTS = "checkpoints"  # in the output folder
+RECORD, STATE = "weft_checkpoint.json", "trainer_state.json"  # in a checkpoint: weft's and transformers' last files
 # A file in the folder of the checkpoints until one is complete: the output of such a run may be overwritten.
 BEGUN = ".begun"
 # Folders in the output folder that a run writes before its first checkpoint.
@@ -128,7 +129,7 @@ def output_problems(options: Any) -> list[str]:
         return problems
     if not options.dry_run:
         settle(output, leftovers=True)
-    if (found := checkpoints_of(options)) and not options.resume and any(map(_is_complete, found)):
+    if (found := checkpoints_of(options)) and not options.resume and any(map(is_complete, found)):
         return [f"output ({options.output}) holds the checkpoints of a run: give another folder, or --resume true"]
     if found:
         return []
@@ -140,13 +141,13 @@ def output_problems(options: Any) -> list[str]:
     return [] if problem is None else [problem]
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has one of the files that are written last, as `weft.train.checkpoints` sees it."""
-    if os.path.isfile(checkpoint / "weft_checkpoint.json"):
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was completed. It may have been damaged later, see `weft.train.checkpoints`."""
+    if (checkpoint / RECORD).exists():
         return True
     try:
-        read_json(checkpoint / "trainer_state.json")
-    except (CheckpointError, OSError):
+        read_json(checkpoint / STATE)
+    except (CheckpointError, OSError):  # perhaps another process is removing it
         return False
     return True
 

@@ -24,9 +24,8 @@ from weft.errors import CheckpointError, ConfigError, first_line
 from weft.files.digests import changes, digests
 from weft.files.reading import read_json
 from weft.files.writing import replace_file
-from weft.options.training import BEGUN, CHECKPOINTS
+from weft.options.training import BEGUN, CHECKPOINTS, RECORD, is_complete
 
-RECORD = "weft_checkpoint.json"
 _FORMAT_VERSION = 1
 _KEPT = 2  # checkpoints of a run
 # DeepSpeed writes the optimizer into a folder, and the folder's name into a file.
@@ -102,13 +101,7 @@ def step_of(checkpoint: Path) -> int:
 
 def is_incomplete(checkpoint: Path) -> bool:
     """Whether a checkpoint was not completed."""
-    if (checkpoint / RECORD).exists():
-        return False
-    try:
-        read_json(checkpoint / TRAINER_STATE_NAME)
-    except (CheckpointError, OSError):  # perhaps another process is removing it
-        return True
-    return False
+    return not is_complete(checkpoint)
 
 
 def damage(checkpoint: Path) -> str | None:
