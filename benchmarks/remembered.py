@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from weft.train import gate_fit
+from weft.train import gate_targets
 
 
 def remember_losses(folder: Path) -> None:
@@ -18,7 +18,7 @@ def remember_losses(folder: Path) -> None:
     The losses are what they would be: which gate asks, and with which seed, makes no difference to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    compute = gate_fit.losses_of_experts
+    compute = gate_targets.losses_of_experts
 
     def losses(
         model: Any, inputs: dict[str, torch.Tensor], counts: torch.Tensor, experts: Sequence[str]
@@ -37,4 +37,4 @@ def remember_losses(folder: Path) -> None:
             row[: length - 1] = torch.load(file)
         return table
 
-    gate_fit.losses_of_experts = losses
+    gate_targets.losses_of_experts = losses

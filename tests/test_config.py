@@ -20,6 +20,7 @@ TWO = {"math": "adapters/math", "code": "adapters/code"}
 WEFTS_OWN = {
     *(
         "scaling_pass_layers",
+        "scaling_pass_rank",
         "gate_layer",
         "allow_dora",
         "heads",

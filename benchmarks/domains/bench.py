@@ -29,6 +29,7 @@ FAST = {"learning_rate": 5e-3}  # the default, too, without a number of steps
 RECIPES: dict[str, dict[str, Any]] = {
     "plateau": {"scaling_pass_layers": 4, "steps": 0},
     "plateau-one-pass": {"gate_layer": 4, "steps": 0},
+    "plateau-own-lora": {"scaling_pass_layers": 4, "scaling_pass_rank": 16, "steps": 0},
     "one-pass": {**FAST, "gate_layer": 4},
     "short-pass": {**FAST, "scaling_pass_layers": 4},
     "two-passes": FAST,
@@ -45,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short-pass-labels": {**FAST, "scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
     "plain": {"xlora_depth": 1},
 }
-AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass")
+AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass", "plateau-own-lora")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
 # Options that pieces of work know, see `Work`.
 KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "searched", "unseen")

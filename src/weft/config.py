@@ -65,6 +65,8 @@ class XLoraConfig(PeftConfig):
         global_scaling_weight: factor of all scalings.
         scaling_pass_layers: number of decoder layers in the scaling pass, 1 or more. The gate reads the output of the
             last of them. None runs all layers.
+        scaling_pass_rank: rank of a LoRA of the gate's own, which acts in the linear layers of the scaling pass only, 1
+            or more; None for none. `fit_gate` trains it. It needs `scaling_pass_layers`.
         gate_layer: index (from 0) of the decoder layer whose input the gate reads in the only pass, without a scaling
             pass. The layers from there on use its scalings. None: with a scaling pass. Excludes `scaling_pass_layers`.
         allow_dora: accept experts with DoRA. Their weight norms are computed once if the experts are frozen, and in
@@ -105,6 +107,7 @@ class XLoraConfig(PeftConfig):
     global_scaling_weight: float = 1.0
     # weft's own
     scaling_pass_layers: int | None = None
+    scaling_pass_rank: int | None = None
     gate_layer: int | None = None
     allow_dora: bool = False
     heads: list[str] | None = None

@@ -27,7 +27,7 @@ from weft.model.model import at_own_weight
 from weft.options import ChatOptions, TrainOptions
 from weft.train.experts import train_experts
 from weft.train.gate import read_eval_rows, read_training_rows, train
-from weft.train.gate_fit import _posterior, _read
+from weft.train.gate_targets import posterior, states_of, targets_of
 
 CHAT = [
     {"role": "user", "content": " What is it? "},
@@ -599,21 +599,27 @@ def apart(llama_adapters):
     return weft.from_adapters(tiny_llama(), llama_adapters).eval(), [5, 6, 7, 8, 9, 10, 11, 12]
 
 
+def read(model, examples):
+    """The gate's input and its targets, by the experts' losses."""
+    targets = targets_of(model, examples, "losses")
+    return states_of(model, examples, targets), [target.shares for target in targets]
+
+
 def test_tokens_that_do_not_count_say_nothing_of_who_wrote(apart):
     model, told = apart
     every = torch.ones(8, dtype=torch.bool)
     with torch.no_grad():
-        hidden, targets = _read(model, [{"input_ids": told, "counts": every}], "losses")
+        hidden, targets = read(model, [{"input_ids": told, "counts": every}])
         behind = [{"input_ids": [*told, 1, 2, 3], "counts": torch.cat([every, ~every[:3]])}]
-        for one, whole in zip(_read(model, behind, "losses"), (hidden, targets), strict=True):
+        for one, whole in zip(read(model, behind), (hidden, targets), strict=True):
             torch.testing.assert_close(one[0], whole[0][:-1])  # nothing that counts follows the last one
         before = [{"input_ids": told, "counts": torch.tensor([False] * 5 + [True] * 3)}]
-        some_hidden, some_targets = _read(model, before, "losses")
+        some_hidden, some_targets = read(model, before)
         logits = [_alone(model, name, told)[4:7] for name in model.xlora_config.expert_names]
     torch.testing.assert_close(some_hidden[0], hidden[0][4:])
     losses = torch.stack([cross_entropy(of, torch.tensor(told[5:]), reduction="none") for of in logits], -1)
-    posterior = _posterior(torch.cat([torch.zeros(4, 3), losses])[None].double())[0, 4:].float()
-    torch.testing.assert_close(some_targets[0], posterior[[0, 1, 2, 2]])
+    expected = posterior(torch.cat([torch.zeros(4, 3), losses])[None].double())[0, 4:].float()
+    torch.testing.assert_close(some_targets[0], expected[[0, 1, 2, 2]])
     assert not torch.allclose(some_targets[0], targets[0][4:], atol=1e-3)
 
 

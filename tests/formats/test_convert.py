@@ -205,12 +205,15 @@ def refused(folder, to, tmp_path, **options):
     [
         ({"gate_layer": 1}, "gate_layer (1) is unknown to "),
         ({"scaling_pass_layers": 1}, "scaling_pass_layers (1) is unknown to "),
+        ({"scaling_pass_layers": 1, "scaling_pass_rank": 2}, "scaling_pass_rank (2) is unknown to "),
     ],
     ids=str,
 )
 def test_other_schemes_are_refused(options, message, to, alike, tmp_path):
     folder = saved(alike, tmp_path / "mixture", **options)
-    assert [reason.startswith(message) for reason in refused(folder, to, tmp_path, base="tiny")] == [True]
+    problems = refused(folder, to, tmp_path, base="tiny")
+    assert len(problems) == len(options)
+    assert problems[-1].startswith(message)
 
 
 @pytest.mark.parametrize("to", ["peft", "xlora", "mistralrs"])

@@ -20,6 +20,7 @@ SCHEMES = {
     "top-k": {"top_k_lora": 1},
     "gate inside": {"gate_layer": 1},
     "gate inside, shared": {"gate_layer": 1, "layerwise_scalings": False},
+    "own LoRA": {"scaling_pass_layers": 1, "scaling_pass_rank": 2},
     "experts in the scaling pass": {"scaling_pass_value": 0.3},
     "trained experts": {"use_trainable_adapters": True},
 }

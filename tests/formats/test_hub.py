@@ -316,6 +316,10 @@ def _base(folder):
             "weights for all LoRA layers, each token keeps 1. It reads the base model's last hidden state",
         ),
         ({"scaling_pass_layers": 1}, "It reads what leaves the first 1 decoder layers"),
+        (
+            {"scaling_pass_layers": 1, "scaling_pass_rank": 2},
+            "first 1 decoder layers (a short scaling pass) with a LoRA of the gate's own in them, of rank 2.",
+        ),
         ({"gate_layer": 1}, "It reads what enters decoder layer 1 (one pass in all)"),
     ],
     ids=str,

@@ -69,6 +69,7 @@ CASES = [
     pytest.param({}, "aot_eager", "bfloat16", marks=pytest.mark.slow),
     pytest.param({"top_k_lora": 2, "scaling_pass_value": 0.2}, "eager", "float32", marks=pytest.mark.slow),
     pytest.param({"scaling_pass_layers": 1}, "aot_eager", "float32", marks=pytest.mark.slow),
+    pytest.param({"scaling_pass_layers": 1, "scaling_pass_rank": 2}, "aot_eager", "float32", marks=pytest.mark.slow),
 ]
 
 

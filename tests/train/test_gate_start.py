@@ -16,7 +16,8 @@ import weft
 from models import is_expert, quietly, tiny_llama, tiny_tokenizer
 from weft.cli import main
 from weft.errors import ConfigError, DataError, TrainingError
-from weft.train.gate_fit import LEAST_TOKENS, MOST_TOKENS, _posterior, most_tokens
+from weft.train.gate_fit import LEAST_TOKENS, MOST_TOKENS, most_tokens
+from weft.train.gate_targets import posterior
 
 SCHEMES = [
     {},
@@ -95,10 +96,10 @@ def test_losses_are_the_posterior_over_all_ways_in_which_the_experts_took_turns(
         weight *= math.exp(-sum(losses[0, token, expert].item() for token, expert in enumerate(turns)))
         for token, expert in enumerate(turns):
             expected[token, expert] += weight
-    torch.testing.assert_close(_posterior(losses)[0], expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(posterior(losses)[0], expected / expected.sum(-1, keepdim=True))
     padded = torch.cat([losses, torch.zeros(1, 4, 3)], 1)
-    torch.testing.assert_close(_posterior(padded)[:, :5], _posterior(losses))
-    assert torch.equal(_posterior(losses[..., :1]), torch.ones(1, 5, 1))
+    torch.testing.assert_close(posterior(padded)[:, :5], posterior(losses))
+    assert torch.equal(posterior(losses[..., :1]), torch.ones(1, 5, 1))
 
 
 def test_a_gate_fitted_to_losses_prefers_the_expert_that_loses_least(llama_adapters):
@@ -431,11 +432,16 @@ def test_a_resumed_training_does_not_start_again(arguments, tmp_path, capsys):
     [
         ({}, ["--start-from", "{out}"], "gate_start (labels) and start_from ({out}) exclude each other"),
         ({"ACCELERATE_USE_FSDP": "true"}, [], "gate_start (labels) needs the whole model in each process, not shards"),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            ["--scaling-pass-layers", "1", "--scaling-pass-rank", "2"],
+            "scaling_pass_rank (2) needs the whole model in each process, not shards",
+        ),
     ],
 )
 def test_options_that_exclude_a_fit_are_named(environment, options, message, arguments, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "out")
-    if options:
+    if "--start-from" in options:
         assert main([*arguments, "--max-steps", "1"]) == 0
         arguments = ["train", *arguments[arguments.index("--data") :][:4], "--output", str(tmp_path / "other")]
     for name, value in environment.items():

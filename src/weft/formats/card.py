@@ -166,6 +166,8 @@ def _gate_section(saved: SavedMixture, config: XLoraConfig) -> str:
     place = "the base model's last hidden state (a scaling pass before the adapted one)"
     if config.scaling_pass_layers is not None:
         place = f"what leaves the first {config.scaling_pass_layers} decoder layers (a short scaling pass)"
+    if config.scaling_pass_rank is not None:
+        place += f" with a LoRA of the gate's own in them, of rank {config.scaling_pass_rank}"
     if config.gate_layer is not None:
         place = f"what enters decoder layer {config.gate_layer} (one pass in all)"
     text = (

@@ -242,8 +242,8 @@ def _followers(gate: dict[str, Tensor], config: XLoraConfig) -> list[str]:
 
 def _head_keys(gate: dict[str, Tensor]) -> list[str]:
     """The keys of the gate's last linear layer, which has the largest index."""
-    number = {key: int(key.rsplit(".", 2)[1]) for key in gate}
-    return [key for key in gate if number[key] == max(number.values())]
+    number = {key: int(key.rsplit(".", 2)[1]) for key in gate if f"{GATE_KEY}layers." in key}
+    return [key for key in number if number[key] == max(number.values())]
 
 
 def _map_head(gate: dict[str, Tensor], config: XLoraConfig, change: Callable[[Tensor], Tensor]) -> None:

@@ -29,7 +29,7 @@ _COMPANIONS = {".json", ".jinja", ".model", ".txt"}  # tokenizers and similar fi
 def common_problems(files: MixtureFiles, library: str) -> list[str]:
     """What only weft supports, one sentence each."""
     config, problems = files.config, []
-    for name in ("gate_layer", "scaling_pass_layers", "heads"):
+    for name in ("gate_layer", "scaling_pass_layers", "scaling_pass_rank", "heads"):
         if getattr(config, name) is not None:
             problems.append(f"{name} ({getattr(config, name)!r}) is unknown to {library}: train with it left out")
     dora = [adapter.name for adapter in files.adapters if adapter.config.use_dora]

@@ -3,6 +3,7 @@
 The base model and the LoRA layers are not used here.
 
     classifier.py   the gate: an MLP whose outputs are the scalings
+    scaling_lora.py the LoRA of its own that it can have in the scaling pass
     routing.py      softmax, top-k, means over tokens and alignment, as pure functions
     losses.py       the gate's losses as pure functions
     metrics.py      use of the experts, entropy and collapse during training

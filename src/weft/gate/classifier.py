@@ -6,6 +6,8 @@ that weights can be exchanged.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from weft.base_model.devices import memory_of
 from weft.config import XLoraConfig
 from weft.errors import ConfigError
 from weft.gate.routing import softmax_with_temperature
+from weft.gate.scaling_lora import ScalingPassLora
 
 
 def _refuse_too_large(config: XLoraConfig, outputs: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -42,6 +45,8 @@ class XLoraClassifier(nn.Module):
         device: device of the parameters; the mixture uses the adapters' device.
         dtype: dtype of the parameters. The mixture uses float32, or float64 for a float64 base model. Hidden states are
             cast to it. The softmax runs in float32 or wider, which is the dtype of λ.
+        scaling_pass_widths: name of each linear layer of the scaling pass -> (input, output) width, for the gate's own
+            LoRA in it, `scaling_pass_lora`; None without `scaling_pass_rank`.
 
     Raises:
         ConfigError: a gate of these sizes does not fit into the device's memory.
@@ -61,6 +66,7 @@ class XLoraClassifier(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        scaling_pass_widths: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -80,6 +86,20 @@ class XLoraClassifier(nn.Module):
             width = config.xlora_size
         layers.append(nn.Linear(width, outputs, device=device, dtype=dtype))
         self.layers = nn.Sequential(*layers)
+        if scaling_pass_widths is not None:
+            assert config.scaling_pass_rank is not None
+            where = next(self.parameters()).device
+            self.scaling_pass_lora = ScalingPassLora(
+                scaling_pass_widths, config.scaling_pass_rank, device=where, dtype=dtype
+            )
+            self.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> XLoraClassifier:
+        """As in torch, but the LoRA of the scaling pass stays frozen: only `fit_gate` trains it."""
+        super().requires_grad_(requires_grad)
+        if self.config.scaling_pass_rank is not None:
+            self.scaling_pass_lora.requires_grad_(False)
+        return self
 
     @property
     def override_scaling_pass_value(self) -> float:

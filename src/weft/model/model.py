@@ -45,6 +45,7 @@ from weft.model.retrained import Retrained
 from weft.model.saving import layer_mismatch
 from weft.passes.base import Passes
 from weft.passes.gate_position import first_following_layer, refuse_layers_beside_text
+from weft.passes.scaling_lora import widths
 from weft.passes.seq2seq import Seq2SeqPasses
 
 
@@ -179,6 +180,7 @@ class XLoraModel(PeftMethods, PeftStateMethods, BaseTuner):
             num_layers=num_layers - first_layer,
             device=device,
             dtype=torch.promote_types(self.backbone.dtype(), torch.float32),
+            scaling_pass_widths=widths(self.backbone, options),
         )
         self.internal_xlora_classifier.requires_grad_(not options.inference_mode)
         self.internal_xlora_classifier.train(model.training)

@@ -15,7 +15,7 @@ def range_problems(config: Any) -> list[str]:
     """Numbers out of range."""
     problems = []
     smallest = {"xlora_depth": 1, "xlora_size": 1, "scalings_log_size": 1}
-    smallest_if_given = {"hidden_size": 1, "scaling_pass_layers": 1, "gate_layer": 0}
+    smallest_if_given = {"hidden_size": 1, "scaling_pass_layers": 1, "scaling_pass_rank": 1, "gate_layer": 0}
     for name, least in {**smallest, **smallest_if_given}.items():
         value = getattr(config, name)
         if value is None and name in smallest_if_given:
@@ -26,6 +26,11 @@ def range_problems(config: Any) -> list[str]:
         problems.append(
             f"scaling_pass_layers ({config.scaling_pass_layers}) and gate_layer ({config.gate_layer}) exclude each "
             "other: with gate_layer there is no scaling pass"
+        )
+    if config.scaling_pass_rank is not None and config.scaling_pass_layers is None:
+        problems.append(
+            f"scaling_pass_rank ({shown(config.scaling_pass_rank)}) needs scaling_pass_layers (None): the number of "
+            "decoder layers in which the gate's own LoRA acts, such as 4"
         )
     if not is_number(config.xlora_dropout_p) or not 0 <= config.xlora_dropout_p < 1:
         problems.append(f"xlora_dropout_p ({shown(config.xlora_dropout_p)}) must be in [0, 1)")

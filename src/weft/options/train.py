@@ -81,6 +81,8 @@ class TrainOptions(LoadingOptions):
         gate_layer: Run one pass only, in which the gate reads the input of this decoder layer. Only this layer and
             those after it follow the gate. Default: none, a scaling pass comes first.
         scaling_pass_layers: Number of decoder layers that the scaling pass runs. Default: all.
+        scaling_pass_rank: Rank of a LoRA of the gate's own in these layers, for the scaling pass only; try 16. The
+            fit of the gate trains it. Default: none.
         scaling_pass_value: Weight of the experts in the scaling pass; 0 leaves them out. Default: 0, or 1 / number
             of experts with `gate_layer`.
         balance_loss_weight: Weight of a loss that is lowest if all experts are used equally; try 0.01.
@@ -163,6 +165,7 @@ class TrainOptions(LoadingOptions):
     global_scaling_weight: float | None = None
     scaling_pass_value: float | None = None
     scaling_pass_layers: int | None = None
+    scaling_pass_rank: int | None = None
     gate_layer: int | None = None
     use_trainable_adapters: bool = False
     allow_dora: bool = False

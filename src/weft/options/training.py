@@ -74,6 +74,11 @@ def gate_problems(options: Any) -> list[str]:
             f"gate_start ({options.gate_start}) and start_from ({options.start_from}) exclude each other: the gate "
             "of that mixture is trained further"
         )
+    if options.scaling_pass_rank is not None and options.gate_start == "random" and not options.start_from:
+        problems.append(
+            f"scaling_pass_rank ({options.scaling_pass_rank}) and gate_start (random) exclude each other: the fit of "
+            "the gate trains that LoRA, and at random it would do nothing"
+        )
     # A training that ends at a plateau holds some texts out.
     for name in () if options.ends_at_a_plateau else ("eval_steps", "early_stopping"):
         if getattr(options, name) > 0 and not options.eval_data:

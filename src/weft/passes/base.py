@@ -45,6 +45,8 @@ from weft.passes.precomputed import take_precomputed
 from weft.passes.recompute import Readers, carry_through_checkpoints, undo_checkpoints
 from weft.passes.routings import Routings
 from weft.passes.rows import RowScalings
+from weft.passes.scaling_lora import attach as attach_scaling_lora
+from weft.passes.scaling_lora import with_lora
 
 
 class Passes:
@@ -102,6 +104,7 @@ class Passes:
         """Register the hooks, once."""
         base.register_forward_pre_hook(self._before, with_kwargs=True)
         base.register_forward_hook(self._after, always_call=True)
+        attach_scaling_lora(self)
         if self.config.gate_layer is not None:
             layer = self.backbone.decoder_layers()[self.config.gate_layer]
             layer.register_forward_pre_hook(self._at_gate_layer, with_kwargs=True)
@@ -114,7 +117,8 @@ class Passes:
         for module in base.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(hooks.items()):
-                    if isinstance(getattr(hook, "__self__", None), Passes):
+                    method = getattr(hook, "func", hook)  # a partial's
+                    if isinstance(getattr(method, "__self__", None), Passes):
                         del hooks[key]
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
                         module._forward_hooks_always_called.pop(key, None)
@@ -250,6 +254,16 @@ class Passes:
         """Run only the scaling pass, without a cache; returns the gate's input for a call with these arguments."""
         return self._scaling_pass(arguments, None)
 
+    def scaling_pass_to_train(self, arguments: dict[str, Any]) -> Float[Tensor, "batch seq hidden"]:
+        """`scaling_pass_alone` with gradients, for the gate's own LoRA in it."""
+        return self._run_scaling_pass(arguments, None)
+
+    def add_scaling_lora(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """A forward hook of a linear layer: in the scaling pass, add the gate's own LoRA to its output."""
+        if not self.carrier.in_scaling_pass:
+            return None
+        return with_lora(output, self.gate.scaling_pass_lora.get_submodule(name), args[0])
+
     def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> AbstractContextManager[None]:
         """In this block, calls use `hidden` as the result of their scaling pass."""
         return self._in_this_block(self, "_ahead", hidden)
@@ -302,8 +316,12 @@ class Passes:
         The pass runs in the model's present mode (training or evaluation) and without gradients, as only the gate is
         trained through it.
         """
+        with torch.no_grad():
+            return self._run_scaling_pass(arguments, cache)
+
+    def _run_scaling_pass(self, arguments: dict[str, Any], cache: Any) -> Float[Tensor, "batch seq hidden"]:
         layers = self.config.scaling_pass_layers
-        with torch.no_grad(), self.as_scaling_pass():
+        with self.as_scaling_pass():
             if layers is None:
                 return self.backbone.last_hidden_state(arguments, cache)
             return self._normalised(self.backbone.residual_stream(arguments, cache, layers))

@@ -32,6 +32,7 @@ class Following(nn.Module):
         of_layers: λ · g for each of the engine's layers, [token, slice * expert, 1], in the model's dtype; None if the
             experts are left out.
         of_biases: factor of each expert's `lora_bias`, [token, expert]; None if it is g for all.
+        in_scaling_pass: whether the scaling pass runs, in which the gate's own LoRA acts.
     """
 
     _constant: Tensor
@@ -45,6 +46,7 @@ class Following(nn.Module):
         self.dtype = dtype
         self.of_layers: tuple[Tensor, ...] | None = None
         self.of_biases: Tensor | None = None
+        self.in_scaling_pass = False
         self._widths: list[int] = []
         self._order: Tensor | None = None
         self._depth = len(mixture.gate)
@@ -63,7 +65,12 @@ class Following(nn.Module):
             self._order = torch.tensor(numbers, device=self._constant.device)
 
     def read(self, num_tokens: int) -> None:
-        """Set the scalings of a scaling pass."""
+        """Begin a scaling pass."""
+        self.in_scaling_pass = True
+        self._use_constant(num_tokens)
+
+    def _use_constant(self, num_tokens: int) -> None:
+        """Give each expert the weight `scaling_pass_value`."""
         self.of_layers = self.of_biases = None
         if not self.constant_weight:
             return
@@ -77,7 +84,7 @@ class Following(nn.Module):
     def begin(self, num_tokens: int) -> None:
         """Set the scalings of the layers before the gate, with `gate_layer`."""
         if not self.choices.active:
-            self.read(num_tokens)
+            self._use_constant(num_tokens)
             return
         scalings, biases = self._chosen(self._constant.expand(num_tokens, -1, -1))
         self._follow(scalings)
@@ -86,6 +93,7 @@ class Following(nn.Module):
 
     def ask(self, hidden: Float[Tensor, "token hidden"], *, normalise: bool) -> None:
         """Run the gate on `hidden`, and set λ · g after top-k, with constant weights in layers before the gate."""
+        self.in_scaling_pass = False
         scalings = self._top_k(self._gate(hidden.to(torch.float32), normalise=normalise))
         if self.first_layer:
             before = self._constant.expand(len(scalings), self.first_layer, -1)

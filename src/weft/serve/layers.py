@@ -142,6 +142,42 @@ class MixtureMethod(LinearMethodBase):
         return of_tokens.to(biases.dtype) @ biases
 
 
+class ScalingLoraMethod(LinearMethodBase):
+    """A layer's `quant_method` that, in the scaling pass only, adds the gate's own LoRA: B A x in each slice.
+
+    Args:
+        method: the layer's `quant_method`, with or without a mixture in it.
+        following: tells which pass runs.
+        slices: the adapted slices, in the order of the output, each with one pair of factors.
+        device: device of the layer.
+    """
+
+    def __init__(self, method: Any, following: Following, slices: list[Slice], *, device: torch.device) -> None:
+        self.method = method
+        self.following = following
+        self.slices = slices
+        self.ranks = [padded_rank(each.factors) for each in slices]
+        options: dict[str, Any] = {"device": device, "dtype": following.dtype}
+        pairs = list(zip(slices, self.ranks, strict=True))
+        self.down = Product(torch.cat([_stacked_down(*pair) for pair in pairs]).t().contiguous().to(**options))
+        self.ups = [Product(_stacked_up(*pair).contiguous().to(**options)) for pair in pairs]
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Not used: the layer has its weights already."""
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The output of the method, plus the LoRA in the scaling pass."""
+        output = self.method.apply(layer, x, bias)
+        if not self.following.in_scaling_pass:
+            return output
+        parts = self.down(x.reshape(-1, x.shape[-1])).split(self.ranks, 1)
+        rows = output.view(-1, output.shape[-1])
+        for each, part, up in zip(self.slices, parts, self.ups, strict=True):
+            up.add_to(rows.narrow(1, each.start, each.width), part.contiguous())
+        return output
+
+
 def own_part(layer: Any, factors: tuple[Factors | None, ...], place: int, width: int) -> tuple[Factors | None, ...]:
     """The shard of a slice's factors for this process, with tensor parallelism.
 

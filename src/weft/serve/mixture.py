@@ -22,6 +22,7 @@ from weft.files.reading import read_json
 from weft.files.tensors import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, Opened
 
 _GATE_KEY = "internal_xlora_classifier.layers."
+_LORA_KEY = re.compile(r".*internal_xlora_classifier\.scaling_pass_lora\.(.+)\.(down|up)")
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.(weight|bias)")
 
 
@@ -53,6 +54,7 @@ class ServedMixture:
         layers: names of the LoRA layers, in the order of the gate's outputs.
         gate: (weight, bias) of each linear layer of the gate, float32.
         factors: layer -> the factors of each expert; None for an expert that does not adapt the layer.
+        scaling_lora: layer -> the factors of the gate's own LoRA in the scaling pass.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class ServedMixture:
     layers: tuple[str, ...]
     gate: tuple[tuple[Tensor, Tensor], ...]
     factors: dict[str, tuple[Factors | None, ...]]
+    scaling_lora: dict[str, Factors]
 
     @property
     def scheme(self) -> str:
@@ -127,7 +130,8 @@ def read_mixture(folder: str | os.PathLike[str]) -> ServedMixture:
     left = sorted({layer for of in found.values() for layer in of} - set(layers))
     if left:
         raise CheckpointError(f"{path}: experts adapt {left[:5]}, which the gate was not saved for")
-    return ServedMixture(path, options, experts, layers, _gate(opened[path / SAFETENSORS_WEIGHTS_NAME]), factors)
+    saved = opened[path / SAFETENSORS_WEIGHTS_NAME]
+    return ServedMixture(path, options, experts, layers, _gate(saved), factors, _scaling_lora(saved))
 
 
 def _problems(options: dict[str, Any], adapters: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -184,6 +188,15 @@ def _gate(saved: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
     tensors = {key.partition(_GATE_KEY)[2]: value.float() for key, value in saved.items() if _GATE_KEY in key}
     numbers = sorted({int(key.split(".")[0]) for key in tensors})
     return tuple((tensors[f"{number}.weight"], tensors[f"{number}.bias"]) for number in numbers)
+
+
+def _scaling_lora(saved: dict[str, Tensor]) -> dict[str, Factors]:
+    """The gate's own LoRA in the scaling pass, if it has one."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        if (found := _LORA_KEY.fullmatch(key)) is not None:
+            parts.setdefault(found[1], {})[found[2]] = value
+    return {layer: Factors(of["down"], of["up"], 1.0) for layer, of in parts.items()}
 
 
 def padded_rank(factors: Iterable[Factors | None]) -> int:

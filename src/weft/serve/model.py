@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from vllm.platforms import current_platform
 from weft.errors import ConfigError
 from weft.serve.choices import Choices, register
 from weft.serve.following import Following
-from weft.serve.layers import MixtureMethod, Slice, own_part
-from weft.serve.mixture import ServedMixture, read_mixture
+from weft.serve.layers import MixtureMethod, ScalingLoraMethod, Slice, own_part
+from weft.serve.mixture import Factors, ServedMixture, read_mixture
 from weft.serve.passes import BothPasses, backbone_of, decoder_of, scaling_backbone
 from weft.serve.plugin import PREFIX
 
@@ -107,40 +108,66 @@ def _ask_at(layer: nn.Module, following: Following) -> None:
 
 
 def _give_experts(model: Any) -> None:
-    """Add the experts to the methods of the layers that they adapt.
+    """Add the experts, and the gate's own LoRA, to the methods of the layers that they adapt.
 
     Raises:
         ConfigError: the model does not have these layers.
     """
     mixture: ServedMixture = model.weft_mixture
     number = {layer: place for place, layer in enumerate(mixture.layers)}
-    packed = getattr(model, "packed_modules_mapping", {})
+    lora = {layer: (factors,) for layer, factors in mixture.scaling_lora.items()}
     found: list[list[int]] = []  # for each layer, the numbers of its LoRA layers
+    read: set[str] = set()  # layers with the gate's own LoRA
+    packed = getattr(model, "packed_modules_mapping", {})
     for name, layer in model.named_modules():
-        if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, MixtureMethod):
+        if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, (MixtureMethod, ScalingLoraMethod)):
             continue
         stem, _, last = name.rpartition(".")
         parts = [f"{stem}.{part}" for part in packed.get(last, [last])]
-        widths = _widths(layer, len(parts))
-        starts = [sum(widths[:place]) for place in range(len(widths))]
-        slices = [
-            Slice(number[part], start, width, own_part(layer, mixture.factors[part], place, width))
-            for place, (part, start, width) in enumerate(zip(parts, starts, widths, strict=True))
-            if part in number
-        ]
+        device, following = next(iter(layer.parameters())).device, model.weft_following
+        slices = _slices(layer, parts, mixture.factors, number)
         if slices:
-            device = next(iter(layer.parameters())).device
             layer.quant_method = MixtureMethod(
-                layer.quant_method, model.weft_following, len(found), slices, layer_width=sum(widths), device=device
+                layer.quant_method,
+                following,
+                len(found),
+                slices,
+                layer_width=sum(_widths(layer, len(parts))),
+                device=device,
             )
             found.append([each.number for each in slices])
-    missing = sorted({*range(len(mixture.layers))} - {number for of in found for number in of})
+        slices = _slices(layer, parts, lora, dict.fromkeys(lora, 0))
+        if slices:
+            layer.quant_method = ScalingLoraMethod(layer.quant_method, following, slices, device=device)
+            read.update(parts)
+    missing = [mixture.layers[place] for place in sorted({*number.values()} - {place for of in found for place in of})]
+    missing += sorted(set(lora) - read)
     if missing:
         raise ConfigError(
             f"model ({mixture.folder}) adapts layers that vLLM's {type(model).__name__.removeprefix(PREFIX)} does not "
-            f"have: {[mixture.layers[number] for number in missing[:5]]}"
+            f"have: {missing[:5]}"
         )
     model.weft_following.arrange(found)
+
+
+def _slices(
+    layer: Any, parts: list[str], factors: Mapping[str, tuple[Factors | None, ...]], number: Mapping[str, int]
+) -> list[Slice]:
+    """The slices of a layer of vLLM that these factors adapt.
+
+    Args:
+        layer: the layer.
+        parts: names of its slices in transformers' model.
+        factors: name -> factors.
+        number: name -> number of the LoRA layer.
+    """
+    widths = _widths(layer, len(parts))
+    starts = [sum(widths[:place]) for place in range(len(widths))]
+    return [
+        Slice(number[part], start, width, own_part(layer, factors[part], place, width))
+        for place, (part, start, width) in enumerate(zip(parts, starts, widths, strict=True))
+        if part in factors
+    ]
 
 
 def _widths(layer: Any, parts: int) -> list[int]:

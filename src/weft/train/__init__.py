@@ -10,6 +10,8 @@ Nothing is printed here but progress and notices.
     arguments.py        options -> transformers' TrainingArguments, steps, a mixture's options
     start.py            starts from a mixture, with a fitted gate, or from a checkpoint
     gate_fit.py         fits the gate to predict each token's expert, before training
+    gate_targets.py     what that fit learns from: hidden states, and shares from labels or losses
+    scaling_fit.py      trains the gate's own LoRA in the scaling pass, before that fit
     trainer.py          a subclass of transformers' Trainer
     finite_loss.py      stops at a loss that is not finite, with the last good weights
     sharding.py         weights and the optimizer's state between shards and files

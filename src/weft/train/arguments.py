@@ -25,6 +25,7 @@ MIXTURE_OPTIONS = (
     "global_scaling_weight",
     "scaling_pass_value",
     "scaling_pass_layers",
+    "scaling_pass_rank",
     "gate_layer",
     "use_trainable_adapters",
     "allow_dora",

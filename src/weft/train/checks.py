@@ -94,12 +94,15 @@ def open_sources(options: TrainOptions, adapters: dict[str, str]) -> Any:
 
 
 def _start_problems(options: TrainOptions) -> list[str]:
-    """Problems of `gate_start`."""
-    if options.gate_start in (None, "random") or options.start_from is not None or not sharding_is_to_come():
+    """Options that need a fit of the gate, where it is not possible."""
+    if options.start_from is not None or not sharding_is_to_come():
         return []
+    given = {"gate_start": options.gate_start, "scaling_pass_rank": options.scaling_pass_rank}
     return [
-        f"gate_start ({options.gate_start}) needs the whole model in each process, not shards: train without FSDP or "
-        "DeepSpeed, or from a mixture whose gate was fitted (weft.fit_gate), with start_from"
+        f"{name} ({value}) needs the whole model in each process, not shards: train without FSDP or DeepSpeed, or from "
+        "a mixture whose gate was fitted (weft.fit_gate), with start_from"
+        for name, value in given.items()
+        if value not in (None, "random")
     ]
 
 

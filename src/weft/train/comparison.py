@@ -13,7 +13,7 @@ from weft.base_model.devices import execution_device
 from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.padded import padded
 from weft.data.texts import NO_LABEL
-from weft.train.gate_fit import losses_of_experts
+from weft.train.gate_targets import losses_of_experts
 
 _PASSES, _LEAST, _MOST = 320, 8, 32  # forward passes of all models together; sequences
 

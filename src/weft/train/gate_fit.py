@@ -7,15 +7,8 @@ target shares q of the experts,
     minimise  mean_t -Σ_e q_{t,e} ln softmax(f(h_t))_e
 
 and becomes the gate's start in every layer. Training then starts with a mixture that follows the text, and learns the
-differences between layers. The targets are
-
-- "labels": q is 1 for the expert that the data names, as in `expert_label_loss_weight`.
-- "losses": q_{t,e} = P(expert e wrote the token after t | the whole text) in a hidden Markov model, in which the
-  experts write the text in turns. After each token, another expert continues with probability 1/64. The probability of
-  a token is the one that the present expert alone gives it after all tokens before. The forward-backward algorithm
-  computes this posterior (Rabiner, A tutorial on hidden Markov models, 1989, equation 27). It needs no labels, and one
-  forward pass per expert. Tokens that the training's loss ignores (`labels` of -100, for example a user's turns) are
-  read, but their probability is set to 1, and positions t before them are not in the mean.
+differences between layers. For the targets, from labels or from losses, see
+`gate_targets.py`. If the gate has a LoRA of its own in the scaling pass, that is trained first (`scaling_fit.py`).
 
 Hidden states have a large mean, and some channels are far larger than others. So f is fitted on (h - mean) / deviation
 for each channel. This is then folded into its first linear layer: W / deviation, and b - W mean / deviation.
@@ -26,39 +19,31 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from weft.base_model.backbone import vocabulary_size
-from weft.base_model.devices import execution_device, resident_device
-from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.base_model.state import in_evaluation_mode
 from weft.data.given import check_tokenizer, check_vocabulary, given_tokens, is_text, several, several_problem
 from weft.data.labelled import labelled_tokens
-from weft.data.padded import padded
 from weft.data.texts import NO_LABEL, num_positions
 from weft.distributed import process_number
-from weft.errors import ConfigError, DataError, TrainingError
+from weft.errors import ConfigError, DataError
 from weft.files.reading import shown
 from weft.gate.losses import NO_EXPERT
-from weft.model.model import at_own_weight
 from weft.screen.countdown import Countdown
+from weft.train.gate_targets import Target, moments, states_of, targets_of
+from weft.train.scaling_fit import cross_entropy, fit_length, fit_scaling_lora, rate_at
 
 # Maximum number of tokens to read: 64 sequences of 512. With "labels" more are cheap, as no expert reads them, and make
 # a better gate (benchmarks/results/2026-11-27-domains-fit.md): so many as have hidden states of 1 GiB.
 LEAST_TOKENS, MOST_TOKENS = 32_768, 262_144
 _MOST_BYTES = 2**30
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
-_TURN = 64  # mean number of tokens that an expert writes before another one continues
 _LEAST_STEPS, _EPOCHS, _BATCH, _RATE, _WARMUP = 400, 3, 512, 5e-3, 5
 _HELD_OUT = 8  # one of this number of sequences is held out
-# A channel whose deviation is below this fraction of its mean varies by rounding errors only.
-_ROUNDING = 1e-6
 
 
 def fit_gate(
@@ -74,7 +59,7 @@ def fit_gate(
     """Fit a mixture's gate to predict the expert of each token, as a start for training instead of random weights.
 
     At most 32,768 tokens are read; with "labels" at most 262,144, and those whose hidden states take 1 GiB in float32.
-    Only the gate changes, in place.
+    Only the gate changes, in place; with `scaling_pass_rank` its LoRA in the scaling pass, too.
 
     Args:
         model: a mixture from `weft.from_adapters`, on the device where it will run; "losses" needs a causal language
@@ -120,14 +105,9 @@ def fit_gate(
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
     announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
 
-    hidden, targets = [], []
-    with in_evaluation_mode(model), Countdown(len(chosen), "reading", hidden=process_number() > 0) as countdown:
-        for start in range(0, len(chosen), batch_size):
-            read = _read(model, chosen[start : start + batch_size], by)
-            hidden += read[0]
-            targets += read[1]
-            countdown.advance(len(read[0]))
     kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
+    with in_evaluation_mode(model):
+        hidden, targets = _read(model, chosen, kept, by, batch_size, seed)
     gate = model.internal_xlora_classifier
     # The gate runs in full precision. Gradients are needed also if the caller has switched them off.
     with torch.autocast(hidden[0].device.type, enabled=False), torch.enable_grad():
@@ -258,98 +238,32 @@ def _per_token(example: Mapping[str, Any], name: str, index: int, otherwise: int
     return found
 
 
-def _read(model: Any, examples: Sequence[dict[str, Any]], by: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The gate's input [token, hidden] and target [token, expert] for each example.
-
-    With "labels" only for tokens with a label, with "losses" only for tokens before one that counts.
-    """
-    experts = list(model.xlora_config.expert_names)
-    device = resident_device(model.internal_xlora_classifier)
-    lengths = [len(example["input_ids"]) for example in examples]
-    ids, mask = padded([example["input_ids"] for example in examples])
-    where = execution_device(model.passes.backbone.module)
-    inputs = {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
-    read = _gate_inputs(model, inputs)
-    hidden = [read[row, :length].to(device, torch.float32) for row, length in enumerate(lengths)]
-    if by == "labels":
-        labels = [example["expert_labels"].to(device) for example in examples]
-        hidden = [states[label != NO_EXPERT] for states, label in zip(hidden, labels, strict=True)]
-        targets = [functional.one_hot(label[label != NO_EXPERT], len(experts)).float() for label in labels]
-    else:
-        counts = torch.zeros_like(ids, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            counts[row, : lengths[row]] = example["counts"]
-        posterior = _posterior(losses_of_experts(model, inputs, counts[:, 1:], experts)).float().to(device)
-        targets = []
-        for row, length in enumerate(lengths):
-            following = torch.tensor([*range(length - 1), length - 2])  # the last token has the target before it
-            following, counted = following.to(device), counts[row, following + 1].to(device)
-            targets.append(posterior[row, following[counted]])
-            hidden[row] = hidden[row][counted]
-    for states, target in zip(hidden, targets, strict=True):
-        if not (states.isfinite().all() and target.isfinite().all()):
-            raise TrainingError(
-                "the gate cannot be fitted: the model's hidden states or the experts' losses are NaN or infinite. Look "
-                "at the adapters and the base model's dtype"
-            )
-    return hidden, targets
-
-
-def losses_of_experts(
-    model: Any, inputs: dict[str, Tensor], counts: Tensor, experts: Sequence[str]
-) -> Float[Tensor, "batch token expert"]:
-    """The loss of each expert alone on each token but the first; 0 for tokens that do not count."""
-    losses = []
-    for name in experts:
-        with at_own_weight(model, {name: 1.0}):
-            losses.append(negative_log_likelihoods(model(**inputs).logits, inputs["input_ids"]).cpu())
-    table = torch.stack(losses, -1).double()
-    return table.masked_fill(~counts[..., None], 0.0)  # equal for all experts
-
-
-def _gate_inputs(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "batch seq hidden"]:
-    if model.xlora_config.gate_layer is None:
-        return model.passes.scaling_pass_alone(inputs)
-    seen: list[Tensor] = []
-
-    def take(gate: Any, given: Any) -> None:
-        seen.append(given[0])
-        raise _SeenError
-
-    hook = model.internal_xlora_classifier.register_forward_pre_hook(take)
-    try:
-        with suppress(_SeenError):
-            model(**inputs)
-    finally:
-        hook.remove()
-        model.passes.carrier.clear()  # as at the end of a complete pass
-    return seen[0]
-
-
-class _SeenError(Exception):
-    """Ends a forward pass early, as its later layers are not needed."""
-
-
-def _posterior(losses: Float[Tensor, "batch token expert"]) -> Float[Tensor, "batch token expert"]:
-    """The posterior of the forward-backward algorithm, computed in logarithms."""
-    tokens, experts = losses.shape[1:]
-    move = math.log(1 / _TURN / max(1, experts - 1))
-    change = losses.new_full((experts, experts), move).fill_diagonal_(math.log(1 - 1 / _TURN))
-    if experts == 1:
-        return torch.ones_like(losses)
-    forward = [-losses[:, 0]]
-    for token in range(1, tokens):
-        forward.append(torch.logsumexp(forward[-1][:, :, None] + change, 1) - losses[:, token])
-    backward = [torch.zeros_like(forward[0])]
-    for token in range(tokens - 1, 0, -1):
-        backward.append(torch.logsumexp(change + (backward[-1] - losses[:, token])[:, None], 2))
-    return torch.softmax(torch.stack(forward, 1) + torch.stack(backward[::-1], 1), -1)
+def _read(
+    model: Any, chosen: list[dict[str, Any]], kept: int, by: str, batch_size: int, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gate's input and its target for each token of each example; the gate's own LoRA is trained in between."""
+    batches = [slice(start, start + batch_size) for start in range(0, len(chosen), batch_size)]
+    hidden: list[Tensor] = []
+    targets: list[Target] = []
+    own_lora = model.xlora_config.scaling_pass_rank is not None
+    by_losses = by == "losses"
+    # A step through the scaling pass takes about three times as long as a pass.
+    total = (1 + by_losses) * len(chosen) + 3 * own_lora * math.prod(fit_length(chosen[kept:]))
+    with Countdown(total, "reading", hidden=process_number() > 0) as countdown:
+        for batch in batches:
+            targets += targets_of(model, chosen[batch], by)
+            countdown.advance(by_losses * len(chosen[batch]))
+        if own_lora:
+            fit_scaling_lora(model, chosen[kept:], targets[kept:], seed, countdown)
+        for batch in batches:
+            hidden += states_of(model, chosen[batch], targets[batch])
+            countdown.advance(len(chosen[batch]))
+    return hidden, [target.shares for target in targets]
 
 
 def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
     """Fit a network like the gate's with one output per expert; its input is h. Returned in evaluation mode."""
-    mean, deviation = hidden.mean(0), hidden.std(0, correction=0)
-    deviation = torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
+    mean, deviation = moments(hidden)
     last = gate.layers[-1]
     with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
         torch.manual_seed(seed)
@@ -363,10 +277,9 @@ def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
         steps = max(_LEAST_STEPS, math.ceil(_EPOCHS * len(hidden) / _BATCH))
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = _RATE * min(1.0, (step + 1) / _WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = _RATE * rate_at(step, steps, _WARMUP)
             batch = torch.randint(len(hidden), (_BATCH,)).to(hidden.device)
-            logits = network((hidden[batch] - mean) / deviation)
-            loss = -(targets[batch] * logits.log_softmax(-1)).sum(-1).mean()
+            loss = cross_entropy(network((hidden[batch] - mean) / deviation), targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -263,8 +263,9 @@ def _random_in_training(base: nn.Module) -> Iterator[tuple[str, float]]:
 def cache_key(model: Any, sequences: Tokens, dtype: str) -> str:
     """A digest (SHA-256) of everything on which a cache depends.
 
-    This is: the base model's weights, buffers and config, the tokens, `scaling_pass_layers`, the dtype, autocast and
-    the version of transformers. Adapters, gate and training options are not included and may change.
+    This is: the base model's weights, buffers and config, the gate's own LoRA in the scaling pass, the tokens,
+    `scaling_pass_layers`, the dtype, autocast and the version of transformers. Adapters, the rest of the gate and
+    training options are not included and may change.
     """
     passes = model.passes
     base = passes.backbone.module
@@ -283,6 +284,9 @@ def cache_key(model: Any, sequences: Tokens, dtype: str) -> str:
     digest = hashlib.sha256(json.dumps(setting, sort_keys=True, default=str).encode())
     for name, value in _base_tensors(base):
         _add_tensor(digest, name, value)
+    if passes.config.scaling_pass_rank is not None:
+        for name, value in passes.gate.scaling_pass_lora.state_dict().items():
+            _add_tensor(digest, f"scaling_pass_lora.{name}", value)
     for sequence in sequences:
         digest.update(_digest_of_tokens(sequence))
     return digest.hexdigest()[:32]

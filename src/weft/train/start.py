@@ -61,12 +61,16 @@ def start_gate(model: Any, rows: list[dict[str, Any]], options: TrainOptions, de
     """Fit the gate to the labels or losses of the data, with the same result in all processes.
 
     If `gate_start` is None, it is fitted to the labels if they are complete, otherwise to the losses; if that is not
-    possible, it stays random.
+    possible, it stays random. With `scaling_pass_rank` it must be possible.
     """
-    by, say, left_open = options.gate_start, by_the_first(notice), options.gate_start is None
+    by, say = options.gate_start, by_the_first(notice)
+    if by == "random" or (by is None and options.start_from):
+        return
+    # Without the fit, the gate's own LoRA in the scaling pass would do nothing.
+    left_open = by is None and options.scaling_pass_rank is None
     if by is None:
         by = "labels" if labels_are_complete(rows, model.xlora_config.num_experts) else "losses"
-    if by == "random" or (left_open and (options.start_from or sharding_is_to_come() or fit_problems(model, by))):
+    if left_open and (sharding_is_to_come() or fit_problems(model, by)):
         return
     base = model.get_base_model()
     if not getattr(base, "is_quantized", False) and getattr(base, "hf_device_map", None) is None:

@@ -24,12 +24,16 @@ pytestmark = pytest.mark.serve
 
 pytest_plugins = ["engines"]
 
+# The gate with a LoRA of its own in the scaling pass.
+OWN_LORA = {"scaling_pass_layers": 2, "scaling_pass_rank": 3}
+
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"scaling_pass_layers": 1},
+        OWN_LORA,
         {"gate_layer": 1},
         {"layerwise_scalings": False, "softmax_temperature": 0.7, "global_scaling_weight": 1.5},
         {"gate_layer": 1, "layerwise_scalings": False},
@@ -49,7 +53,7 @@ def test_every_scheme_and_option_alone_and_in_a_batch(options, base, make_mixtur
         assert_same(served(llm, prompts()[2:3]), expected[2:3])
 
 
-@pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 2}, {"gate_layer": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, OWN_LORA, {"gate_layer": 1}], ids=str)
 def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, base, make_mixture, preempted):
     folder, model = make_mixture(**options)
     common = prompts((64,))[0]
@@ -63,7 +67,7 @@ def test_chunked_prefill_prefix_caching_and_preemption_change_nothing(options, b
     assert preempted
 
 
-@pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 1}, {"gate_layer": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scaling_pass_layers": 1}, OWN_LORA, {"gate_layer": 1}], ids=str)
 def test_compiled_which_is_vllms_default_it_is_the_same(options, base, make_mixture):
     folder, model = make_mixture(**options)
     expected = generated(model, prompts())
@@ -90,7 +94,7 @@ def test_half_precision_rounds_and_no_more(eager, base, make_mixture):
 
 def test_two_processes_with_a_part_of_each_layer_change_nothing(base, make_mixture, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    folder, model = make_mixture()
+    folder, model = make_mixture(**OWN_LORA)
     choices = [Choice(), Choice(alone="math"), Choice(weights=(0.5, 0.0, -0.3)), Choice(top_k=1)]
     expected = [chosen(model, folder, *each) for each in zip(choices, prompts(), strict=True)]
     with engine(base, folder, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:

@@ -378,6 +378,7 @@ _OPTIONS += ["max_steps", "epochs", "learning_rate", "warmup_ratio", "xlora_dept
 _OPTIONS += [
     "gate_layer",
     "scaling_pass_layers",
+    "scaling_pass_rank",
     "softmax_temperature",
     "global_scaling_weight",
     "cache_folder",
