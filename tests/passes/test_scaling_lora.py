@@ -176,13 +176,15 @@ def test_with_it_the_gate_remembers_what_a_text_began_with(llama_adapters):
 
 @pytest.mark.parametrize("by", ["labels", "losses"])
 def test_the_fit_trains_it_and_nothing_but_the_gate(by, llama_adapters):
-    model = weft.from_adapters(tiny_llama(), llama_adapters, **OWN).train()
+    options = {**OWN, "use_trainable_adapters": True, "scaling_pass_value": 0.2}
+    model = weft.from_adapters(tiny_llama(), llama_adapters, **options).train()
     before = {name: value.clone() for name, value in model.named_parameters()}
     weft.fit_gate(model, rows(8), by)
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if "internal_xlora_classifier" in name}
     assert not any(parameter.requires_grad for parameter in lora_of(model).parameters())
     assert all(parameter.requires_grad for parameter in model.internal_xlora_classifier.layers.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
 
 

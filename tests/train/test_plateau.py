@@ -238,6 +238,16 @@ def test_the_weight_climbs_to_the_best_one_within_its_limits(best, expected):
     assert model.weight == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("step", "stops", "expected"), [(0, False, 1.2), (3, False, 1.0), (0, True, 1.0)])
+def test_the_weight_moves_before_the_first_step_of_a_run_that_begins(step, stops, expected):
+    model = FakeModel(1.0)
+    trainer = FakeTrainer(model, 2.0)
+    trainer.state.global_step = step
+    search = WeightSearch(trainer, model, [{}])
+    search.on_train_begin(None, trainer.state, SimpleNamespace(should_training_stop=stops))
+    assert model.weight == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("start", [1.0, 1.44, 1 / 1.44])
 def test_a_weight_that_is_hardly_better_is_not_worth_being_further_from_1(start):
     model = FakeModel(start)

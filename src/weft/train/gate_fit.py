@@ -7,8 +7,8 @@ target shares q of the experts,
     minimise  mean_t -Σ_e q_{t,e} ln softmax(f(h_t))_e
 
 and becomes the gate's start in every layer. Training then starts with a mixture that follows the text, and learns the
-differences between layers. For the targets, from labels or from losses, see
-`gate_targets.py`. If the gate has a LoRA of its own in the scaling pass, that is trained first (`scaling_fit.py`).
+differences between layers. For the targets, from labels or from losses, see `gate_targets.py`. If the gate has a LoRA
+of its own in the scaling pass, that is trained first (`scaling_fit.py`).
 
 Hidden states have a large mean, and some channels are far larger than others. So f is fitted on (h - mean) / deviation
 for each channel. This is then folded into its first linear layer: W / deviation, and b - W mean / deviation.
@@ -103,7 +103,8 @@ def fit_gate(
     chosen = _draw(several(examples, "examples"), by, tokenizer, experts, length, vocabulary, seed, most)
     tokens = sum(len(example["input_ids"]) for example in chosen)
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
-    announce(f"fitting the gate to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
+    own = " and its own LoRA" if model.xlora_config.scaling_pass_rank is not None else ""
+    announce(f"fitting the gate{own} to the {by} of {tokens:,} tokens of {len(chosen)} sequences{passes}")
 
     kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
     with in_evaluation_mode(model):

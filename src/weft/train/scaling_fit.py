@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from weft.screen.countdown import Countdown
 from weft.train.gate_targets import Target, moments, states_of
 
-# Two passes over the tokens, in steps of about 2,048. A third pass makes no difference that is worth its time.
+# Two passes over the tokens, in steps of about 2,048.
 _EPOCHS, _LEAST_STEPS, _TOKENS = 2, 64, 2048
 _RATE, _LINEAR_RATE, _WARMUP, _MOST_GRADIENT = 2e-3, 3e-3, 10, 1.0
 _OF_MOMENTS = 16  # batches from which mean and deviation of the hidden states are taken
@@ -59,6 +59,7 @@ def fit_scaling_lora(
         raise
     finally:
         lora.requires_grad_(False)
+        lora.zero_grad()
 
 
 def fit_length(examples: Sequence[dict[str, Any]]) -> tuple[int, int]:
@@ -87,8 +88,11 @@ def _train(
         hidden = torch.cat(states_of(model, *chosen, to_train=True))
         shares = torch.cat([target.shares for target in chosen[1]])
         loss = cross_entropy(linear((hidden - mean) / deviation), shares)
-        optimizer.zero_grad()
-        loss.backward()
+        learnt = [*parameters, *linear.parameters()]
+        # Of no trainable expert; and some layers may not have run, such as experts of a sparse base model.
+        gradients = torch.autograd.grad(loss, learnt, allow_unused=True)
+        for parameter, gradient in zip(learnt, gradients, strict=True):
+            parameter.grad = gradient
         nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
         optimizer.step()
         countdown.advance(3 * per_step)

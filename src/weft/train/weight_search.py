@@ -22,7 +22,7 @@ _NAME = "global_scaling_weight"
 
 
 class WeightSearch(TrainerCallback):
-    """Before each evaluation, tries the next larger and the next smaller weight, and takes the best of the three.
+    """Before the first step and each evaluation, tries the next larger and smaller weight, and takes the best of three.
 
     The best weight w has the lowest loss times (1 + 0.005 |ln w / ln 1.2|): being a step further from 1 must lower the
     loss by 0.5%. The weight is logged when it changes. Each checkpoint has it in its config, from which
@@ -38,10 +38,17 @@ class WeightSearch(TrainerCallback):
         self._trainer, self._model = trainer, model
         self._some: Any = held_out[:_SEQUENCES]
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Try the weights with the gate as it was fitted, unless a training is resumed or has ended."""
+        if state.global_step == 0 and not control.should_training_stop:
+            self._search()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Try the weights."""
-        if not control.should_evaluate:
-            return
+        """Try the weights before an evaluation."""
+        if control.should_evaluate:
+            self._search()
+
+    def _search(self) -> None:
         own = self._model.get_global_scaling_weight()
         tried = {own: self._loss(own)}
         try:
