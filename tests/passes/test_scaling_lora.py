@@ -271,6 +271,13 @@ def test_a_training_without_the_fit_is_refused(llama_adapters, tmp_path, capsys)
     )
 
 
+def test_a_lora_that_is_larger_than_the_memory_is_refused(llama_adapters):
+    base = tiny_llama()
+    with pytest.raises(ConfigError, match=r"scaling_pass_rank \(10000000000\) makes a LoRA of [\d,]+ weights"):
+        weft.from_adapters(base, llama_adapters, **{**OWN, "scaling_pass_rank": 10**10})
+    assert torch.equal(logits(base), logits(tiny_llama()))
+
+
 def test_a_scaling_pass_without_linear_layers_is_refused(llama_adapters, monkeypatch):
     monkeypatch.setattr("weft.passes.scaling_lora.linear_layers", lambda backbone, number: {})
     base = tiny_llama()

@@ -19,17 +19,29 @@ from weft.gate.routing import softmax_with_temperature
 from weft.gate.scaling_lora import ScalingPassLora
 
 
-def _refuse_too_large(config: XLoraConfig, outputs: int, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_too_large(
+    config: XLoraConfig,
+    outputs: int,
+    scaling_pass_widths: Mapping[str, tuple[int, int]] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Raise if a gate of these sizes is larger than the device's memory, as the system might kill the process."""
     assert config.hidden_size is not None
     depth, size = config.xlora_depth, config.xlora_size
     weights = config.hidden_size * outputs if depth == 1 else size * (config.hidden_size + (depth - 2) * size + outputs)
-    needed, there = weights * dtype.itemsize, memory_of(device)
-    if there is not None and needed > there:
-        raise ConfigError(
-            f"xlora_depth ({depth}) and xlora_size ({size}) make a gate of {weights:,} weights, {needed / 1e9:,.1f} "
-            f"GB, and {device} has {there / 1e9:,.1f} GB: expected smaller ones"
-        )
+    sizes = {f"xlora_depth ({depth}) and xlora_size ({size}) make a gate": weights}
+    if scaling_pass_widths is not None and config.scaling_pass_rank is not None:
+        rank, channels = config.scaling_pass_rank, sum(map(sum, scaling_pass_widths.values()))
+        sizes[f"scaling_pass_rank ({rank}) makes a LoRA"] = rank * channels
+    there = memory_of(device)
+    for what, number in sizes.items():
+        needed = number * dtype.itemsize
+        if there is not None and needed > there:
+            raise ConfigError(
+                f"{what} of {number:,} weights, {needed / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f} GB: "
+                "expected smaller ones"
+            )
 
 
 class XLoraClassifier(nn.Module):
@@ -76,7 +88,7 @@ class XLoraClassifier(nn.Module):
             raise ValueError("hidden_size (None) must be the size of the hidden states that the gate reads")
 
         outputs = num_experts * (num_layers if config.layerwise_scalings else 1)
-        _refuse_too_large(config, outputs, torch.device(device or "cpu"), dtype)
+        _refuse_too_large(config, outputs, scaling_pass_widths, torch.device(device or "cpu"), dtype)
         width = config.hidden_size
         layers: list[nn.Module] = []
         for _ in range(config.xlora_depth - 1):

@@ -59,7 +59,6 @@ class ScalingPassLora(nn.Module):
         self, widths: Mapping[str, tuple[int, int]], rank: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.rank = rank
         for name, (inputs, outputs) in widths.items():
             *path, last = name.split(".")
             parent: nn.Module = self
