@@ -57,6 +57,8 @@ class MixtureFiles:
             CheckpointError: the gate has other tensors.
         """
         gate = {key.partition(GATE_KEY)[2]: value for key, value in self.tensors.items() if GATE_KEY in key}
+        if self.config.scaling_pass_rank is not None:
+            gate = {key: value for key, value in gate.items() if not key.startswith("scaling_pass_lora.")}
         numbers = sorted({int(found[1]) for key in gate if (found := _LINEAR.fullmatch(key))})
         expected = {f"layers.{number}.{part}" for number in numbers for part in ("weight", "bias")}
         if gate.keys() != expected:
