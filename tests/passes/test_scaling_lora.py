@@ -61,11 +61,7 @@ def test_the_gate_reads_a_base_model_with_the_lora_merged_and_the_experts_act_in
     found = model.get_latest_scalings()
     merged = weft_model(decoder, scaling_pass_layers=1)
     merged.internal_xlora_classifier.layers.load_state_dict(model.internal_xlora_classifier.layers.state_dict())
-    fixed = (
-        {"a": 0.5, "b": -0.3}
-        if "a" in model.xlora_config.expert_names
-        else dict.fromkeys(model.xlora_config.expert_names, 0.4)
-    )
+    fixed = dict.fromkeys(model.xlora_config.expert_names, 0.4)
     with model.fixed_scalings(fixed), merged.fixed_scalings(fixed):
         assert torch.equal(logits(model), logits(merged))
     with torch.no_grad():

@@ -8,7 +8,7 @@ There are no files and no training loop here.
     cache.py            the KV caches of both passes as one object
     frozen.py           the mean scalings of each sequence so far, for a frozen gate
     gate_position.py    the position of the gate in the base model, and the first layer that uses its scalings
-    scaling_lora.py     the linear layers of the scaling pass, and what the gate's own LoRA adds to them
+    scaling_lora.py     the linear layers of the scaling pass, to which the gate's own LoRA adds
     gate_losses.py      adds the gate's losses to the loss of a call
     precomputed.py      a call with a precomputed result of the scaling pass
     recompute.py        gradient checkpointing that recomputes with the scalings of the original forward

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ from weft.passes.precomputed import take_precomputed
 from weft.passes.recompute import Readers, carry_through_checkpoints, undo_checkpoints
 from weft.passes.routings import Routings
 from weft.passes.rows import RowScalings
-from weft.passes.scaling_lora import attach as attach_scaling_lora
-from weft.passes.scaling_lora import with_lora
+from weft.passes.scaling_lora import linear_layers
 
 
 class Passes:
@@ -104,7 +104,10 @@ class Passes:
         """Register the hooks, once."""
         base.register_forward_pre_hook(self._before, with_kwargs=True)
         base.register_forward_hook(self._after, always_call=True)
-        attach_scaling_lora(self)
+        if self.config.scaling_pass_rank is not None:
+            assert self.config.scaling_pass_layers is not None
+            for name, module in linear_layers(self.backbone, self.config.scaling_pass_layers).items():
+                module.register_forward_hook(partial(self._add_scaling_lora, name))
         if self.config.gate_layer is not None:
             layer = self.backbone.decoder_layers()[self.config.gate_layer]
             layer.register_forward_pre_hook(self._at_gate_layer, with_kwargs=True)
@@ -258,11 +261,12 @@ class Passes:
         """`scaling_pass_alone` with gradients, for the gate's own LoRA in it."""
         return self._run_scaling_pass(arguments, None)
 
-    def add_scaling_lora(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def _add_scaling_lora(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """A forward hook of a linear layer: in the scaling pass, add the gate's own LoRA to its output."""
         if not self.carrier.in_scaling_pass:
             return None
-        return with_lora(output, self.gate.scaling_pass_lora.get_submodule(name), args[0])
+        part = self.gate.scaling_pass_lora.get_submodule(name)
+        return output + part(args[0]).to(output.device, output.dtype)
 
     def after_scaling_steps(self, hidden: Float[Tensor, "batch seq hidden"]) -> AbstractContextManager[None]:
         """In this block, calls use `hidden` as the result of their scaling pass."""

@@ -1,12 +1,11 @@
-"""The linear layers of a scaling pass, and what the gate's own LoRA adds to them (see `gate/scaling_lora.py`)."""
+"""The linear layers of a scaling pass, to which the gate's own LoRA adds (see `gate/scaling_lora.py`)."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.base_model.backbone import Backbone
@@ -24,8 +23,9 @@ def linear_layers(backbone: Backbone, number: int) -> dict[str, nn.Module]:
     inside = {id(part) for layer in list(backbone.decoder_layers())[:number] for part in layer.modules()}
     found: dict[str, nn.Module] = {}
     for name, module in backbone.base.named_modules():
-        is_part = any(name.startswith(f"{outer}.") for outer in found)  # of a LoRA layer
-        if id(module) in inside and not is_part and isinstance(_base_layer(module), (nn.Linear, Conv1D)):
+        if id(module) in inside and isinstance(_base_layer(module), (nn.Linear, Conv1D)):
+            if any(name.startswith(f"{outer}.") for outer in found):
+                continue  # a part of a LoRA layer
             found[name] = module
     return found
 
@@ -59,15 +59,3 @@ def _widths(module: nn.Module) -> tuple[int, int]:
         inputs, outputs = layer.weight.shape
         return inputs, outputs
     return layer.in_features, layer.out_features
-
-
-def attach(passes: Any) -> None:
-    """Let the gate's LoRA add to the outputs of these layers, in scaling passes only."""
-    if passes.config.scaling_pass_rank is not None:
-        for name, module in linear_layers(passes.backbone, passes.config.scaling_pass_layers).items():
-            module.register_forward_hook(partial(passes.add_scaling_lora, name))
-
-
-def with_lora(output: Tensor, part: nn.Module, x: Tensor) -> Tensor:
-    """The output of a layer for x, and the LoRA's part."""
-    return output + part(x).to(output.device, output.dtype)

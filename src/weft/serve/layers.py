@@ -174,7 +174,7 @@ class ScalingLoraMethod(LinearMethodBase):
         parts = self.down(x.reshape(-1, x.shape[-1])).split(self.ranks, 1)
         rows = output.view(-1, output.shape[-1])
         for each, part, up in zip(self.slices, parts, self.ups, strict=True):
-            up.add_to(rows.narrow(1, each.start, each.width), part.contiguous())
+            up.add_to(rows.narrow(1, each.start, each.width), part)
         return output
 
 
