@@ -135,6 +135,7 @@ def counted(*shares):
     return metrics
 
 
+@pytest.mark.filterwarnings("error")  # of the calls outside `warns`
 def test_a_collapsed_gate_is_warned_of_once_per_reading():
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"expert 'e1' has 96.0% of all shares since the last log") as seen:
