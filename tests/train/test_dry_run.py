@@ -31,7 +31,7 @@ def test_a_dry_run_says_what_training_needs_and_writes_nothing(dry, data, tmp_pa
     assert re.fullmatch(MEMORY, lines[1]), lines
     # 21 rows, of which a step takes 8, twice.
     assert re.fullmatch(
-        r"  time: about [\d.]+ (s|min) for 4 steps of [\d.e-]+ s, and [\d.]+ (s|min) for 4 evaluations; less with the "
+        r"  time: about [\d.]+ (s|min) for 4 steps of [\d.e-]+ s, and [\d.]+ (s|min) for 5 evaluations; less with the "
         "cache of the scaling pass, which was not used",
         lines[2],
     ), lines
@@ -129,6 +129,20 @@ def test_an_estimate_is_made_from_one_step(first, others, number, evaluating, sa
         shown.append(capsys.readouterr().out)
     assert [bool(text) for text in shown] == [step == number for step in (1, 2, 3)]
     assert re.fullmatch(rf"{said}; {NUMBER} of memory\n", shown[number - 1])
+
+
+def test_an_evaluation_before_the_first_step_is_no_part_of_the_speed(monkeypatch, capsys):
+    line, state = ProgressLine(), TrainerState(max_steps=2)
+    args, now = TrainingArguments(use_cpu=True), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    line.on_train_begin(args, state, None)
+    now[0] = 60.0
+    line.on_evaluate(args, state, None)
+    line.on_step_begin(args, state, None)
+    now[0], state.global_step, state.num_input_tokens_seen = 62.0, 1, 100
+    line.on_step_end(args, state, None)
+    line.on_log(args, state, None, logs={"loss": 2.0})
+    assert "50 tokens/s  0:00:02 left" in capsys.readouterr().out
 
 
 def test_an_evaluation_is_estimated_from_its_tokens():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -118,9 +119,12 @@ def test_it_ends_at_a_plateau_with_the_best_checkpoint(command, tmp_path, capsys
     assert "on 6 held-out sequences: loss " in shown.out
     _, state = log_of(tmp_path / "out")
     losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert evaluations_of(tmp_path / "out") == [3 * number for number in range(len(losses))]
+    assert state["global_step"] < 120
+    # The rule is about the trained gate.
+    losses = losses[1:]
     assert failures(losses) == 4
     assert failures(losses[:-1]) == 3
-    assert state["global_step"] == 3 * len(losses) < 120
     # Constant after the warm-up, and 0.3 of it after each failure.
     rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
     late = [step for step in rates if step > 3]
@@ -131,6 +135,29 @@ def test_it_ends_at_a_plateau_with_the_best_checkpoint(command, tmp_path, capsys
     weights = [entry for entry in state["log_history"] if "global_scaling_weight" in entry]
     before = [entry for entry in weights if entry["step"] <= state["best_global_step"]]
     assert best == (before[-1]["global_scaling_weight"] if before else 1.0)
+
+
+@pytest.mark.parametrize("more", [[], ["--max-steps", "9", "--eval-data", "texts.jsonl"]])
+def test_a_start_that_no_training_improves_is_the_result(command, texts, tmp_path, more, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    still = ("--eval-steps", "3", "--learning-rate", "1e-30", "--global-scaling-weight", "1", "--gate-start", "losses")
+    assert main(command("out", *still, *more)) == 0
+    _, state = log_of(tmp_path / "out")
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert state["best_global_step"] == 0
+    assert state["best_metric"] == losses[0] == min(losses)
+    start = tmp_path / "out/checkpoints/checkpoint-0"
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (start / file).read_bytes()
+    # A run that goes on from there is the same.
+    for folder in start.parent.glob("checkpoint-[1-9]*"):
+        shutil.rmtree(folder)
+    assert main(command("out", *still, *more, "--resume", "true")) == 0
+    again = log_of(tmp_path / "out")[1]
+    for name in ("loss", "eval_loss", "learning_rate"):
+        one, other = ([entry[name] for entry in run["log_history"] if name in entry] for run in (state, again))
+        assert other == pytest.approx(one), name
+    assert again["best_global_step"] == 0
 
 
 @pytest.mark.usefixtures("weights_move")
@@ -238,11 +265,14 @@ def test_the_weight_climbs_to_the_best_one_within_its_limits(best, expected):
     assert model.weight == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("step", "stops", "expected"), [(0, False, 1.2), (3, False, 1.0), (0, True, 1.0)])
-def test_the_weight_moves_before_the_first_step_of_a_run_that_begins(step, stops, expected):
+@pytest.mark.parametrize(
+    ("step", "log", "stops", "expected"),
+    [(0, [], False, 1.2), (3, [], False, 1.0), (0, [], True, 1.0), (0, [{"step": 0, "eval_loss": 3.0}], False, 1.0)],
+)
+def test_the_weight_moves_before_the_first_step_of_a_run_that_begins(step, log, stops, expected):
     model = FakeModel(1.0)
     trainer = FakeTrainer(model, 2.0)
-    trainer.state.global_step = step
+    trainer.state.global_step, trainer.state.log_history = step, log
     search = WeightSearch(trainer, model, [{}])
     search.on_train_begin(None, trainer.state, SimpleNamespace(should_training_stop=stops))
     assert model.weight == pytest.approx(expected)
@@ -407,7 +437,7 @@ def test_an_interrupted_trial_leaves_the_weight_of_the_run():
 def test_early_stopping_takes_the_texts_that_are_held_out(command, tmp_path):
     still = ("--eval-steps", "3", "--learning-rate", "1e-12", "--global-scaling-weight", "1")
     assert main(command("out", *still, "--early-stopping", "1")) == 0
-    assert evaluations_of(tmp_path / "out") == [3, 6]
+    assert evaluations_of(tmp_path / "out") == [0, 3]
 
 
 def test_early_stopping_counts_the_evaluations_before_a_run_was_resumed(command, tmp_path):
@@ -416,7 +446,7 @@ def test_early_stopping_counts_the_evaluations_before_a_run_was_resumed(command,
     more = command("out", *still, "--max-steps", "30", "--eval-data", str(tmp_path / "texts.jsonl"), "--resume", "true")
     for _ in range(2):
         assert main(more) == 0
-        assert evaluations_of(tmp_path / "out") == [3, 6, 9]
+        assert evaluations_of(tmp_path / "out") == [0, 3, 6]
 
 
 def test_a_run_that_held_nothing_out_says_that_it_may_have_trained_on_what_it_holds_out_now(command, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 An evaluation *fails* if its loss is not at least 0.1% below the lowest one before it. After each failure the learning
 rate is multiplied by 0.3. The training ends with the fourth failure, and the checkpoint with the lowest loss is loaded.
+This can be the gate before the first step, whose loss does not count for the rule: the first steps at a high rate can
+be a way to a lower loss through higher ones.
 
     rate = peak * min(1, step / warmup) * 0.3^failures
 

@@ -60,6 +60,11 @@ class ProgressLine(TrainerCallback):
             self._task = self._bar.add_task("training", total=1.0, left="")
             self._bar.start()
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock anew after an evaluation before the first step."""
+        if not self._steps:
+            self._start = self._last = self._now(state)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock of a step."""
         self._step_start = self._now(state)

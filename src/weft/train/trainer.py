@@ -54,6 +54,7 @@ class WeftTrainer(Trainer):
       loss after a step is not finite, those before the step. All processes raise the error.
     - A checkpoint is complete, with the digests of its files (see `weft.train.checkpoints`), or it is removed, for
       example if the disk is full. `CheckpointError` then names the checkpoint to resume from. All processes raise it.
+    - With `eval_on_start`, the model before the first step has a checkpoint and can be the best one.
 
     Args:
         model: a model of weft or peft.
@@ -176,6 +177,14 @@ class WeftTrainer(Trainer):
         return [weight for weight in model.parameters() if weight.requires_grad]
 
     # ------------------------------------------------------------------ checkpoints
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0:  # by `eval_on_start`, where the Trainer saves nothing
+            if self._determine_best_metric(metrics, trial):
+                self.state.best_model_checkpoint = str(self._checkpoint)
+            self._save_checkpoint(self.model, trial)
+        return metrics
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._failures = []

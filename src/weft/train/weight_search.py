@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from weft.distributed import from_all_processes
 from weft.files.reading import read_json
+from weft.train.run_record import evaluations
 
 _FACTOR = 1.2  # between two weights
 _LEAST, _MOST = 0.5, 4.0
@@ -41,7 +42,8 @@ class WeightSearch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Try the weights with the gate as it was fitted, unless a training is resumed or has ended."""
-        if state.global_step == 0 and not control.should_training_stop:
+        begins = state.global_step == 0 and not evaluations(state.log_history)
+        if begins and not control.should_training_stop:
             self._search()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
