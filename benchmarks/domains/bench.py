@@ -146,12 +146,15 @@ def gate(work: Work, size: int, recipe: str, seed: int) -> None:
     from weft.train.gate import train
 
     given = dict(RECIPES[recipe])
-    steps = given.pop("steps", work.gate_steps)  # 0: until the loss on a part of the texts stops falling
+    steps = given.pop("steps", work.gate_steps)  # 0: until the loss on texts of other documents stops falling
     texts, data = given.pop("texts", None), [str(work.texts / f"mixed-{size}" / "gate.jsonl")]
     if texts is not None:
         file = work.folder / "texts" / f"mixed-{size}-{texts}.jsonl"
         write_rows(file, list(read_rows(Path(data[0])))[:texts])
         data = [str(file)]
+    if not steps:
+        # Not a part of the gate's texts, which share documents with the rest.
+        given["eval_data"] = [str(work.texts / f"mixed-{size}" / "select.jsonl")]
     if given.pop("data", None) == "single too":
         data += [f"{name}={work.texts / name / 'gate.jsonl'}" for name in NAMES[:size]]
     train(

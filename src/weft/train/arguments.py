@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from weft.base_model.versions import checkpointing_arguments, length_grouping_arguments
-from weft.distributed import number_of_processes, sharding_is_to_come
+from weft.distributed import number_of_processes
 from weft.options import TrainOptions
 
 _LEARNING_RATE = 1e-3
@@ -57,14 +57,6 @@ def budget_in_steps(max_tokens: int, tokens_per_epoch: int, steps_per_epoch: int
     """Optimizer steps for a budget of tokens: (expected number, maximum)."""
     expected = -(-max_tokens * steps_per_epoch // tokens_per_epoch)
     return expected, -(-max_tokens // tokens_per_epoch) * steps_per_epoch
-
-
-def evaluates_start(options: TrainOptions) -> bool:
-    """Whether a training with held-out texts is evaluated before its first step: a fitted gate may be the best one.
-
-    The gate of a model in shards is not fitted.
-    """
-    return not options.resume and not sharding_is_to_come()
 
 
 def training_arguments(
@@ -121,7 +113,7 @@ def _evaluation_arguments(options: TrainOptions, *, evaluates: bool) -> dict[str
     return {
         "eval_strategy": "steps",
         "eval_steps": steps,
-        "eval_on_start": evaluates_start(options),
+        "eval_on_start": not options.resume,  # a fitted gate may be the best one
         "save_steps": steps,
         "per_device_eval_batch_size": options.batch_size,
         "prediction_loss_only": True,

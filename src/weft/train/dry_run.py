@@ -19,7 +19,7 @@ from weft.files.writing import temporary_folder
 from weft.options import TrainOptions
 from weft.screen.countdown import about, size
 from weft.screen.visible import say
-from weft.train.arguments import evaluates_start, steps_to_train, training_arguments
+from weft.train.arguments import steps_to_train, training_arguments
 from weft.train.packing_check import check_packing
 from weft.train.plateau import Plan
 from weft.train.trainer import WeftTrainer, trained_tokens
@@ -134,7 +134,7 @@ def _memory(model: Any, optimizer: Any, peak: float | None) -> str:
 def _time(options: TrainOptions, most: int, seconds: float, evaluation: float, expected: int | None) -> str:
     steps = most if expected is None else min(most, expected)
     text = f"about {about(steps * seconds)} for {steps:,} steps of {seconds:.2g} s"
-    evaluations = steps // (options.eval_steps or options.save_steps) + evaluates_start(options) if evaluation else 0
+    evaluations = steps // (options.eval_steps or options.save_steps) + (not options.resume) if evaluation else 0
     if evaluations:
         text += f", and {about(evaluations * evaluation)} for {evaluations} evaluations"
     if expected is not None:

@@ -33,8 +33,9 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop if any process was interrupted."""
-        self.requested = any_process(self.requested, args.device)
-        if self.requested:
+        # Not `requested = any_process(requested)`: that would lose an interrupt during the call.
+        if any_process(self.requested, args.device):
+            self.requested = True
             control.should_save = self._saves
             control.should_training_stop = True
 
