@@ -184,6 +184,17 @@ def test_the_fit_trains_it_and_nothing_but_the_gate(by, llama_adapters):
     assert model.training
 
 
+def test_the_fit_says_which_part_takes_the_time(llama_adapters, monkeypatch, capsys):
+    monkeypatch.setattr("weft.screen.countdown.EVERY", 0.0)
+    weft.fit_gate(mixture(llama_adapters), rows(8), "losses")
+    said = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [what for what, before in zip(said, ["", *said], strict=False) if what != before] == [
+        "reading",
+        "training the gate's own LoRA",
+        "reading",
+    ]
+
+
 def test_the_training_after_the_fit_leaves_it(llama_adapters):
     model = mixture(llama_adapters).train()
     model(**ids_and_mask(), labels=ids_and_mask()["input_ids"]).loss.backward()

@@ -258,7 +258,7 @@ def _read(
             fit_scaling_lora(model, chosen[kept:], targets[kept:], seed, countdown)
         for batch in batches:
             hidden += states_of(model, chosen[batch], targets[batch])
-            countdown.advance(len(chosen[batch]))
+            countdown.advance(len(chosen[batch]), "reading")
     return hidden, [target.shares for target in targets]
 
 

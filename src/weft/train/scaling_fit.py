@@ -95,7 +95,7 @@ def _train(
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(parameters, _MOST_GRADIENT)
         optimizer.step()
-        countdown.advance(3 * per_step)
+        countdown.advance(3 * per_step, "training the gate's own LoRA")
 
 
 def _order(number: int, most: int) -> list[int]:
