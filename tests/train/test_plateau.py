@@ -14,7 +14,7 @@ from weft.model.model import at_own_weight
 from weft.options import TrainOptions
 from weft.train import weight_search
 from weft.train.comparison import comparison
-from weft.train.held_out import digest_of, split
+from weft.train.held_out import digest_of, some_of, split
 from weft.train.plateau import failures, interval_of, plan
 from weft.train.weight_search import WeightSearch
 
@@ -77,6 +77,13 @@ def test_a_tenth_is_held_out_and_the_rest_is_trained_on():
     assert split(rows, seed=1)[1] != held_out
     assert len(split(rows[:40], seed=0)[1]) == 4
     assert split(rows[:39], seed=0) == (rows[:39], None)
+
+
+def test_some_of_the_held_out_texts_are_of_all_their_files():
+    rows = [{"file": file, "number": number} for file in range(4) for number in range(20)]
+    assert [row["file"] for row in some_of(rows, 16)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert some_of(rows, 100) == rows
+    assert some_of([], 3) == []
 
 
 def test_evaluations_take_about_a_fifth_of_the_time():

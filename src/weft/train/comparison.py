@@ -14,6 +14,7 @@ from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.padded import padded
 from weft.data.texts import NO_LABEL
 from weft.train.gate_targets import losses_of_experts
+from weft.train.held_out import some_of
 
 _PASSES, _LEAST, _MOST = 320, 8, 32  # forward passes of all models together; sequences
 
@@ -24,12 +25,12 @@ def comparison(model: Any, held_out: list[dict[str, Any]], batch_size: int, *, b
 
     Args:
         model: the mixture. Each expert alone has the weight 1.
-        held_out: rows with `input_ids` and `labels`; the first 8 to 32 are used, fewer with many experts.
+        held_out: rows with `input_ids` and `labels`; 8 to 32 are used, fewer with many experts.
         batch_size: sequences per forward pass.
         bf16: run under autocast, as the training did.
     """
     names = list(model.xlora_config.expert_names)
-    rows = held_out[: max(_LEAST, min(_MOST, _PASSES // (len(names) + 2)))]
+    rows = some_of(held_out, max(_LEAST, min(_MOST, _PASSES // (len(names) + 2))))
     training = model.training
     model.eval()
     try:

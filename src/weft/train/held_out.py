@@ -38,6 +38,16 @@ def split(rows: _Rows, seed: int, before: Sequence[str] = ()) -> tuple[_Rows, _R
     return [row for at, row in enumerate(rows) if at not in chosen], [rows[at] for at in sorted(chosen)]
 
 
+def some_of(rows: _Rows, number: int) -> _Rows:
+    """At most so many of the rows, at even distances. The first ones would be of the first file.
+
+    Example:
+        >>> some_of(code + law + prose, 6)  # two of each, if they are equally many
+    """
+    number = min(number, len(rows))
+    return [rows[at * len(rows) // number] for at in range(number)]
+
+
 def _places(rows: _Rows, digests: Sequence[str]) -> set[int]:
     """The places of the sequences with these digests; of equal sequences as many as there are digests."""
     left, found = Counter(digests), set()

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from weft.distributed import from_all_processes
 from weft.files.reading import read_json
+from weft.train.held_out import some_of
 from weft.train.run_record import evaluations
 
 _FACTOR = 1.2  # between two weights
@@ -33,12 +34,12 @@ class WeightSearch(TrainerCallback):
     Args:
         trainer: the Trainer, which this is to be added to.
         model: the mixture.
-        held_out: the sequences to evaluate on, of which the first 16 are used.
+        held_out: the sequences to evaluate on, of which 16 are used.
     """
 
     def __init__(self, trainer: Any, model: Any, held_out: list[dict[str, Any]]) -> None:
         self._trainer, self._model = trainer, model
-        self._some: Any = held_out[:_SEQUENCES]
+        self._some: Any = some_of(held_out, _SEQUENCES)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Try the weights with the gate as it was fitted, unless a training is resumed or has ended."""
