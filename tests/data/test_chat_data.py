@@ -472,6 +472,7 @@ def test_labels_are_cut_with_their_tokens_and_pieces_without_any_are_dropped(len
                 wanted.append({"input_ids": piece, "labels": labels, "expert_labels": [expert] * len(piece)})
     if not labelled:
         wanted = [{name: row[name] for name in ("input_ids", "labels")} for row in wanted]
+    assert len({row.pop("place") for row in found}) == 2
     assert found == wanted
     if length < 512:
         assert len(found) < len(training_rows([file], [], tokenizer, length, labelled=False))

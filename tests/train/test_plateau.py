@@ -79,6 +79,27 @@ def test_a_tenth_is_held_out_and_the_rest_is_trained_on():
     assert split(rows[:39], seed=0) == (rows[:39], None)
 
 
+def test_texts_are_held_out_as_a_whole():
+    rows = [{"input_ids": [number], "labels": [number], "place": number // 3} for number in range(300)]
+    rest, held_out = split(rows, seed=0)
+    assert len(held_out) == 30
+    assert not {row["place"] for row in held_out} & {row["place"] for row in rest}
+    # Texts of another length than the others' are held out, too.
+    texts = [[number] * (1 + number % 7) for number in range(100)]
+    rows = [{"input_ids": [n], "labels": [n], "place": n} for text in texts for n in text]
+    held_out = split(rows, seed=0)[1]
+    assert len(held_out) >= 35
+    assert len({row["place"] % 7 for row in held_out}) >= 5
+
+
+@pytest.mark.parametrize("windows", [10, 100])
+def test_few_texts_and_long_ones_are_held_out_in_part(windows):
+    # 39 texts; and texts of which none has at most 64 sequences.
+    number = 39 if windows == 10 else 60
+    rows = [{"input_ids": [n], "labels": [n], "place": n // windows} for n in range(number * windows)]
+    assert len(split(rows, seed=0)[1]) == min(64, number * windows // 10)
+
+
 def test_some_of_the_held_out_texts_are_of_all_their_files():
     rows = [{"file": file, "number": number} for file in range(4) for number in range(20)]
     assert [row["file"] for row in some_of(rows, 16)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4

@@ -37,7 +37,7 @@ def training_rows(
     assistant_only_loss: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Read all sources and return their token sequences as rows for a Trainer.
+    """Read all sources and return their token sequences as rows for a Trainer, each with the `place` of its text.
 
     Args:
         values: the sources, SOURCE or EXPERT=SOURCE.
@@ -175,7 +175,7 @@ def _source_rows(
         for start in range(0, len(tokens) - 1, length):
             cut = {name: values[start : start + length] for name, values in columns.items()}
             if any(label != NO_LABEL for label in cut["labels"][1:]):  # the first token is not predicted
-                rows.append(cut)
+                rows.append({**cut, "place": place})
     if wrong:
         say(f"labels are left out: {wrong}")
     if not rows:

@@ -24,18 +24,33 @@ def split(rows: _Rows, seed: int, before: Sequence[str] = ()) -> tuple[_Rows, _R
     """A random tenth of the sequences, at most 64, as the second part; None if it would have fewer than 4.
 
     Args:
-        rows: all sequences.
+        rows: all sequences. Those of one text have the same `place`: all of them are held out, or none. With fewer than
+            40 texts, or if the texts are so long that they would be hardly any, sequences are drawn alone.
         seed: of the choice.
         before: digests of the sequences that the run to resume has held out. They are taken, if at least 4 are there.
     """
     number = min(_MOST, int(_SHARE * len(rows)))
-    chosen = set(random.Random(seed).sample(range(len(rows)), number))
+    chosen = _drawn(rows, number, seed)
     if before and Counter(digest_of(rows[at]) for at in chosen) != Counter(before):
         there = _places(rows, before)
         chosen = there if len(there) >= _LEAST else chosen
     if len(chosen) < _LEAST:
         return rows, None
     return [row for at, row in enumerate(rows) if at not in chosen], [rows[at] for at in sorted(chosen)]
+
+
+def _drawn(rows: _Rows, number: int, seed: int) -> set[int]:
+    """The indices of at most so many sequences: of whole texts, as a gate that knows a text is better on its rest."""
+    texts: dict[Any, list[int]] = {}
+    for at, row in enumerate(rows):
+        texts.setdefault(row.get("place", at), []).append(at)
+    chosen: set[int] = set()
+    for places in random.Random(seed).sample(list(texts.values()), len(texts)):
+        if len(chosen) + len(places) <= number:
+            chosen.update(places)
+    if len(texts) >= LEAST_ROWS and len(chosen) > number // 2:
+        return chosen
+    return set(random.Random(seed).sample(range(len(rows)), number))
 
 
 def some_of(rows: _Rows, number: int) -> _Rows:
