@@ -36,13 +36,16 @@ def main() -> None:
     parser.add_argument("--about", default="", help="how and where it was run")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
+    of_sizes: dict[int, Rows] = {}
     text = f"{arguments.about}\n\n" if arguments.about else ""
     for size in SIZES:
         rows = read(arguments.work / "tables", size, arguments.texts)
         if "own expert" in rows and "base" in rows:
+            of_sizes[size] = rows
             found[str(size)] = {name: compared(rows, name, size) for name in rows}
             text += table(found[str(size)], size)
-    result = {"setting": setting(), "sizes": found}
+    result = {"setting": setting(), "sizes": found, "grown": grown(of_sizes)}
+    text += grown_table(result["grown"])
     for name in SETS:
         if rows := exact_matches(arguments.work / "tables", name):
             result[name] = rows
@@ -106,6 +109,31 @@ def compared(rows: Rows, name: str, size: int) -> dict[str, Any]:
         "unseen / base": ratio([row[one] for one in unseen], [rows["base"][one] for one in unseen]) if unseen else None,
         "each unseen / base": {one: ratio([row[one]], [rows["base"][one]]) for one in unseen},
     }
+
+
+def grown(of_sizes: dict[int, Rows]) -> list[dict[str, Any]]:
+    """What more experts cost: a row at two sizes, on the domains of the smaller one."""
+    pairs = [(few, many) for few in of_sizes for many in of_sizes if few < many]
+    return [
+        {
+            "row": name,
+            "from": few,
+            "to": many,
+            "ratio": ratio(
+                *([of_sizes[size][name][domain] for domain in NAMES[:few]] for size in (many, few)),
+            ),
+        }
+        for few, many in pairs
+        for name in of_sizes[few].keys() & of_sizes[many].keys() - {"own expert", "base"}
+    ]
+
+
+def grown_table(found: list[dict[str, Any]]) -> str:
+    """Markdown, a line for each row and pair of sizes."""
+    lines = ["## More experts, the same domains", "", "| | experts | perplexity |", "| --- | --- | --- |"]
+    for of in sorted(found, key=lambda of: (of["row"], of["from"], of["to"])):
+        lines.append(f"| {of['row']} | {of['from']} to {of['to']} | {shown(of['ratio'])} |")
+    return "\n".join(lines) + "\n\n" if found else ""
 
 
 def table(found: dict[str, Any], size: int) -> str:

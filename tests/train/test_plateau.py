@@ -470,7 +470,7 @@ def test_early_stopping_takes_the_texts_that_are_held_out(command, tmp_path):
 
 def test_early_stopping_counts_the_evaluations_before_a_run_was_resumed(command, tmp_path):
     still = ("--eval-steps", "3", "--learning-rate", "1e-12", "--global-scaling-weight", "1", "--early-stopping", "2")
-    assert main(command("out", *still, "--max-steps", "6", "--eval-data", str(tmp_path / "texts.jsonl"))) == 0
+    assert main(command("out", *still, "--max-steps", "3", "--eval-data", str(tmp_path / "texts.jsonl"))) == 0
     more = command("out", *still, "--max-steps", "30", "--eval-data", str(tmp_path / "texts.jsonl"), "--resume", "true")
     for _ in range(2):
         assert main(more) == 0

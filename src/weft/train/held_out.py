@@ -45,9 +45,9 @@ def _drawn(rows: _Rows, number: int, seed: int) -> set[int]:
     for at, row in enumerate(rows):
         texts.setdefault(row.get("place", at), []).append(at)
     chosen: set[int] = set()
-    for places in random.Random(seed).sample(list(texts.values()), len(texts)):
-        if len(chosen) + len(places) <= number:
-            chosen.update(places)
+    for sequences in random.Random(seed).sample(list(texts.values()), len(texts)):
+        if len(chosen) + len(sequences) <= number:
+            chosen.update(sequences)
     if len(texts) >= LEAST_ROWS and len(chosen) > number // 2:
         return chosen
     return set(random.Random(seed).sample(range(len(rows)), number))
