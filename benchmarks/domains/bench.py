@@ -2,26 +2,28 @@
 
     python benchmarks/domains/bench.py                         # all that is missing: hours on two cores
     python benchmarks/domains/bench.py --sizes 4 --seeds 1     # the smallest part
+    python benchmarks/domains/bench.py --sizes 4 8 --model gemma-3-270m
     python benchmarks/domains/report.py                        # the tables, of what is there
 
-Each piece of work (an expert, a gate, a table) is kept in `.bench/domains-runs/`, so that an interrupted run goes on.
+Each piece of work (an expert, a gate, a table) is kept in `.bench/domains-runs/`, so that an interrupted run goes on;
+those of another base model than SmolLM2-135M in `.bench/domains-runs-MODEL/` (`--work` for report.py).
 Gates are compared at `STUDIED` experts; the recipes of `AT_ALL_SIZES` are trained at all sizes and with all seeds.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import base_models
+from base_models import MODELS
 from composed import composition_pieces
 from composition import SETS
 from pieces import Piece, do
 from table import SIZES
-from work import NAMES, ROOT, TEXTS, UNSEEN, Work, expert, measure, options, read_rows, write_rows
+from work import NAMES, TEXTS, UNSEEN, Work, expert, measure, options, read_rows, runs, write_rows
 
 STUDIED = 8
 FAST = {"learning_rate": 5e-3}  # the default, too, without a number of steps
@@ -55,9 +57,10 @@ KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "
 def main() -> None:
     """Do what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
+    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--work", type=Path, help="where pieces of work are kept")
     parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--base", type=Path, default=ROOT / ".demo" / "model")
+    parser.add_argument("--base", type=Path, help="where the base model is kept, or made")
     parser.add_argument("--sizes", nargs="*", type=int, default=SIZES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help=f"that are compared at {STUDIED} experts")
@@ -74,19 +77,19 @@ def main() -> None:
     arguments = parser.parse_args()
     values = vars(arguments)
     work = Work(
-        folder=arguments.work.resolve(),
+        folder=(arguments.work or runs(arguments.model)).resolve(),
         texts=arguments.texts.resolve(),
-        base=arguments.base.resolve(),
+        base=(arguments.base or MODELS[arguments.model]).resolve(),
         **{name: values[name] for name in KNOWN},
     )
-    pieces = all_pieces(work, sorted(arguments.sizes), arguments.seeds, arguments.recipes)
+    pieces = all_pieces(work, arguments.model, sorted(arguments.sizes), arguments.seeds, arguments.recipes)
     do([piece for piece in pieces if not piece.made.exists()], arguments.jobs, arguments.seconds)
 
 
-def all_pieces(work: Work, sizes: list[int], seeds: int, recipes: list[str]) -> list[Piece]:
+def all_pieces(work: Work, model: str, sizes: list[int], seeds: int, recipes: list[str]) -> list[Piece]:
     """All of it, the smallest and what says most first."""
     base = work.base / "model.safetensors"
-    pieces = [Piece("base model", base, partial(base_model, work.base))]
+    pieces = [Piece("base model", base, partial(base_models.ensure, model, work.base))]
     common = [recipe for recipe in AT_ALL_SIZES if recipe in recipes]
     for before, size in zip([0, *sizes], sizes, strict=False):
         for name in NAMES[before:size]:
@@ -133,12 +136,6 @@ def other_pieces(work: Work, size: int, recipes: list[str]) -> list[Piece]:
     rest = partial(others, work, size, mixture)
     pieces.append(Piece(f"table of {size}: the others", work.table(f"{size}-others"), rest, (config, *made)))
     return pieces
-
-
-def base_model(folder: Path) -> None:
-    """SmolLM2-135M, from its package."""
-    sys.path.insert(0, str(ROOT / "demo"))
-    importlib.import_module("model").ensure_model(folder)
 
 
 def gate(work: Work, size: int, recipe: str, seed: int) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base_models import MODELS, ROOT
 from table import DOMAINS, NUM_EXPERTS
 
-ROOT = Path(__file__).parents[2]
 TEXTS = ROOT / ".bench" / "domains"
 NAMES = [domain.name for domain in DOMAINS]
 UNSEEN = NAMES[NUM_EXPERTS:]
@@ -69,6 +69,11 @@ class Work:
         unseen = [f"unseen-{name}={self.texts / name}/test.jsonl" for name in UNSEEN[: self.unseen]]
         single = [f"{name}={self.texts / name}/test.jsonl" for name in NAMES[:size]]
         return [f"mixed={self.texts}/mixed-{size}/test.jsonl", *single, *unseen]
+
+
+def runs(model: str) -> Path:
+    """Where pieces of work with a base model are kept."""
+    return ROOT / ".bench" / ("domains-runs" if model == next(iter(MODELS)) else f"domains-runs-{model}")
 
 
 def mixture_parser(about: str | None) -> argparse.ArgumentParser:

