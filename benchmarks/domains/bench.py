@@ -37,9 +37,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "two-passes": FAST,
     "short-pass-single-too": {**FAST, "scaling_pass_layers": 4, "data": "single too"},
     "short-pass-weight-1.5": {**FAST, "scaling_pass_layers": 4, "global_scaling_weight": 1.5},
-    "short-pass-10-texts": {**FAST, "scaling_pass_layers": 4, "texts": 10},
-    "short-pass-50-texts": {**FAST, "scaling_pass_layers": 4, "texts": 50},
-    "short-pass-200-texts": {**FAST, "scaling_pass_layers": 4, "texts": 200},
     "one-pass-single-too": {**FAST, "gate_layer": 4, "data": "single too"},
     "one-pass-layer-10": {**FAST, "gate_layer": 10},
     "short-pass-rate-1e-3": {**FAST, "scaling_pass_layers": 4, "learning_rate": 1e-3},
@@ -48,6 +45,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "short-pass-labels": {**FAST, "scaling_pass_layers": 4, "expert_label_loss_weight": 0.1},
     "plain": {"xlora_depth": 1},
 }
+# How many texts a gate needs: `weft train` holds out some of these itself, as users with so many have no others.
+RECIPES |= {f"{number}-texts": {**RECIPES["plateau-own-lora"], "texts": number} for number in (10, 50, 200, 1000)}
 AT_ALL_SIZES = ("one-pass", "short-pass", "plateau", "plateau-one-pass", "plateau-own-lora")
 LORA_RATES = (2e-3, 5e-3)  # of one LoRA that is as large as a gate, and trained on the same texts
 # Options that pieces of work know, see `Work`.
@@ -149,7 +148,7 @@ def gate(work: Work, size: int, recipe: str, seed: int) -> None:
         file = work.folder / "texts" / f"mixed-{size}-{texts}.jsonl"
         write_rows(file, list(read_rows(Path(data[0])))[:texts])
         data = [str(file)]
-    if not steps:
+    if not steps and texts is None:
         # Not a part of the gate's texts, which share documents with the rest.
         given["eval_data"] = [str(work.texts / f"mixed-{size}" / "select.jsonl")]
     if given.pop("data", None) == "single too":

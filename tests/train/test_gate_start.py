@@ -16,8 +16,8 @@ import weft
 from models import is_expert, quietly, tiny_llama, tiny_tokenizer
 from weft.cli import main
 from weft.errors import ConfigError, DataError, TrainingError
-from weft.train.gate_fit import LEAST_TOKENS, MOST_TOKENS, most_tokens
-from weft.train.gate_targets import posterior
+from weft.train.gate_fit import LEAST_LABELS, LEAST_TOKENS, _read, most_tokens
+from weft.train.gate_targets import moments, posterior, states_of, targets_of
 
 SCHEMES = [
     {},
@@ -207,8 +207,32 @@ def test_more_tokens_are_read_where_no_expert_reads_them(llama_adapters):
     labelled = [{"input_ids": [1, 2] * 256, "expert_labels": [0, 1] * 256}] * (LEAST_TOKENS // 512 + 2)
     weft.fit_gate(model, labelled, "labels", batch_size=32, announce=said.append)
     assert said == [f"fitting the gate to the labels of {LEAST_TOKENS + 1024:,} tokens of 66 sequences"]
-    assert [most_tokens("labels", size) for size in (576, 2048, 8192)] == [MOST_TOKENS, 2**17, LEAST_TOKENS]
-    assert most_tokens("losses", 576) == LEAST_TOKENS
+    assert [most_tokens("labels", number, 576) for number in (2, 8, 32)] == [LEAST_LABELS, LEAST_LABELS, 2**20]
+    assert [most_tokens("labels", 32, size) for size in (2048, 8192, 2**20)] == [2**20, 2**18, LEAST_TOKENS]
+    assert most_tokens("losses", 32, 576) == LEAST_TOKENS
+
+
+def test_hidden_states_are_kept_as_the_base_model_gives_them(llama_adapters):
+    """In bfloat16 they take half of the memory, and are the same numbers."""
+    model = weft.from_adapters(tiny_llama().bfloat16(), llama_adapters)
+    examples = [{**row, "expert_labels": torch.tensor(row["expert_labels"])} for row in rows(8)]
+    hidden, shares = _read(model.eval(), examples, 2, "labels", 3, seed=0)
+    assert hidden.dtype == torch.bfloat16
+    targets = targets_of(model, examples, "labels")
+    with torch.no_grad():
+        one_by_one = [states_of(model, [row], [target])[0] for row, target in zip(examples, targets, strict=True)]
+    torch.testing.assert_close(hidden, torch.cat(one_by_one))
+    assert [len(one) for one in shares] == [len(one.shares) for one in targets]
+
+
+def test_moments_are_those_of_all_tokens_in_float32():
+    hidden = 100 + torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0))
+    hidden[:, 2] = 5.0
+    for given in (hidden, hidden.bfloat16()):
+        mean, deviation = moments(given)
+        torch.testing.assert_close(mean, given.double().mean(0).float())
+        torch.testing.assert_close(deviation[:2], given.double().std(0, correction=0)[:2].float())
+        assert deviation[2] == 1
 
 
 @pytest.mark.parametrize("by", ["labels", "losses"])

@@ -38,12 +38,15 @@ from weft.train.gate_targets import Target, moments, states_of, targets_of
 from weft.train.scaling_fit import cross_entropy, fit_length, fit_scaling_lora, rate_at
 
 # Maximum number of tokens to read: 64 sequences of 512. With "labels" more are cheap, as no expert reads them, and make
-# a better gate (benchmarks/results/2026-11-27-domains-fit.md): so many as have hidden states of 1 GiB.
-LEAST_TOKENS, MOST_TOKENS = 32_768, 262_144
-_MOST_BYTES = 2**30
+# a better gate: 262,144 for four experts (benchmarks/results/2026-11-27-domains-fit.md), and more for many. With 32 the
+# first choice is right for 89% of the tokens of other documents after 450,000, for 86% after 262,144 (2026-11-28, by
+# hand, with a LoRA of the gate's own). Hidden states of so many are kept in host memory.
+LEAST_TOKENS, LEAST_LABELS, LABELS_OF_EACH = 32_768, 262_144, 32_768
+_MOST_BYTES = 2**31
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
 _LEAST_STEPS, _EPOCHS, _BATCH, _RATE, _WARMUP = 400, 3, 512, 5e-3, 5
 _HELD_OUT = 8  # one of this number of sequences is held out
+_TOKENS_AT_A_TIME = 8192
 
 
 def fit_gate(
@@ -58,8 +61,9 @@ def fit_gate(
 ) -> float:
     """Fit a mixture's gate to predict the expert of each token, as a start for training instead of random weights.
 
-    At most 32,768 tokens are read; with "labels" at most 262,144, and those whose hidden states take 1 GiB in float32.
-    Only the gate changes, in place; with `scaling_pass_rank` its LoRA in the scaling pass, too.
+    At most 32,768 tokens are read. With "labels" so many for each expert, at least 262,144, and not more than those
+    whose hidden states take 2 GiB of host memory. Only the gate changes, in place; with `scaling_pass_rank` its LoRA in
+    the scaling pass, too.
 
     Args:
         model: a mixture from `weft.from_adapters`, on the device where it will run; "losses" needs a causal language
@@ -99,7 +103,8 @@ def fit_gate(
     experts = list(model.xlora_config.expert_names)
     length = min(_LENGTH, num_positions(model.passes.backbone.base.config) or _LENGTH)
     vocabulary = vocabulary_size(model.passes.backbone.base)
-    most = most_tokens(by, model.xlora_config.hidden_size)
+    state_bytes = model.xlora_config.hidden_size * model.passes.backbone.dtype().itemsize
+    most = most_tokens(by, len(experts), state_bytes)
     chosen = _draw(several(examples, "examples"), by, tokenizer, experts, length, vocabulary, seed, most)
     tokens = sum(len(example["input_ids"]) for example in chosen)
     passes = f", with each of {len(experts)} experts" if by == "losses" else ""
@@ -109,16 +114,18 @@ def fit_gate(
     kept = max(1, len(chosen) // _HELD_OUT) if len(chosen) > 1 else 0
     with in_evaluation_mode(model):
         hidden, targets = _read(model, chosen, kept, by, batch_size, seed)
+    held_out, shares = sum(map(len, targets[:kept])), torch.cat(targets)
     gate = model.internal_xlora_classifier
     # The gate runs in full precision. Gradients are needed also if the caller has switched them off.
-    with torch.autocast(hidden[0].device.type, enabled=False), torch.enable_grad():
-        network = _fitted(gate, torch.cat(hidden[kept:]), torch.cat(targets[kept:]), seed)
+    with torch.autocast(shares.device.type, enabled=False), torch.enable_grad():
+        network = _fitted(gate, hidden[held_out:], shares[held_out:], seed)
         _write(network, gate)
-        if not kept:
+        if not held_out:
             return math.nan
         with torch.no_grad():
-            first_choice = network(torch.cat(hidden[:kept])).argmax(-1)
-    return float((first_choice == torch.cat(targets[:kept]).argmax(-1)).float().mean())
+            parts = hidden[:held_out].split(_TOKENS_AT_A_TIME)
+            first_choice = torch.cat([network(part.to(shares.device, torch.float32)).argmax(-1) for part in parts])
+    return float((first_choice == shares[:held_out].argmax(-1)).float().mean())
 
 
 def _by_problems(by: Any) -> list[str]:
@@ -165,10 +172,11 @@ def _rows_of(
     return [{name: values[start : start + length] for name, values in columns.items()} for start in starts]
 
 
-def most_tokens(by: str, hidden_size: int) -> int:
-    """The maximum number of tokens of a fit."""
-    fit = _MOST_BYTES // (4 * hidden_size)
-    return max(LEAST_TOKENS, min(MOST_TOKENS, fit)) if by == "labels" else LEAST_TOKENS
+def most_tokens(by: str, num_experts: int, state_bytes: int) -> int:
+    """The maximum number of tokens of a fit, each of which has a hidden state of so many bytes."""
+    if by == "losses":
+        return LEAST_TOKENS
+    return max(LEAST_TOKENS, min(max(LEAST_LABELS, LABELS_OF_EACH * num_experts), _MOST_BYTES // state_bytes))
 
 
 def _draw(
@@ -239,12 +247,14 @@ def _per_token(example: Mapping[str, Any], name: str, index: int, otherwise: int
     return found
 
 
+@torch.no_grad()
 def _read(
     model: Any, chosen: list[dict[str, Any]], kept: int, by: str, batch_size: int, seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The gate's input and its target for each token of each example; the gate's own LoRA is trained in between."""
+) -> tuple[Tensor, list[Tensor]]:
+    """The gate's input for the tokens with a target, [token, hidden] in host memory, and the target shares of each
+    example. The gate's own LoRA is trained in between.
+    """
     batches = [slice(start, start + batch_size) for start in range(0, len(chosen), batch_size)]
-    hidden: list[Tensor] = []
     targets: list[Target] = []
     own_lora = model.xlora_config.scaling_pass_rank is not None
     by_losses = by == "losses"
@@ -256,31 +266,45 @@ def _read(
             countdown.advance(by_losses * len(chosen[batch]))
         if own_lora:
             fit_scaling_lora(model, chosen[kept:], targets[kept:], seed, countdown)
+        hidden, place = torch.empty(0), 0
         for batch in batches:
-            hidden += states_of(model, chosen[batch], targets[batch])
+            for states in states_of(model, chosen[batch], targets[batch]):
+                if not place:
+                    hidden = states.new_empty(sum(len(one.shares) for one in targets), states.shape[-1], device="cpu")
+                hidden[place : place + len(states)] = states
+                place += len(states)
             countdown.advance(len(chosen[batch]), "reading")
     return hidden, [target.shares for target in targets]
 
 
 def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
-    """Fit a network like the gate's with one output per expert; its input is h. Returned in evaluation mode."""
-    mean, deviation = moments(hidden)
+    """Fit a network like the gate's with one output per expert; its input is h. Returned in evaluation mode.
+
+    Args:
+        gate: the gate.
+        hidden: h, [token, hidden], in host memory.
+        targets: target shares, [token, expert], on the gate's device.
+        seed: random seed of the start and the order.
+    """
+    device = targets.device
+    mean, deviation = (moment.to(device) for moment in moments(hidden))
     last = gate.layers[-1]
-    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         layers = [copy.deepcopy(layer).float() for layer in gate.layers[:-1]]
         for layer in layers:
             if isinstance(layer, nn.Linear):
                 layer.to("cpu").reset_parameters()
-        network = nn.Sequential(*layers, nn.Linear(last.in_features, targets.shape[-1])).to(hidden.device).train()
+        network = nn.Sequential(*layers, nn.Linear(last.in_features, targets.shape[-1])).to(device).train()
         network.requires_grad_(True)
         optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.0)
         steps = max(_LEAST_STEPS, math.ceil(_EPOCHS * len(hidden) / _BATCH))
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * rate_at(step, steps, _WARMUP)
-            batch = torch.randint(len(hidden), (_BATCH,)).to(hidden.device)
-            loss = cross_entropy(network((hidden[batch] - mean) / deviation), targets[batch])
+            batch = torch.randint(len(hidden), (_BATCH,))
+            states = hidden[batch].to(device, torch.float32)
+            loss = cross_entropy(network((states - mean) / deviation), targets[batch.to(device)])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -31,6 +31,7 @@ from weft.model.model import at_own_weight
 _TURN = 64  # mean number of tokens that an expert writes before another one continues
 # A channel whose deviation is below this fraction of its mean varies by rounding errors only.
 _ROUNDING = 1e-6
+_TOKENS_AT_A_TIME = 8192
 
 
 class Target(NamedTuple):
@@ -79,7 +80,9 @@ def targets_of(model: Any, examples: Sequence[dict[str, Any]], by: str) -> list[
 def states_of(
     model: Any, examples: Sequence[dict[str, Any]], targets: Sequence[Target], *, to_train: bool = False
 ) -> list[Float[Tensor, "token hidden"]]:
-    """The gate's input for the tokens of each example that have a target; with `to_train`, with gradients.
+    """The gate's input for the tokens of each example that have a target, in the dtype that the base model has it in.
+
+    With `to_train` it has gradients.
 
     Raises:
         TrainingError: it is not finite.
@@ -88,15 +91,21 @@ def states_of(
     device = resident_device(model.internal_xlora_classifier)
     found = model.passes.scaling_pass_to_train(inputs) if to_train else _gate_inputs(model, inputs)
     return [
-        _finite(found[row, :length].to(device, torch.float32)[target.kept])
+        _finite(found[row, :length].to(device)[target.kept])
         for row, (length, target) in enumerate(zip(lengths, targets, strict=True))
     ]
 
 
 def moments(hidden: Float[Tensor, "token hidden"]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel; the latter is 1 for a channel that does not vary."""
-    mean, deviation = hidden.mean(0), hidden.std(0, correction=0)
-    return mean, torch.where(deviation > _ROUNDING * mean.abs(), deviation, 1.0)
+    """Mean and standard deviation of each channel, in float32; the latter is 1 for a channel that does not vary.
+
+    Sums run in float64, of a part of the tokens at a time.
+    """
+    parts = hidden.split(_TOKENS_AT_A_TIME)
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(hidden)
+    deviation = (torch.stack([(part.double() - mean).square().sum(0) for part in parts]).sum(0) / len(hidden)).sqrt()
+    varies = deviation > _ROUNDING * mean.abs()
+    return mean.float(), torch.where(varies, deviation, 1.0).float()
 
 
 def _batch(model: Any, examples: Sequence[dict[str, Any]]) -> tuple[dict[str, Tensor], list[int]]:

@@ -74,10 +74,12 @@ def _train(
 ) -> None:
     per_step, steps = fit_length(examples)
     order = _order(len(examples), per_step * steps)
+    device = targets[0].shares.device
     with torch.no_grad():
         first = order[: _OF_MOMENTS * per_step]
-        mean, deviation = moments(torch.cat(states_of(model, *_chosen(examples, targets, first))))
-    linear = nn.Linear(len(mean), targets[0].shares.shape[-1]).to(mean.device)
+        states = torch.cat(states_of(model, *_chosen(examples, targets, first)))
+        mean, deviation = (moment.to(device) for moment in moments(states.cpu()))  # not all devices have float64
+    linear = nn.Linear(len(mean), targets[0].shares.shape[-1]).to(device)
     parameters = list(lora.parameters())
     groups = [{"params": parameters, "peak": _RATE}, {"params": list(linear.parameters()), "peak": _LINEAR_RATE}]
     optimizer = torch.optim.AdamW(groups, lr=_RATE, weight_decay=0.0)
@@ -85,7 +87,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, steps, _WARMUP)
         chosen = _chosen(examples, targets, order[step * per_step : (step + 1) * per_step])
-        hidden = torch.cat(states_of(model, *chosen, to_train=True))
+        hidden = torch.cat(states_of(model, *chosen, to_train=True)).float()
         shares = torch.cat([target.shares for target in chosen[1]])
         loss = cross_entropy(linear((hidden - mean) / deviation), shares)
         learnt = [*parameters, *linear.parameters()]
