@@ -202,6 +202,13 @@ KINDS = [
         domains,
     ),
     Plot(
+        "domains-gemma-3-270m",
+        r"domains-gemma-3-270m",
+        "Domains of real text, on Gemma 3 270M",
+        "The same bench on another base model, with a vocabulary of 262,144 tokens and a sliding window.",
+        domains,
+    ),
+    Plot(
         "ablation",
         r"ablation-\d+-steps",
         "What makes a good gate",
