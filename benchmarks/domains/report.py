@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
     parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--name", default="", help="of the result, after DATE-domains; - writes nothing")
+    parser.add_argument("--name", default="", help="added to DATE-domains: --name=-gemma; - writes nothing")
     parser.add_argument("--about", default="", help="how and where it was run")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def compared(rows: Rows, name: str, size: int) -> dict[str, Any]:
     return {
         "mixed": float(np.exp(samples(row["mixed"])[0])) if "mixed" in row else None,
         "mixed / own": ratio([row["mixed"]], [own["mixed"]]) if "mixed" in row and "mixed" in own else None,
-        "domains / own": ratio([row[domain] for domain in domains], [own[domain] for domain in domains]),
+        "domains / own": ratio(*([of[domain] for domain in domains] for of in (row, own))) if domains else None,
         "each / own": each,
         "unseen / base": ratio([row[one] for one in unseen], [rows["base"][one] for one in unseen]) if unseen else None,
         "each unseen / base": {one: ratio([row[one]], [rows["base"][one]]) for one in unseen},
@@ -125,6 +125,7 @@ def grown(of_sizes: dict[int, Rows]) -> list[dict[str, Any]]:
         }
         for few, many in pairs
         for name in of_sizes[few].keys() & of_sizes[many].keys() - {"own expert", "base"}
+        if all(domain in of_sizes[size][name] for size in (few, many) for domain in NAMES[:few])
     ]
 
 
@@ -156,7 +157,7 @@ def table(found: dict[str, Any], size: int) -> str:
             shown(of["mixed / own"]),
             shown(of["domains / own"]),
             f"{each[worst][0]:.3f} ({worst})" if worst else "",
-            f"{within} of {len(each)}",
+            f"{within} of {len(each)}" if each else "",
             shown(of["unseen / base"]),
             f"{unseen[hardest][0]:.3f} ({hardest.removeprefix('unseen-')})" if hardest else "",
         ]
