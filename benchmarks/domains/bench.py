@@ -3,10 +3,10 @@
     python benchmarks/domains/bench.py                         # all that is missing: hours on two cores
     python benchmarks/domains/bench.py --sizes 4 --seeds 1     # the smallest part
     python benchmarks/domains/bench.py --sizes 4 8 --model gemma-3-270m
-    python benchmarks/domains/report.py                        # the tables, of what is there
+    python benchmarks/domains/report.py                        # the tables, of what is there; --model as well
 
 Each piece of work (an expert, a gate, a table) is kept in `.bench/domains-runs/`, so that an interrupted run goes on;
-those of another base model than SmolLM2-135M in `.bench/domains-runs-MODEL/` (`--work` for report.py).
+those of another base model than SmolLM2-135M in `.bench/domains-runs-MODEL/`.
 Gates are compared at `STUDIED` experts; the recipes of `AT_ALL_SIZES` are trained at all sizes and with all seeds.
 """
 
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import base_models
-from base_models import MODELS
+from base_models import MODELS, SMOLLM2, runs
 from composed import composition_pieces
 from composition import SETS
 from pieces import Piece, do
 from table import SIZES
-from work import NAMES, TEXTS, UNSEEN, Work, expert, measure, options, read_rows, runs, write_rows
+from work import NAMES, TEXTS, UNSEEN, Work, expert, measure, options, read_rows, write_rows
 
 STUDIED = 8
 FAST = {"learning_rate": 5e-3}  # the default, too, without a number of steps
@@ -56,7 +56,7 @@ KNOWN = ("expert_steps", "gate_steps", "batch_size", "length", "most", "bf16", "
 def main() -> None:
     """Do what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default=next(iter(MODELS)))
+    parser.add_argument("--model", choices=MODELS, default=SMOLLM2, help="the base model")
     parser.add_argument("--work", type=Path, help="where pieces of work are kept")
     parser.add_argument("--texts", type=Path, default=TEXTS)
     parser.add_argument("--base", type=Path, help="where the base model is kept, or made")

@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 import torch
+from base_models import suffix
 from torch import Tensor
 from work import NAMES, ROOT, UNSEEN, mixture_parser, opened, read_rows
 
@@ -49,7 +50,7 @@ def main() -> None:
         found[data] = {name: float(torch.cat(losses).mean()) for name, losses in sums.items()}
         print(data, {name: round(math.exp(loss), 3) for name, loss in found[data].items()}, flush=True)
     result = {"setting": setting(), "mixture": arguments.mixture, "length": arguments.length, "losses": found}
-    save(f"domains-ceiling-{arguments.mixture}", result, table(found))
+    save(f"domains-ceiling-{arguments.mixture}{suffix(arguments.model)}", result, table(found))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from base_models import suffix
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from work import NAMES, ROOT, mixture_parser, opened, read_rows
@@ -42,7 +43,7 @@ def main() -> None:
             texts = [tokenizer(row["text"]).input_ids[: arguments.length] for row in rows]
             found.setdefault(f"{weight:g}", {})[name] = summary(*regrets(model, name, texts))
     result = {"setting": setting(), "mixture": arguments.mixture, "length": arguments.length, "weights": found}
-    save(f"domains-regret-{arguments.mixture}", result, table(found))
+    save(f"domains-regret-{arguments.mixture}{suffix(arguments.model)}", result, table(found))
 
 
 def regrets(model: Any, name: str, texts: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:

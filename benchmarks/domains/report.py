@@ -1,4 +1,5 @@
-"""The tables of the bench of many experts, from the scores that bench.py has kept; writes `results/DATE-domains.*`.
+"""The tables of the bench of many experts, from the scores that bench.py has kept; writes `results/DATE-domains.*`, or
+`DATE-domains-MODEL.*`.
 
 Every number is a ratio of perplexities, with the interval that holds 95% of 1,000 bootstrap samples of the texts: the
 same samples for both, so that what is hard for both cancels. "own expert" is the oracle: of a text of one domain its
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from base_models import MODELS, SMOLLM2, runs, suffix
 from composition import SETS
 from table import SIZES
 from work import NAMES, ROOT, TEXTS, UNSEEN, read_rows
@@ -30,16 +32,18 @@ Rows = dict[str, dict[str, Scores]]
 def main() -> None:
     """Write the tables of all sizes that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
+    parser.add_argument("--model", choices=MODELS, default=SMOLLM2, help="the base model")
+    parser.add_argument("--work", type=Path, help="where bench.py has kept its tables")
     parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--name", default="", help="added to DATE-domains: --name=-gemma; - writes nothing")
+    parser.add_argument("--print", action="store_true", help="write nothing")
     parser.add_argument("--about", default="", help="how and where it was run")
     arguments = parser.parse_args()
+    tables = (arguments.work or runs(arguments.model)) / "tables"
     found: dict[str, Any] = {}
     of_sizes: dict[int, Rows] = {}
     text = f"{arguments.about}\n\n" if arguments.about else ""
     for size in SIZES:
-        rows = read(arguments.work / "tables", size, arguments.texts)
+        rows = read(tables, size, arguments.texts)
         if "own expert" in rows and "base" in rows:
             of_sizes[size] = rows
             found[str(size)] = {name: compared(rows, name, size) for name in rows}
@@ -47,13 +51,13 @@ def main() -> None:
     result = {"setting": setting(), "sizes": found, "grown": grown(of_sizes)}
     text += grown_table(result["grown"])
     for name in SETS:
-        if rows := exact_matches(arguments.work / "tables", name):
+        if rows := exact_matches(tables, name):
             result[name] = rows
             text += composed_table(rows, name)
-    if arguments.name == "-":
+    if arguments.print:
         print(text)
     else:
-        save(f"domains{arguments.name}", result, text)
+        save(f"domains{suffix(arguments.model)}", result, text)
 
 
 def read(folder: Path, size: int, texts: Path) -> Rows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base_models import MODELS, ROOT
+from base_models import MODELS, ROOT, SMOLLM2, runs
 from table import DOMAINS, NUM_EXPERTS
 
 TEXTS = ROOT / ".bench" / "domains"
@@ -71,11 +71,6 @@ class Work:
         return [f"mixed={self.texts}/mixed-{size}/test.jsonl", *single, *unseen]
 
 
-def runs(model: str) -> Path:
-    """Where pieces of work with a base model are kept."""
-    return ROOT / ".bench" / ("domains-runs" if model == next(iter(MODELS)) else f"domains-runs-{model}")
-
-
 def mixture_parser(about: str | None) -> argparse.ArgumentParser:
     """The arguments of a script that looks into one mixture of the bench."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,9 +78,8 @@ def mixture_parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--texts-of-each", type=int, default=24, help="test texts of a data set")
     parser.add_argument("--length", type=int, default=256, help="tokens of a text that are read")
     parser.add_argument("--bf16", action="store_true", help="the base model in bfloat16")
-    parser.add_argument("--work", type=Path, default=ROOT / ".bench" / "domains-runs")
+    parser.add_argument("--model", choices=MODELS, default=SMOLLM2, help="the base model")
     parser.add_argument("--texts", type=Path, default=TEXTS)
-    parser.add_argument("--base", type=Path, default=ROOT / ".demo" / "model")
     return parser
 
 
@@ -94,9 +88,10 @@ def opened(arguments: argparse.Namespace) -> tuple[Any, Any]:
     import weft
     from weft.base_model.loading import load_placed_base, load_tokenizer
 
-    base = load_placed_base(str(arguments.base), dtype="bfloat16" if arguments.bf16 else "auto")
-    model = weft.from_pretrained(str(arguments.work / "mixtures" / arguments.mixture), base).eval()
-    return model, load_tokenizer(str(arguments.base))
+    folder = str(MODELS[arguments.model])
+    base = load_placed_base(folder, dtype="bfloat16" if arguments.bf16 else "auto")
+    model = weft.from_pretrained(str(runs(arguments.model) / "mixtures" / arguments.mixture), base).eval()
+    return model, load_tokenizer(folder)
 
 
 def options(work: Work, **given: Any) -> Any:

@@ -34,19 +34,17 @@ from weft.errors import ConfigError, DataError
 from weft.files.reading import shown
 from weft.gate.losses import NO_EXPERT
 from weft.screen.countdown import Countdown
-from weft.train.gate_targets import Target, moments, states_of, targets_of
+from weft.train.gate_targets import TOKENS_AT_A_TIME, Target, moments, states_of, targets_of
 from weft.train.scaling_fit import cross_entropy, fit_length, fit_scaling_lora, rate_at
 
 # Maximum number of tokens to read: 64 sequences of 512. With "labels" more are cheap, as no expert reads them, and make
-# a better gate: 262,144 for four experts (benchmarks/results/2026-11-27-domains-fit.md), and more for many. With 32 the
-# first choice is right for 89% of the tokens of other documents after 450,000, for 86% after 262,144 (2026-11-28, by
-# hand, with a LoRA of the gate's own). Hidden states of so many are kept in host memory.
+# a better gate: 262,144 for four experts (benchmarks/results/2026-11-27-domains-fit.md), and more for many
+# (2026-11-28-domains-labels.md). Hidden states of so many are kept in host memory.
 LEAST_TOKENS, LEAST_LABELS, LABELS_OF_EACH = 32_768, 262_144, 32_768
 _MOST_BYTES = 2**31
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
 _LEAST_STEPS, _EPOCHS, _BATCH, _RATE, _WARMUP = 400, 3, 512, 5e-3, 5
 _HELD_OUT = 8  # one of this number of sequences is held out
-_TOKENS_AT_A_TIME = 8192
 
 
 def fit_gate(
@@ -123,7 +121,7 @@ def fit_gate(
         if not held_out:
             return math.nan
         with torch.no_grad():
-            parts = hidden[:held_out].split(_TOKENS_AT_A_TIME)
+            parts = hidden[:held_out].split(TOKENS_AT_A_TIME)
             first_choice = torch.cat([network(part.to(shares.device, torch.float32)).argmax(-1) for part in parts])
     return float((first_choice == shares[:held_out].argmax(-1)).float().mean())
 

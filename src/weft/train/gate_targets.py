@@ -31,7 +31,7 @@ from weft.model.model import at_own_weight
 _TURN = 64  # mean number of tokens that an expert writes before another one continues
 # A channel whose deviation is below this fraction of its mean varies by rounding errors only.
 _ROUNDING = 1e-6
-_TOKENS_AT_A_TIME = 8192
+TOKENS_AT_A_TIME = 8192  # whose hidden states are converted at once
 
 
 class Target(NamedTuple):
@@ -101,7 +101,7 @@ def moments(hidden: Float[Tensor, "token hidden"]) -> tuple[Tensor, Tensor]:
 
     Sums run in float64, of a part of the tokens at a time.
     """
-    parts = hidden.split(_TOKENS_AT_A_TIME)
+    parts = hidden.split(TOKENS_AT_A_TIME)
     mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(hidden)
     deviation = (torch.stack([(part.double() - mean).square().sum(0) for part in parts]).sum(0) / len(hidden)).sqrt()
     varies = deviation > _ROUNDING * mean.abs()
