@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from weft.data.texts import read_tokens, token_sequences
+from weft.data.texts import read_tokens
+from weft.data.windows import opening_of, token_sequences
 
 SEQUENCES = 8  # of each domain, for its mean
 
@@ -66,7 +67,9 @@ def _statistics(model: Any, tokenizer: Any, texts: dict[str, Path]) -> tuple[tor
     means, variances = [], []
     with model.disable_adapter():
         for name in model.xlora_config.expert_names:
-            sequences = token_sequences(read_tokens(str(texts[name]), tokenizer), 256)[:SEQUENCES]
+            sequences = token_sequences(read_tokens(str(texts[name]), tokenizer), 256, opening_of(tokenizer))[
+                :SEQUENCES
+            ]
             hidden = torch.cat([_last_hidden(model, sequence) for sequence in sequences])  # [token, hidden]
             means.append(hidden.mean(0))
             variances.append(hidden.var(0))

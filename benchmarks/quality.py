@@ -22,7 +22,8 @@ import weft
 from contenders import ROOT, quiet
 from harness import save, setting, slug
 from remembered import remember_losses
-from weft.data.texts import read_tokens, token_sequences
+from weft.data.texts import read_tokens
+from weft.data.windows import opening_of, token_sequences
 from weft.evaluate import perplexity
 from weft.model.model import at_own_weight
 from weft.options import TrainOptions
@@ -104,7 +105,7 @@ def evaluate(folder: Path, name: str, sequences: int, *, with_baselines: bool) -
     model = weft.from_pretrained(folder, DEMO / "model")
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     data = {
-        data_set: token_sequences(read_tokens(str(file), tokenizer), LENGTH)[:count]
+        data_set: token_sequences(read_tokens(str(file), tokenizer), LENGTH, opening_of(tokenizer))[:count]
         for data_set, count in [("mixed", sequences), *((domain, max(1, sequences // 4)) for domain in DOMAINS)]
         for file in [DEMO / "data" / "heldout" / f"{data_set}.jsonl"]
     }
@@ -116,7 +117,7 @@ def evaluate(folder: Path, name: str, sequences: int, *, with_baselines: bool) -
     if name == "two passes" and with_baselines:
         rows[f"two passes, frozen after {FROZEN_AFTER} tokens"] = row(frozen)
         texts = read_tokens(str(DEMO / "data" / "train" / "mixed.jsonl"), tokenizer)
-        mean = weft.mean_scalings(model, token_sequences(texts, LENGTH)[:16])
+        mean = weft.mean_scalings(model, token_sequences(texts, LENGTH, opening_of(tokenizer))[:16])
         with model.fixed_scalings(mean):
             rows["folded: the gate's mean per layer"] = row()
         with at_own_weight(model, dict.fromkeys(DOMAINS, 1 / len(DOMAINS))):

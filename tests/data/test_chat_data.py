@@ -465,8 +465,10 @@ def test_labels_are_cut_with_their_tokens_and_pieces_without_any_are_dropped(len
     wanted = []
     for messages, expert in ((SYSTEM, 1), (CHAT, -100)):
         tokens, mask = expected(tokenizer, messages), assistant_mask(tokenizer, messages)
-        for start in range(0, len(tokens), length):
-            piece, own = tokens[start : start + length], mask[start : start + length]
+        # Each piece begins with <s>, as the conversation does.
+        for start in range(1, len(tokens), length - 1):
+            piece = [tokens[0], *tokens[start : start + length - 1]]
+            own = [False, *mask[start : start + length - 1]]
             if any(own[1:]):
                 labels = [token if counts else -100 for token, counts in zip(piece, own, strict=True)]
                 wanted.append({"input_ids": piece, "labels": labels, "expert_labels": [expert] * len(piece)})
@@ -509,11 +511,12 @@ def conversations(options, length=512):
     marked = chat_tokenizer("llama 3", markers=True)
     for line in Path(options.data[0]).read_text().splitlines():
         encoded = marked.apply_chat_template(json.loads(line)["messages"], return_assistant_tokens_mask=True)
-        for start in range(0, len(encoded["input_ids"]), length):
-            piece = slice(start, start + length)
-            own = [one == 1 for one in encoded["assistant_masks"][piece]]
-            if any(own[1:]):
-                yield encoded["input_ids"][piece], own
+        first, *tokens = encoded["input_ids"]  # <s>, with which each piece begins
+        for start in range(0, len(tokens), length - 1):
+            piece = slice(start, start + length - 1)
+            own = [False, *(one == 1 for one in encoded["assistant_masks"][1:][piece])]
+            if any(own):
+                yield [first, *tokens[piece]], own
 
 
 def log_of(folder):

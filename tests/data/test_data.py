@@ -12,7 +12,8 @@ import transformers
 from models import tiny_llama, tiny_tokenizer
 from rights import ordinary_rights
 from weft.data.labelled import training_rows
-from weft.data.texts import check_length, named_sources, read_tokens, token_sequences
+from weft.data.texts import check_length, named_sources, read_tokens
+from weft.data.windows import token_sequences
 from weft.errors import DataError
 from weft.evaluate.data_sets import read_data_set
 

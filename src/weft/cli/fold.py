@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from weft.base_model.loading import loading_options
-from weft.data.texts import check_length, read_tokens, token_sequences
+from weft.data.texts import check_length, read_tokens
+from weft.data.windows import opening_of, token_sequences
 from weft.files.names import by_name
 from weft.formats.folding import check_output, fold, mean_scalings
 from weft.model.build import load_mixture
@@ -37,7 +38,7 @@ def _mean_over_data(model: Any, tokenizer: Any, options: FoldOptions) -> Tensor:
     check_length(options.sequence_length, model.config)
     sequences = []
     for source in options.data:
-        found = token_sequences(read_tokens(source, tokenizer), options.sequence_length)
+        found = token_sequences(read_tokens(source, tokenizer), options.sequence_length, opening_of(tokenizer))
         sequences += found[: options.max_sequences or None]
     with Countdown(len(sequences), "the gate reads") as countdown:
         return mean_scalings(model, sequences, options.batch_size, countdown.advance)

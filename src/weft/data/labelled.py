@@ -7,11 +7,12 @@ An expert's name before a file (math=a.jsonl) labels all its texts. A row's "exp
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from weft.data.texts import NO_LABEL, assistant_labels, check_sequence_length, read_each, read_rows, row_tokens
+from weft.data.texts import NO_LABEL, assistant_labels, read_each, read_rows, row_tokens
+from weft.data.windows import check_sequence_length, opening_length, opening_of, spans, window
 from weft.errors import DataError
 from weft.files.names import split_name
 from weft.files.reading import shown
@@ -158,7 +159,7 @@ def _source_rows(
 ) -> list[dict[str, Any]]:
     """The rows of one source. With `expert_names` they have `expert_labels`, all of them or (not `needed`) some."""
     check_sequence_length(length)
-    rows, wrong = [], ""
+    rows, wrong, opening = [], "", opening_of(tokenizer)
     for place, row in read_rows(source):
         columns = {}
         try:
@@ -172,8 +173,7 @@ def _source_rows(
             tokens = row_tokens(row, place, tokenizer)
         labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
         columns |= {"input_ids": tokens, "labels": labels}
-        for start in range(0, len(tokens) - 1, length):
-            cut = {name: values[start : start + length] for name, values in columns.items()}
+        for cut in windows_of(columns, length, opening):
             if any(label != NO_LABEL for label in cut["labels"][1:]):  # the first token is not predicted
                 rows.append({**cut, "place": place})
     if wrong:
@@ -182,6 +182,22 @@ def _source_rows(
         after = ", with one of the assistant's after the first" if assistant_only_loss else ""
         raise DataError(f"data ({source}) holds no text of two tokens or more{after}")
     return rows
+
+
+def windows_of(columns: dict[str, list[int]], length: int, opening: Sequence[int]) -> Iterator[dict[str, list[int]]]:
+    """The windows of a text with labels, see `weft.data.windows`.
+
+    Args:
+        columns: `input_ids`, and what else there is for each token.
+        length: maximum number of tokens in a window.
+        opening: the tokens with which each window begins. They have the expert of the token after them.
+    """
+    before = opening_length(columns["input_ids"], opening)
+    for start, end in spans(len(columns["input_ids"]), length, before):
+        cut = {name: window(values, start, end, before) for name, values in columns.items()}
+        if start and "expert_labels" in columns:
+            cut["expert_labels"][:before] = [columns["expert_labels"][start]] * before
+        yield cut
 
 
 def _numbers(names: Sequence[Any], expert_names: Sequence[str], place: str) -> list[int]:

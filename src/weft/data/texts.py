@@ -88,31 +88,6 @@ def read_each(sources: Iterable[Given], read: Callable[[Given], Found]) -> list[
     return found
 
 
-def token_sequences(texts: Iterable[list[int]], length: int) -> list[list[int]]:
-    """Split the tokens of each text into consecutive sequences of at most `length`; a remainder of one is dropped.
-
-    Raises:
-        DataError: `length` is below 2, or no text has two tokens.
-    """
-    check_sequence_length(length)
-    sequences = []
-    for tokens in texts:
-        sequences += [tokens[start : start + length] for start in range(0, len(tokens) - 1, length)]
-    if not sequences:
-        raise DataError("the data holds no text of two tokens or more")
-    return sequences
-
-
-def check_sequence_length(length: int) -> None:
-    """Raise if sequences of this length have no token to predict.
-
-    Raises:
-        DataError: `length` is below 2.
-    """
-    if length < 2:
-        raise DataError(f"sequence_length ({length}) must be at least 2: one token to read, one to predict")
-
-
 def check_length(length: int, model_config: Any) -> None:
     """Raise if the model cannot read sequences of this length.
 

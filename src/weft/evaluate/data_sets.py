@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from weft.data.labelled import tokens_and_parts
 from weft.data.texts import at_place, prompt_tokens, read_rows, row_prompt_tokens
+from weft.data.windows import check_sequence_length, end_of, opening_length, opening_of, spans, window
 from weft.errors import DataError
 from weft.files.reading import shown
 
@@ -33,11 +34,19 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """One text: its tokens, the index of each token's part, and its windows."""
+    """One text.
+
+    Attributes:
+        tokens: its tokens.
+        parts: the index of each token's part.
+        windows: its windows.
+        opening: number of tokens at its start that are read before each later window, too (`weft.data.windows`).
+    """
 
     tokens: list[int]
     parts: list[int]
     windows: list[Window]
+    opening: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,30 +110,37 @@ class DataSet:
 
 def windows_of(data: DataSet) -> list[list[int]]:
     """The tokens of each window of a data set of texts."""
-    return [text.tokens[window.start : window.end] for text in data.examples for window in text.windows]
+    return [window(text.tokens, part.start, part.end, text.opening) for text in data.examples for part in text.windows]
 
 
-def token_windows(length: int, window: int, stride: int = 0) -> list[Window]:
+def token_windows(length: int, size: int, stride: int = 0, opening: int = 0) -> list[Window]:
     """The windows of a text of `length` tokens.
 
-    Without a stride, the windows do not overlap, and the first token of each window is not scored, as it has no
-    context. With a stride, each window after the first begins `stride` tokens later, and only its new tokens are
-    scored. So each token except the text's first is scored once, with at least window - stride tokens of context
-    (except at the start of the text). The last window is as long as the others, as in the rolling windows of
-    lm-evaluation-harness.
+    Without a stride, the windows do not overlap. With a stride, each window after the first begins `stride` tokens
+    later, and only its new tokens are scored. So each token except the text's first is scored once, with at least
+    size - stride tokens of context (except at the start of the text). The last window is as long as the others, as in
+    the rolling windows of lm-evaluation-harness.
+
+    With an `opening`, the text's first tokens are read before each later window, too, and are a part of its size.
+    Without a stride and an opening, the first token of a window is not scored, as it has no context.
 
     Example:
         >>> token_windows(10, 4, stride=3)
         [Window(0, 4, 1), Window(3, 7, 4), Window(6, 10, 7)]
+        >>> token_windows(10, 4, opening=1)
+        [Window(0, 4, 1), Window(4, 7, 4), Window(7, 10, 7)]
     """
     if stride == 0:
-        windows = [Window(start, min(start + window, length), start + 1) for start in range(0, length, window)]
-        return [one for one in windows if one.end > one.first]
-    windows, end = [], 0
+        parts = spans(length, size, opening)
+        return [Window(start, end, max(start, 1) if opening else start + 1) for start, end in parts]
+    check_sequence_length(size, opening)
+    stride = min(stride, size - opening)  # no token may be left out between two windows
+    windows: list[Window] = []
+    end = 0
     while end < length and length > 1:
         first = max(1, end)
-        end = min(end + stride, length) if windows else min(window, length)
-        windows.append(Window(max(0, end - window), end, first))
+        end = min(end + stride, length) if windows else min(size, length)
+        windows.append(Window(max(0, end - size + opening) if windows else 0, end, first))
     return windows
 
 
@@ -172,17 +188,18 @@ def read_data_set(
     texts: list[Text] = []
     example_of_part: list[int] = []
     labels = []
-    left = max_sequences or None
+    left, opening = max_sequences or None, opening_of(tokenizer)
     for place, row in rows:
         tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
         if left == 0:
             continue
-        windows = token_windows(len(tokens), sequence_length, stride)[:left]
+        before = opening_length(tokens, opening)
+        windows = token_windows(len(tokens), sequence_length, stride, before)[:left]
         if windows:
             left = None if left is None else left - len(windows)
             example_of_part += [len(texts)] * len(names)
             labels += [_label(label, expert_names) for label in names]
-            texts.append(Text(tokens, parts, windows))
+            texts.append(Text(tokens, parts, windows, before))
     if not texts:
         raise DataError(f"data ({source}) holds no text of two tokens or more")
     return DataSet(name, "perplexity", texts, example_of_part, labels)
@@ -205,13 +222,13 @@ def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Cho
     choices = list(choices) if isinstance(choices, Sequence) and not isinstance(choices, str) else []
     if not isinstance(question, str) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise DataError(f"{place}: expected a question (a string) and two or more choices (strings)")
-    context = at_place(place, prompt_tokens, question.rstrip(), tokenizer)
+    context, opening = at_place(place, prompt_tokens, question.rstrip(), tokenizer), opening_of(tokenizer)
     sequences, firsts = [], []
     for choice in choices:
         # Encoded together, as a token can contain the space between them.
         whole = at_place(place, prompt_tokens, f"{question.rstrip()} {choice}", tokenizer)
-        cut = max(0, len(whole) - length)
-        sequences.append(whole[cut:])
+        sequence, cut = end_of(whole, length, opening)
+        sequences.append(sequence)
         firsts.append(max(1, min(len(context), len(whole) - 1) - cut))
     return Choice(sequences, firsts, [len(choice) for choice in choices], _answer(row["answer"], choices, place))
 
@@ -237,7 +254,7 @@ def _question(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Q
         raise DataError(
             f"{place}: expected a prompt (a string, or messages) and an answer (a string, or a list of them)"
         )
-    tokens = row_prompt_tokens(row, place, tokenizer)[-length:]
+    tokens, _ = end_of(row_prompt_tokens(row, place, tokenizer), length, opening_of(tokenizer))
     if not tokens:
         raise DataError(f"{place}: the prompt is empty")
     return Question(tokens, [str(answer) for answer in answers])

@@ -121,8 +121,10 @@ def _texts(runner: Runner, data: DataSet, advance: Advance) -> Scores:
     plan = [(number, window) for number, text in enumerate(data.examples) for window in text.windows]
     losses = token_losses(runner, windows_of(data), advance)
     for (number, window), of_window in zip(plan, losses, strict=True):
-        scored = of_window[window.first - window.start - 1 :].double()
-        parts = torch.tensor(data.examples[number].parts[window.first : window.end]) + offsets[number]
+        text = data.examples[number]
+        before = window.first - window.start + (text.opening if window.start else 0)
+        scored = of_window[before - 1 :].double()
+        parts = torch.tensor(text.parts[window.first : window.end]) + offsets[number]
         sums.index_add_(0, parts, scored)
         counts.index_add_(0, parts, torch.ones_like(scored))
     return list(zip(sums.tolist(), counts.tolist(), strict=True))

@@ -20,8 +20,8 @@ class EvalOptions(MixtureOptions, LoadingOptions):
         sequence_length: Tokens that the model reads at once. Longer texts are read in several windows, longer questions
             lose their beginning.
         stride: Tokens between the starts of two windows of a long text; 0 means windows without overlap. Each token is
-            scored once, with at least sequence_length - stride tokens of context; without overlap, a window's first
-            token has none.
+            scored once, with at least sequence_length - stride tokens of context. Without overlap, a window's first
+            token has none but `<bos>`, with which each window begins if the tokenizer adds it to a text.
 
     Args: Comparison
         rows (ROW ...): Rows of the table: base, experts, uniform, merges, arrow, weft, topk, frozen, compare, oracle,

@@ -40,7 +40,8 @@ class TrainOptions(LoadingOptions):
             `datasets` library. EXPERT=FILE, or a row's "expert" or "experts" ([[start, name], ...]), labels texts for
             `expert_label_loss_weight`.
         eval_data (FILE ...): Held-out texts; the mixture with the lowest loss on them is saved.
-        sequence_length: Tokens per sequence; longer texts are cut into several.
+        sequence_length: Tokens per sequence; longer texts are cut into several. If the tokenizer begins a text with
+            `<bos>`, each of them begins with it.
         assistant_only_loss: Train on the assistant's turns only; all rows must have "messages". As in TRL. It applies
             also to the experts and to the loss on `eval_data`.
         packing: Put several short texts into one sequence instead of padding; they do not see each other.

@@ -19,7 +19,8 @@ from weft.base_model.likelihoods import negative_log_likelihoods
 from weft.data.chat_template import refuse_half_characters
 from weft.data.given import Given, check_tokenizer, check_vocabulary, given_tokens, several, some_tokens
 from weft.data.padded import padded_batches
-from weft.data.texts import check_length, num_positions, read_tokens, token_sequences
+from weft.data.texts import check_length, num_positions, read_tokens
+from weft.data.windows import opening_of, token_sequences
 from weft.errors import ConfigError, DataError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.reader import tuner_of
@@ -111,11 +112,13 @@ def trace_data(
     if batch_size < 1:
         raise ConfigError(f"batch_size ({batch_size}) must be at least 1")
     check_length(sequence_length, tuner.backbone.base.config)
+    check_tokenizer(tokenizer)
+    opening = opening_of(tokenizer)
     limit, left_out = max(1, max_tokens // len(data)), 0
     texts: list[tuple[str, list[int]]] = []
     for name, source in data.items():
         found = _tokens_of(name, source, tokenizer, vocabulary_size(tuner.backbone.base))
-        kept, beyond = _first(token_sequences(found, sequence_length), limit)
+        kept, beyond = _first(token_sequences(found, sequence_length, opening), limit)
         texts += [(name, sequence) for sequence in kept]
         left_out += beyond
     return _record(
@@ -204,7 +207,6 @@ def _tokens_of(name: str, source: str | Sequence[Given], tokenizer: Any, vocabul
         return [
             given_tokens(text, f"text {number} of {name}", tokenizer, vocabulary=vocabulary) for number, text in texts
         ]
-    check_tokenizer(tokenizer)
     if tokenizer is None:
         raise ConfigError(f"tokenizer (None) must be given with a file ({source})")
     found = read_tokens(source, tokenizer)

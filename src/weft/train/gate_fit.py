@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from weft.base_model.backbone import vocabulary_size
 from weft.base_model.state import in_evaluation_mode
 from weft.data.given import check_tokenizer, check_vocabulary, given_tokens, is_text, several, several_problem
-from weft.data.labelled import labelled_tokens
+from weft.data.labelled import labelled_tokens, windows_of
 from weft.data.texts import NO_LABEL, num_positions
+from weft.data.windows import opening_of
 from weft.distributed import process_number
 from weft.errors import ConfigError, DataError
 from weft.files.reading import shown
@@ -166,8 +167,7 @@ def _rows_of(
     columns = {"input_ids": given_tokens(example, place, tokenizer)}
     if by == "labels" and isinstance(example, Mapping):
         columns["input_ids"], columns["expert_labels"] = labelled_tokens(dict(example), place, tokenizer, expert_names)
-    starts = range(0, len(columns["input_ids"]), length)
-    return [{name: values[start : start + length] for name, values in columns.items()} for start in starts]
+    return list(windows_of(columns, length, opening_of(tokenizer)))
 
 
 def most_tokens(by: str, num_experts: int, state_bytes: int) -> int:
