@@ -41,10 +41,12 @@ from weft.train.scaling_fit import cross_entropy, fit_length, fit_scaling_lora, 
 # Maximum number of tokens to read: 64 sequences of 512. With "labels" more are cheap, as no expert reads them, and make
 # a better gate: 262,144 for four experts (benchmarks/results/2026-11-27-domains-fit.md), and more for many
 # (2026-11-28-domains-labels.md). Hidden states of so many are kept in host memory.
-LEAST_TOKENS, LEAST_LABELS, LABELS_OF_EACH = 32_768, 262_144, 32_768
+LEAST_TOKENS, LEAST_LABELS, LABELS_OF_EACH = 32_768, 262_144, 65_536
 _MOST_BYTES = 2**31
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
 _LEAST_STEPS, _EPOCHS, _BATCH, _RATE, _WARMUP = 400, 3, 512, 5e-3, 5
+# Without it the gate is too sure on other documents (benchmarks/results/2026-11-28-domains-decay.md).
+_DECAY = 1.0
 _HELD_OUT = 8  # one of this number of sequences is held out
 
 
@@ -60,7 +62,7 @@ def fit_gate(
 ) -> float:
     """Fit a mixture's gate to predict the expert of each token, as a start for training instead of random weights.
 
-    At most 32,768 tokens are read. With "labels" so many for each expert, at least 262,144, and not more than those
+    At most 32,768 tokens are read; with "labels" 65,536 for each expert, at least 262,144, and not more than those
     whose hidden states take 2 GiB of host memory. Only the gate changes, in place; with `scaling_pass_rank` its LoRA in
     the scaling pass, too.
 
@@ -295,7 +297,7 @@ def _fitted(gate: Any, hidden: Tensor, targets: Tensor, seed: int) -> Any:
                 layer.to("cpu").reset_parameters()
         network = nn.Sequential(*layers, nn.Linear(last.in_features, targets.shape[-1])).to(device).train()
         network.requires_grad_(True)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_DECAY)
         steps = max(_LEAST_STEPS, math.ceil(_EPOCHS * len(hidden) / _BATCH))
         for step in range(steps):
             for group in optimizer.param_groups:
