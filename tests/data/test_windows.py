@@ -6,14 +6,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
+import weft
 from models import tiny_llama, tiny_tokenizer
 from weft.data.labelled import training_rows
 from weft.data.windows import end_of, opening_of, spans, token_sequences, window
 from weft.errors import DataError
 from weft.evaluate.data_sets import read_data_set, token_windows, windows_of
 from weft.evaluate.scoring import Runner, score
+from weft.train import gate_fit
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 
@@ -41,6 +47,19 @@ def test_opening_is_what_the_tokenizer_adds_and_not_what_its_bos_token_is(templa
     tokenizer = tokenizer_with(template)
     assert opening_of(tokenizer) == tokenizer.convert_tokens_to_ids(opening)
     assert opening_of(None) == []
+
+
+@pytest.mark.parametrize(
+    ("letters", "unknown", "opening"),
+    [("ACGT", None, [0]), ("ACGT", "<s>", [0]), ("ACGT", "<eos>", [0]), ("xyz", None, []), ("xyz", "<s>", [])],
+)
+def test_opening_is_found_with_a_letter_that_the_vocabulary_has(letters, unknown, opening):
+    model = WordLevel({token: number for number, token in enumerate(["<s>", "<eos>", *letters])}, unk_token=unknown)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = Split("", "isolated")
+    backend.post_processor = TemplateProcessing(single="<s> $A <eos>", special_tokens=[("<s>", 0), ("<eos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<eos>")
+    assert opening_of(tokenizer) == opening
 
 
 @given(st.integers(0, 40), st.integers(3, 12), st.integers(0, 2))
@@ -76,9 +95,9 @@ def test_text_that_begins_otherwise_is_cut_without():
 
 
 def test_end_of_a_text_keeps_its_opening():
-    assert end_of([9, 1, 2, 3, 4], 3, [9]) == ([9, 3, 4], 2)
-    assert end_of([1, 2, 3, 4], 3, [9]) == ([2, 3, 4], 1)
-    assert end_of([9, 1], 3, [9]) == ([9, 1], 0)
+    assert end_of([9, 1, 2, 3, 4], 3, [9]) == ([9, 3, 4], 1, 2)
+    assert end_of([1, 2, 3, 4], 3, [9]) == ([2, 3, 4], 0, 1)
+    assert end_of([9, 1], 3, [9]) == ([9, 1], 1, 0)
 
 
 def test_window_of_the_opening_alone_is_refused():
@@ -125,6 +144,35 @@ def test_training_evaluation_and_fit_read_the_same_windows(length, file, tokeniz
     assert len(labels) == len(tokenizer(TEXT)["input_ids"]) - 1
 
 
+def test_opening_of_two_tokens_is_trained_on_once(file):
+    tokenizer = tokenizer_with("<mask> <s> $A")
+    rows = training_rows([file], [], tokenizer, 9, labelled=False)
+    trained = [label for row in rows for label in row["labels"][1:] if label != -100]
+    assert trained == tokenizer(TEXT)["input_ids"][1:]
+
+
+def test_fit_reads_the_same_windows_and_counts_each_token_once():
+    tokenizer = tokenizer_with("<mask> <s> $A")
+    chosen = gate_fit._draw([TEXT], "losses", tokenizer, ["code"], 9, None, 0, 1000)
+    first, second, *tokens = tokenizer(TEXT)["input_ids"]
+    assert [example["input_ids"] for example in chosen] == [
+        [first, second, *tokens[start : start + 7]] for start in range(0, len(tokens), 7)
+    ]
+    counted = [token for example in chosen for token, counts in zip(*example.values(), strict=True) if counts]
+    assert counted == [first, second, *tokens]
+
+
+def test_trace_of_a_text_beyond_the_models_positions_reads_the_same_windows(tokenizer, llama_adapters):
+    base = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=8)
+    model = weft.from_adapters(base, llama_adapters).eval()
+    traced = weft.trace(model, TEXT, tokenizer=tokenizer)
+    wanted = expected(tokenizer, 8)
+    assert traced.token_ids.tolist() == [token for one in wanted for token in one]
+    assert [text.num_tokens for text in traced.texts] == [len(one) for one in wanted]
+    assert weft.trace(model, "x", tokenizer=tokenizer).token_ids.tolist() == tokenizer("x")["input_ids"]
+    assert weft.trace(model, [5]).token_ids.tolist() == [5]
+
+
 @pytest.mark.parametrize("stride", [0, 3])
 def test_loss_of_each_token_is_that_of_a_plain_loop(stride, file, tokenizer):
     model = tiny_llama(vocab_size=len(tokenizer))
@@ -151,6 +199,11 @@ def test_long_questions_keep_the_opening(tmp_path, tokenizer):
         whole = tokenizer(f"{TEXT} {answer}")["input_ids"]
         assert sequence == [whole[0], *whole[-11:]]
         assert sequence[first:] == whole[len(tokenizer(TEXT)["input_ids"]) :]
+    choices = [{"question": "a", "choices": [TEXT, "no"], "answer": 0}]
+    two = tokenizer_with("<mask> <s> $A")
+    file = write_jsonl(tmp_path / "long.jsonl", choices)
+    [choice] = read_data_set("x", file, two, [], sequence_length=12).examples
+    assert choice.firsts[0] == 2  # the opening is no part of the answer
     file = write_jsonl(tmp_path / "questions.jsonl", [{"prompt": TEXT, "answer": "yes"}])
     [question] = read_data_set("x", file, tokenizer, [], sequence_length=12).examples
     tokens = tokenizer(TEXT)["input_ids"]

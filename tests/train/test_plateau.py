@@ -462,6 +462,16 @@ def test_an_interrupted_trial_leaves_the_weight_of_the_run():
     assert model.weight == 1.2
 
 
+def test_texts_that_are_cut_in_another_way_stay_held_out_as_a_whole():
+    rows = [{"input_ids": [text, part], "place": text} for text in range(60) for part in range(3)]
+    _, held_out = split(rows, seed=0)
+    # Only the first window of each text is what it was.
+    cut = [{**row, "input_ids": [*row["input_ids"], 7] if row["input_ids"][1] else row["input_ids"]} for row in rows]
+    rest, again = split(cut, seed=1, before=[digest_of(row) for row in held_out])
+    assert {row["place"] for row in again} == {row["place"] for row in held_out}
+    assert not {row["place"] for row in again} & {row["place"] for row in rest}
+
+
 def test_early_stopping_takes_the_texts_that_are_held_out(command, tmp_path):
     still = ("--eval-steps", "3", "--learning-rate", "1e-12", "--global-scaling-weight", "1")
     assert main(command("out", *still, "--early-stopping", "1")) == 0

@@ -44,7 +44,7 @@ def training_rows(
         values: the sources, SOURCE or EXPERT=SOURCE.
         expert_names: the experts in the order of their numbers.
         tokenizer: the base model's tokenizer.
-        length: maximum number of tokens per row; a remainder of one token is dropped.
+        length: maximum number of tokens per row, see `weft.data.windows`; a row of one token is dropped.
         labelled: add `expert_labels`, the number of each token's expert, -100 for none. With None only if they are
             complete (`labels_are_complete`).
         assistant_only_loss: set `labels` outside of the assistant's turns to -100, and drop rows without labels.
@@ -173,7 +173,7 @@ def _source_rows(
             tokens = row_tokens(row, place, tokenizer)
         labels = assistant_labels(tokens, row, place, tokenizer) if tokens and assistant_only_loss else tokens
         columns |= {"input_ids": tokens, "labels": labels}
-        for cut in windows_of(columns, length, opening):
+        for cut in labelled_windows(columns, length, opening):
             if any(label != NO_LABEL for label in cut["labels"][1:]):  # the first token is not predicted
                 rows.append({**cut, "place": place})
     if wrong:
@@ -184,19 +184,24 @@ def _source_rows(
     return rows
 
 
-def windows_of(columns: dict[str, list[int]], length: int, opening: Sequence[int]) -> Iterator[dict[str, list[int]]]:
+def labelled_windows(
+    columns: dict[str, list[int]], length: int, opening: Sequence[int]
+) -> Iterator[dict[str, list[int]]]:
     """The windows of a text with labels, see `weft.data.windows`.
 
     Args:
         columns: `input_ids`, and what else there is for each token.
         length: maximum number of tokens in a window.
-        opening: the tokens with which each window begins. They have the expert of the token after them.
+        opening: the tokens with which each window begins. They have the expert of the token after them, and are
+            trained on only in the first window.
     """
     before = opening_length(columns["input_ids"], opening)
     for start, end in spans(len(columns["input_ids"]), length, before):
         cut = {name: window(values, start, end, before) for name, values in columns.items()}
         if start and "expert_labels" in columns:
             cut["expert_labels"][:before] = [columns["expert_labels"][start]] * before
+        if start and "labels" in columns:
+            cut["labels"][:before] = [NO_LABEL] * before
         yield cut
 
 

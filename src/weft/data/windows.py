@@ -14,6 +14,9 @@ from weft.errors import DataError
 
 Value = TypeVar("Value")
 
+# Texts of one character, of which a vocabulary has one: words, protein or bases, numbers.
+_PROBES = ("a", "A", "0")
+
 
 def opening_of(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before a text, for example `[<bos>]`; [] for None.
@@ -21,12 +24,16 @@ def opening_of(tokenizer: Any) -> list[int]:
     Found by comparing a text with and without special tokens, as no attribute says it for all tokenizers: that of
     SmolLM2 has a `bos_token` that it does not add.
     """
-    if tokenizer is None:
-        return []
-    whole = list(tokenizer("a")["input_ids"])
-    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    before = (at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain)
-    return whole[: next(before, 0)]
+    for text in _PROBES if tokenizer is not None else ():
+        try:
+            whole = list(tokenizer(text)["input_ids"])
+            plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception:  # vocabularies without this letter, and without an unknown token
+            continue
+        found = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+        if plain and len(found) == 1:  # several, if the unknown token is one of those that are added
+            return whole[: found[0]]
+    return []
 
 
 def opening_length(tokens: Sequence[int], opening: Sequence[int]) -> int:
@@ -37,13 +44,14 @@ def opening_length(tokens: Sequence[int], opening: Sequence[int]) -> int:
     return len(opening) if list(tokens[: len(opening)]) == list(opening) else 0
 
 
-def spans(num_tokens: int, length: int, opening: int = 0) -> Iterator[tuple[int, int]]:
-    """The (start, end) of consecutive windows of at most `length` tokens, in which there is a token to predict.
+def spans(num_tokens: int, length: int, opening: int = 0, *, least: int = 2) -> Iterator[tuple[int, int]]:
+    """The (start, end) of consecutive windows of at most `length` tokens.
 
     Args:
         num_tokens: number of tokens of the text.
         length: of a window, with the opening.
         opening: number of tokens at the text's start that are put before each later window. They are not in its span.
+        least: tokens of a window, with the opening; with two, there is one to predict.
 
     Raises:
         DataError: `length` leaves no token to predict.
@@ -54,7 +62,7 @@ def spans(num_tokens: int, length: int, opening: int = 0) -> Iterator[tuple[int,
     """
     check_sequence_length(length, opening)
     start, end = 0, min(length, num_tokens)
-    while end - start >= (1 if start and opening else 2):
+    while end > start and end - start + (opening if start else 0) >= least:
         yield start, end
         start, end = end, min(end + length - opening, num_tokens)
 
@@ -64,12 +72,16 @@ def window(values: Sequence[Value], start: int, end: int, opening: int = 0) -> l
     return [*values[: opening if start else 0], *values[start:end]]
 
 
-def end_of(tokens: Sequence[int], length: int, opening: Sequence[int]) -> tuple[list[int], int]:
-    """The last window of a text, of at most `length` tokens, and the number of tokens by which indices get smaller."""
+def end_of(tokens: Sequence[int], length: int, opening: Sequence[int]) -> tuple[list[int], int, int]:
+    """The last window of a text, of at most `length` tokens.
+
+    Returns:
+        Its tokens; the number of those of its opening; and the number by which the others' indices get smaller.
+    """
     before = opening_length(tokens, opening)
     check_sequence_length(length, before)
     cut = max(0, len(tokens) - length)
-    return window(tokens, cut + before if cut else 0, len(tokens), before), cut
+    return window(tokens, cut + before if cut else 0, len(tokens), before), before, cut
 
 
 def token_sequences(texts: Iterable[list[int]], length: int, opening: Sequence[int] = ()) -> list[list[int]]:

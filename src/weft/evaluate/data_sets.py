@@ -25,7 +25,10 @@ _GENERATION = {"prompt", "answer"}
 
 
 class Window(NamedTuple):
-    """The part of a text for one forward pass: tokens `start` to `end`; those from `first` on are scored."""
+    """The part of a text for one forward pass: tokens `start` to `end`; those from `first` on are scored.
+
+    What is read before them (`Text.opening`) is not counted here.
+    """
 
     start: int
     end: int
@@ -97,7 +100,12 @@ class DataSet:
 
     def __post_init__(self) -> None:
         # Without labels: they change the oracle, which is computed from scores, but no score.
-        content = [self.metric, [vars(example) for example in self.examples], self.example_of_part, self.max_new_tokens]
+        # An opening of no tokens is left out, so that cells of earlier versions are found.
+        examples = [
+            {name: value for name, value in vars(example).items() if (name, value) != ("opening", 0)}
+            for example in self.examples
+        ]
+        content = [self.metric, examples, self.example_of_part, self.max_new_tokens]
         object.__setattr__(self, "digest", hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
     @property
@@ -117,9 +125,9 @@ def token_windows(length: int, size: int, stride: int = 0, opening: int = 0) -> 
     """The windows of a text of `length` tokens.
 
     Without a stride, the windows do not overlap. With a stride, each window after the first begins `stride` tokens
-    later, and only its new tokens are scored. So each token except the text's first is scored once, with at least
-    size - stride tokens of context (except at the start of the text). The last window is as long as the others, as in
-    the rolling windows of lm-evaluation-harness.
+    later (at most size - opening), and only its new tokens are scored. So each token except the text's first is scored
+    once, with at least size - stride tokens of context (except at the start of the text). The last window is as long as
+    the others, as in the rolling windows of lm-evaluation-harness.
 
     With an `opening`, the text's first tokens are read before each later window, too, and are a part of its size.
     Without a stride and an opening, the first token of a window is not scored, as it has no context.
@@ -172,14 +180,14 @@ def read_data_set(
     Raises:
         DataError: the source cannot be read, or has no usable rows.
     """
-    rows = list(read_rows(source))
+    rows, opening = list(read_rows(source)), opening_of(tokenizer)
     keys = set(rows[0][1]) if rows and isinstance(rows[0][1], dict) else set()
     keys = set() if keys & _TEXT else keys
     default = name if name in expert_names else None
     if keys >= _CHOICE or keys >= _GENERATION:
         rows = rows[: max_sequences or None]
         make: Any = _choice if keys >= _CHOICE else _question
-        examples = [make(_object(row, place, keys), place, tokenizer, sequence_length) for place, row in rows]
+        examples = [make(_object(row, place, keys), place, tokenizer, sequence_length, opening) for place, row in rows]
         labels = [_label(row.get("expert", default), expert_names) for _, row in rows]
         metric: Metric = "accuracy" if keys >= _CHOICE else "exact_match"
         new_tokens = 0 if metric == "accuracy" else max_new_tokens
@@ -188,7 +196,7 @@ def read_data_set(
     texts: list[Text] = []
     example_of_part: list[int] = []
     labels = []
-    left, opening = max_sequences or None, opening_of(tokenizer)
+    left = max_sequences or None
     for place, row in rows:
         tokens, parts, names = tokens_and_parts(row, place, tokenizer, default)
         if left == 0:
@@ -217,19 +225,19 @@ def _object(row: Any, place: str, keys: set[str]) -> dict[str, Any]:
     return row
 
 
-def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Choice:
+def _choice(row: dict[str, Any], place: str, tokenizer: Any, length: int, opening: list[int]) -> Choice:
     question, choices = row["question"], row["choices"]
     choices = list(choices) if isinstance(choices, Sequence) and not isinstance(choices, str) else []
     if not isinstance(question, str) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise DataError(f"{place}: expected a question (a string) and two or more choices (strings)")
-    context, opening = at_place(place, prompt_tokens, question.rstrip(), tokenizer), opening_of(tokenizer)
+    context = at_place(place, prompt_tokens, question.rstrip(), tokenizer)
     sequences, firsts = [], []
     for choice in choices:
         # Encoded together, as a token can contain the space between them.
         whole = at_place(place, prompt_tokens, f"{question.rstrip()} {choice}", tokenizer)
-        sequence, cut = end_of(whole, length, opening)
+        sequence, before, cut = end_of(whole, length, opening)
         sequences.append(sequence)
-        firsts.append(max(1, min(len(context), len(whole) - 1) - cut))
+        firsts.append(max(1, before, min(len(context), len(whole) - 1) - cut))
     return Choice(sequences, firsts, [len(choice) for choice in choices], _answer(row["answer"], choices, place))
 
 
@@ -248,13 +256,13 @@ def _answer(answer: Any, choices: list[str], place: str) -> int:
     )
 
 
-def _question(row: dict[str, Any], place: str, tokenizer: Any, length: int) -> Question:
+def _question(row: dict[str, Any], place: str, tokenizer: Any, length: int, opening: list[int]) -> Question:
     answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
     if not isinstance(row["prompt"], str | list) or not isinstance(answers, list) or not answers:
         raise DataError(
             f"{place}: expected a prompt (a string, or messages) and an answer (a string, or a list of them)"
         )
-    tokens, _ = end_of(row_prompt_tokens(row, place, tokenizer), length, opening_of(tokenizer))
+    tokens, *_ = end_of(row_prompt_tokens(row, place, tokenizer), length, opening)
     if not tokens:
         raise DataError(f"{place}: the prompt is empty")
     return Question(tokens, [str(answer) for answer in answers])

@@ -20,7 +20,7 @@ from weft.data.chat_template import refuse_half_characters
 from weft.data.given import Given, check_tokenizer, check_vocabulary, given_tokens, several, some_tokens
 from weft.data.padded import padded_batches
 from weft.data.texts import check_length, num_positions, read_tokens
-from weft.data.windows import opening_of, token_sequences
+from weft.data.windows import opening_length, opening_of, spans, token_sequences, window
 from weft.errors import ConfigError, DataError
 from weft.generation.detokenizer import Detokenizer
 from weft.generation.reader import tuner_of
@@ -49,7 +49,7 @@ def trace(
         tokenizer: tokenizer for the text; without it, tokens are shown by their ids.
         title: a title for display.
         max_tokens: maximum number of tokens in the trace, from the start. A text with more tokens than the model has
-            positions is read in parts.
+            positions is read in parts, each of which begins with what the tokenizer puts before a text.
 
     Returns:
         The `Trace`.
@@ -65,8 +65,10 @@ def trace(
     """
     tuner = _checked(model, max_tokens, title)
     token_ids = some_tokens(text, "text", tokenizer, vocabulary=vocabulary_size(tuner.backbone.base))
-    length = num_positions(tuner.backbone.base.config) or len(token_ids)
-    texts = [("", token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
+    length = num_positions(tuner.backbone.base.config) or max(2, len(token_ids))
+    before = opening_length(token_ids, opening_of(tokenizer))
+    parts = spans(len(token_ids), length, before, least=1)
+    texts = [("", window(token_ids, start, end, before)) for start, end in parts]
     return _record(tuner, texts, tokenizer, title=title, max_tokens=max_tokens, batch_size=1)
 
 
@@ -89,7 +91,8 @@ def trace_data(
         tokenizer: the base model's tokenizer.
         title: a title for display.
         max_tokens: maximum number of tokens in the trace; the first tokens of each data set are taken.
-        sequence_length: number of tokens per sequence; longer texts are split.
+        sequence_length: number of tokens per sequence; longer texts are split, and each part begins with what the
+            tokenizer puts before a text, such as `<bos>`.
         batch_size: number of sequences per forward pass.
         advance: called after each forward pass with its number of tokens.
 

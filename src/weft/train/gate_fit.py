@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from weft.base_model.backbone import vocabulary_size
 from weft.base_model.state import in_evaluation_mode
 from weft.data.given import check_tokenizer, check_vocabulary, given_tokens, is_text, several, several_problem
-from weft.data.labelled import labelled_tokens, windows_of
+from weft.data.labelled import labelled_tokens, labelled_windows
 from weft.data.texts import NO_LABEL, num_positions
 from weft.data.windows import opening_of
 from weft.distributed import process_number
@@ -159,7 +159,13 @@ def fit_problems(model: Any, by: str) -> list[str]:
 
 
 def _rows_of(
-    example: Any, index: int, by: str, tokenizer: Any, expert_names: Sequence[str], length: int
+    example: Any,
+    index: int,
+    by: str,
+    tokenizer: Any,
+    expert_names: Sequence[str],
+    length: int,
+    opening: Sequence[int],
 ) -> list[dict[str, Any]]:
     """Convert an example to rows of token ids; a text is split into sequences of at most `length`."""
     place = f"example {index}"
@@ -169,7 +175,9 @@ def _rows_of(
     columns = {"input_ids": given_tokens(example, place, tokenizer)}
     if by == "labels" and isinstance(example, Mapping):
         columns["input_ids"], columns["expert_labels"] = labelled_tokens(dict(example), place, tokenizer, expert_names)
-    return list(windows_of(columns, length, opening_of(tokenizer)))
+    elif by == "losses":
+        columns["labels"] = columns["input_ids"]
+    return list(labelled_windows(columns, length, opening))
 
 
 def most_tokens(by: str, num_experts: int, state_bytes: int) -> int:
@@ -193,8 +201,11 @@ def _draw(
     chosen: list[dict[str, Any]] = []
     left, unlabelled = most, False
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    opening = opening_of(tokenizer)
     rows = (
-        (index, row) for index in order for row in _rows_of(examples[index], index, by, tokenizer, expert_names, length)
+        (index, row)
+        for index in order
+        for row in _rows_of(examples[index], index, by, tokenizer, expert_names, length, opening)
     )
     for index, given in rows:
         if left < 2:

@@ -27,12 +27,13 @@ def split(rows: _Rows, seed: int, before: Sequence[str] = ()) -> tuple[_Rows, _R
         rows: all sequences. Those of one text have the same `place`: all of them are held out, or none. With fewer than
             40 texts, or if the texts are so long that they would be hardly any, sequences are drawn alone.
         seed: of the choice.
-        before: digests of the sequences that the run to resume has held out. They are taken, if at least 4 are there.
+        before: digests of the sequences that the run to resume has held out. They are taken, if at least 4 are there;
+            if some are lost, as texts are cut in another way, the rest of their texts as well.
     """
     number = min(_MOST, int(_SHARE * len(rows)))
     chosen = _drawn(rows, number, seed)
     if before and Counter(digest_of(rows[at]) for at in chosen) != Counter(before):
-        there = _places(rows, before)
+        there = _with_their_texts(rows, _places(rows, before), before)
         chosen = there if len(there) >= _LEAST else chosen
     if len(chosen) < _LEAST:
         return rows, None
@@ -72,6 +73,15 @@ def _places(rows: _Rows, digests: Sequence[str]) -> set[int]:
             left[digest] -= 1
             found.add(at)
     return found
+
+
+def _with_their_texts(rows: _Rows, there: set[int], before: Sequence[str]) -> set[int]:
+    """These sequences, and if some are missing all others of their texts; unless whole texts are far more."""
+    if len(there) == len(before):
+        return there
+    texts = {rows[at].get("place", at) for at in there}
+    whole = {at for at, row in enumerate(rows) if row.get("place", at) in texts}
+    return whole if len(whole) <= 2 * len(before) else there
 
 
 def digest_of(row: dict[str, Any]) -> str:
