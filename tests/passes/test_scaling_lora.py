@@ -12,14 +12,8 @@ from models import VOCAB, quietly, tiny_llama, tiny_tokenizer, weft_model
 from weft.cli import main
 from weft.errors import CheckpointError, ConfigError, TrainingError
 from weft.passes.scaling_lora import linear_layers
-from weft.train.scaling_fit import fit_length
 
 OWN = {"scaling_pass_layers": 1, "scaling_pass_rank": 3, "layerwise_scalings": True}
-
-
-@pytest.mark.parametrize(("sequences", "steps"), [(10, 64), (100, 200), (400, 512), (1000, 1000)])
-def test_all_tokens_are_read_twice_or_as_far_as_a_million_but_once_in_any_case(sequences, steps):
-    assert fit_length([{"input_ids": range(2048)}] * sequences) == (1, steps)
 
 
 def ids_and_mask():

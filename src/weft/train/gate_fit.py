@@ -41,7 +41,7 @@ from weft.train.scaling_fit import cross_entropy, fit_length, fit_scaling_lora, 
 # Maximum number of tokens to read: 64 sequences of 512. With "labels" more are cheap, as no expert reads them, and make
 # a better gate: 262,144 for four experts (benchmarks/results/2026-11-27-domains-fit.md), and more for many
 # (2026-11-28-domains-labels.md). Hidden states of so many are kept in host memory.
-LEAST_TOKENS, LEAST_LABELS, LABELS_OF_EACH = 32_768, 262_144, 65_536
+LEAST_TOKENS, LEAST_LABELS, LABELS_OF_EACH = 32_768, 262_144, 32_768
 _MOST_BYTES = 2**31
 _LENGTH = 512  # maximum length of the sequences into which a text is split, as in `weft train`
 _LEAST_STEPS, _EPOCHS, _BATCH, _RATE, _WARMUP = 400, 3, 512, 5e-3, 5
@@ -62,7 +62,7 @@ def fit_gate(
 ) -> float:
     """Fit a mixture's gate to predict the expert of each token, as a start for training instead of random weights.
 
-    At most 32,768 tokens are read; with "labels" 65,536 for each expert, at least 262,144, and not more than those
+    At most 32,768 tokens are read. With "labels" so many for each expert, at least 262,144, and not more than those
     whose hidden states take 2 GiB of host memory. Only the gate changes, in place; with `scaling_pass_rank` its LoRA in
     the scaling pass, too.
 

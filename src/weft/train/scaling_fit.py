@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from weft.screen.countdown import Countdown
 from weft.train.gate_targets import Target, moments, states_of
 
-# Two passes over the tokens, or as many of the second as make about a million, in steps of about 2,048.
-_EPOCHS, _MOST_AGAIN, _LEAST_STEPS, _TOKENS = 2, 2**20, 64, 2048
+# Two passes over the tokens, in steps of about 2,048.
+_EPOCHS, _LEAST_STEPS, _TOKENS = 2, 64, 2048
 _RATE, _LINEAR_RATE, _WARMUP, _MOST_GRADIENT = 2e-3, 3e-3, 10, 1.0
 _OF_MOMENTS = 16  # batches from which mean and deviation of the hidden states are taken
 
@@ -66,8 +66,7 @@ def fit_length(examples: Sequence[dict[str, Any]]) -> tuple[int, int]:
     """(examples in a step, number of steps) for these examples."""
     tokens = sum(len(example["input_ids"]) for example in examples)
     per_step = max(1, round(_TOKENS * len(examples) / tokens))
-    epochs = min(_EPOCHS, max(1, _MOST_AGAIN / tokens))
-    return per_step, max(_LEAST_STEPS, math.ceil(epochs * len(examples) / per_step))
+    return per_step, max(_LEAST_STEPS, math.ceil(_EPOCHS * len(examples) / per_step))
 
 
 def _train(
