@@ -1,8 +1,8 @@
 """Cuts long texts into windows. Each begins with the tokens that the tokenizer puts before a text.
 
-The tokenizers of Gemma, Llama and others begin a text with `<bos>`, and their models have read nothing without it:
-without it, Gemma 3 270M is 3 to 6 times worse (benchmarks/results/2026-11-28-domains-bos.md). So all windows of a text
-get it, not only the first, as in llama.cpp's perplexity.
+The tokenizers of Gemma, Llama and others begin a text with `<bos>`, and models can depend on it: without it, the
+perplexity of Gemma 3 270M is 3 to 6 times as high (benchmarks/results/2026-11-28-domains-bos.md). So all windows of a
+text get it, not only the first, as in llama.cpp's perplexity.
 """
 
 from __future__ import annotations
