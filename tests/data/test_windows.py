@@ -162,13 +162,15 @@ def test_fit_reads_the_same_windows_and_counts_each_token_once():
     assert counted == [first, second, *tokens]
 
 
-def test_trace_of_a_text_beyond_the_models_positions_reads_the_same_windows(tokenizer, llama_adapters):
+def test_traces_of_long_texts_read_the_same_windows(file, tokenizer, llama_adapters):
     base = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=8)
     model = weft.from_adapters(base, llama_adapters).eval()
     traced = weft.trace(model, TEXT, tokenizer=tokenizer)
     wanted = expected(tokenizer, 8)
     assert traced.token_ids.tolist() == [token for one in wanted for token in one]
     assert [text.num_tokens for text in traced.texts] == [len(one) for one in wanted]
+    of_file = weft.trace_data(model, {"a": file}, tokenizer=tokenizer, sequence_length=8)
+    assert of_file.token_ids.tolist() == traced.token_ids.tolist()
     assert weft.trace(model, "x", tokenizer=tokenizer).token_ids.tolist() == tokenizer("x")["input_ids"]
     assert weft.trace(model, [5]).token_ids.tolist() == [5]
 
