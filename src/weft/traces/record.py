@@ -65,7 +65,7 @@ def trace(
     """
     tuner = _checked(model, max_tokens, title)
     token_ids = some_tokens(text, "text", tokenizer, vocabulary=vocabulary_size(tuner.backbone.base))
-    length = num_positions(tuner.backbone.base.config) or max(2, len(token_ids))
+    length = num_positions(tuner.backbone.base.config) or max(2, len(token_ids))  # a text can be of one token
     before = opening_length(token_ids, opening_of(tokenizer))
     parts = spans(len(token_ids), length, before, least=1)
     texts = [("", window(token_ids, start, end, before)) for start, end in parts]
@@ -116,12 +116,11 @@ def trace_data(
         raise ConfigError(f"batch_size ({batch_size}) must be at least 1")
     check_length(sequence_length, tuner.backbone.base.config)
     check_tokenizer(tokenizer)
-    opening = opening_of(tokenizer)
     limit, left_out = max(1, max_tokens // len(data)), 0
     texts: list[tuple[str, list[int]]] = []
     for name, source in data.items():
         found = _tokens_of(name, source, tokenizer, vocabulary_size(tuner.backbone.base))
-        kept, beyond = _first(token_sequences(found, sequence_length, opening), limit)
+        kept, beyond = _first(token_sequences(found, sequence_length, opening_of(tokenizer)), limit)
         texts += [(name, sequence) for sequence in kept]
         left_out += beyond
     return _record(
