@@ -11,8 +11,8 @@ differences between layers. For the targets, from labels or from losses, see `ga
 of its own in the scaling pass, that is trained first (`scaling_fit.py`).
 
 Hidden states have a large mean, and some channels are far larger than others. So f is fitted on (h - mean) / deviation
-for each channel. This is then folded into its first linear layer: W / deviation, and b - W mean / deviation. The weights
-of f decay (decoupled, as in AdamW).
+for each channel. This is then folded into its first linear layer: W / deviation, and b - W mean / deviation. The
+weights of f decay (decoupled, as in AdamW).
 """
 
 from __future__ import annotations
